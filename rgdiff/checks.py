@@ -1,0 +1,88 @@
+"""Checks at the public door: one clear line each, raised when a method is built or a run begins, never inside a loop.
+
+They look at structure and at concrete numbers only, so a traced value passes; what can go wrong inside a compiled
+program (NaN rewards, non-finite gradients) is counted there and reported by the loops.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def key(value: Any) -> None:
+    """Refuse anything but one new-style PRNG key."""
+    if not isinstance(value, jax.Array) or not jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        raise ValueError(
+            f"key must be a typed PRNG key, got {_describe(value)}; make one with jax.random.key(seed), "
+            "or wrap a legacy key with jax.random.wrap_key_data"
+        )
+    if value.shape != ():
+        raise ValueError(f"key must be a single key, got an array of keys with shape {value.shape}; vmap over it")
+
+
+def law(process: Any, method: str) -> None:
+    """Refuse a process whose reverse steps are points: `method` needs a law (log_prob, KL or a second draw)."""
+    if not process.stochastic:
+        raise ValueError(f"{method} needs a reverse kernel with a law, but the process has eta = 0; build it with eta > 0")
+
+
+def at_least(name: str, value: Any, least: int) -> int:
+    """Return `value` as an int of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    return int(value)
+
+
+def positive(name: str, value: Any, *, zero: bool = False) -> jax.Array:
+    """Return `value` as a float32 scalar; refuse a concrete one that is not positive and finite."""
+    number = jnp.asarray(value, jnp.float32)
+    if not isinstance(number, jax.core.Tracer):
+        bad = not np.isfinite(number).all() or (number < 0).any() or (not zero and (number == 0).any())
+        if bad:
+            raise ValueError(f"{name} must be a finite number {'>=' if zero else '>'} 0, got {value!r}")
+    return number
+
+
+def one_of(name: str, value: Any, allowed: Iterable[Any]) -> Any:
+    """Return `value` if it is among `allowed`, else name the nearest."""
+    allowed = list(allowed)
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name} must be one of {allowed}, got {value!r}{hint}")
+    return value
+
+
+def shape(name: str, value: Any, expected: tuple[int | None, ...]) -> None:
+    """Refuse an array whose shape is not `expected` (None matches any size)."""
+    got = tuple(np.shape(value))
+    if len(got) != len(expected) or any(e is not None and e != g for e, g in zip(expected, got, strict=True)):
+        wanted = "[" + ", ".join("any" if e is None else str(e) for e in expected) + "]"
+        raise ValueError(f"{name} must have shape {wanted}, got {list(got)}")
+
+
+def times(value: Any, process: Any) -> jax.Array:
+    """Return a time grid as float32 [T + 1]; refuse one that does not decrease within [0, 1] or ends at the wrong place."""
+    grid = jnp.asarray(value, jnp.float32)
+    if grid.ndim != 1 or grid.shape[0] < 1:
+        raise ValueError(f"times must be a vector [T + 1], got shape {list(grid.shape)}; use process.times(steps)")
+    if isinstance(grid, jax.core.Tracer):
+        return grid
+    concrete = np.asarray(grid)
+    if not ((concrete >= 0).all() and (concrete <= 1).all() and (np.diff(concrete) < 0).all()):
+        raise ValueError("times must decrease strictly within [0, 1] (1 is noise); use process.times(steps)")
+    if not process.projects and concrete[-1] != 0:
+        raise ValueError(f"times of a masked process must end at 0, got {concrete[-1]:g}; use process.times(steps)")
+    return grid
+
+
+def _describe(value: Any) -> str:
+    if hasattr(value, "dtype"):
+        return f"an array of {value.dtype}{list(value.shape)}"
+    return f"{type(value).__name__} {value!r}"

@@ -1,0 +1,269 @@
+"""Laws of the next state: `Gaussian`, `Categorical`, `Absorbing`, `Product`, and `PointMass`, which has no law.
+
+A kernel is a pytree with leading axis B; log-probabilities, KL and entropy are in nats, summed over one example, and
+exact in log-space (no clamping of weights). Discrete states are one-hot; what a draw passes to a gradient is named by
+`relaxation`. How a network's prediction becomes a kernel is `rgdiff.processes`' business.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from rgdiff import checks
+from rgdiff.typing import Array, Key, State, pytree, static
+
+RELAXATIONS = ("straight_through", "gumbel", "reinmax", "relaxed")
+
+
+def _total(x: Array) -> Array:
+    """Sum over everything but the leading axis: [B, ...] -> [B]."""
+    return jnp.sum(x, axis=tuple(range(1, x.ndim)))
+
+
+@pytree
+class Gaussian:
+    """The normal law N(mean, std^2) with independent coordinates.
+
+    Args:
+      mean: [B, ...].
+      std: broadcastable to `mean`, positive.
+    """
+
+    mean: Array
+    std: Array
+
+    def sample(self, key: Key) -> Array:
+        return jax.lax.stop_gradient(self.rsample(key))
+
+    def rsample(self, key: Key) -> Array:
+        return self.mean + self.std * jax.random.normal(key, self.mean.shape, self.mean.dtype)
+
+    def log_prob(self, x: Array) -> Array:
+        z = (x - self.mean) / self.std
+        return -_total(0.5 * z**2 + jnp.log(self.std) + 0.5 * jnp.log(2 * jnp.pi))
+
+    def kl(self, other: Gaussian) -> Array:
+        ratio = self.std / other.std
+        shift = (self.mean - other.mean) / other.std
+        return _total(0.5 * (ratio**2 + shift**2 - 1) - jnp.log(ratio))
+
+    def entropy(self) -> Array:
+        per_coordinate = 0.5 * jnp.log(2 * jnp.pi * jnp.e) + jnp.log(self.std)
+        return _total(jnp.broadcast_to(per_coordinate, self.mean.shape))
+
+    def tilt(self, direction: Array) -> Gaussian:
+        """p(x) exp<direction, x>, renormalised: the mean moves by std^2 times the direction."""
+        return Gaussian(self.mean + self.std**2 * direction, self.std)
+
+
+@pytree
+class PointMass:
+    """A deterministic step (eta = 0) or a fixed prior: it can be drawn from, and has no density."""
+
+    point: State
+
+    def sample(self, key: Key) -> State:
+        return jax.lax.stop_gradient(self.point)
+
+    def rsample(self, key: Key) -> State:
+        return self.point
+
+    def log_prob(self, x: State) -> Array:
+        raise ValueError("a point mass has no log_prob; build the process with eta > 0")
+
+    def kl(self, other: object) -> Array:
+        raise ValueError("a point mass has no KL; build the process with eta > 0")
+
+    def entropy(self) -> Array:
+        raise ValueError("a point mass has no entropy; build the process with eta > 0")
+
+    def tilt(self, direction: State) -> PointMass:
+        raise ValueError("a point mass cannot be tilted; build the process with eta > 0")
+
+
+def draw_token(key: Key, logits: Array, relaxation: str, temperature: Array | float) -> Array:
+    """Draw one-hot tokens [..., K] whose value or gradient is relaxed as named.
+
+    straight_through: hard value, gradient of softmax(logits); unbiased for what acts multilinearly on the tokens.
+    gumbel: hard value, gradient of softmax((logits + Gumbel) / temperature) with the same noise (arXiv 1611.01144).
+    reinmax: hard value, second-order gradient (arXiv 2304.08612).
+    relaxed: the Gumbel-softmax point itself, off the corners of the simplex.
+    """
+    checks.one_of("relaxation", relaxation, RELAXATIONS)
+    log_p = jax.nn.log_softmax(logits)
+    noisy = log_p + jax.random.gumbel(key, log_p.shape, log_p.dtype)
+    hard = jax.nn.one_hot(jnp.argmax(noisy, -1), log_p.shape[-1], dtype=log_p.dtype)
+    if relaxation == "relaxed":
+        return jax.nn.softmax(noisy / temperature)
+    if relaxation == "straight_through":
+        soft = jnp.exp(log_p)
+    elif relaxation == "gumbel":
+        soft = jax.nn.softmax(noisy / temperature)
+    else:
+        p = jnp.exp(log_p)
+        middle = jax.nn.softmax(jax.lax.stop_gradient(jnp.log((hard + p) / 2) - log_p) + log_p)
+        soft = 2 * middle - p / 2
+    return jax.lax.stop_gradient(hard - soft) + soft
+
+
+def _cross(p: Array, log_q: Array) -> Array:
+    """sum_k p_k log q_k with 0 log 0 = 0, safe under differentiation: [..., K] -> [...]."""
+    return jnp.sum(jnp.where(p > 0, p * jnp.where(p > 0, log_q, 0.0), 0.0), -1)
+
+
+@pytree
+class Categorical:
+    """Independent categorical laws over one-hot tokens.
+
+    Args:
+      logits: [B, ..., K], unnormalised log-probabilities; -inf is allowed.
+      relaxation: how `rsample` passes gradients (see `draw_token`).
+      temperature: of the relaxations that have one.
+    """
+
+    logits: Array
+    temperature: Array | float = 1.0
+    relaxation: str = static(default="straight_through")
+
+    @property
+    def log_p(self) -> Array:
+        return jax.nn.log_softmax(self.logits)
+
+    def sample(self, key: Key) -> Array:
+        token = jax.random.categorical(key, self.logits)
+        return jax.nn.one_hot(token, self.logits.shape[-1], dtype=self.logits.dtype)
+
+    def rsample(self, key: Key) -> Array:
+        return draw_token(key, self.logits, self.relaxation, self.temperature)
+
+    def log_prob(self, x: Array) -> Array:
+        return _total(_cross(x, self.log_p))
+
+    def kl(self, other: Categorical) -> Array:
+        p = jnp.exp(self.log_p)
+        return _total(_cross(p, self.log_p) - _cross(p, other.log_p))
+
+    def entropy(self) -> Array:
+        return -_total(_cross(jnp.exp(self.log_p), self.log_p))
+
+    def tilt(self, direction: Array) -> Categorical:
+        """p(x) exp<direction, x>, renormalised: the logits move by the direction [B, ..., K]."""
+        return Categorical(self.logits + direction, self.temperature, self.relaxation)
+
+
+@pytree
+class Absorbing:
+    """The reverse law of masked diffusion: each masked position moves with probability exp(log_move), to a token of its own.
+
+    Unmasked positions are copied, and the copies stand outside the draw, so that a gradient passes through them whole
+    (a single categorical with deltas on unmasked tokens has the right law and 1/T of the gradient). Which positions
+    move is drawn exactly and carries no gradient; only the token is relaxed.
+
+    Args:
+      x: the state, one-hot [B, ..., K + 1] with the mask last.
+      logits: [B, ..., K], of the token given that the position moves.
+      log_move, log_stay: log-probabilities of moving and of staying masked, broadcastable to [B, ...].
+      relaxation, temperature: of the token (see `draw_token`).
+    """
+
+    x: Array
+    logits: Array
+    log_move: Array
+    log_stay: Array
+    temperature: Array | float = 1.0
+    relaxation: str = static(default="straight_through")
+
+    @property
+    def log_p(self) -> Array:
+        return jax.nn.log_softmax(self.logits)
+
+    @property
+    def masked(self) -> Array:
+        return self.x[..., -1] > 0.5
+
+    def sample(self, key: Key) -> Array:
+        key_event, key_token = jax.random.split(key)
+        token = jax.random.categorical(key_token, self.logits)
+        return self._place(key_event, jax.nn.one_hot(token, self.x.shape[-1], dtype=self.x.dtype))
+
+    def rsample(self, key: Key) -> Array:
+        key_event, key_token = jax.random.split(key)
+        token = draw_token(key_token, self.logits, self.relaxation, self.temperature)
+        return self._place(key_event, jnp.concatenate([token, jnp.zeros_like(token[..., :1])], -1))
+
+    def _place(self, key: Key, token: Array) -> Array:
+        event = jnp.log(jax.random.uniform(key, self.masked.shape)) < self.log_move
+        return jnp.where((self.masked & event)[..., None], token, self.x)
+
+    def log_prob(self, x: Array) -> Array:
+        """Log-probability of a one-hot state [B, ..., K + 1]; -inf where an unmasked position has changed."""
+        stays = x[..., -1] > 0.5
+        token = self.log_move + _cross(x[..., :-1], self.log_p)
+        copied = jnp.where(jnp.all(x == self.x, -1), 0.0, -jnp.inf)
+        return _total(jnp.where(self.masked, jnp.where(stays, self.log_stay, token), copied))
+
+    def kl(self, other: Absorbing) -> Array:
+        """KL in nats: over masked positions, the token's KL weighted by the probability to move, and the events' KL."""
+        move, stay = jnp.exp(self.log_move), jnp.exp(self.log_stay)
+        p = jnp.exp(self.log_p)
+        token = _cross(p, self.log_p) - _cross(p, other.log_p)
+        event = _expected(move, self.log_move, other.log_move) + _expected(stay, self.log_stay, other.log_stay)
+        return _total(jnp.where(self.masked, move * token + event, 0.0))
+
+    def entropy(self) -> Array:
+        move, stay = jnp.exp(self.log_move), jnp.exp(self.log_stay)
+        token = -_cross(jnp.exp(self.log_p), self.log_p)
+        event = -_expected(move, self.log_move, 0.0) - _expected(stay, self.log_stay, 0.0)
+        return _total(jnp.where(self.masked, move * token + event, 0.0))
+
+    def tilt(self, direction: Array) -> Absorbing:
+        """p(x) exp<direction, x>, renormalised, for a direction [B, ..., K + 1]: tilts the token *and* the rate of unmasking."""
+        tilted = self.log_p + direction[..., :-1]
+        move = self.log_move + jax.nn.logsumexp(tilted, -1)
+        stay = self.log_stay + direction[..., -1]
+        total = jnp.logaddexp(move, stay)
+        return Absorbing(self.x, tilted, move - total, stay - total, self.temperature, self.relaxation)
+
+    def tilt_token(self, direction: Array) -> Absorbing:
+        """Tilt only the token's law by a direction [B, ..., K]; the rate of unmasking stays as it is."""
+        return Absorbing(
+            self.x, self.logits + direction, self.log_move, self.log_stay, self.temperature, self.relaxation
+        )
+
+
+def _expected(probability: Array, log_p: Array, log_q: Array | float) -> Array:
+    """probability * (log_p - log_q), zero where the probability is."""
+    some = probability > 0
+    return jnp.where(some, probability * (jnp.where(some, log_p, 0.0) - jnp.where(some, log_q, 0.0)), 0.0)
+
+
+@pytree
+class Product:
+    """Independent laws of a mixed state, one kernel per name; states and directions are dicts with the same names."""
+
+    parts: dict[str, Gaussian | Categorical | Absorbing | PointMass]
+
+    def _keys(self, key: Key) -> dict[str, Key]:
+        names = sorted(self.parts)
+        return dict(zip(names, jax.random.split(key, len(names)), strict=True))
+
+    def sample(self, key: Key) -> State:
+        keys = self._keys(key)
+        return {name: part.sample(keys[name]) for name, part in self.parts.items()}
+
+    def rsample(self, key: Key) -> State:
+        keys = self._keys(key)
+        return {name: part.rsample(keys[name]) for name, part in self.parts.items()}
+
+    def log_prob(self, x: State) -> Array:
+        return sum((part.log_prob(x[name]) for name, part in self.parts.items()), start=jnp.float32(0))
+
+    def kl(self, other: Product) -> Array:
+        return sum((part.kl(other.parts[name]) for name, part in self.parts.items()), start=jnp.float32(0))  # type: ignore[arg-type]
+
+    def entropy(self) -> Array:
+        return sum((part.entropy() for part in self.parts.values()), start=jnp.float32(0))
+
+    def tilt(self, direction: State) -> Product:
+        return Product({name: part.tilt(direction[name]) for name, part in self.parts.items()})

@@ -1,0 +1,160 @@
+"""Convolutions whose gradients stay fast inside `lax.scan` on a CPU.
+
+It holds one convolution of channel-last arrays in any number of spatial dimensions, with a hand-written reverse rule,
+and the Flax layer that uses it. It assumes [B, *spatial, I] inputs, [*window, I, O] kernels and reverse-mode
+differentiation (any order; forward-mode, `jax.jvp` and `jax.linearize` included, stops at a `custom_vjp`). Grouped and
+transposed convolutions are left to `jax.lax`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from rgdiff.typing import Array
+
+Ints = tuple[int, ...]
+Pads = tuple[tuple[int, int], ...]
+Padding = str | Sequence[tuple[int, int]]
+
+
+def conv(
+    x: Array, kernel: Array, *, stride: int | Ints = 1, dilation: int | Ints = 1, padding: Padding = "SAME"
+) -> Array:
+    """Convolve channel-last arrays: y[b, p] = sum_k x[b, p * stride + k * dilation - low] kernel[k].
+
+    The values are those of `lax.conv_general_dilated`. XLA:CPU rewrites only convolutions of the canonical layout
+    b01f_01io->b01f to its fast routine when they stand in a loop, and JAX's own gradients of a convolution are not of
+    that layout; here both gradients are written as canonical convolutions with explicit transposes. On other
+    platforms the gradients are JAX's own: the branch is taken when the program is lowered for a device
+    (`lax.platform_dependent`), not by the process's default backend, so a CPU program in a GPU process is right too.
+
+    Args:
+        x: [B, *spatial, I].
+        kernel: [*window, I, O], of x's dtype.
+        stride: distance of output positions, one number or one per spatial axis.
+        dilation: distance of kernel taps, one number or one per spatial axis.
+        padding: "SAME", "VALID", or (low, high) per spatial axis.
+
+    Returns:
+        [B, *spatial', O].
+
+    Raises:
+        ValueError: when ranks, channels or padding do not fit together.
+
+    Note:
+        Under `vmap` the parameter gradient is taken per mapped element (a grouped convolution, slow on a CPU): put
+        examples on the batch axis, not under `vmap`, when parameters are trained.
+    """
+    spatial = x.ndim - 2
+    if spatial < 1 or kernel.ndim != x.ndim or kernel.shape[-2] != x.shape[-1]:
+        raise ValueError(
+            f"conv takes x [B, *spatial, I] and kernel [*window, I, O]; got {x.shape}, {kernel.shape}"
+        )
+    strides, dilations = _per_axis(stride, spatial, "stride"), _per_axis(dilation, spatial, "dilation")
+    if isinstance(padding, str):
+        window = [(k - 1) * d + 1 for k, d in zip(kernel.shape, dilations, strict=False)]
+        padding = lax.padtype_to_pads(x.shape[1:-1], window, strides, padding)
+    pads = tuple((int(low), int(high)) for low, high in padding)
+    if len(pads) != spatial:
+        raise ValueError(f"padding needs one (low, high) per spatial axis ({spatial}); got {pads}")
+    return _conv(x, kernel, strides, dilations, pads)
+
+
+def _per_axis(value: int | Ints, axes: int, name: str) -> Ints:
+    values = (value,) * axes if isinstance(value, int) else tuple(value)
+    if len(values) != axes or min(values) < 1:
+        raise ValueError(f"{name} is one positive integer, or one per spatial axis ({axes}); got {value}")
+    return values
+
+
+def _plain(x: Array, kernel: Array, strides: Ints, dilations: Ints, pads: Pads) -> Array:
+    axes = "0123456789"[: x.ndim - 2]
+    labels = (f"N{axes}C", f"{axes}IO", f"N{axes}C")
+    return lax.conv_general_dilated(
+        x, kernel, strides, pads, rhs_dilation=dilations, dimension_numbers=labels
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _conv(x: Array, kernel: Array, strides: Ints, dilations: Ints, pads: Pads) -> Array:
+    return _plain(x, kernel, strides, dilations, pads)
+
+
+def _forward(x: Array, kernel: Array, strides: Ints, dilations: Ints, pads: Pads):
+    return _plain(x, kernel, strides, dilations, pads), (x, kernel)
+
+
+def _backward(strides: Ints, dilations: Ints, pads: Pads, saved: tuple[Array, Array], dy: Array):
+    def canonical(x: Array, kernel: Array, dy: Array):
+        return _input_gradient(x, kernel, dy, strides, dilations, pads), _kernel_gradient(
+            x, kernel, dy, strides, dilations, pads
+        )
+
+    def plain(x: Array, kernel: Array, dy: Array):
+        return jax.vjp(lambda x, kernel: _plain(x, kernel, strides, dilations, pads), x, kernel)[1](dy)
+
+    return lax.platform_dependent(*saved, dy, cpu=canonical, default=plain)
+
+
+_conv.defvjp(_forward, _backward)
+
+
+# Both gradients are members of the family itself (strides and dilations trade places in the second), so that gradients
+# of gradients take the same path.
+
+
+def _input_gradient(x: Array, kernel: Array, dy: Array, strides: Ints, dilations: Ints, pads: Pads) -> Array:
+    """dx[n] = sum_k dy_spread[n + low - k * dilation] kernel[k]^T, with stride - 1 zeros between the entries of dy."""
+    spatial = range(x.ndim - 2)
+    taps = jnp.swapaxes(jnp.flip(kernel, tuple(spatial)), -1, -2)
+    if max(strides) > 1:
+        dy = lax.pad(dy, jnp.zeros((), dy.dtype), [(0, 0, 0), *((0, 0, s - 1) for s in strides), (0, 0, 0)])
+    reach = [(kernel.shape[i] - 1) * dilations[i] for i in spatial]
+    back = tuple((reach[i] - pads[i][0], x.shape[i + 1] - dy.shape[i + 1] + pads[i][0]) for i in spatial)
+    return _conv(dy, taps, (1,) * len(strides), dilations, back)
+
+
+def _kernel_gradient(x: Array, kernel: Array, dy: Array, strides: Ints, dilations: Ints, pads: Pads) -> Array:
+    """dkernel[k] = sum_{b, p} x[b, p * stride + k * dilation - low]^T dy[b, p]: I is the batch and B the channel."""
+    spatial = range(x.ndim - 2)
+    inner = tuple(i + 1 for i in spatial)
+    x, dy = jnp.swapaxes(x, 0, -1), jnp.transpose(dy, (*inner, 0, x.ndim - 1))
+    reach = [(kernel.shape[i] - 1) * dilations[i] + (dy.shape[i] - 1) * strides[i] + 1 for i in spatial]
+    fit = tuple((pads[i][0], reach[i] - x.shape[i + 1] - pads[i][0]) for i in spatial)
+    return jnp.transpose(_conv(x, dy, dilations, strides, fit), (*inner, 0, x.ndim - 1))
+
+
+class Conv(nn.Module):
+    """Apply a convolution with bias to [B, *spatial, I].
+
+    Args:
+        features: output channels O.
+        kernel_size: window, one length per spatial axis.
+        strides, dilation: one number or one per spatial axis.
+        padding: "SAME", "VALID", or (low, high) per spatial axis.
+        zero_init: start at zero, so that the output is zero at first.
+        dtype: the dtype of computation and output; parameters are float32.
+    """
+
+    features: int
+    kernel_size: Ints
+    strides: int | Ints = 1
+    dilation: int | Ints = 1
+    padding: Any = "SAME"
+    zero_init: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        init = nn.initializers.zeros if self.zero_init else nn.initializers.lecun_normal()
+        kernel = self.param("kernel", init, (*self.kernel_size, x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
+        return conv(x, kernel, stride=self.strides, dilation=self.dilation, padding=self.padding) + bias

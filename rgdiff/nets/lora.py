@@ -1,0 +1,130 @@
+"""Low-rank adapters on parameter trees, whatever network the tree belongs to.
+
+It holds the making, merging and adding of adapters, and the model that maps an adapter to a denoiser. It assumes
+kernels whose last axis is the output and whose other axes are the input, as in Flax. Which leaves to adapt is the
+caller's choice, by path; optimising an adapter is left to the tuners.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rgdiff.typing import Array, Denoiser, Key, Params, pytree
+
+Adapter = dict[str, dict[str, Array]]
+Target = str | Callable[[str], bool]
+
+
+def _path(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def lora_init(key: Key, params: Params, rank: int, *, target: Target = "kernel") -> Adapter:
+    """Make an adapter that leaves the network unchanged: a ~ N(0, 1 / rank^2), b = 0.
+
+    Args:
+        key: PRNG key.
+        params: the network's parameters, any pytree; leaves are named by their "/"-joined path.
+        rank: inner dimension, at least 1.
+        target: a regular expression searched in the path, or a predicate of the path; of the leaves it picks, those
+            with two axes or more are adapted, a kernel of several axes as the matrix [fan_in, out].
+
+    Returns:
+        {path: {"a": [fan_in, rank], "b": [rank, out]}}, float32.
+
+    Raises:
+        ValueError: when rank < 1 or no leaf is picked.
+
+    References:
+        LoRA (arXiv:2106.09685).
+    """
+    if rank < 1:
+        raise ValueError(f"the rank of an adapter is at least 1; got {rank}")
+    chosen = (lambda path: re.search(target, path) is not None) if isinstance(target, str) else target
+    leaves = {_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    kernels = {path: jnp.shape(leaf) for path, leaf in leaves.items() if jnp.ndim(leaf) >= 2}
+    shapes = {path: shape for path, shape in kernels.items() if chosen(path)}
+    if not shapes:
+        names = ", ".join(list(kernels)[:5]) + (", ..." if len(kernels) > 5 else "")
+        raise ValueError(
+            f"target {target!r} picks no parameter of two or more axes; there are: {names or 'none'}"
+        )
+    return {
+        path: {
+            "a": jax.random.normal(k, (math.prod(shape[:-1]), rank)) / rank,
+            "b": jnp.zeros((rank, shape[-1])),
+        }
+        for k, (path, shape) in zip(jax.random.split(key, len(shapes)), shapes.items(), strict=True)
+    }
+
+
+def lora_merge(params: Params, adapter: Adapter, scale: Array | float = 1.0) -> Params:
+    """Add an adapter to parameters: theta + scale * (a b), reshaped to theta's shape.
+
+    Args:
+        params: the parameters the adapter was made for.
+        adapter: from `lora_init` or `lora_sum`; differentiable, and `jax.vmap` over it works.
+        scale: weight of the adapter; 0 gives `params` back.
+
+    Raises:
+        ValueError: when the adapter names a path that `params` does not have.
+    """
+    paths = {_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+    if missing := sorted(set(adapter) - paths):
+        raise ValueError(f"the adapter does not belong to these parameters: they have no {missing[0]!r}")
+
+    def merge(path: Any, leaf: Array) -> Array:
+        if (factors := adapter.get(_path(path))) is None:
+            return leaf
+        delta = jnp.matmul(factors["a"], factors["b"], precision="highest")
+        return leaf + (scale * delta).reshape(leaf.shape).astype(leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(merge, params)
+
+
+def lora_sum(terms: Sequence[tuple[Adapter, Array | float]]) -> Adapter:
+    """Add weighted adapters exactly: the result's change is sum_i scale_i (a_i b_i), its rank the sum of the ranks.
+
+    Args:
+        terms: (adapter, scale) pairs; adapters may cover different parameters.
+    """
+    if not terms:
+        raise ValueError("lora_sum needs at least one (adapter, scale) pair; got none")
+    out: Adapter = {}
+    for path in dict.fromkeys(path for adapter, _ in terms for path in adapter):
+        held = [(adapter[path], scale) for adapter, scale in terms if path in adapter]
+        out[path] = {
+            "a": jnp.concatenate([factors["a"] for factors, _ in held], axis=-1),
+            "b": jnp.concatenate([scale * factors["b"] for factors, scale in held], axis=-2),
+        }
+    return out
+
+
+@pytree
+class LoRAModel:
+    """Map an adapter to a denoiser: model(base + scale * adapter). What a tuner differentiates is the adapter alone.
+
+    Args:
+        base: the frozen parameters.
+        model: parameters to denoiser; a function or a callable pytree.
+        scale: weight of the adapter, dynamic.
+    """
+
+    base: Params
+    model: Any
+    scale: Array | float = 1.0
+
+    def __post_init__(self):
+        if callable(self.model) and jax.tree_util.all_leaves(
+            [self.model]
+        ):  # a plain function becomes a pytree
+            object.__setattr__(self, "model", jax.tree_util.Partial(self.model))
+
+    def __call__(self, params: Adapter) -> Denoiser:
+        return self.model(lora_merge(self.base, params, self.scale))

@@ -1,0 +1,163 @@
+"""A small U-Net for images, simple enough to rewrite in another framework line by line.
+
+It holds the residual and attention blocks and the U-Net made of them. It assumes images [B, H, W, C] whose sides
+divide by 2^(levels - 1), and channel counts that divide by 8, the number of normalisation groups. What the output
+means (x0, noise, velocity) is left to the denoiser that wraps it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rgdiff.nets.conv import Conv
+from rgdiff.nets.time import Conditioning
+from rgdiff.typing import Array, Cond
+
+GROUPS = 8
+
+
+class GroupNorm(nn.Module):
+    """Normalise over space and the channels of each of 8 groups, then scale and shift; epsilon 1e-5, in float32."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return nn.GroupNorm(GROUPS, epsilon=1e-5, dtype=jnp.float32, name="norm")(x).astype(self.dtype)
+
+
+class ResBlock(nn.Module):
+    """Add to x: GroupNorm, SiLU, Conv3x3, GroupNorm * (1 + scale) + shift, SiLU, dropout, Conv3x3.
+
+    (scale, shift) = Dense(SiLU(emb)), in that order; x passes a Dense (a 1x1 convolution) when its channels change.
+    """
+
+    features: int
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, emb: Array, train: bool = False) -> Array:
+        pad = ((1, 1), (1, 1))
+        h = nn.silu(GroupNorm(self.dtype, name="norm1")(x))
+        h = Conv(self.features, (3, 3), padding=pad, dtype=self.dtype, name="conv1")(h)
+        film = nn.Dense(2 * self.features, dtype=self.dtype, name="emb")(nn.silu(emb))
+        scale, shift = jnp.split(film[:, None, None, :], 2, axis=-1)
+        h = nn.silu(GroupNorm(self.dtype, name="norm2")(h) * (1 + scale) + shift)
+        h = nn.Dropout(self.dropout, deterministic=not train)(h)
+        h = Conv(self.features, (3, 3), padding=pad, dtype=self.dtype, name="conv2")(h)
+        if x.shape[-1] != self.features:
+            x = nn.Dense(self.features, dtype=self.dtype, name="skip")(x)
+        return x + h
+
+
+class AttentionBlock(nn.Module):
+    """Add to x: GroupNorm, one Dense to (q, k, v), softmax(q k^T / sqrt(d)) v over positions, Dense.
+
+    Heads have 32 channels, or one head has all when 32 does not divide them.
+    """
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        batch, height, width, features = x.shape
+        heads = features // 32 if features % 32 == 0 else 1
+        h = GroupNorm(self.dtype, name="norm")(x).reshape(batch, height * width, features)
+        h = nn.Dense(3 * features, dtype=self.dtype, name="qkv")(h)
+        q, k, v = (a.reshape(batch, height * width, heads, -1) for a in jnp.split(h, 3, axis=-1))
+        h = jax.nn.dot_product_attention(q, k, v).reshape(batch, height, width, features)
+        return x + nn.Dense(features, dtype=self.dtype, name="out")(h)
+
+
+class UNet(nn.Module):
+    """Map an image, a time and a class to an image, through halved and doubled resolutions with skips.
+
+    The order of operations, for `channels = (c_0, ..., c_n)` (every 3x3 convolution pads (1, 1); arrays are NHWC):
+
+        emb  = Dense(SiLU(Dense([cos, sin](1000 t)))) + class row                       4 c_0 features
+        h    = Conv3x3(x), c_0; push h
+        down = per level i: `blocks` times (ResBlock to c_i, attention if i is listed; push h);
+               then, except at the last level, Conv3x3 of stride 2; push h
+        mid  = ResBlock, attention if the last level is listed, ResBlock
+        up   = per level i from the last: `blocks` + 1 times (ResBlock of [h, pop] to c_i, attention if i is listed);
+               then, except at level 0, nearest upsampling by 2 and Conv3x3
+        out  = GroupNorm, SiLU, Conv3x3 (zero at first)
+
+    Args:
+        channels: channels of each level, multiples of 8.
+        blocks: residual blocks per level on the way down.
+        attention: levels (0 is the full resolution) with self-attention.
+        classes: number N of classes, or None. Label N, or cond=None, means "no class".
+        out_channels: channels of the output; those of the input when None.
+        dropout: rate; active in `apply(..., train=True, rngs={"dropout": key})` only.
+        dtype: of the computation; input, output and parameters are float32.
+
+    Raises:
+        ValueError: when channels, levels or the image's sides do not fit.
+
+    References:
+        DDPM (arXiv:2006.11239), with scale-shift conditioning as in arXiv:2102.09672.
+    """
+
+    channels: tuple[int, ...] = (32, 64, 64)
+    blocks: int = 1
+    attention: tuple[int, ...] = ()
+    classes: int | None = None
+    out_channels: int | None = None
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        object.__setattr__(self, "channels", tuple(self.channels))
+        object.__setattr__(self, "attention", tuple(self.attention))
+        if not self.channels or any(c < GROUPS or c % GROUPS for c in self.channels):
+            raise ValueError(f"channels must be multiples of {GROUPS}, one per level; got {self.channels}")
+        if self.blocks < 1:
+            raise ValueError(f"blocks must be at least 1; got {self.blocks}")
+        if not set(self.attention) <= set(range(len(self.channels))):
+            raise ValueError(f"attention lists levels 0..{len(self.channels) - 1}; got {self.attention}")
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: Array, t: Array, cond: Cond = None, train: bool = False) -> Array:
+        last, side = len(self.channels) - 1, 2 ** (len(self.channels) - 1)
+        if x.ndim != 4 or x.shape[1] % side or x.shape[2] % side:
+            raise ValueError(
+                f"UNet of {last + 1} levels takes [B, H, W, C], H and W multiples of {side}; got {x.shape}"
+            )
+
+        def res(h: Array, level: int, name: str) -> Array:
+            return ResBlock(self.channels[level], self.dropout, self.dtype, name=name)(h, emb, train)
+
+        def attend(h: Array, level: int, name: str) -> Array:
+            return AttentionBlock(self.dtype, name=name)(h) if level in self.attention else h
+
+        def conv(h: Array, features: int, name: str, **options: Any) -> Array:
+            return Conv(features, (3, 3), padding=((1, 1), (1, 1)), dtype=self.dtype, name=name, **options)(h)
+
+        first = self.channels[0]
+        emb = Conditioning(4 * first, first, self.classes, self.dtype, name="emb")(x.shape[0], t, cond)
+        h = conv(x, first, "conv_in")
+        skips = [h]
+        for level, features in enumerate(self.channels):
+            for i in range(self.blocks):
+                h = attend(res(h, level, f"down{level}_res{i}"), level, f"down{level}_attn{i}")
+                skips.append(h)
+            if level < last:
+                h = conv(h, features, f"down{level}_half", strides=2)
+                skips.append(h)
+        h = res(attend(res(h, last, "mid_res0"), last, "mid_attn"), last, "mid_res1")
+        for level in reversed(range(last + 1)):
+            for i in range(self.blocks + 1):
+                h = res(jnp.concatenate([h, skips.pop()], axis=-1), level, f"up{level}_res{i}")
+                h = attend(h, level, f"up{level}_attn{i}")
+            if level > 0:
+                h = jnp.repeat(jnp.repeat(h, 2, axis=1), 2, axis=2)
+                h = conv(h, self.channels[level], f"up{level}_double")
+        h = nn.silu(GroupNorm(self.dtype, name="norm_out")(h))
+        return conv(h, self.out_channels or x.shape[-1], "conv_out", zero_init=True).astype(jnp.float32)

@@ -1,0 +1,209 @@
+"""Noising processes: a schedule becomes kernels. `gaussian`, `masked` and `product` build them.
+
+A process turns a network's prediction (E[x0 | x_t], or logits of p(x0 | x_t)) into the reverse law p(x_s | x_t), and
+knows the prior, the forward law and the time grid of a chain. Gaussian chains end at a small t > 0 and are projected
+to data by `mean`; masked chains run to t = 0, where the last kernel unmasks everything.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rgdiff import checks
+from rgdiff.kernels import RELAXATIONS, Absorbing, Categorical, Gaussian, PointMass, Product
+from rgdiff.schedules import GaussianSchedule, MaskSchedule
+from rgdiff.typing import Array, Process, State, pytree, static
+
+
+def along(t: Array | float, x: Array) -> Array:
+    """Give times or coefficients, scalar or [B], the rank of the state x [B, ...] so that they multiply it."""
+    t = jnp.asarray(t, jnp.float32)
+    return t if t.ndim == 0 else t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
+
+
+@pytree
+class GaussianProcess:
+    """x_t = alpha_t x0 + sigma_t eps, with DDIM's family of reverse kernels. Build it with `gaussian`."""
+
+    schedule: GaussianSchedule
+    eta: Array
+    shape: tuple[int, ...] = static()
+    stochastic: bool = static(default=True)
+
+    @property
+    def projects(self) -> bool:
+        return True
+
+    def times(self, steps: int) -> Array:
+        """Return the grid of `steps` network calls: steps - 1 moves and the projection. [steps]"""
+        return self.schedule.times(steps)
+
+    def prior(self, batch: int) -> Gaussian:
+        return Gaussian(jnp.zeros((batch, *self.shape), jnp.float32), self.schedule.prior_std)
+
+    def forward(self, x0: Array, t: Array) -> Gaussian:
+        return Gaussian(along(self.schedule.alpha(t), x0) * x0, along(self.schedule.sigma(t), x0))
+
+    def eps(self, x: Array, t: Array, prediction: Array) -> Array:
+        """The noise implied by x_t and a prediction of x0."""
+        return (x - along(self.schedule.alpha(t), x) * prediction) / along(self.schedule.sigma(t), x)
+
+    def reverse(self, x: Array, t: Array, s: Array, prediction: Array) -> Gaussian | PointMass:
+        """p(x_s | x_t): mean alpha_s x0 + sqrt(sigma_s^2 - std^2) eps, std = min(eta * posterior std, sigma_s).
+
+        eta = 1 is the exact posterior q(x_s | x_t, x0) (ancestral DDPM, EDM's ancestral step, the flow SDE); every
+        eta keeps the marginals of an exact denoiser as steps shrink (arXiv 2010.02502 eq. 12, for any alpha, sigma).
+        """
+        alpha_s, sigma_s = self.schedule.alpha(s), self.schedule.sigma(s)
+        eps = self.eps(x, t, prediction)
+        if not self.stochastic:
+            return PointMass(along(alpha_s, x) * prediction + along(sigma_s, x) * eps)
+        shrink = jnp.sqrt(-jnp.expm1(self.schedule.log_snr(t) - self.schedule.log_snr(s)))
+        fraction = jnp.minimum(self.eta * shrink, 1.0)
+        mean = along(alpha_s, x) * prediction + along(sigma_s * jnp.sqrt(1 - fraction**2), x) * eps
+        return Gaussian(mean, along(sigma_s * fraction, x))
+
+    def mean(self, x: Array, t: Array, prediction: Array) -> Array:
+        return prediction
+
+    def finalize(self, x: Array, t: Array, prediction: Array) -> Array:
+        return prediction
+
+
+@pytree
+class MaskedProcess:
+    """Absorbing-state diffusion of one-hot tokens (MDLM, SUBS parameterisation). Build it with `masked`."""
+
+    schedule: MaskSchedule
+    temperature: Array
+    shape: tuple[int, ...] = static()
+    classes: int = static()
+    relaxation: str = static(default="straight_through")
+
+    @property
+    def stochastic(self) -> bool:
+        return True
+
+    @property
+    def projects(self) -> bool:
+        return False
+
+    def times(self, steps: int) -> Array:
+        """Return the grid of `steps` moves from 1 to 0, one network call each. [steps + 1]"""
+        return jnp.linspace(1.0, 0.0, checks.at_least("steps", steps, 1) + 1)
+
+    def prior(self, batch: int) -> PointMass:
+        mask = jax.nn.one_hot(self.classes, self.classes + 1, dtype=jnp.float32)
+        return PointMass(jnp.broadcast_to(mask, (batch, *self.shape, self.classes + 1)))
+
+    def forward(self, x0: Array, t: Array) -> Categorical:
+        """Law of x_t [B, ..., K + 1] given x0 one-hot [B, ..., K]: masked with probability rate(t)."""
+        rate = along(self.schedule.rate(t), x0)
+        mask = jnp.broadcast_to(rate, (*x0.shape[:-1], 1))
+        return Categorical(jnp.log(jnp.concatenate([(1 - rate) * x0, mask], -1)))
+
+    def reverse(self, x: Array, t: Array, s: Array, prediction: Array) -> Absorbing:
+        """p(x_s | x_t): a masked position moves with probability (rate_t - rate_s) / rate_t (arXiv 2406.07524, eq. 7)."""
+        rate_t, rate_s = self.schedule.rate(t), self.schedule.rate(s)
+        positions = x[..., -1]
+        log_move = along(jnp.log((rate_t - rate_s) / rate_t), positions)
+        log_stay = along(jnp.log(rate_s / rate_t), positions)
+        return Absorbing(x, prediction, log_move, log_stay, self.temperature, self.relaxation)
+
+    def mean(self, x: Array, t: Array, prediction: Array) -> Array:
+        """E[x0 | x_t], a point of the simplex per position [B, ..., K]: copies, and softmax of the logits where masked."""
+        return x[..., :-1] + x[..., -1:] * jax.nn.softmax(prediction)
+
+    def finalize(self, x: Array, t: Array, prediction: Array) -> Array:
+        """Drop the mask: at t = 0 no position is masked."""
+        return x[..., :-1]
+
+
+@pytree
+class ProductProcess:
+    """Independent processes on a mixed state, one per name; one denoiser predicts all of them. Build it with `product`."""
+
+    parts: dict[str, Any]
+
+    @property
+    def stochastic(self) -> bool:
+        return all(part.stochastic for part in self.parts.values())
+
+    @property
+    def projects(self) -> bool:
+        return any(part.projects for part in self.parts.values())
+
+    def times(self, steps: int) -> Array:
+        """Return a common grid. With a Gaussian part it ends at t > 0, and `finalize` takes the mode of what is still masked."""
+        projecting = [part for part in self.parts.values() if part.projects]
+        return (projecting or list(self.parts.values()))[0].times(steps)
+
+    def prior(self, batch: int) -> Product:
+        return Product({name: part.prior(batch) for name, part in self.parts.items()})
+
+    def forward(self, x0: State, t: Array) -> Product:
+        return Product({name: part.forward(x0[name], t) for name, part in self.parts.items()})
+
+    def reverse(self, x: State, t: Array, s: Array, prediction: State) -> Product:
+        return Product({name: part.reverse(x[name], t, s, prediction[name]) for name, part in self.parts.items()})
+
+    def mean(self, x: State, t: Array, prediction: State) -> State:
+        return {name: part.mean(x[name], t, prediction[name]) for name, part in self.parts.items()}
+
+    def finalize(self, x: State, t: Array, prediction: State) -> State:
+        """Project every part; a position still masked takes its most probable token."""
+        out = {}
+        for name, part in self.parts.items():
+            if part.projects:
+                out[name] = part.finalize(x[name], t, prediction[name])
+            else:
+                mode = jax.nn.one_hot(jnp.argmax(prediction[name], -1), part.classes, dtype=jnp.float32)
+                out[name] = x[name][..., :-1] + x[name][..., -1:] * mode
+        return out
+
+
+def gaussian(schedule: GaussianSchedule, shape: tuple[int, ...], *, eta: float = 1.0) -> GaussianProcess:
+    """Build a Gaussian process on states [B, *shape].
+
+    Args:
+      schedule: alpha and sigma, from `rgdiff.schedules`.
+      shape: of one example.
+      eta: 1 is ancestral sampling, 0 is DDIM / the probability-flow ODE: its steps are points and can only be drawn
+        from. A number, or a traced scalar (then taken as positive).
+    """
+    value = checks.positive("eta", eta, zero=True)
+    stochastic = isinstance(value, jax.core.Tracer) or float(value) > 0
+    return GaussianProcess(schedule, value, tuple(int(d) for d in shape), stochastic)
+
+
+def masked(
+    schedule: MaskSchedule,
+    shape: tuple[int, ...] | int,
+    classes: int,
+    *,
+    relaxation: str = "straight_through",
+    temperature: float = 1.0,
+) -> MaskedProcess:
+    """Build a masked process on one-hot states [B, *shape, classes + 1], the mask last; data are [B, *shape, classes].
+
+    Args:
+      schedule: the rate of masking, from `rgdiff.schedules`.
+      shape: of the positions of one example (an int for a sequence's length).
+      classes: K, the number of tokens without the mask.
+      relaxation, temperature: how a token's draw passes gradients (`rgdiff.kernels.draw_token`).
+    """
+    shape = (shape,) if isinstance(shape, int) else tuple(int(d) for d in shape)
+    checks.one_of("relaxation", relaxation, RELAXATIONS)
+    return MaskedProcess(
+        schedule, checks.positive("temperature", temperature), shape, checks.at_least("classes", classes, 2), relaxation
+    )
+
+
+def product(**parts: Process) -> ProductProcess:
+    """Build a process on mixed states: dicts with one entry per name, e.g. product(adjacency=masked(...), x=gaussian(...))."""
+    if not parts:
+        raise ValueError("product() needs at least one named process, e.g. product(tokens=masked(...))")
+    return ProductProcess(dict(parts))

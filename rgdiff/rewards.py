@@ -1,0 +1,76 @@
+"""Rewards: callables (x0, cond) -> [B] in the reward's own unit, and how host functions and sums become one.
+
+NaN marks an infeasible sample; it is counted and reported by whoever uses the reward, never averaged. Nothing here
+knows a domain, and no temperature lives here: it belongs to the method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rgdiff.typing import Array, Cond, Reward, State, callable_pytree, pytree, static
+
+
+@pytree
+class HostReward:
+    """A NumPy function behind a callback; what it raises becomes NaN, so that a compiled loop is never torn down."""
+
+    function: Callable[..., Any] = static()
+
+    def __call__(self, x0: State, cond: Cond = None) -> Array:
+        batch = jax.tree.leaves(x0)[0].shape[0]
+        out = jax.ShapeDtypeStruct((batch,), jnp.float32)
+        x0 = jax.lax.stop_gradient(x0)
+        return jax.pure_callback(self._on_host, out, x0, cond, vmap_method="sequential")
+
+    def _on_host(self, x0: State, cond: Cond) -> np.ndarray:
+        x0 = jax.tree.map(np.asarray, x0)
+        batch = jax.tree.leaves(x0)[0].shape[0]
+        try:
+            values = np.asarray(self.function(x0, cond), np.float32)
+        except Exception:  # noqa: BLE001 - the contract: a failing oracle marks its batch infeasible
+            values = np.full(batch, np.nan, np.float32)
+        return values if values.shape == (batch,) else np.full(batch, np.nan, np.float32)
+
+
+def from_host(function: Callable[..., Any]) -> Reward:
+    """Make a black-box host function (x0 as NumPy [B, ...], cond) -> [B] a reward that works inside compiled code.
+
+    It has no gradient. An exception, or a result of the wrong shape, marks the whole batch infeasible (NaN).
+    """
+    if not callable(function):
+        raise ValueError(f"from_host expects a function (x0, cond) -> [B], got {function!r}")
+    return HostReward(function)
+
+
+@pytree
+class WeightedSum:
+    """sum_i weight_i reward_i; infeasible for any part is infeasible."""
+
+    rewards: tuple[Reward, ...]
+    weights: Array
+
+    def __call__(self, x0: State, cond: Cond = None) -> Array:
+        values = jnp.stack([reward(x0, cond) for reward in self.rewards])
+        return jnp.tensordot(self.weights, values, 1)
+
+
+def weighted_sum(rewards: list[Reward] | tuple[Reward, ...], weights: list[float] | tuple[float, ...]) -> Reward:
+    """Add rewards with weights; the weights are dynamic."""
+    if len(rewards) != len(weights) or not rewards:
+        raise ValueError(f"weighted_sum expects as many weights as rewards, got {len(weights)} and {len(rewards)}")
+    return WeightedSum(tuple(callable_pytree(r, "a reward") for r in rewards), jnp.asarray(weights, jnp.float32))
+
+
+def check(reward: Reward, x0: State, cond: Cond = None) -> None:
+    """Refuse, before any compile, a reward that does not map this state to float [B]."""
+    batch = jax.tree.leaves(x0)[0].shape[0]
+    out = jax.eval_shape(lambda x, c: reward(x, c), x0, cond)
+    if not hasattr(out, "shape") or out.shape != (batch,) or not jnp.issubdtype(out.dtype, jnp.floating):
+        got = f"{out.dtype}{list(out.shape)}" if hasattr(out, "shape") else type(out).__name__
+        raise ValueError(f"a reward must return one float per example, [{batch}], got {got}")

@@ -1,0 +1,168 @@
+"""The one denoising loop: `roll` scans a sampler over a time grid, `sample` is its compiled public door.
+
+Every sampler, and every tuner that differentiates through sampling, goes through `roll`. Random numbers depend on the
+key and the index of the move alone, so a chain cut into chunks, or into a dead head and a live tail, is the same chain;
+arrays are global, so results do not depend on how many devices hold them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rgdiff import checks
+from rgdiff.typing import Array, Cond, Info, Key, Sampler, State
+
+Keep = Callable[[Any, Info], Any]
+
+REMAT = ("none", "everything", "dots")
+
+
+def rematerialize(function: Callable[..., Any], remat: str) -> Callable[..., Any]:
+    """Wrap a function so that reverse mode recomputes it: `none`, `everything`, or all but matrix products (`dots`)."""
+    checks.one_of("remat", remat, REMAT)
+    if remat == "none":
+        return function
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    return jax.checkpoint(function, policy=policy)  # type: ignore[return-value]
+
+
+def roll(
+    sampler: Sampler,
+    key: Key,
+    carry: Any,
+    times: Array,
+    cond: Cond = None,
+    *,
+    first: Array | int = 0,
+    keep: Keep | None = None,
+    remat: str = "none",
+) -> tuple[Any, Any]:
+    """Advance `carry` through the moves times[0] -> times[1] -> ... of one chain.
+
+    Args:
+      times: [n + 1], decreasing.
+      first: index of the first of these moves in the whole chain; it selects the random numbers.
+      keep: (carry, info) -> what to store after every move; stacked on a leading axis [n].
+      remat: see `rematerialize`; applies to each move.
+
+    Returns:
+      The carry, and what was kept.
+    """
+    moves = times.shape[0] - 1
+
+    def move(carry: Any, where: tuple[Array, Array, Array]) -> tuple[Any, Any]:
+        index, t, s = where
+        carry, info = sampler.step(jax.random.fold_in(key, 1 + index), carry, t, s, cond)
+        return carry, None if keep is None else keep(carry, info)
+
+    move = rematerialize(move, remat)
+    where = (first + jnp.arange(moves), times[:-1], times[1:])
+    if moves == 1:  # a scan of length one costs a loop and, on a CPU, the fast convolution gradients
+        carry, kept = move(carry, jax.tree.map(lambda w: w[0], where))
+        return carry, jax.tree.map(lambda k: k[None], kept)
+    return jax.lax.scan(move, carry, where)
+
+
+class Samples(NamedTuple):
+    """What `sample` returns: x0 [B, ...] and what `keep` stored, [T, ...] per leaf (None without `keep`)."""
+
+    x0: State
+    kept: Any
+
+
+def sample(
+    sampler: Sampler,
+    key: Key,
+    batch: int,
+    times: Array,
+    cond: Cond = None,
+    *,
+    keep: Keep | None = None,
+    chunk: int | None = None,
+    on_chunk: Callable[[int, int], None] | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Samples:
+    """Draw `batch` samples in one compiled program.
+
+    Numbers inside the sampler (temperatures, scales, network parameters) and the times can change without a
+    recompilation; `batch`, the length of `times`, `keep` and counts inside the sampler cannot.
+
+    Args:
+      sampler: from one of the constructors of `rgdiff.samplers`.
+      key: a typed PRNG key.
+      batch: B, number of samples.
+      times: [T + 1], decreasing from noise; `process.times(steps)` makes it.
+      cond: conditions, a pytree of [B, ...], or None.
+      keep: (carry, info) -> pytree to store after each move, e.g. `lambda carry, info: info["value"]`; None stores nothing.
+      chunk: moves per compiled call; with it `on_chunk(done, T)` is called between chunks to show progress. The
+        result is the same.
+      mesh: a mesh with an axis named "data" over which the batch is split.
+
+    Returns:
+      Samples(x0, kept).
+
+    Raises:
+      ValueError: for a legacy key, a batch below 1, a bad time grid, or conditions that are not [B, ...].
+
+    Example:
+      >>> import jax, rgdiff
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.linear_vp(), (2,))
+      >>> sampler = rgdiff.samplers.ancestral(process, lambda x, t, cond: x * process.schedule.alpha(t))
+      >>> rgdiff.samplers.sample(sampler, jax.random.key(0), 4, process.times(10)).x0.shape
+      (4, 2)
+    """
+    checks.key(key)
+    batch = checks.at_least("batch", batch, 1)
+    times = checks.times(times, sampler.process)  # type: ignore[attr-defined]
+    for leaf in jax.tree.leaves(cond):
+        if jnp.ndim(leaf) < 1 or jnp.shape(leaf)[0] != batch:
+            raise ValueError(f"cond must have a leading axis of {batch} examples, got shape {list(jnp.shape(leaf))}")
+    if chunk is None:
+        return Samples(*_whole(sampler, key, times, cond, batch, keep, mesh))
+    chunk = checks.at_least("chunk", chunk, 1)
+    carry = _begin(sampler, key, times[0], cond, batch, mesh)
+    moves, pieces = times.shape[0] - 1, []
+    for done in range(0, moves, chunk):
+        stop = min(done + chunk, moves)
+        carry, kept = _advance(sampler, key, carry, times[done : stop + 1], cond, done, keep)
+        pieces.append(kept)
+        if on_chunk is not None:
+            jax.block_until_ready(carry)
+            on_chunk(stop, moves)
+    kept = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *pieces) if keep is not None else None
+    return Samples(_finish(sampler, carry, times[-1], cond), kept)
+
+
+def _start(sampler: Sampler, key: Key, t: Array, cond: Cond, batch: int, mesh: jax.sharding.Mesh | None) -> Any:
+    carry = sampler.init(jax.random.fold_in(key, 0), batch, t, cond)
+    if mesh is None:
+        return carry
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    split = lambda leaf: jax.lax.with_sharding_constraint(leaf, sharding)  # noqa: E731
+    return jax.tree.map(lambda leaf: split(leaf) if leaf.ndim and leaf.shape[0] == batch else leaf, carry)
+
+
+def _run(
+    sampler: Sampler, key: Key, times: Array, cond: Cond, batch: int, keep: Keep | None, mesh: jax.sharding.Mesh | None
+) -> tuple[State, Any]:
+    carry = _start(sampler, key, times[0], cond, batch, mesh)
+    carry, kept = roll(sampler, key, carry, times, cond, keep=keep)
+    return sampler.final(carry, times[-1], cond), kept
+
+
+_whole = jax.jit(_run, static_argnames=("batch", "keep", "mesh"))
+_begin = jax.jit(_start, static_argnames=("batch", "mesh"))
+_finish = jax.jit(lambda sampler, carry, t, cond: sampler.final(carry, t, cond))
+
+
+def _advance_chunk(
+    sampler: Sampler, key: Key, carry: Any, times: Array, cond: Cond, first: Array, keep: Keep | None
+) -> tuple[Any, Any]:
+    return roll(sampler, key, carry, times, cond, first=first, keep=keep)
+
+
+_advance = jax.jit(_advance_chunk, static_argnames=("keep",))

@@ -1,0 +1,200 @@
+"""Noise schedules over t in [0, 1] (0 data, 1 noise): alpha and sigma of Gaussian processes, and mask rates.
+
+Gaussian schedules define x_t = alpha(t) x0 + sigma(t) eps through `alpha`, `sigma`, `log_snr` (log alpha^2/sigma^2,
+computed without cancellation, since reverse kernels need differences of it), `times(steps)` and the standard
+deviation of the prior; everything is float32. Mask schedules define `rate(t)`, the probability of being masked, and
+`hazard(t)` = rate'(t) / rate(t), the weight of the continuous-time bound.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import jax.numpy as jnp
+
+from rgdiff import checks
+from rgdiff.typing import Array, pytree
+
+
+class GaussianSchedule(Protocol):
+    """x_t = alpha(t) x0 + sigma(t) eps."""
+
+    @property
+    def prior_std(self) -> Array: ...
+
+    def alpha(self, t: Array) -> Array: ...
+
+    def sigma(self, t: Array) -> Array: ...
+
+    def log_snr(self, t: Array) -> Array: ...
+
+    def times(self, steps: int) -> Array: ...
+
+
+class MaskSchedule(Protocol):
+    """A token is masked at time t with probability rate(t); rate(0) = 0, rate(1) = 1."""
+
+    def rate(self, t: Array) -> Array: ...
+
+    def hazard(self, t: Array) -> Array: ...
+
+
+def _trailing(first: float, steps: int) -> Array:
+    """`steps` times, first ... first / steps: uniform, so that the projection spans one ordinary step (arXiv 2305.08891)."""
+    return jnp.linspace(first, first / steps, checks.at_least("steps", steps, 1))
+
+
+@pytree
+class LinearVP:
+    """Variance preserving with beta(t) linear: log alpha = -(beta_min t + (beta_max - beta_min) t^2 / 2) / 2 (arXiv 2011.13456)."""
+
+    beta_min: Array
+    beta_max: Array
+
+    @property
+    def prior_std(self) -> Array:
+        return jnp.float32(1)
+
+    def _log_alpha(self, t: Array) -> Array:
+        return -0.5 * (self.beta_min * t + 0.5 * (self.beta_max - self.beta_min) * t**2)
+
+    def alpha(self, t: Array) -> Array:
+        return jnp.exp(self._log_alpha(t))
+
+    def sigma(self, t: Array) -> Array:
+        return jnp.sqrt(-jnp.expm1(2 * self._log_alpha(t)))
+
+    def log_snr(self, t: Array) -> Array:
+        log_alpha = self._log_alpha(t)
+        return 2 * log_alpha - jnp.log(-jnp.expm1(2 * log_alpha))
+
+    def times(self, steps: int) -> Array:
+        return _trailing(1.0, steps)
+
+
+@pytree
+class CosineVP:
+    """Variance preserving with alpha = cos(pi/2 t) (arXiv 2102.09672 without its offset; grids begin at t = 0.992).
+
+    At t = 1 nothing of the data is left and a prediction of eps cannot be turned into one of x0, hence the first time.
+    """
+
+    @property
+    def prior_std(self) -> Array:
+        return jnp.float32(1)
+
+    def alpha(self, t: Array) -> Array:
+        return jnp.cos(0.5 * jnp.pi * jnp.asarray(t, jnp.float32))
+
+    def sigma(self, t: Array) -> Array:
+        return jnp.sin(0.5 * jnp.pi * jnp.asarray(t, jnp.float32))
+
+    def log_snr(self, t: Array) -> Array:
+        return -2 * jnp.log(jnp.tan(0.5 * jnp.pi * jnp.asarray(t, jnp.float32)))
+
+    def times(self, steps: int) -> Array:
+        return _trailing(0.992, steps)
+
+
+@pytree
+class KarrasVE:
+    """Variance exploding, alpha = 1, with EDM's grid built in: sigma(t)^(1/rho) is linear in t (arXiv 2206.00364, eq. 5)."""
+
+    sigma_min: Array
+    sigma_max: Array
+    rho: Array
+
+    @property
+    def prior_std(self) -> Array:
+        return self.sigma_max
+
+    def alpha(self, t: Array) -> Array:
+        return jnp.ones_like(jnp.asarray(t, jnp.float32))
+
+    def sigma(self, t: Array) -> Array:
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return (low + jnp.asarray(t, jnp.float32) * (high - low)) ** self.rho
+
+    def log_snr(self, t: Array) -> Array:
+        return -2 * jnp.log(self.sigma(t))
+
+    def times(self, steps: int) -> Array:
+        return jnp.linspace(1.0, 0.0, checks.at_least("steps", steps, 2))
+
+
+@pytree
+class Flow:
+    """Rectified flow, x_t = (1 - t) x0 + t eps (arXiv 2209.03003, 2210.02747)."""
+
+    @property
+    def prior_std(self) -> Array:
+        return jnp.float32(1)
+
+    def alpha(self, t: Array) -> Array:
+        return 1 - jnp.asarray(t, jnp.float32)
+
+    def sigma(self, t: Array) -> Array:
+        return jnp.asarray(t, jnp.float32)
+
+    def log_snr(self, t: Array) -> Array:
+        t = jnp.asarray(t, jnp.float32)
+        return 2 * (jnp.log1p(-t) - jnp.log(t))
+
+    def times(self, steps: int) -> Array:
+        return _trailing(1.0, steps)
+
+
+def linear_vp(beta_min: float = 0.1, beta_max: float = 20.0) -> LinearVP:
+    """Build the linear variance-preserving schedule; the defaults are DDPM's 1,000 steps in continuous time."""
+    return LinearVP(checks.positive("beta_min", beta_min), checks.positive("beta_max", beta_max))
+
+
+def cosine_vp() -> CosineVP:
+    """Build the cosine variance-preserving schedule."""
+    return CosineVP()
+
+
+def karras_ve(sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> KarrasVE:
+    """Build EDM's variance-exploding schedule; sigma in units of the data."""
+    low, high = checks.positive("sigma_min", sigma_min), checks.positive("sigma_max", sigma_max)
+    if sigma_min >= sigma_max:
+        raise ValueError(f"sigma_min must be below sigma_max, got {sigma_min} and {sigma_max}")
+    return KarrasVE(low, high, checks.positive("rho", rho))
+
+
+def flow() -> Flow:
+    """Build the rectified-flow schedule."""
+    return Flow()
+
+
+@pytree
+class LogLinearMask:
+    """A token is masked with probability t (MDLM's log-linear schedule, arXiv 2406.07524, without its 1e-3 offset)."""
+
+    def rate(self, t: Array) -> Array:
+        return jnp.asarray(t, jnp.float32)
+
+    def hazard(self, t: Array) -> Array:
+        return 1 / jnp.asarray(t, jnp.float32)
+
+
+@pytree
+class CosineMask:
+    """A token is masked with probability 1 - cos(pi/2 t): late steps unmask fewer tokens (arXiv 2406.04329)."""
+
+    def rate(self, t: Array) -> Array:
+        return 2 * jnp.sin(0.25 * math.pi * jnp.asarray(t, jnp.float32)) ** 2
+
+    def hazard(self, t: Array) -> Array:
+        return 0.5 * math.pi / jnp.tan(0.25 * math.pi * jnp.asarray(t, jnp.float32))
+
+
+def log_linear_mask() -> LogLinearMask:
+    """Build the log-linear mask schedule."""
+    return LogLinearMask()
+
+
+def cosine_mask() -> CosineMask:
+    """Build the cosine mask schedule."""
+    return CosineMask()

@@ -1,0 +1,17 @@
+"""Training methods, driven by one loop: `fit(tuner, key, state, steps)`."""
+
+from rgdiff.tuners._loop import TrainState, fit
+from rgdiff.tuners.pretraining import masked_bound, pretraining, value_regression
+from rgdiff.tuners.reward_backprop import draft, draft_k, draft_lv, reward_backprop
+
+__all__ = [
+    "TrainState",
+    "draft",
+    "draft_k",
+    "draft_lv",
+    "fit",
+    "masked_bound",
+    "pretraining",
+    "reward_backprop",
+    "value_regression",
+]

@@ -1,0 +1,126 @@
+"""The one training loop: `fit` scans a tuner's step in compiled chunks; `TrainState` and `update` are what all tuners share.
+
+Random numbers and batches depend on the key and the step's index alone, so a run that is interrupted at a chunk and
+continued from its state is the same run, to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rgdiff import checks
+from rgdiff.typing import Array, Info, Key, Params, Tuner
+
+
+class TrainState(NamedTuple):
+    """What the next step needs. `average` is the exponential moving average of the parameters, or None; counts are int32."""
+
+    params: Params
+    opt_state: Any
+    average: Params | None
+    step: Array
+    skipped: Array
+
+    @property
+    def best(self) -> Params:
+        """The parameters to sample with: the average where one is kept."""
+        return self.params if self.average is None else self.average
+
+
+def start(params: Params, optimizer: Any, *, average: bool = False) -> TrainState:
+    """Begin training from `params`, which are copied (`fit` donates its state)."""
+    copy = lambda tree: jax.tree.map(lambda p: jnp.array(p, copy=True), tree)  # noqa: E731
+    return TrainState(copy(params), optimizer.init(params), copy(params) if average else None, jnp.int32(0), jnp.int32(0))
+
+
+def update(
+    state: TrainState, gradients: Params, optimizer: Any, ema_decay: Array | float | None = None
+) -> tuple[TrainState, Info]:
+    """Apply one optimiser step (optax), or none and count it as skipped where a gradient is not finite.
+
+    Returns the state and info with `gradient_norm` (before the optimiser clips it) and `skipped` so far. The average
+    warms up: its decay is min(ema_decay, (1 + n) / (10 + n)) at step n.
+    """
+    import optax
+
+    norm = optax.tree.norm(gradients)
+    finite = jnp.isfinite(norm)
+    safe = jax.tree.map(lambda g: jnp.where(finite, g, jnp.zeros_like(g)), gradients)
+    updates, opt_state = optimizer.update(safe, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
+    params, opt_state = keep(params, state.params), keep(opt_state, state.opt_state)
+    average = state.average
+    if average is not None and ema_decay is not None:
+        decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+        average = keep(jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params), average)
+    skipped = state.skipped + jnp.where(finite, 0, 1).astype(jnp.int32)
+    return TrainState(params, opt_state, average, state.step + 1, skipped), {"gradient_norm": norm, "skipped": skipped}
+
+
+def fit(
+    tuner: Tuner,
+    key: Key,
+    state: Any,
+    steps: int,
+    *,
+    data: Any = None,
+    batch: int | None = None,
+    chunk: int = 50,
+    on_chunk: Callable[[Any, Info], None] | None = None,
+) -> Any:
+    """Train until `state.step` is `steps`, `chunk` steps to a compiled call.
+
+    Args:
+      tuner: from one of the constructors of `rgdiff.tuners`.
+      key: a typed PRNG key; the same key must be given when a run is continued.
+      state: from `tuner.init(params)` or a checkpoint; its buffers are donated.
+      steps: the total number, so that continuing an interrupted run is the same call.
+      data: a pytree of arrays [N, ...] on the device; every step gets `batch` rows of it, drawn uniformly.
+      batch: rows per step, where there are data.
+      on_chunk: called as (state, infos) between chunks; infos hold one value per step, on the host. Copy what you keep
+        of the state: the next chunk donates it.
+
+    Returns:
+      The final state.
+    """
+    checks.key(key)
+    steps, chunk = checks.at_least("steps", steps, 0), checks.at_least("chunk", chunk, 1)
+    if data is not None:
+        rows = {jnp.shape(leaf)[0] for leaf in jax.tree.leaves(data)}
+        if len(rows) != 1:
+            raise ValueError(f"data must be arrays with one leading axis of examples, got lengths {sorted(rows)}")
+        if batch is None:
+            raise ValueError("fit(data=...) needs batch=, the rows per step")
+        checks.at_least("batch", batch, 1)
+    done = int(state.step)
+    while done < steps:
+        count = min(chunk - done % chunk, steps - done)
+        state, infos = _advance(tuner, key, state, data, count, batch)
+        done += count
+        if on_chunk is not None:
+            on_chunk(state, jax.device_get(infos))
+    return state
+
+
+def _steps(tuner: Tuner, key: Key, state: Any, data: Any, count: int, batch: int | None) -> tuple[Any, Info]:
+    def one(state: Any, _: None) -> tuple[Any, Info]:
+        key_batch, key_step = jax.random.split(jax.random.fold_in(key, state.step))
+        rows = None
+        if data is not None and batch is not None:
+            total = jax.tree.leaves(data)[0].shape[0]
+            chosen = jax.random.randint(key_batch, (batch,), 0, total)
+            rows = jax.tree.map(lambda leaf: leaf[chosen], data)
+        return tuner.step(key_step, state, rows)
+
+    if count == 1:  # see samplers._loop.roll
+        state, info = one(state, None)
+        return state, jax.tree.map(lambda i: i[None], info)
+    return jax.lax.scan(one, state, None, length=count)
+
+
+_advance = jax.jit(_steps, static_argnames=("count", "batch"), donate_argnames=("state",))

@@ -1,0 +1,201 @@
+"""Pre-training on data: denoising losses for Gaussian processes, the SUBS bound for masked ones, regression of values.
+
+All three noise a batch to stratified times and average a weighted error; they differ in the error. The averaged (EMA)
+weights, `state.best`, are the ones to sample with. `masked_bound` measures a masked prior in nats without any bias.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rgdiff import checks
+from rgdiff.processes import GaussianProcess, MaskedProcess
+from rgdiff.tuners._loop import TrainState, start, update
+from rgdiff.typing import Array, Cond, Denoiser, Info, Key, Model, Params, Process, State, callable_pytree
+from rgdiff.typing import pytree, static
+
+EARLIEST = 1e-3  # losses are taken over t in [EARLIEST, latest]: weights such as 1/t diverge at 0
+
+
+def stratified_times(key: Key, batch: int, earliest: float = EARLIEST, latest: float = 1.0) -> Array:
+    """Draw times [B], one in each of B equal strata in random order: antithetic, each marginally uniform."""
+    key_offset, key_order = jax.random.split(key)
+    strata = (jax.random.permutation(key_order, batch) + jax.random.uniform(key_offset)) / batch
+    return earliest + (latest - earliest) * strata
+
+
+@pytree
+class Pretraining:
+    """Fits a denoiser to data. Build it with `pretraining`."""
+
+    model: Model
+    process: Process
+    ema_decay: Array
+    gamma: Array
+    drop: Array
+    null: Any
+    optimizer: Any = static()
+    target: str = static(default="eps")
+    weighting: str = static(default="uniform")
+
+    def init(self, params: Params) -> TrainState:
+        return start(params, self.optimizer, average=True)
+
+    def step(self, key: Key, state: TrainState, batch: Any) -> tuple[TrainState, Info]:
+        """Take one step on batch = {"x0": [B, ...]} and, optionally, "cond"."""
+        loss, gradients = jax.value_and_grad(self.loss)(state.params, key, batch["x0"], batch.get("cond"))
+        state, info = update(state, gradients, self.optimizer, self.ema_decay)
+        return state, {"loss": loss} | info
+
+    def loss(self, params: Params, key: Key, x0: State, cond: Cond = None) -> Array:
+        """The training loss: a weighted squared error per dimension, or the bound on -log p(x0) in nats per example."""
+        key_time, key_noise, key_drop = jax.random.split(key, 3)
+        batch = x0.shape[0]
+        if cond is not None and self.null is not None:
+            dropped = jax.random.bernoulli(key_drop, self.drop, (batch,))
+            hide = lambda c, n: jnp.where(dropped.reshape(-1, *([1] * (c.ndim - 1))), jnp.asarray(n, c.dtype), c)  # noqa: E731
+            cond = jax.tree.map(hide, cond, self.null)
+        denoiser = self.model(params)
+        if isinstance(self.process, MaskedProcess):
+            t = stratified_times(key_time, batch)
+            x = self.process.forward(x0, t).sample(key_noise)
+            return jnp.mean(self.process.schedule.hazard(t) * masked_cross_entropy(denoiser(x, t, cond), x, x0))
+        process: GaussianProcess = self.process  # type: ignore[assignment]
+        t = stratified_times(key_time, batch, latest=0.992 if self.target == "eps" else 1.0)
+        x = process.forward(x0, t).sample(key_noise)
+        error = jnp.mean((denoiser(x, t, cond) - x0).reshape(batch, -1) ** 2, -1)
+        return jnp.mean(self._weight(process, t) * error)
+
+    def _weight(self, process: GaussianProcess, t: Array) -> Array:
+        """Weight of the squared error of x0 that makes it the squared error of the target (min-SNR: min(SNR, gamma))."""
+        snr = jnp.exp(process.schedule.log_snr(t))
+        if self.weighting == "min_snr":
+            return jnp.minimum(snr, self.gamma)
+        if self.target == "x0":
+            return jnp.ones_like(t)
+        if self.target == "eps":
+            return snr
+        total = process.schedule.alpha(t) ** 2 + process.schedule.sigma(t) ** 2
+        return total**2 / process.schedule.sigma(t) ** 2
+
+
+def pretraining(
+    model: Model,
+    process: Process,
+    optimizer: Any,
+    *,
+    target: str = "eps",
+    weighting: str = "uniform",
+    gamma: float = 5.0,
+    ema_decay: float = 0.999,
+    drop: float = 0.1,
+    null: Any = None,
+) -> Pretraining:
+    """Train a prior: E weight(t) |target - prediction|^2, or the continuous-time bound of masked diffusion.
+
+    Args:
+      model: params -> denoiser (predicting x0, whatever its network predicts), or logits for a masked process.
+      process: Gaussian or masked.
+      target: `eps`, `x0` or `v`: whose squared error is minimised. The error of x0 is reweighted, which is the same
+        number; what the *network* predicts is the model's business (`denoisers.predicts`).
+      weighting: `uniform` over t, or `min_snr`: the x0 error weighted by min(SNR, gamma) (arXiv 2303.09556).
+      ema_decay: of the averaged weights.
+      drop, null: with conditions, replace them by `null` with probability `drop` (classifier-free guidance).
+
+    Note:
+      The masked loss is SUBS (arXiv 2406.07524, eq. 10): E_t rate'(t)/rate(t) * sum over masked positions of
+      -log p(x0 | x_t), in nats per example, with t from 1e-3.
+    """
+    if not isinstance(process, (GaussianProcess, MaskedProcess)):
+        raise ValueError(f"pretraining knows gaussian and masked processes, got {type(process).__name__}")
+    return Pretraining(
+        callable_pytree(model, "model (params -> denoiser)"),
+        process,
+        checks.positive("ema_decay", ema_decay, zero=True),
+        checks.positive("gamma", gamma),
+        checks.positive("drop", drop, zero=True),
+        null,
+        optimizer,
+        checks.one_of("target", target, ("eps", "x0", "v")),
+        checks.one_of("weighting", weighting, ("uniform", "min_snr")),
+    )
+
+
+def masked_cross_entropy(logits: Array, x: Array, x0: Array) -> Array:
+    """Sum over masked positions of -log p(x0 | x_t), nats [B]."""
+    per_position = -jnp.sum(jnp.where(x0 > 0, jax.nn.log_softmax(logits), 0.0) * x0, -1)
+    return jnp.sum((x[..., -1] * per_position).reshape(x.shape[0], -1), -1)
+
+
+def masked_bound(key: Key, process: MaskedProcess, denoiser: Denoiser, x0: Array, cond: Cond = None) -> Array:
+    """Estimate the variational bound on -log p(x0), nats per example [B], without discretisation error.
+
+    The continuous-time bound equals sum over m = 1..L of (1/m) E[sum over m random masked positions of -log p(x0 | x)]
+    whatever the schedule, so one random mask of every size gives an unbiased estimate in L network calls. For a
+    denoiser that ignores t and is any-order consistent, the bound is tight. t is given as the time at which m of L
+    positions are masked on average.
+    """
+    positions = 1
+    for size in process.shape:
+        positions *= size
+    grid = jnp.linspace(0.0, 1.0, 4097)
+    times = jnp.interp(jnp.arange(1, positions + 1) / positions, process.schedule.rate(grid), grid)
+    mask = jax.nn.one_hot(process.classes, process.classes + 1, dtype=jnp.float32)
+    extended = jnp.concatenate([x0, jnp.zeros_like(x0[..., :1])], -1)
+
+    def with_masks(m: Array) -> Array:
+        scores = jax.random.uniform(jax.random.fold_in(key, m), (x0.shape[0], positions))
+        masked = (jnp.argsort(jnp.argsort(scores, -1), -1) < m).reshape(x0.shape[:-1])
+        x = jnp.where(masked[..., None], mask, extended)
+        return masked_cross_entropy(denoiser(x, times[m - 1], cond), x, x0) / m
+
+    return jnp.sum(jax.lax.map(with_masks, jnp.arange(1, positions + 1)), 0)
+
+
+@pytree
+class ValueRegression:
+    """Fits a value to rewards of data. Build it with `value_regression`."""
+
+    model: Any
+    process: Process
+    ema_decay: Array
+    optimizer: Any = static()
+
+    def init(self, params: Params) -> TrainState:
+        return start(params, self.optimizer, average=True)
+
+    def step(self, key: Key, state: TrainState, batch: Any) -> tuple[TrainState, Info]:
+        """Take one step on batch = {"x0": [B, ...], "reward": [B]} and, optionally, "cond"."""
+        loss, gradients = jax.value_and_grad(self.loss)(state.params, key, batch)
+        state, info = update(state, gradients, self.optimizer, self.ema_decay)
+        return state, {"loss": loss} | info
+
+    def loss(self, params: Params, key: Key, batch: Any) -> Array:
+        """Mean squared error of v(x_t, t) against the reward, over feasible examples and stratified times."""
+        key_time, key_noise = jax.random.split(key)
+        t = stratified_times(key_time, batch["reward"].shape[0])
+        x = self.process.forward(batch["x0"], t).sample(key_noise)
+        feasible = ~jnp.isnan(batch["reward"])
+        error = self.model(params)(x, t, batch.get("cond")) - jnp.where(feasible, batch["reward"], 0.0)
+        return jnp.sum(jnp.where(feasible, error**2, 0.0)) / jnp.maximum(jnp.sum(feasible), 1)
+
+
+def value_regression(model: Any, process: Process, optimizer: Any, *, ema_decay: float = 0.999) -> ValueRegression:
+    """Learn v(x_t, t) = E[r(x0) | x_t] by regression on forward-noised samples of the prior (SVDD-MC, arXiv 2408.08252, §4).
+
+    Args:
+      model: params -> value (x, t, cond) -> [B], e.g. `lambda p: values.learned(from_linen(net, p))`.
+
+    Note:
+      This is the released objective: the mean of the reward, a lower bound of the soft value tau log E exp(r/tau).
+      Noising samples of the prior gives the same pairs (x_t, x0) in law as rolling the exact prior out.
+    """
+    return ValueRegression(
+        callable_pytree(model, "model (params -> value)"),
+        process,
+        checks.positive("ema_decay", ema_decay, zero=True),
+        optimizer,
+    )

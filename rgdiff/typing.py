@@ -1,0 +1,154 @@
+"""The vocabulary: what a state, a kernel, a process, a denoiser, a value, a reward, a sampler and a tuner are.
+
+Axis letters: B examples, T moves, M candidates or particles, K classes, D dimensions. Time is in [0, 1], 0 data and
+1 noise. Log-probabilities, KL and entropy are in nats and summed over one example. Everything that carries numbers is
+a frozen dataclass registered as a pytree (`pytree`), so that a whole method is one argument of one compiled program
+and changing a number in it never recompiles; what shapes the program is marked `static`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar, dataclass_transform, runtime_checkable
+
+import jax
+
+Array = jax.Array
+Key = jax.Array
+State = Any  # a pytree of leaves [B, ...]; a discrete leaf is one-hot [B, ..., K], or [B, ..., K + 1] with the mask last
+Params = Any
+Cond = Any
+Info = dict[str, Any]
+
+_T = TypeVar("_T")
+
+
+def static(**options: Any) -> Any:
+    """Declare a dataclass field that is part of the program's structure (counts, names, functions)."""
+    return dataclasses.field(metadata={"static": True}, **options)
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(static, dataclasses.field))
+def pytree(cls: type[_T]) -> type[_T]:
+    """Make `cls` a frozen dataclass and register it as a pytree; fields declared with `static()` are its structure."""
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, eq=False)(cls))
+
+
+@pytree
+class Function:
+    """A plain function as a pytree without leaves. Bind it once: another function object compiles another program."""
+
+    function: Callable[..., Any] = static()
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
+
+
+def callable_pytree(function: Any, what: str) -> Any:
+    """Return a callable as a pytree: itself if it is one, wrapped (the same wrapper each time) if it is a plain function."""
+    if not callable(function):
+        raise ValueError(f"{what} must be callable, got {type(function).__name__} {function!r}")
+    return _wrapped(function) if jax.tree.leaves(function) == [function] else function
+
+
+@functools.lru_cache(maxsize=1024)
+def _wrapped(function: Callable[..., Any]) -> Function:
+    return Function(function)
+
+
+@runtime_checkable
+class Kernel(Protocol):
+    """The law of the next state, a pytree; leading axis B, all quantities in nats per example."""
+
+    def sample(self, key: Key) -> State: ...
+
+    def rsample(self, key: Key) -> State: ...
+
+    def log_prob(self, x: State) -> Array: ...
+
+    def kl(self, other: Any) -> Array: ...
+
+    def entropy(self) -> Array: ...
+
+    def tilt(self, direction: State) -> Kernel: ...
+
+
+class Denoiser(Protocol):
+    """Maps (x_t, t, cond) to E[x0 | x_t] (continuous leaves) or to logits of p(x0 | x_t) (discrete leaves)."""
+
+    def __call__(self, x: State, t: Array, cond: Cond = None) -> State: ...
+
+
+class Value(Protocol):
+    """Maps (x_t, t, cond) to the expected reward to go, [B], in the reward's own unit."""
+
+    def __call__(self, x: State, t: Array, cond: Cond = None) -> Array: ...
+
+
+class Reward(Protocol):
+    """Maps (x0, cond) to rewards [B]; pure and batched; NaN marks an infeasible sample."""
+
+    def __call__(self, x0: State, cond: Cond = None) -> Array: ...
+
+
+class Model(Protocol):
+    """Maps parameters to a denoiser: what a tuner differentiates. A function, or a callable pytree."""
+
+    def __call__(self, params: Params) -> Denoiser: ...
+
+
+class Process(Protocol):
+    """A noising process: its prior at t = 1, its forward law, its reverse kernels, and the mean of x0.
+
+    `stochastic` is False where reverse steps are points, not laws (eta = 0). `projects` says whether a chain ends at
+    a small t > 0 and is projected to data by `mean` (Gaussian), or runs to t = 0 itself (masked).
+    """
+
+    @property
+    def stochastic(self) -> bool: ...
+
+    @property
+    def projects(self) -> bool: ...
+
+    def times(self, steps: int) -> Array: ...
+
+    def prior(self, batch: int) -> Kernel: ...
+
+    def forward(self, x0: State, t: Array) -> Kernel: ...
+
+    def reverse(self, x: State, t: Array, s: Array, prediction: State) -> Kernel: ...
+
+    def mean(self, x: State, t: Array, prediction: State) -> State: ...
+
+    def finalize(self, x: State, t: Array, prediction: State) -> State: ...
+
+
+class Guide(Protocol):
+    """Maps (kernel, move) to a kernel."""
+
+    def __call__(self, kernel: Kernel, move: Any) -> Kernel: ...
+
+
+class Sampler(Protocol):
+    """A sampling method: a pytree with three pure functions, driven by `rgdiff.samplers.sample`.
+
+    init(key, batch, t, cond) -> carry; step(key, carry, t, s, cond) -> (carry, info); final(carry, t, cond) -> x0.
+    `final` is the last projection to data: a function, never a draw. `carry` is what the next step needs; `info` is
+    what a person needs.
+    """
+
+    def init(self, key: Key, batch: int, t: Array, cond: Cond = None) -> Any: ...
+
+    def step(self, key: Key, carry: Any, t: Array, s: Array, cond: Cond = None) -> tuple[Any, Info]: ...
+
+    def final(self, carry: Any, t: Array, cond: Cond = None) -> State: ...
+
+
+class Tuner(Protocol):
+    """A training method: a pytree with two pure functions, driven by `rgdiff.tuners.fit`."""
+
+    def init(self, params: Params) -> Any: ...
+
+    def step(self, key: Key, state: Any, batch: Any) -> tuple[Any, Info]: ...

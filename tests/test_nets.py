@@ -1,0 +1,337 @@
+"""The reference networks and the convolution under them."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from rgdiff.nets import MLP, ConvNet1D, DiT, Transformer, UNet, ValueMLP, ema_update, time_features
+from rgdiff.nets.conv import conv
+from rgdiff.nets.transformer import rotary
+
+KEY = jax.random.key(0)
+
+
+def reference(x, w, stride, dilation, padding):
+    axes = "HW"[: x.ndim - 2]
+    n = x.ndim - 2
+    labels = (f"N{axes}C", f"{axes}IO", f"N{axes}C")
+    return lax.conv_general_dilated(
+        x, w, (stride,) * n, padding, rhs_dilation=(dilation,) * n, dimension_numbers=labels
+    )
+
+
+def close(a, b, tolerance=2e-6):
+    for u, v in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert u.shape == v.shape and u.dtype == v.dtype
+        assert np.max(np.abs(u - v)) <= tolerance * np.max(np.abs(v))
+
+
+CASES = [
+    # spatial, kernel, stride, dilation, padding
+    ((8, 8), (3, 3), 1, 1, "SAME"),
+    ((8, 8), (3, 3), 2, 1, ((1, 1), (1, 1))),
+    ((7, 9), (3, 3), 2, 1, "SAME"),
+    ((9, 8), (2, 4), 1, 1, "SAME"),
+    ((9, 8), (2, 4), 2, 1, ((1, 2), (0, 1))),
+    ((8, 8), (1, 1), 2, 1, ((0, 0), (0, 0))),
+    ((6, 6), (1, 1), 1, 1, ((1, 1), (2, 0))),
+    ((12, 11), (3, 3), 2, 4, ((4, 4), (4, 4))),
+    ((12, 11), (3, 3), 1, 4, "VALID"),
+    ((10, 10), (3, 3), 3, 2, ((-1, 5), (2, 2))),
+    ((50,), (9,), 1, 1, "SAME"),
+    ((50,), (9,), 1, 4, "SAME"),
+    ((50,), (9,), 2, 4, "SAME"),
+    ((50,), (9,), 1, 16, "SAME"),
+    ((50,), (1,), 1, 1, "SAME"),
+    ((51,), (4,), 2, 3, ((3, 1),)),
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_conv_values_and_gradients_are_those_of_lax(case):
+    spatial, window, stride, dilation, padding = case
+    kx, kw, kg = jax.random.split(KEY, 3)
+    x = jax.random.normal(kx, (3, *spatial, 5))
+    w = jax.random.normal(kw, (*window, 5, 4))
+    y, pull = jax.vjp(lambda x, w: conv(x, w, stride=stride, dilation=dilation, padding=padding), x, w)
+    y_ref, pull_ref = jax.vjp(lambda x, w: reference(x, w, stride, dilation, padding), x, w)
+    close(y, y_ref)
+    dy = jax.random.normal(kg, y.shape)
+    close(pull(dy), pull_ref(dy))
+
+
+def chain_loss(op, x, w):
+    """A scan of rematerialised convolutions, so that both gradients pass through the loop."""
+
+    @jax.checkpoint
+    def body(h, _):
+        return jnp.tanh(op(h, w)), None
+
+    return jnp.sum(lax.scan(body, x, None, length=3)[0] ** 2)
+
+
+def test_conv_in_scan_checkpoint_jit_and_vmap():
+    x = jax.random.normal(KEY, (2, 6, 6, 4))
+    w = 0.3 * jax.random.normal(KEY, (3, 3, 4, 4))
+    ours = jax.grad(lambda x, w: chain_loss(conv, x, w), (0, 1))
+    theirs = jax.grad(lambda x, w: chain_loss(lambda x, w: reference(x, w, 1, 1, "SAME"), x, w), (0, 1))
+    close(jax.jit(ours)(x, w), theirs(x, w), 1e-5)
+    xs, ws = jnp.stack([x, 2 * x, -x]), jnp.stack([w, w, 0.5 * w])
+    loop = jax.tree.map(lambda *a: jnp.stack(a), *[theirs(x, w) for x, w in zip(xs, ws, strict=True)])
+    close(jax.vmap(ours)(xs, ws), loop, 1e-5)
+    total = jax.grad(lambda w: jnp.sum(jax.vmap(lambda x: chain_loss(conv, x, w))(xs)))(w)
+    close(total, sum(theirs(x, w)[1] for x in xs), 1e-5)
+
+
+def test_conv_second_order():
+    x = jax.random.normal(KEY, (2, 7, 7, 3))
+    w = jax.random.normal(KEY, (3, 3, 3, 3))
+
+    def penalty(op, w):
+        return jnp.sum(jax.grad(lambda x: jnp.sum(jnp.sin(op(x, w))))(x) ** 2)
+
+    ours = jax.grad(lambda w: penalty(lambda x, w: conv(x, w, stride=2), w))(w)
+    close(ours, jax.grad(lambda w: penalty(lambda x, w: reference(x, w, 2, 1, "SAME"), w))(w), 1e-5)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the canonical layout matters on XLA:CPU")
+@pytest.mark.parametrize("shape, window", [((4, 8, 8, 16), (3, 3)), ((4, 32, 16), (9,))])
+def test_gradients_in_a_scan_compile_to_canonical_convolutions(shape, window):
+    x, w = jnp.ones(shape), jnp.ones((*window, 16, 16))
+    grad = jax.jit(jax.grad(lambda x, w: chain_loss(conv, x, w), (0, 1)))
+    labels = re.findall(r"dim_labels=([\w>-]+)", grad.lower(x, w).compile().as_text())
+    axes = "01"[: len(window)]
+    assert len(labels) >= 3  # forward, input gradient, kernel gradient
+    assert set(labels) == {f"b{axes}f_{axes}io->b{axes}f"}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: conv(jnp.ones((2, 8, 3)), jnp.ones((3, 4, 5))),
+        lambda: conv(jnp.ones((2, 8, 3)), jnp.ones((3, 3, 5)), stride=0),
+        lambda: conv(jnp.ones((2, 8, 3)), jnp.ones((3, 3, 5)), padding=((1, 1), (1, 1))),
+    ],
+)
+def test_conv_refuses(call):
+    with pytest.raises(ValueError, match="got"):
+        call()
+
+
+def onehot(batch, length, tokens):
+    return jax.nn.one_hot(jax.random.randint(KEY, (batch, length), 0, tokens + 1), tokens + 1)
+
+
+SMALL = {"channels": (8, 16), "attention": (1,)}
+NETS = {
+    "unet": (lambda **k: UNet(**SMALL, **k), jax.random.normal(KEY, (3, 8, 8, 1)), (3, 8, 8, 1)),
+    "unet_out": (lambda **k: UNet(**SMALL, out_channels=2, **k), jnp.ones((3, 4, 6, 1)), (3, 4, 6, 2)),
+    "mlp": (lambda **k: MLP((16, 8), **k), jax.random.normal(KEY, (3, 5)), (3, 5)),
+    "mlp_shape": (lambda **k: MLP((16,), out=(4, 2), **k), onehot(3, 4, 2), (3, 4, 2)),
+    "value": (lambda **k: ValueMLP((16,), **k), jax.random.normal(KEY, (3, 4, 2)), (3,)),
+    "conv1d": (
+        lambda **k: ConvNet1D(4, width=16, dilations=(1, 4), time_conditioning=True, **k),
+        onehot(3, 12, 4),
+        (3, 12, 4),
+    ),
+    "transformer": (
+        lambda **k: Transformer(4, width=16, depth=2, heads=2, **k),
+        onehot(3, 10, 4),
+        (3, 10, 4),
+    ),
+    "dit": (
+        lambda **k: DiT(width=16, depth=2, heads=2, **k),
+        jax.random.normal(KEY, (3, 8, 4, 2)),
+        (3, 8, 4, 2),
+    ),
+}
+T = jnp.array([0.1, 0.5, 0.9])
+
+
+def randomised(params):
+    """Random values everywhere, so that zero-initialised layers hide nothing."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return tree.unflatten(
+        [p + 0.2 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
+    )
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_net_contract(name):
+    build, x, shape = NETS[name]
+    net = build(classes=3)
+    init = jax.jit(net.init)(KEY, x, T)["params"]
+    assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(init))
+    apply = jax.jit(lambda p, x, t, c: net.apply({"params": p}, x, t, c))
+    labels = jnp.array([0, 1, 2])
+    zero = apply(init, x, T, labels)
+    assert zero.shape == shape and zero.dtype == jnp.float32
+    np.testing.assert_array_equal(zero, 0.0)
+
+    params = randomised(init)
+    y = apply(params, x, T, labels)
+    np.testing.assert_allclose(net.apply({"params": params}, x, T, labels), y, rtol=1e-4, atol=1e-4)
+    size = jnp.max(jnp.abs(y))
+    none = apply(params, x, T, None)
+    np.testing.assert_allclose(apply(params, x, T, jnp.full(3, 3)), none, rtol=1e-6)
+    np.testing.assert_allclose(apply(params, x, T, 3), none, rtol=1e-6)
+    np.testing.assert_allclose(apply(params, x, 0.5, labels)[1], y[1], rtol=1e-4, atol=1e-4)
+    for other in (none, apply(params, x, 1 - T, labels)):  # the middle time is the same in T and 1 - T
+        assert jnp.max(jnp.abs(other - y)[jnp.array([0, 2])]) > 1e-3 * size
+    loss = jax.grad(lambda p, x: jnp.sum(apply(p, x, T, labels) ** 2), (0, 1))
+    for g in jax.tree.leaves(loss(params, x)):
+        assert jnp.all(jnp.isfinite(g))
+    assert jnp.max(jnp.abs(loss(params, x)[1])) > 0
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_net_examples_do_not_mix(name):
+    build, x, _ = NETS[name]
+    net = build()
+    params = randomised(jax.jit(net.init)(KEY, x, T)["params"])
+    apply = jax.jit(lambda x, t: net.apply({"params": params}, x, t))
+    np.testing.assert_allclose(apply(x, T)[1:2], apply(x[1:2], T[1:2]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_net_low_precision_computation(name):
+    build, x, shape = NETS[name]
+    net = build(dtype=jnp.bfloat16)
+    params = randomised(jax.jit(net.init)(KEY, x, T)["params"])
+    y, exact = (jax.jit(n.apply)({"params": params}, x, T) for n in (net, build()))
+    assert y.shape == shape and y.dtype == jnp.float32
+    assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(params))
+    error = jnp.linalg.norm(y - exact) / jnp.linalg.norm(exact)
+    assert 1e-5 < error < 0.1  # computed in bfloat16, and no worse than that
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_net_without_classes_refuses_a_cond(name):
+    build, x, _ = NETS[name]
+    with pytest.raises(ValueError, match="no classes"):
+        jax.eval_shape(build().init, KEY, x, T, jnp.zeros(3, int))
+
+
+@pytest.mark.parametrize("side, blocks", [(8, 1), (16, 2), (28, 1)])
+def test_unet_sizes(side, blocks):
+    net = UNet(blocks=blocks)
+    x = jax.ShapeDtypeStruct((2, side, side, 1), jnp.float32)
+    assert jax.eval_shape(lambda k, x: net.init_with_output(k, x, 0.5)[0], KEY, x).shape == x.shape
+
+
+def test_unet_refuses():
+    with pytest.raises(ValueError, match="multiples of 4"):
+        jax.eval_shape(UNet().init, KEY, jnp.zeros((1, 10, 8, 1)), 0.5)
+    with pytest.raises(ValueError, match="multiples of 8"):
+        UNet((12,))
+    with pytest.raises(ValueError, match="levels 0..2"):
+        UNet(attention=(3,))
+    with pytest.raises(ValueError, match="per example"):
+        jax.eval_shape(UNet().init, KEY, jnp.zeros((2, 8, 8, 1)), jnp.zeros((2, 1)))
+    with pytest.raises(ValueError, match="integer label"):
+        jax.eval_shape(UNet(classes=3).init, KEY, jnp.zeros((2, 8, 8, 1)), 0.5, jnp.zeros((2,)))
+
+
+def test_unet_dropout_acts_in_training_only():
+    net = UNet((8,), dropout=0.5)
+    x = jnp.ones((2, 4, 4, 1))
+    params = randomised(net.init(KEY, x, 0.5)["params"])
+    plain = UNet((8,)).apply({"params": params}, x, 0.5)
+    np.testing.assert_array_equal(net.apply({"params": params}, x, 0.5), plain)
+    y = net.apply({"params": params}, x, 0.5, train=True, rngs={"dropout": KEY})
+    assert jnp.max(jnp.abs(y - plain)) > 1e-3
+
+
+def test_lists_from_a_config_give_the_same_hashable_module():
+    assert hash(UNet([8, 16])) == hash(UNet((8, 16))) and UNet([8, 16]) == UNet((8, 16))  # type: ignore
+    assert hash(MLP([8], out=[2])) == hash(MLP((8,), out=(2,)))  # type: ignore
+    with pytest.raises(ValueError, match="shape per example"):
+        MLP((8,), out=1)  # type: ignore
+
+
+def test_conv1d_has_the_published_size_and_ignores_time():
+    net = ConvNet1D(4)
+    x = onehot(2, 16, 4)
+    shapes = jax.eval_shape(net.init, KEY, x, 0.5)["params"]
+    # conv 5->128 k9; 20 x (conv 128 k9, Linear, LayerNorm); two time Linears; head 128, 128 -> 4: see the released code
+    parts = (
+        (5 * 9 + 1) * 128 + 20 * ((9 * 128 + 1) * 128 + 129 * 128 + 256) + 2 * 129 * 128 + 129 * 128 + 129 * 4
+    )
+    count = sum(np.prod(p.shape) for p in jax.tree.leaves(shapes))
+    assert count == parts and abs(count - 3.33e6) < 5e3
+    small = ConvNet1D(4, width=8, dilations=(1,))
+    params = randomised(small.init(KEY, x, 0.5)["params"])
+    np.testing.assert_array_equal(
+        small.apply({"params": params}, x, 0.1), small.apply({"params": params}, x, 0.9)
+    )
+
+
+def test_conv1d_sees_what_its_dilations_reach():
+    net = ConvNet1D(2, width=8, dilations=(4,), kernel=3)
+    x = jax.random.normal(KEY, (1, 21, 3))
+    params = randomised(net.init(KEY, x, 0.5)["params"])
+    dependence = jax.jacobian(lambda x: net.apply({"params": params}, x, 0.5)[0, 10].sum())(x)
+    seen = np.flatnonzero(np.abs(dependence).sum(axis=(0, 2)))
+    np.testing.assert_array_equal(seen, [5, 6, 7, 9, 10, 11, 13, 14, 15])
+
+
+@pytest.mark.parametrize("axes", [1, 2])
+def test_rotary_is_an_isometry_that_knows_differences_only(axes):
+    q, k = jax.random.normal(KEY, (2, 1, 6, 2, 8))
+    at = jax.random.normal(KEY, (6, axes)) * 3
+    shifted = at + jnp.arange(1.0, axes + 1)
+    np.testing.assert_allclose(
+        jnp.linalg.norm(rotary(q, at), axis=-1), jnp.linalg.norm(q, axis=-1), rtol=1e-5
+    )
+    scores = [jnp.einsum("bqhd,bkhd->bhqk", rotary(q, p), rotary(k, p)) for p in (at, shifted, 2 * at)]
+    np.testing.assert_allclose(scores[0], scores[1], atol=1e-4)
+    assert jnp.max(jnp.abs(scores[0] - scores[2])) > 0.1
+    np.testing.assert_allclose(rotary(q, jnp.zeros((6, axes))), q)
+
+
+def test_dit_patches_are_put_back_in_place():
+    net = DiT(patch=2, width=8, depth=1, heads=1)
+    x = jax.random.normal(KEY, (1, 4, 6, 1))
+    params = net.init(KEY, x, 0.5)["params"]  # gates are zero: each patch sees itself only
+    params["trunk"]["out"]["kernel"] = jax.random.normal(KEY, params["trunk"]["out"]["kernel"].shape)
+    dependence = jax.jacobian(lambda x: net.apply({"params": params}, x, 0.5)[0, 2, 5, 0])(x)
+    np.testing.assert_array_equal(
+        np.argwhere(np.abs(dependence[0, :, :, 0]) > 0), [[2, 4], [2, 5], [3, 4], [3, 5]]
+    )
+
+
+def test_transformer_knows_order():
+    net = Transformer(2, width=8, depth=1, heads=1)
+    x = onehot(1, 6, 2)
+    params = randomised(net.init(KEY, x, 0.5)["params"])
+    y, flipped = (net.apply({"params": params}, a, 0.5) for a in (x, x[:, ::-1]))
+    assert jnp.max(jnp.abs(y - flipped[:, ::-1])) > 1e-3
+    with pytest.raises(ValueError, match="multiple of"):
+        Transformer(2, width=10, heads=4)
+    with pytest.raises(ValueError, match="multiple of"):
+        DiT(width=8, heads=4)
+
+
+def test_time_features():
+    t = np.array([0.0, 0.37, 1.0])
+    w = 10000.0 ** (-np.arange(4) / 4)
+    want = np.concatenate([np.cos(1000 * t[:, None] * w), np.sin(1000 * t[:, None] * w)], axis=-1)
+    np.testing.assert_allclose(time_features(jnp.asarray(t), 8), want, atol=2e-4)
+    with pytest.raises(ValueError, match="even"):
+        time_features(jnp.zeros(3), 7)
+
+
+def test_ema():
+    average, params = {"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([3.0, -2.0])}
+    np.testing.assert_allclose(ema_update(average, params, 0.75)["w"], [1.5, 1.0])
+    np.testing.assert_allclose(
+        ema_update(average, params, 0.999, 0)["w"], [2.8, -1.6], rtol=1e-6
+    )  # d = 1 / 10
+    np.testing.assert_allclose(ema_update(average, params, 0.5, 10**6)["w"], [2.0, 0.0], rtol=1e-6)
