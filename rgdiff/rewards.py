@@ -7,7 +7,7 @@ knows a domain, and no temperature lives here: it belongs to the method.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +65,24 @@ def weighted_sum(rewards: list[Reward] | tuple[Reward, ...], weights: list[float
     if len(rewards) != len(weights) or not rewards:
         raise ValueError(f"weighted_sum expects as many weights as rewards, got {len(weights)} and {len(rewards)}")
     return WeightedSum(tuple(callable_pytree(r, "a reward") for r in rewards), jnp.asarray(weights, jnp.float32))
+
+
+class Task(NamedTuple):
+    """What a run optimises and how it is judged: the reward that guides, a held-out one that does not, and a class if it has one."""
+
+    reward: Reward
+    heldout: Reward
+    target: int | None = None
+
+
+def custom(fn: Callable[..., Any], heldout_fn: Callable[..., Any] | None = None, host: bool = False) -> Task:
+    """Make a task of a user's function (x0 [B, ...], cond) -> [B]: JAX, or NumPy with host=True (no gradient).
+
+    Without a `heldout_fn` the samples are judged by the reward that guided them, and over-optimisation stays unseen.
+    """
+    reward = from_host(fn) if host else callable_pytree(fn, "a reward")
+    judge = heldout_fn or fn
+    return Task(reward, from_host(judge) if host else callable_pytree(judge, "a reward"))
 
 
 def check(reward: Reward, x0: State, cond: Cond = None) -> None:

@@ -72,7 +72,7 @@ def test_merge_is_the_explicit_product():
     a, b = (np.asarray(made["conv/kernel"][k], np.float64) for k in "ab")
     want = np.asarray(PARAMS["conv"]["kernel"]) + 0.5 * (a @ b).reshape(3, 3, 2, 4)
     np.testing.assert_allclose(merged["conv"]["kernel"], want, rtol=1e-5, atol=1e-6)
-    # the reshape is that of the layer: an adapted convolution is the convolution plus b of the convolution by a
+    # the reshape is that of the layer: an adapted convolution is itself plus b of the convolution by a
     x = jax.random.normal(KEY, (1, 6, 6, 2))
     layer = lambda w: jax.lax.conv_general_dilated(  # noqa: E731
         x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")

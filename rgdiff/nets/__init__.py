@@ -1,7 +1,8 @@
-"""Reference networks, adapters and parameter averages, loaded on first use so that Flax is not imported before.
+"""Reference networks, adapters and parameter averages, loaded on first use so that Flax comes late.
 
-It re-exports the public names of the modules below. It assumes Flax for the networks only: adapters and averages work
-on any pytree. The convolution function itself is `rgdiff.nets.conv.conv`, not re-exported because its module has its name.
+It re-exports the public names of the modules below. It assumes Flax for the networks only: adapters and
+averages work on any pytree. The convolution function itself is `rgdiff.nets.conv.conv`, not re-exported
+because its module has its name.
 """
 
 from __future__ import annotations

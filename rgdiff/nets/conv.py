@@ -1,9 +1,9 @@
 """Convolutions whose gradients stay fast inside `lax.scan` on a CPU.
 
-It holds one convolution of channel-last arrays in any number of spatial dimensions, with a hand-written reverse rule,
-and the Flax layer that uses it. It assumes [B, *spatial, I] inputs, [*window, I, O] kernels and reverse-mode
-differentiation (any order; forward-mode, `jax.jvp` and `jax.linearize` included, stops at a `custom_vjp`). Grouped and
-transposed convolutions are left to `jax.lax`.
+It holds one convolution of channel-last arrays in any number of spatial dimensions, with a hand-written
+reverse rule, and the Flax layer that uses it. It assumes [B, *spatial, I] inputs, [*window, I, O] kernels and
+reverse-mode differentiation (any order; forward-mode, `jax.jvp` and `jax.linearize` included, stops at a
+`custom_vjp`). Grouped and transposed convolutions are left to `jax.lax`.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ def conv(
 ) -> Array:
     """Convolve channel-last arrays: y[b, p] = sum_k x[b, p * stride + k * dilation - low] kernel[k].
 
-    The values are those of `lax.conv_general_dilated`. XLA:CPU rewrites only convolutions of the canonical layout
-    b01f_01io->b01f to its fast routine when they stand in a loop, and JAX's own gradients of a convolution are not of
-    that layout; here both gradients are written as canonical convolutions with explicit transposes. On other
-    platforms the gradients are JAX's own: the branch is taken when the program is lowered for a device
-    (`lax.platform_dependent`), not by the process's default backend, so a CPU program in a GPU process is right too.
+    The values are those of `lax.conv_general_dilated`. XLA:CPU rewrites only convolutions of the canonical
+    layout b01f_01io->b01f to its fast routine when they stand in a loop, and JAX's own gradients of a
+    convolution are not of that layout; here both gradients are written as canonical convolutions with
+    explicit transposes. On other platforms the gradients are JAX's own: the branch is taken when the program
+    is lowered for a device (`lax.platform_dependent`), not by the process's default backend, so a CPU program
+    in a GPU process is right too.
 
     Args:
         x: [B, *spatial, I].
@@ -49,8 +50,8 @@ def conv(
         ValueError: when ranks, channels or padding do not fit together.
 
     Note:
-        Under `vmap` the parameter gradient is taken per mapped element (a grouped convolution, slow on a CPU): put
-        examples on the batch axis, not under `vmap`, when parameters are trained.
+        Under `vmap` the parameter gradient is taken per mapped element (a grouped convolution, slow on a
+        CPU): put examples on the batch axis, not under `vmap`, when parameters are trained.
     """
     spatial = x.ndim - 2
     if spatial < 1 or kernel.ndim != x.ndim or kernel.shape[-2] != x.shape[-1]:
@@ -106,12 +107,12 @@ def _backward(strides: Ints, dilations: Ints, pads: Pads, saved: tuple[Array, Ar
 _conv.defvjp(_forward, _backward)
 
 
-# Both gradients are members of the family itself (strides and dilations trade places in the second), so that gradients
-# of gradients take the same path.
+# Both gradients are members of the family itself (strides and dilations trade places in the second), so that
+# gradients of gradients take the same path.
 
 
 def _input_gradient(x: Array, kernel: Array, dy: Array, strides: Ints, dilations: Ints, pads: Pads) -> Array:
-    """dx[n] = sum_k dy_spread[n + low - k * dilation] kernel[k]^T, with stride - 1 zeros between the entries of dy."""
+    """dx[n] = sum_k spread[n + low - k * dilation] kernel[k]^T; spread is dy, stride - 1 zeros between."""
     spatial = range(x.ndim - 2)
     taps = jnp.swapaxes(jnp.flip(kernel, tuple(spatial)), -1, -2)
     if max(strides) > 1:
@@ -122,7 +123,7 @@ def _input_gradient(x: Array, kernel: Array, dy: Array, strides: Ints, dilations
 
 
 def _kernel_gradient(x: Array, kernel: Array, dy: Array, strides: Ints, dilations: Ints, pads: Pads) -> Array:
-    """dkernel[k] = sum_{b, p} x[b, p * stride + k * dilation - low]^T dy[b, p]: I is the batch and B the channel."""
+    """dkernel[k] = sum_{b, p} x[b, p * stride + k * dilation - low]^T dy[b, p]; I is the batch."""
     spatial = range(x.ndim - 2)
     inner = tuple(i + 1 for i in spatial)
     x, dy = jnp.swapaxes(x, 0, -1), jnp.transpose(dy, (*inner, 0, x.ndim - 1))

@@ -1,7 +1,7 @@
 """The dilated convolutional network for DNA sequences of Stark et al., in the form DRAKES and SVDD use.
 
-It holds that network. It assumes one-hot sequences with the mask last, [B, L, K + 1], of any length L. The masked
-process and the carrying-over of known tokens are left to the kernel.
+It holds that network. It assumes one-hot sequences with the mask last, [B, L, K + 1], of any length L. The
+masked process and the carrying-over of known tokens are left to the kernel.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class ConvNet1D(nn.Module):
         width: channels.
         dilations: one residual layer each.
         kernel: taps of each convolution, odd.
-        time_conditioning: when False the network sees t = 0 at all times; the law of x0 given the unmasked tokens
-            does not depend on t. The layers stay, so that both cases have the same parameters.
+        time_conditioning: when False the network sees t = 0 at all times; the law of x0 given the unmasked
+            tokens does not depend on t. The layers stay, so that both cases have the same parameters.
         classes: number N of classes, or None. Label N, or cond=None, means "no class".
         dtype: of the computation; input, output and parameters are float32.
 

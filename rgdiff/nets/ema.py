@@ -1,7 +1,7 @@
 """Exponential moving averages of parameters.
 
-It holds the one update. It assumes two pytrees of the same structure. Where the average is kept, and whether samples
-are drawn from it, is left to the tuner.
+It holds the one update. It assumes two pytrees of the same structure. Where the average is kept, and whether
+samples are drawn from it, is left to the tuner.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def ema_update(
         average: the running average; start it as `params`.
         params: the new parameters.
         decay: d, in [0, 1].
-        count: number n >= 0 of updates already made; when given, d = min(decay, (1 + n) / (10 + n)), so that the
-            first parameters are soon forgotten.
+        count: number n >= 0 of updates already made; when given, d = min(decay, (1 + n) / (10 + n)), so that
+            the first parameters are soon forgotten.
     """
     d = decay if count is None else jnp.minimum(decay, (1.0 + count) / (10.0 + count))
     return jax.tree.map(lambda a, p: (d * a + (1 - d) * p).astype(a.dtype), average, params)

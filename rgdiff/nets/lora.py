@@ -1,8 +1,8 @@
 """Low-rank adapters on parameter trees, whatever network the tree belongs to.
 
-It holds the making, merging and adding of adapters, and the model that maps an adapter to a denoiser. It assumes
-kernels whose last axis is the output and whose other axes are the input, as in Flax. Which leaves to adapt is the
-caller's choice, by path; optimising an adapter is left to the tuners.
+It holds the making, merging and adding of adapters, and the model that maps an adapter to a denoiser. It
+assumes kernels whose last axis is the output and whose other axes are the input, as in Flax. Which leaves to
+adapt is the caller's choice, by path; optimising an adapter is left to the tuners.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def lora_init(key: Key, params: Params, rank: int, *, target: Target = "kernel")
         key: PRNG key.
         params: the network's parameters, any pytree; leaves are named by their "/"-joined path.
         rank: inner dimension, at least 1.
-        target: a regular expression searched in the path, or a predicate of the path; of the leaves it picks, those
-            with two axes or more are adapted, a kernel of several axes as the matrix [fan_in, out].
+        target: a regular expression searched in the path, or a predicate of the path; of the leaves it picks,
+            those with two axes or more are adapted, a kernel of several axes as the matrix [fan_in, out].
 
     Returns:
         {path: {"a": [fan_in, rank], "b": [rank, out]}}, float32.
@@ -89,7 +89,7 @@ def lora_merge(params: Params, adapter: Adapter, scale: Array | float = 1.0) -> 
 
 
 def lora_sum(terms: Sequence[tuple[Adapter, Array | float]]) -> Adapter:
-    """Add weighted adapters exactly: the result's change is sum_i scale_i (a_i b_i), its rank the sum of the ranks.
+    """Add weighted adapters exactly: the change is sum_i scale_i (a_i b_i), the rank the sum of the ranks.
 
     Args:
         terms: (adapter, scale) pairs; adapters may cover different parameters.
@@ -108,7 +108,7 @@ def lora_sum(terms: Sequence[tuple[Adapter, Array | float]]) -> Adapter:
 
 @pytree
 class LoRAModel:
-    """Map an adapter to a denoiser: model(base + scale * adapter). What a tuner differentiates is the adapter alone.
+    """Map an adapter to a denoiser: model(base + scale * adapter); a tuner differentiates the adapter alone.
 
     Args:
         base: the frozen parameters.

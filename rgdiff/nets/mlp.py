@@ -1,7 +1,7 @@
 """A multilayer perceptron on states of any shape, for denoisers and for values.
 
-It holds the perceptron and the value network made of it. It assumes examples small enough to flatten. Structure in
-space or along a sequence is left to the other networks.
+It holds the perceptron and the value network made of it. It assumes examples small enough to flatten.
+Structure in space or along a sequence is left to the other networks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rgdiff.typing import Array, Cond
 
 
 class MLP(nn.Module):
-    """Map (x, t, cond) to an array per example: h <- SiLU(Dense(h) + Dense(emb)), then a Dense that is zero at first.
+    """Map (x, t, cond) to an array per example: h <- SiLU(Dense(h) + Dense(emb)), then Dense, zero at first.
 
     Args:
         features: sizes of the hidden layers.

@@ -1,7 +1,7 @@
 """Small transformers with adaptive layer norms, for token sequences and for images cut into patches.
 
-It holds rotary positions, the adaLN-zero block and the two networks made of it. It assumes inputs small enough for
-full attention. Text encoders and cross-attention are left out.
+It holds rotary positions, the adaLN-zero block and the two networks made of it. It assumes inputs small
+enough for full attention. Text encoders and cross-attention are left out.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _norm(x: Array, scale: Array, shift: Array, dtype: Any) -> Array:
 
 
 class Block(nn.Module):
-    """Add gated self-attention, then a gated perceptron of 4 times the width; both gates are zero at first."""
+    """Add gated self-attention, then a gated perceptron of 4 times the width; both gates zero at first."""
 
     width: int
     heads: int

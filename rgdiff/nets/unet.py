@@ -1,8 +1,8 @@
 """A small U-Net for images, simple enough to rewrite in another framework line by line.
 
-It holds the residual and attention blocks and the U-Net made of them. It assumes images [B, H, W, C] whose sides
-divide by 2^(levels - 1), and channel counts that divide by 8, the number of normalisation groups. What the output
-means (x0, noise, velocity) is left to the denoiser that wraps it.
+It holds the residual and attention blocks and the U-Net made of them. It assumes images [B, H, W, C] whose
+sides divide by 2^(levels - 1), and channel counts that divide by 8, the number of normalisation groups. What
+the output means (x0, noise, velocity) is left to the denoiser that wraps it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ GROUPS = 8
 
 
 class GroupNorm(nn.Module):
-    """Normalise over space and the channels of each of 8 groups, then scale and shift; epsilon 1e-5, in float32."""
+    """Normalise over space and the channels of each of 8 groups, scale and shift; epsilon 1e-5, float32."""
 
     dtype: Any = jnp.float32
 
@@ -33,7 +33,8 @@ class GroupNorm(nn.Module):
 class ResBlock(nn.Module):
     """Add to x: GroupNorm, SiLU, Conv3x3, GroupNorm * (1 + scale) + shift, SiLU, dropout, Conv3x3.
 
-    (scale, shift) = Dense(SiLU(emb)), in that order; x passes a Dense (a 1x1 convolution) when its channels change.
+    (scale, shift) = Dense(SiLU(emb)), in that order; x passes a Dense (a 1x1 convolution) when its channels
+    change.
     """
 
     features: int
@@ -77,15 +78,16 @@ class AttentionBlock(nn.Module):
 class UNet(nn.Module):
     """Map an image, a time and a class to an image, through halved and doubled resolutions with skips.
 
-    The order of operations, for `channels = (c_0, ..., c_n)` (every 3x3 convolution pads (1, 1); arrays are NHWC):
+    The order of operations, for `channels = (c_0, ..., c_n)` (every 3x3 convolution pads (1, 1); arrays are
+    NHWC):
 
         emb  = Dense(SiLU(Dense([cos, sin](1000 t)))) + class row                       4 c_0 features
         h    = Conv3x3(x), c_0; push h
         down = per level i: `blocks` times (ResBlock to c_i, attention if i is listed; push h);
                then, except at the last level, Conv3x3 of stride 2; push h
         mid  = ResBlock, attention if the last level is listed, ResBlock
-        up   = per level i from the last: `blocks` + 1 times (ResBlock of [h, pop] to c_i, attention if i is listed);
-               then, except at level 0, nearest upsampling by 2 and Conv3x3
+        up   = per level i from the last: `blocks` + 1 times (ResBlock of [h, pop] to c_i, attention if i is
+               listed); then, except at level 0, nearest upsampling by 2 and Conv3x3
         out  = GroupNorm, SiLU, Conv3x3 (zero at first)
 
     Args:

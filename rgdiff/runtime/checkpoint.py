@@ -1,19 +1,21 @@
 """Checkpoints of any pytree: asynchronous, atomic, bit-exact, read back into the structure of `like`.
 
-Assumes one writer for a folder; readers may come at any time. A tree is stored by Orbax as a flat dict from leaf
-paths to arrays, beside a manifest of shapes, dtypes and CRC-32 sums that is checked before a state is handed out.
-What goes into the state, and when it is saved, is left to the recipe.
+Assumes one writer for a folder; readers may come at any time. A tree is stored by Orbax as a flat dict from
+leaf paths to arrays, beside a manifest of shapes, dtypes and CRC-32 sums that is checked before a state is
+handed out. What goes into the state, and when it is saved, is left to the recipe.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
 import logging
 import os
 import re
 import shutil
+import sys
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
@@ -28,8 +30,9 @@ log = logging.getLogger("rgdiff")
 
 _NAME = re.compile(r"^(\d+)(?:\.(\d+))?$")  # step, or step.n for the n-th rewriting of the same step
 _SAFETENSORS = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
-    "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
 }  # fmt: skip
 
 
@@ -44,9 +47,9 @@ class _Unreadable(CheckpointError):
 class Checkpoints:
     """Keep the newest `keep` checkpoints of a run in `folder`, one directory per step.
 
-    A checkpoint is written under a temporary name and renamed when complete, and older ones are removed only after
-    that: a kill at any moment leaves the earlier or the later one. Saving at a step forgets checkpoints of later
-    steps, which belong to a future that was abandoned when an older one was restored.
+    A checkpoint is written under a temporary name and renamed when complete, and older ones are removed only
+    after that: a kill at any moment leaves the earlier or the later one. Saving at a step forgets checkpoints
+    of later steps, which belong to a future that was abandoned when an older one was restored.
 
     Args:
       folder: where the checkpoints lie; made by the first `save`.
@@ -67,7 +70,7 @@ class Checkpoints:
     def save(self, step: int, state: Any, meta: dict[str, Any] | None = None) -> None:
         """Start writing `state` (leaves: arrays, typed keys, numbers) at `step` and return.
 
-        The state is copied before this returns, so its buffers may be donated at once. `meta` is any JSON dict.
+        The state is copied before this returns, so its buffers may be donated. `meta` is any JSON dict.
         """
         self.wait()
         if not self._swept:
@@ -83,7 +86,7 @@ class Checkpoints:
         return entries[-1][0] if entries else None
 
     def restore(self, like: Any, step: int | None = None) -> tuple[Any, int, dict[str, Any] | None]:
-        """Read a checkpoint into the structure, placement and leaf types of `like`; return (state, step, meta).
+        """Read a checkpoint into the structure and placement of `like`; return (state, step, meta).
 
         Without `step`, the newest; if that is damaged, the newest readable one, with a warning.
 
@@ -92,10 +95,14 @@ class Checkpoints:
         """
         self.wait()
         if not self.folder.is_dir():
-            raise CheckpointError(f"no checkpoint folder at {self.folder}; check the path, or start without resume")
+            raise CheckpointError(
+                f"no checkpoint folder at {self.folder}; check the path, or start without resume"
+            )
         entries = [entry for entry in reversed(self._entries()) if step in (None, entry[0])]
         if not entries:
-            raise CheckpointError(f"no checkpoint{'' if step is None else f' of step {step}'} yet in {self.folder}")
+            raise CheckpointError(
+                f"no checkpoint{'' if step is None else f' of step {step}'} yet in {self.folder}"
+            )
         damage = []
         for entry in entries:
             try:
@@ -116,7 +123,9 @@ class Checkpoints:
         try:
             response.result()
         except Exception as error:
-            raise CheckpointError(f"checkpoint at step {step} was not written to {self.folder}: {_line(error)}") from error
+            raise CheckpointError(
+                f"checkpoint at step {step} was not written to {self.folder}: {_line(error)}"
+            ) from error
         if jax.process_index() == 0:
             current = [entry for entry in self._entries() if entry[0] <= step]
             newest_of_step = dict(current)
@@ -142,7 +151,7 @@ class Checkpoints:
 
 
 def save_params(path: str | os.PathLike[str], params: Any, meta: dict[str, Any] | None = None) -> None:
-    """Write one pytree at `path`, replacing what is there; several processes may write the same path at once."""
+    """Write one pytree at `path`, replacing what is there; several processes may write it at once."""
     path = Path(path).absolute()
     new = path.with_name(f".new-{uuid.uuid4().hex[:8]}-{path.name}")
     try:
@@ -161,11 +170,12 @@ def save_params(path: str | os.PathLike[str], params: Any, meta: dict[str, Any] 
 def load_params(path: str | os.PathLike[str], like: Any = None) -> Any:
     """Read a pytree written by `save_params`, or a `.safetensors` file, into the structure of `like`.
 
-    Without `like`: nested dicts of numpy arrays, keyed by the parts of the leaf paths. Names in a `.safetensors` file
-    are leaf paths with '/' or '.' between the parts; its floating dtypes are converted to those of `like`.
+    Without `like`: nested dicts of numpy arrays, keyed by the parts of the leaf paths. Names in a
+    `.safetensors` file are leaf paths with '/' or '.' between the parts; its floating dtypes are converted to
+    those of `like`.
 
     Raises:
-      CheckpointError: if nothing is there, it is damaged, or any name, shape or (Orbax) dtype differs from `like`.
+      CheckpointError: if nothing is there, it is damaged, or a name, shape or dtype differs from `like`.
     """
     path = Path(path).absolute()
     if path.suffix == ".safetensors":
@@ -194,7 +204,9 @@ def _start_save(path: Path, state: Any, head: dict[str, Any]) -> Any:
     text = json.dumps({**head, "leaves": leaves})
     path.parent.mkdir(parents=True, exist_ok=True)
     context = ocp.Context()
-    context.async_options.create_directories_asynchronously = False  # else a failed save blocks exit for 5 minutes
+    context.async_options.create_directories_asynchronously = (
+        False  # else a failed save blocks exit for 5 minutes
+    )
     with context:
         # the extra leaf keeps Orbax content with a state that has no arrays
         return ocp.save_async(
@@ -227,13 +239,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     ocp = _orbax()
     if not path.exists():
         raise CheckpointError(f"no checkpoint at {path}")
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a checkpoint: it is a file")
     with _quiet():
-        try:
-            is_checkpoint = path.is_dir() and ocp.is_orbax_checkpoint(path)
-        except Exception:
-            is_checkpoint = False
-        if not is_checkpoint:
-            raise _Unreadable(f"{path} is not a checkpoint, or not a complete one")
         try:
             found = ocp.checkpointables_metadata(path).custom_metadata
             text = found["rgdiff"]
@@ -241,7 +249,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
                 raise ValueError("its manifest fails the check sum")
             return json.loads(text)
         except (KeyError, TypeError):
-            raise _Unreadable(f"checkpoint {path} was not written by rgdiff, or its manifest is damaged") from None
+            raise _Unreadable(f"{path} is not a checkpoint of rgdiff, or its manifest is damaged") from None
         except Exception as error:
             raise _Unreadable(f"checkpoint {path} is damaged: {_line(error)}") from None
 
@@ -256,9 +264,13 @@ def _load(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
         for name, leaf in wanted:
             spec, found = _spec(leaf), stored.get(name, ["nothing"])[0]
             if spec != found:
-                raise CheckpointError(f"checkpoint {path} does not fit: at {name!r} expected {spec}, found {found}")
+                raise CheckpointError(
+                    f"checkpoint {path} does not fit: at {name!r} expected {spec}, found {found}"
+                )
         for name in stored.keys() - dict(wanted).keys():
-            raise CheckpointError(f"checkpoint {path} does not fit: at {name!r} expected nothing, found {stored[name][0]}")
+            raise CheckpointError(
+                f"checkpoint {path} does not fit: at {name!r} expected nothing, found {stored[name][0]}"
+            )
     ocp = _orbax()
     targets = {}
     for name, leaf in wanted:
@@ -282,7 +294,9 @@ def _load(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
         if crc is not None and whole and zlib.crc32(_bytes(data)) != crc:
             raise _Unreadable(f"checkpoint {path} is damaged: {name!r} fails its check sum")
         values.append(_as(data, leaf, spec))
-    return (_nest(dict(zip(stored, values, strict=True))) if like is None else _unflatten(like, values)), manifest
+    return (
+        _nest(dict(zip(stored, values, strict=True))) if like is None else _unflatten(like, values)
+    ), manifest
 
 
 def _load_safetensors(path: Path, like: Any) -> Any:
@@ -317,7 +331,9 @@ def _load_safetensors(path: Path, like: Any) -> Any:
         values.append(_as(array.astype(dtype), leaf, spec))
     if arrays:
         name = next(iter(arrays))
-        raise CheckpointError(f"{path} does not fit: at {name!r} expected nothing, found {_spec(arrays[name])}")
+        raise CheckpointError(
+            f"{path} does not fit: at {name!r} expected nothing, found {_spec(arrays[name])}"
+        )
     return _unflatten(like, values)
 
 
@@ -360,9 +376,17 @@ def _is_key(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
+@functools.cache
+def _key_impl(dtype: Any) -> str:
+    for impl in ("threefry2x32", "rbg", "unsafe_rbg"):
+        if jax.eval_shape(lambda impl=impl: jax.random.key(0, impl=impl)).dtype == dtype:
+            return impl
+    raise CheckpointError(f"keys of dtype {dtype} cannot be saved; use jax.random.key with a built-in impl")
+
+
 def _spec(leaf: Any) -> str:
     leaf = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
-    kind = f"key<{jax.random.key_impl(leaf)}>" if _is_key(leaf) else str(leaf.dtype)
+    kind = f"key<{_key_impl(leaf.dtype)}>" if _is_key(leaf) else str(leaf.dtype)
     return f"{kind}[{','.join(map(str, leaf.shape))}]"
 
 
@@ -385,7 +409,11 @@ def _placement(leaf: Any) -> Any:
 
 def _as(data: Any, leaf: Any, spec: str) -> Any:
     if leaf is None:
-        return jax.random.wrap_key_data(data, impl=spec[4 : spec.index(">")]) if spec.startswith("key<") else data
+        return (
+            jax.random.wrap_key_data(data, impl=spec[4 : spec.index(">")])
+            if spec.startswith("key<")
+            else data
+        )
     if isinstance(leaf, bool | int | float):
         return data.item()
     if isinstance(leaf, np.ndarray | np.generic):
@@ -396,8 +424,8 @@ def _as(data: Any, leaf: Any, spec: str) -> Any:
     return jnp.asarray(data) if sharding is None else jax.device_put(data, sharding)
 
 
-def _bytes(data: Any) -> bytes | memoryview:
-    return memoryview(np.ascontiguousarray(data).reshape(-1).view(np.uint8))
+def _bytes(data: Any) -> Any:
+    return np.ascontiguousarray(data).reshape(-1).view(np.uint8)
 
 
 def _name(entry: tuple[int, int]) -> str:
@@ -419,12 +447,13 @@ def _orbax() -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back what Orbax and asyncio print about files they fail to read: the caller says it in one line."""
+    """Hold back what Orbax and asyncio print of files they fail to read: the caller says it in a line."""
     import absl.logging
 
     loggers = [absl.logging.get_absl_logger(), logging.getLogger("asyncio")]
-    levels = [logger.level for logger in loggers]
+    levels, hook = [logger.level for logger in loggers], sys.unraisablehook
     try:
+        sys.unraisablehook = lambda info: None if "loop is closed" in str(info.exc_value) else hook(info)
         for logger in loggers:
             logger.setLevel(logging.CRITICAL + 1)
         yield
@@ -434,3 +463,4 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+        sys.unraisablehook = hook

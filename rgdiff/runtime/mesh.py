@@ -1,7 +1,7 @@
 """A one-dimensional device mesh: examples over devices, parameters everywhere.
 
-Assumes that the leading axis of a batch is the axis to spread, and that compiled programs follow their arguments'
-shardings. Larger layouts (parameters over devices, several hosts) are left to the caller.
+Assumes that the leading axis of a batch is the axis to spread, and that compiled programs follow their
+arguments' shardings. Larger layouts (parameters over devices, several hosts) are left to the caller.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
-def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     """Make the mesh ("data",) over `devices`, by default all of them; its axis is of type Auto."""
     devices = jax.devices() if devices is None else list(devices)
     if not devices:
@@ -33,8 +33,8 @@ def shard_batch(tree: Any, mesh: Mesh) -> Any:
         if not shape or shape[0] % count:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise ValueError(
-                f"shard_batch: leaf {name!r} has shape {shape}, expected a leading axis that is a multiple of the "
-                f"{count} devices; change the batch size"
+                f"shard_batch: leaf {name!r} has shape {shape}, expected a leading axis that is a multiple "
+                f"of the {count} devices; change the batch size"
             )
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec("data")))
 

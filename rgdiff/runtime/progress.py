@@ -1,7 +1,7 @@
 """A progress display between chunks of compiled work: rate, time left, and one line of text.
 
-Assumes that it is called from Python between chunks, never from inside a compiled program. On a terminal it is a rich
-bar; elsewhere a line every ten seconds. What the text says is left to the caller.
+Assumes that it is called from Python between chunks, never from inside a compiled program. On a terminal it
+is a rich bar; elsewhere a line every ten seconds. What the text says is left to the caller.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ EVERY = 10.0  # seconds between lines where there is no terminal
 
 
 @contextlib.contextmanager
-def progress(title: str, total: int, *, done: int = 0, file: TextIO | None = None) -> Iterator[Callable[..., None]]:
+def progress(
+    title: str, total: int, *, done: int = 0, file: TextIO | None = None
+) -> Iterator[Callable[..., None]]:
     """Yield `advance(n, text="")`, which counts n more of `total` units and shows rate and time left.
 
     A stream that is closed or whose reader has gone is never an error.
@@ -47,7 +49,12 @@ def _bar(title: str, total: int, done: int, stream: TextIO) -> Iterator[Callable
         TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), Rate(""),
         TimeRemainingColumn(compact=True), TextColumn("{task.fields[note]}", markup=False),
     )  # fmt: skip
-    bar = Progress(*columns, console=Console(file=stream), speed_estimate_period=60.0)
+
+    class Quiet(Console):
+        def on_broken_pipe(self) -> None:  # rich would end the program
+            self.quiet = True
+
+    bar = Progress(*columns, console=Quiet(file=stream), speed_estimate_period=60.0)
     task = bar.add_task(title, total=total, completed=done, note="")
 
     def advance(n: int, text: str = "") -> None:
@@ -76,9 +83,17 @@ def _lines(title: str, total: int, done: int, stream: TextIO) -> Iterator[Callab
             return
         last = now
         rate = (count - first) / max(now - start, 1e-9)
-        left = f", {_clock((total - count) / rate)} left" if 0 < rate and count < total else f", {_clock(now - start)}"
+        left = (
+            f", {_clock((total - count) / rate)} left"
+            if 0 < rate and count < total
+            else f", {_clock(now - start)}"
+        )
         with contextlib.suppress(OSError, ValueError):
-            print(f"{title} {count}/{total}, {rate:.3g}/s{left}{'  ' + text if text else ''}", file=stream, flush=True)
+            print(
+                f"{title} {count}/{total}, {rate:.3g}/s{left}{'  ' + text if text else ''}",
+                file=stream,
+                flush=True,
+            )
 
     yield advance
 

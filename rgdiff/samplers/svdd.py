@@ -87,9 +87,16 @@ class Svdd:
             "values": values,
             "candidates": candidates,
             "log_weights": log_weights,
+            "kl": self._selection_kl(log_weights, pick(log_weights)),
             "infeasible": jnp.sum(jnp.isnan(values), axis=0),
         }
         return Carry(jax.tree.map(pick, candidates), jax.tree.map(pick, predictions)), info
+
+    def _selection_kl(self, log_weights: Array, won: Array) -> Array:
+        """Estimate of KL(selected || kernel), nats [B]: log w_won / mean w; for argmax, its exact value without ties."""
+        if self.selection == "soft":
+            return won - jax.nn.logsumexp(log_weights, 0) + jnp.log(self.candidates)
+        return jnp.full_like(won, jnp.log(self.candidates) - (self.candidates - 1) / self.candidates)
 
     def _evaluate(self, candidates: State, t: Array, cond: Cond) -> tuple[Array, Any]:
         """Values [M, B], and predictions [M, B, ...] where the value shares the denoiser; `chunk` candidates at a time."""

@@ -1,11 +1,13 @@
 """Training methods, driven by one loop: `fit(tuner, key, state, steps)`."""
 
 from rgdiff.tuners._loop import TrainState, fit
+from rgdiff.tuners.optimizers import adamw
 from rgdiff.tuners.pretraining import masked_bound, pretraining, value_regression
 from rgdiff.tuners.reward_backprop import draft, draft_k, draft_lv, reward_backprop
 
 __all__ = [
     "TrainState",
+    "adamw",
     "draft",
     "draft_k",
     "draft_lv",

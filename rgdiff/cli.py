@@ -1,0 +1,188 @@
+"""The command line: parse, build, run, write. `rgdiff run RECIPE [key=value …]`, `rgdiff list`, `rgdiff show RECIPE`.
+
+Whatever is wrong with the input ends in one line on standard error and exit code 2, before anything is overwritten.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    import rgdiff
+
+    parser = argparse.ArgumentParser(prog="rgdiff", description="Reward-guided diffusion: steer or fine-tune a prior by a reward.")
+    parser.add_argument("--version", action="version", version=f"rgdiff {rgdiff.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run = commands.add_parser("run", help="run a recipe", description=(
+        "Run a recipe. Common to all: out=DIR seed=N data_dir=DIR resume=true; groups: domain= prior= reward= method=."
+    ))  # fmt: skip
+    run.add_argument("recipe", help="a name from `rgdiff list`, or a YAML file")
+    run.add_argument("overrides", nargs="*", metavar="key=value")
+    run.add_argument("--multirun", action="store_true", help="run all combinations of comma-separated values, each in out/0, out/1, …")
+    show = commands.add_parser("show", help="print the resolved config of a recipe")
+    show.add_argument("recipe")
+    show.add_argument("overrides", nargs="*", metavar="key=value")
+    commands.add_parser("list", help="list recipes, methods, rewards, priors and domains")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(format="rgdiff: %(message)s", level=logging.WARNING)
+    try:
+        if arguments.command == "list":
+            print(listing())
+        elif arguments.command == "show":
+            print(shown(arguments.recipe, arguments.overrides), end="")
+        else:
+            for overrides in expand(arguments.overrides) if arguments.multirun else [arguments.overrides]:
+                run_recipe(arguments.recipe, overrides)
+    except (ValueError, FileNotFoundError, PermissionError) as error:
+        print(f"rgdiff: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("rgdiff: interrupted; go on with resume=true", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 141
+    return 0
+
+
+def listing() -> str:
+    """Return the text of `rgdiff list`."""
+    from rgdiff.runtime import recipe
+
+    lines = []
+    for title, group in (("recipes", None), *((f"{g}s", g) for g in ("method", "reward", "prior", "domain"))):
+        lines.append(title + ("" if group is None else f" ({group}=…)"))
+        lines += [f"  {name:<12} {recipe.summary_of(name, group)}" for name in recipe.names(group)]
+    return "\n".join(lines)
+
+
+def shown(name: str, overrides: Sequence[str]) -> str:
+    """Return the resolved config as YAML."""
+    from omegaconf import OmegaConf
+
+    from rgdiff.runtime import recipe
+
+    return OmegaConf.to_yaml(OmegaConf.create(recipe.compose(name, overrides)))
+
+
+def expand(overrides: Sequence[str]) -> list[list[str]]:
+    """Expand comma-separated values into all combinations; each gets a numbered folder below `out`."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    choices, out = [], "runs/sweep"
+    for override, parsed in zip(overrides, OverridesParser.create().parse_overrides(list(overrides)), strict=True):
+        key = override.partition("=")[0]
+        if key == "out":
+            out = override.partition("=")[2]
+        elif parsed.is_sweep_override():
+            choices.append([f"{key}={value}" for value in parsed.sweep_string_iterator()])
+        else:
+            choices.append([override])
+    return [[*combination, f"out={out}/{i}"] for i, combination in enumerate(itertools.product(*choices))]
+
+
+def run_recipe(name: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Run one recipe and write its folder; return the summary."""
+    from rgdiff.runtime import recipe
+    from rgdiff.runtime.folder import RunFolder
+    from rgdiff.runtime.methods import Ancestral
+    from rgdiff.runtime.priors import default_cache
+    from rgdiff.runtime.run import Run, use_compilation_cache
+
+    # Parse: one resolved config, checked whole.
+    config = recipe.compose(name, overrides)
+    trusted = recipe.trusted_modules(overrides)
+    recipe.check(config, trusted)
+    methods = config.get("methods") or {method_name(name, overrides): config["method"]}
+
+    # Build: data, prior, reward; the folder only when these names and files are good.
+    domain = recipe.build(config["domain"], trusted)
+    settings = recipe.build(config["prior"], trusted)
+    built = {key: recipe.build(value, trusted) for key, value in methods.items()}
+    cache = Path(config["cache_dir"]) if config.get("cache_dir") else default_cache()
+    use_compilation_cache(cache)
+    folder = RunFolder.create(config["out"], config, resume=bool(config["resume"]))
+    run = Run(folder, int(config["seed"]), cache)
+    count = int(config["samples"])
+
+    # Run: the judge and the reward, the prior, then every method beside it.
+    judge = domain.evaluator(run.key("judge"))
+    task = recipe.build(config["reward"], trusted, domain=domain, judge=judge, key=run.key("reward"))
+    judge.check(task)
+    identity = {"domain": config["domain"], "prior": config["prior"], "seed": config["seed"]}
+    prior = settings.obtain(run, domain, identity)
+    outcomes = {"prior": Ancestral().run(run, "prior_samples", prior, task, count)}
+    for key, method in built.items():
+        outcomes[key] = method.run(run, key, prior, task, count)
+
+    # Write: numbers, samples, report.
+    rows = {key: judge.row(outcome, task) for key, outcome in outcomes.items()}
+    summary = {f"{key}/{metric}": value for key, row in rows.items() for metric, value in row.items()}
+    folder.write_samples(**{key: outcome.x0 for key, outcome in outcomes.items()})
+    write_pages(run, config, overrides, name, judge, task, outcomes, rows)
+    folder.write_summary(summary)
+    run.log.close()
+    run.say(table(rows))
+    run.say(f"report: {folder.path / 'report.html'}")
+    return summary
+
+
+def method_name(recipe_name: str, overrides: Sequence[str]) -> str:
+    """Return the chosen method's name, which names its phase and its row."""
+    chosen = [o.partition("=")[2] for o in overrides if o.partition("=")[0] == "method"]
+    return chosen[-1] if chosen else "method"
+
+
+def write_pages(
+    run: Any, config: dict, overrides: Sequence[str], name: str, judge: Any, task: Any, outcomes: dict, rows: dict
+) -> None:
+    """Write report.html: pictures before and after, curves, the table, the config."""
+    from rgdiff.runtime.report import Plot, Report, Series, plot_rows, write_report
+
+    plots = [Plot(key, [Series(key, *curve)]) for key, outcome in outcomes.items() for key, curve in named(key, outcome)]
+    if any(row["phase"] == "prior" for row in run.log.rows):
+        plots.append(plot_rows(run.log.rows, ["loss"], title="prior: training loss", phase="prior"))
+    report = Report(
+        title=config.get("title", name),
+        command=" ".join(["rgdiff run", name, *overrides]),
+        versions=run.folder.versions,
+        table=rows,
+        grids=[judge.grids({key: outcome.x0 for key, outcome in outcomes.items()}, task)],
+        plots=plots,
+        notes=judge.notes(task),
+        config=(run.folder.path / "config.yaml").read_text(),
+    )
+    write_report(run.folder.path / "report.html", report)
+
+
+def named(key: str, outcome: Any) -> list[tuple[str, Any]]:
+    """Return an outcome's curves under titles that name the method."""
+    return [(f"{key}: {title}", curve) for title, curve in outcome.curves.items()]
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """Return the rows as a table for the terminal."""
+    import io
+
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = ("reward_mean", "reward_se", "heldout_reward_mean", "heldout_accuracy", "frechet", "diversity", "kl", "network_calls", "seconds")
+    metrics = [m for m in shown if any(row.get(m) is not None for row in rows.values())]
+    grid = Table("", *metrics)
+    for key, row in rows.items():
+        grid.add_row(key, *(f"{row[m]:.3g}" if row.get(m) is not None else "–" for m in metrics))
+    buffer = io.StringIO()
+    Console(file=buffer, width=140).print(grid)
+    return buffer.getvalue().rstrip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

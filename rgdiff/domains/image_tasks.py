@@ -1,0 +1,121 @@
+"""Tasks on images, and their judge: what `reward/*.yaml` name, and how samples of any method are measured and shown.
+
+The judge's classifier is trained on the held-out split and never guides, so that over-optimisation of the guiding
+reward shows in its figures. Rewards themselves are in `image_rewards`, figures in `rgdiff.metrics`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rgdiff import checks, metrics, rewards
+from rgdiff.domains import image_rewards
+from rgdiff.domains.classifier import Classifier, train_classifier
+from rgdiff.domains.images import ImageDomain
+from rgdiff.rewards import Task
+from rgdiff.typing import Key, Reward
+
+SHOWN = 36  # pictures in a grid of the report
+
+
+class ImageJudge:
+    """Measures samples of an image domain with a classifier of its own."""
+
+    def __init__(self, domain: ImageDomain, key: Key):
+        self.domain = domain
+        self.classifier = train_classifier(key, domain.heldout_x, domain.heldout_y, domain.classes)
+        self._features = jax.jit(lambda classifier, x: classifier.features(x))
+        self._classes = jax.jit(lambda classifier, x: classifier.logits(x).argmax(-1))
+        self._reward = jax.jit(lambda reward, x: reward(x))
+
+    def check(self, task: Task) -> None:
+        """Refuse a reward that does not give one float per image."""
+        blank = jnp.zeros((2, *self.domain.shape), jnp.float32)
+        rewards.check(task.reward, blank)
+        rewards.check(task.heldout, blank)
+
+    def rewards(self, reward: Reward, x0: np.ndarray) -> np.ndarray:
+        """Return the rewards [N] of samples."""
+        return np.asarray(self._reward(reward, jnp.asarray(x0)))
+
+    def real(self, task: Task) -> np.ndarray:
+        """Return the real images that samples are compared with: of the target's class where there is one, from all splits."""
+        d = self.domain
+        x = np.concatenate([d.train_x, d.heldout_x, d.test_x])
+        y = np.concatenate([d.train_y, d.heldout_y, d.test_y])
+        return x if task.target is None else x[y == task.target]
+
+    def row(self, outcome: Any, task: Task) -> dict[str, Any]:
+        """Return the figures of one method, flat: rewards under both rewards, distances, diversity, KL, cost."""
+        x0 = outcome.x0
+        finite = x0[np.isfinite(x0).reshape(len(x0), -1).all(-1)]
+        if len(finite) < 2:
+            raise ValueError(f"{len(x0) - len(finite)} of {len(x0)} samples are not finite; lower the learning rate or check the reward")
+        held = metrics.summarize_rewards(self.rewards(task.heldout, x0))
+        row = metrics.summarize_rewards(self.rewards(task.reward, x0))
+        row |= {f"heldout_{name}": held[name] for name in ("reward_mean", "reward_median", "reward_top_decile")}
+        if task.target is not None:
+            row["heldout_accuracy"] = float(np.mean(np.asarray(self._classes(self.classifier, jnp.asarray(x0))) == task.target))
+        real, fake = (np.asarray(self._features(self.classifier, jnp.asarray(x))) for x in (self.real(task), finite))
+        precision, recall = metrics.precision_recall(real, fake)
+        return row | {
+            "frechet": metrics.frechet_distance(real, fake),
+            "precision": precision,
+            "recall": recall,
+            "diversity": metrics.diversity(finite),
+            "kl": outcome.kl,
+            "network_calls": outcome.network_calls,
+            "tuning_network_calls": outcome.tuning_network_calls,
+            "seconds": outcome.seconds,
+            "compile_seconds": outcome.compile_seconds,
+        }
+
+    def grids(self, samples: dict[str, np.ndarray], task: Task) -> list[Any]:
+        """Return picture grids for the report: real images, then each method's samples with their rewards."""
+        from rgdiff.runtime.report import Grid
+
+        real = self.real(task)[:SHOWN]
+        title = "real images" if task.target is None else f"real images of class {task.target}"
+        grids = [Grid(title, self.domain.decode(real), rewards=self.rewards(task.reward, real).tolist())]
+        for name, x0 in samples.items():
+            shown = x0[:SHOWN]
+            grids.append(Grid(name, self.domain.decode(shown), rewards=self.rewards(task.reward, shown).tolist()))
+        return grids
+
+    def notes(self, task: Task) -> list[str]:
+        """Return what a reader of the report should know."""
+        compared = "all real images" if task.target is None else f"the real images of class {task.target}"
+        accuracy = np.mean(np.asarray(self._classes(self.classifier, jnp.asarray(self.domain.test_x))) == self.domain.test_y)
+        return [
+            f"Frechet distance, precision and recall: against {compared}, in the features of the judging classifier, "
+            f"which is trained on other images than the prior and the guiding reward (its accuracy on test images: {accuracy:.3f}).",
+            "kl: path KL to the prior in nats per sample; for tuned models that of their ancestral chain, for SVDD the estimate "
+            "of the selections' KL. network_calls: per sample. seconds: without compilation. Under each picture: its guiding reward.",
+        ]
+
+
+def digit(domain: ImageDomain, judge: ImageJudge, key: Key, target: int = 3) -> Task:
+    """Make the task: log p(target | x) of a classifier trained on the training split, judged by the held-out one."""
+    checks.one_of("reward.target", target, range(domain.classes))
+    guide: Classifier = train_classifier(key, domain.train_x, domain.train_y, domain.classes)
+    classify = image_rewards.classifier_reward
+    return Task(classify(guide, target), classify(judge.classifier, target), target)
+
+
+def symmetric() -> Task:
+    """Make the task: left-right symmetry, judged by itself."""
+    return Task(image_rewards.symmetry(), image_rewards.symmetry())
+
+
+def inked(target: float | None = None) -> Task:
+    """Make the task: mean ink in [0, 1], or closeness to a target amount, judged by itself."""
+    return Task(image_rewards.ink(target), image_rewards.ink(target))
+
+
+def compressible(level: int = 6) -> Task:
+    """Make the task: minus the zlib size of the 8-bit image in bytes, a black box, judged by itself."""
+    return Task(image_rewards.compressibility(level), image_rewards.compressibility(level))

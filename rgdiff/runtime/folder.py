@@ -1,0 +1,216 @@
+"""The folder of one run: its resolved config, the versions it ran with, its summary and its samples.
+
+Assumes one process writes it. Every file is written under a temporary name and then renamed, so that a reader
+or a kill never meets half a file. Checkpoints and metrics in the same folder are left to their own modules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import math
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+log = logging.getLogger("rgdiff")
+
+WHERE = ("out", "resume", "data_dir")  # config keys that say where, not what: they may change on resume
+_PACKAGES = ("rgdiff", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of one run; make it with `RunFolder.create`."""
+
+    path: Path
+    config: dict[str, Any]
+    versions: dict[str, Any]
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], config: dict[str, Any], resume: bool = False) -> RunFolder:
+        """Make the folder of a run, or with `resume` go on in the folder of the same run.
+
+        Args:
+          path: the folder.
+          config: the resolved config, of plain values (str, numbers, bool, None, lists, dicts), seed too.
+          resume: go on in a folder that holds this run; in a folder that holds none, start.
+
+        Raises:
+          ValueError: if the folder holds a run and `resume` is False, if the run there has another config
+            (out, resume and data_dir aside), or if the config has values that YAML cannot hold.
+        """
+        path = Path(path).absolute()
+        stored, versions = path / "config.yaml", collect_versions()
+        config = _plain(config)
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{path} is a file; out must name a folder")
+        if stored.exists():
+            if not resume:
+                raise ValueError(
+                    f"{path} already holds a run; give resume=true to go on with it, or another out"
+                )
+            before = _read_yaml(stored)
+            different = _first_difference(_what(before), _what(config))
+            if different:
+                key, was, now = different
+                raise ValueError(
+                    f"cannot resume {path}: its run has {key}={was}, this one {key}={now}; "
+                    "give the same settings, or another out"
+                )
+            with contextlib.suppress(OSError, ValueError):
+                old = json.loads((path / "versions.json").read_text())
+                changed = [f"{k} {old.get(k)} -> {v}" for k, v in versions.items() if old.get(k) != v]
+                if changed:
+                    log.warning("resuming with other versions, numbers may differ: %s", ", ".join(changed))
+        path.mkdir(parents=True, exist_ok=True)
+        folder = cls(path, config, versions)
+        folder._write_json("versions.json", versions)
+        write_atomic(stored, _to_yaml(config).encode())  # last: it is what marks the folder as holding a run
+        return folder
+
+    @property
+    def done(self) -> bool:
+        """Whether the run has written its summary."""
+        return (self.path / "summary.json").exists()
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write summary.json from a flat dict of numbers and strings; NaN and infinities become null."""
+        for key, value in summary.items():
+            if isinstance(value, dict | list | tuple) or np.ndim(value):
+                raise ValueError(
+                    f"summary[{key!r}] is not a single value; expected a flat dict of numbers and strings"
+                )
+        self._write_json("summary.json", {key: plain_value(value) for key, value in summary.items()})
+
+    def write_samples(self, **arrays: Any) -> None:
+        """Write samples.npz, compressed; bfloat16 is widened to float32, objects are refused."""
+        plain = {}
+        for name, array in arrays.items():
+            array = np.asarray(array)
+            if array.dtype.name == "bfloat16":
+                array = array.astype(np.float32)
+            if array.dtype.kind not in "biufcSU":
+                raise ValueError(
+                    f"samples: {name} has dtype {array.dtype}; expected numbers, bools or strings"
+                )
+            plain[name] = array
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, allow_pickle=False, **plain)
+        write_atomic(self.path / "samples.npz", buffer.getvalue())
+
+    def _write_json(self, name: str, content: dict[str, Any]) -> None:
+        write_atomic(self.path / name, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+
+
+def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file so that it is there whole or not at all."""
+    path = Path(path)
+    new = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        new.write_bytes(content)
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def plain_value(value: Any) -> Any:
+    """Turn a number of any library into what JSON can hold: NaN and infinities become None."""
+    if value is None or isinstance(value, str | bool):
+        return value
+    value = np.asarray(value).item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def collect_versions() -> dict[str, Any]:
+    """Return what the numbers of a run depend on besides its config."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions: dict[str, Any] = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    device = jax.devices()[0]
+    return versions | {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "device": f"{device.platform} {device.device_kind} x{jax.device_count()}",
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    import yaml
+
+    try:
+        return yaml.safe_load(_to_yaml(config))
+    except yaml.YAMLError as error:
+        raise ValueError(f"config must hold plain values only: {' '.join(str(error).split())}") from None
+
+
+def _to_yaml(config: dict[str, Any]) -> str:
+    import yaml
+
+    def listed(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {key: listed(value) for key, value in node.items()}
+        return [listed(item) for item in node] if isinstance(node, list | tuple) else node
+
+    return yaml.safe_dump(listed(config), sort_keys=False, allow_unicode=True, width=1000)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        found = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is not a readable config; repair it, or give another out")
+    return found
+
+
+def _what(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in WHERE}
+
+
+def _first_difference(before: Any, now: Any, key: str = "") -> tuple[str, str, str] | None:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in [*before, *(name for name in now if name not in before)]:
+            path = f"{key}.{name}" if key else str(name)
+            found = _first_difference(before.get(name, _ABSENT), now.get(name, _ABSENT), path)
+            if found:
+                return found
+        return None
+    return None if repr(before) == repr(now) else (key, str(before), str(now))
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "(absent)"
+
+
+_ABSENT = _Absent()

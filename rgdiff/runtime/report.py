@@ -1,0 +1,306 @@
+"""One self-contained report.html: a table of methods, grids of pictures, curves, notes and the config.
+
+Assumes nothing about where it is opened: styles, pictures and curves are inside the file, there is no script
+and no address, and it reads in light and dark. What is worth reporting is left to the caller.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import math
+import os
+import re
+import struct
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from rgdiff.runtime.folder import write_atomic
+
+_GRID_WIDTH, _TILE = 280, 96  # CSS pixels: four grids side by side on a page of 1212; the largest picture
+_COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#888888")  # Tol, bright
+_INK = "#010203"  # stands for the page's own text colour in a plot
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A batch of pictures: images [N, H, W, C] uint8 with C 1, 3 or 4; one reward under each if given."""
+
+    title: str
+    images: Any
+    caption: str = ""
+    rewards: Sequence[float] | None = None
+    columns: int | None = None
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve: y over x, and optionally a band from low to high."""
+
+    name: str
+    x: Any  # sequences or arrays of numbers, all of one length
+    y: Any
+    low: Any = None
+    high: Any = None
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Curves that share axes."""
+
+    title: str
+    series: Sequence[Series]
+    xlabel: str = "step"
+    ylabel: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a report says: table[method][metric], rows of grids side by side, plots, notes, config."""
+
+    title: str
+    command: str = ""
+    versions: Mapping[str, Any] = field(default_factory=dict)
+    table: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    grids: Sequence[Sequence[Grid]] = ()
+    plots: Sequence[Plot] = ()
+    notes: Sequence[str] = ()
+    config: Any = None
+    date: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M"))
+
+
+def write_report(path: str | os.PathLike[str], report: Report) -> None:
+    """Write the report as one HTML file; `config` is text (YAML) or a dict.
+
+    Raises:
+      ValueError: if a picture batch is not uint8 [N, H, W, C] with C in (1, 3, 4), or lengths do not match.
+    """
+    write_atomic(path, render(report).encode())
+
+
+def plot_rows(
+    rows: Sequence[Mapping[str, Any]],
+    names: Sequence[str],
+    *,
+    title: str,
+    phase: str | None = None,
+    x: str = "step",
+) -> Plot:
+    """Make a plot of the named metrics from metrics rows, of one phase or all; missing values are skipped."""
+    series = []
+    for name in names:
+        of_phase = (row for row in rows if phase is None or row.get("phase") == phase)
+        points = [
+            (row[x], row[name]) for row in of_phase if row.get(x) is not None and row.get(name) is not None
+        ]
+        if points:
+            series.append(Series(name, *zip(*points, strict=True)))
+    return Plot(title, series, xlabel=x)
+
+
+def render(report: Report) -> str:
+    """Return the report as HTML text."""
+    versions = " · ".join(f"{name} {value}" for name, value in report.versions.items() if value is not None)
+    parts = [f"<header><h1>{_text(report.title)}</h1><p class=quiet>{_text(report.date)}</p>"]
+    if report.command:
+        parts.append(f"<pre class=command>{_text(report.command)}</pre>")
+    parts.append("</header>")
+    if report.table:
+        parts.append(f"<section><h2>Summary</h2>{_table(report.table)}</section>")
+    if report.grids:
+        rows = "".join(f"<div class=row>{''.join(map(_grid, row))}</div>" for row in report.grids)
+        parts.append(f"<section><h2>Samples</h2>{rows}</section>")
+    if report.plots:
+        plots = "".join(_plot(plot, number) for number, plot in enumerate(report.plots))
+        parts.append(f"<section><h2>Curves</h2><div class=row>{plots}</div></section>")
+    if report.notes:
+        notes = "".join(f"<p>{_text(note)}</p>" for note in report.notes)
+        parts.append(f"<section class=notes><h2>Notes</h2>{notes}</section>")
+    if report.config is not None:
+        config = (
+            report.config
+            if isinstance(report.config, str)
+            else json.dumps(report.config, indent=2, default=str)
+        )
+        parts.append(f"<details><summary>Resolved config</summary><pre>{_text(config)}</pre></details>")
+    if versions:
+        parts.append(f"<footer class=quiet>{_text(versions)}</footer>")
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{_text(report.title)}</title><style>{_STYLE}</style>"
+    )
+    return (
+        f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body><main>\n'
+        + "\n".join(parts)
+        + "\n</main></body></html>\n"
+    )
+
+
+def png(image: Any) -> bytes:
+    """Encode one picture [H, W, C] uint8 (C 1 gray, 3 RGB, 4 RGBA) as PNG."""
+    image = np.ascontiguousarray(image)
+    if image.ndim != 3 or image.dtype != np.uint8 or image.shape[2] not in (1, 3, 4) or 0 in image.shape:
+        raise ValueError(
+            f"png: got {image.dtype} {image.shape}, expected uint8 [H, W, C] with C in (1, 3, 4)"
+        )
+    height, width, channels = image.shape
+    rows = np.concatenate(
+        [np.zeros((height, 1), np.uint8), image.reshape(height, -1)], axis=1
+    )  # 0: row not filtered
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, {1: 0, 3: 2, 4: 6}[channels], 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows.tobytes(), 9)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def _text(value: Any) -> str:
+    return html.escape(str(value))
+
+
+def _number(value: Any) -> str:
+    """Write a table cell: four significant digits, a dash for what is missing."""
+    if value is None or isinstance(value, str):
+        return value or "–"
+    value = np.asarray(value).item()
+    if isinstance(value, bool | int):
+        return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+    return "–" if math.isnan(value) else f"{value:.4g}".replace("-", "−")
+
+
+def _reward(value: float) -> str:
+    value = float(value)
+    text = f"{value:.2f}" if 0.005 <= abs(value) < 100 else f"{value:.2g}"
+    return "–" if math.isnan(value) else text.replace("-", "−")
+
+
+def _table(table: Mapping[str, Mapping[str, Any]]) -> str:
+    columns = list(dict.fromkeys(name for row in table.values() for name in row))
+    head = "".join(f"<th>{_text(name)}</th>" for name in columns)
+    body = ""
+    for method, row in table.items():
+        cells = ""
+        for name in columns:
+            side = " class=word" if isinstance(row.get(name), str) else ""
+            cells += f"<td{side}>{_text(_number(row.get(name)))}</td>"
+        body += f"<tr><th>{_text(method)}</th>{cells}</tr>"
+    return (
+        f"<div class=scroll><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def _grid(grid: Grid) -> str:
+    images = np.asarray(grid.images)
+    if images.ndim != 4 or images.dtype != np.uint8 or not len(images):
+        raise ValueError(
+            f"grid {grid.title!r}: got {images.dtype} {images.shape}, expected uint8 [N, H, W, C], N >= 1"
+        )
+    if grid.rewards is not None and len(grid.rewards) != len(images):
+        raise ValueError(f"grid {grid.title!r}: {len(grid.rewards)} rewards for {len(images)} images")
+    columns = grid.columns or min(8, math.ceil(math.sqrt(len(images))))
+    scale = max(1, min(_GRID_WIDTH // columns - 3, _TILE) // images.shape[2])
+    width, height = scale * images.shape[2], scale * images.shape[1]  # a whole multiple: pixels stay square
+    cells = ""
+    for index, image in enumerate(images):
+        data = base64.b64encode(png(image)).decode()
+        under = "" if grid.rewards is None else f"<span>{_reward(grid.rewards[index])}</span>"
+        cells += (
+            f'<div><img alt="" width={width} height={height} src="data:image/png;base64,{data}">{under}</div>'
+        )
+    caption = f"<figcaption><b>{_text(grid.title)}</b> {_text(grid.caption)}</figcaption>"
+    style = f"grid-template-columns:repeat({columns},{width}px)"
+    outer = max(columns * (width + 3), 140)
+    return f'<figure style="width:{outer}px">{caption}<div class=grid style="{style}">{cells}</div></figure>'
+
+
+def _plot(plot: Plot, number: int) -> str:
+    import io
+
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    look: dict[Any, Any] = {
+        "svg.fonttype": "none", "svg.hashsalt": f"plot{number}", "font.family": "sans-serif", "font.size": 9,
+        "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK, "xtick.color": _INK,
+        "ytick.color": _INK,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "axes.grid": True,
+        "grid.color": _INK, "grid.alpha": 0.12, "grid.linewidth": 0.6, "text.parse_math": False,
+    }  # fmt: skip
+    with rc_context(look):
+        figure = Figure(figsize=(5.4, 3.2), layout="constrained")
+        axes = figure.add_subplot()
+        for index, series in enumerate(plot.series):
+            if not len(series.x) == len(series.y):
+                raise ValueError(
+                    f"plot {plot.title!r}: series {series.name!r} has {len(series.x)} x and {len(series.y)} y"
+                )
+            color = _COLORS[index % len(_COLORS)]
+            if series.low is not None and series.high is not None:
+                axes.fill_between(series.x, series.low, series.high, color=color, alpha=0.2, linewidth=0)
+            axes.plot(
+                series.x,
+                series.y,
+                color=color,
+                linewidth=1.6,
+                label=series.name,
+                marker="." if len(series.x) < 3 else "",
+            )
+        axes.set_xlabel(plot.xlabel)
+        axes.set_ylabel(plot.ylabel)
+        if plot.series:
+            axes.legend(frameon=False)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg, count=2).replace(_INK, "currentColor")
+    return f"<figure class=plot><figcaption><b>{_text(plot.title)}</b></figcaption>{svg}</figure>"
+
+
+_STYLE = """
+:root{color-scheme:light dark;--ink:#1d2127;--quiet:#667080;--line:#d9dee5;--page:#fbfbfa;--card:#fff}
+@media (prefers-color-scheme:dark){:root{--ink:#dfe3e8;--quiet:#8d97a5;
+--line:#343a43;--page:#15181c;--card:#1b1f24}}
+body{margin:0;background:var(--page);color:var(--ink);
+font:15px/1.5 system-ui,"Segoe UI",Roboto,Helvetica,Arial,sans-serif}
+main{max-width:1214px;margin:0 auto;padding:28px 24px 48px}
+h1{font-size:26px;font-weight:600;margin:0}
+h2{font-size:17px;font-weight:600;margin:34px 0 10px}
+.quiet{color:var(--quiet);font-size:13px}
+header p{margin:2px 0 10px}
+pre{font:12.5px/1.5 ui-monospace,Menlo,Consolas,monospace;background:var(--card);border:1px solid var(--line);
+border-radius:6px;padding:10px 12px;margin:8px 0;overflow-x:auto}
+.command{white-space:pre-wrap;overflow-wrap:anywhere}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+th,td{padding:6px 14px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+thead th{color:var(--quiet);font-weight:500;font-size:13px}
+tbody th{text-align:left;font-weight:600;padding-left:0}
+td.word{text-align:left}
+tbody tr:hover{background:var(--card)}
+.row{display:flex;flex-wrap:wrap;gap:22px 28px;margin:6px 0 22px}
+figure{margin:0}
+figcaption{font-size:13.5px;color:var(--quiet);margin-bottom:7px}
+figcaption b{color:var(--ink);font-weight:600}
+.grid{display:grid;gap:3px}
+.grid span{margin-bottom:2px}
+.grid img{display:block;image-rendering:pixelated}
+.grid span{display:block;text-align:center;font-size:10.5px;line-height:1.5;
+color:var(--quiet);font-variant-numeric:tabular-nums}
+.plot{width:min(580px,100%)}
+.plot svg{width:100%;height:auto}
+.plot text{font-family:inherit!important}
+.notes p{max-width:75ch;white-space:pre-wrap;margin:6px 0}
+details{margin-top:34px}
+summary{cursor:pointer;font-weight:600}
+footer{margin-top:30px;border-top:1px solid var(--line);padding-top:10px}
+"""

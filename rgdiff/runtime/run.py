@@ -1,0 +1,132 @@
+"""One run: its folder, keys, log, clock and checkpointed training. Every phase of a recipe goes through it.
+
+A phase's random numbers depend on the seed and the phase's name alone. Training saves its whole state between chunks,
+so a killed run that is resumed restores the newest checkpoint of each phase and ends in the same numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from rgdiff import tuners
+from rgdiff.runtime.checkpoint import Checkpoints
+from rgdiff.runtime.folder import RunFolder
+from rgdiff.runtime.metrics import MetricsLog
+from rgdiff.runtime.progress import progress
+
+PATIENCE = 20  # a phase stops after this many skipped updates in one chunk
+
+
+class Clock:
+    """Wall seconds of a phase, with those spent compiling apart."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.compile_seconds = 0.0
+
+
+_compiling = [0.0]
+_listening = []
+
+
+def _listen() -> None:
+    """Count the seconds that JAX reports for tracing, lowering and compiling, from now on."""
+    if not _listening:
+        count = lambda event, seconds, **_: _compiling.__setitem__(0, _compiling[0] + seconds * ("compile/" in event))  # noqa: E731
+        jax.monitoring.register_event_duration_secs_listener(count)
+        _listening.append(True)
+
+
+class Run:
+    """What the phases of a recipe share. `cache` holds trained priors and compiled programs between runs."""
+
+    def __init__(self, folder: RunFolder, seed: int, cache: Path):
+        self.folder = folder
+        self.cache = cache
+        self.log = MetricsLog(folder.path)
+        self._seed = seed
+        self._save_every = float(os.environ.get("RGDIFF_SAVE_EVERY", 5.0))  # seconds between checkpoints
+        _listen()
+
+    def key(self, phase: str) -> jax.Array:
+        """Return the PRNG key of a phase."""
+        return jax.random.fold_in(jax.random.key(self._seed), zlib.crc32(phase.encode()))
+
+    def say(self, text: str) -> None:
+        """Print one line, unless nobody listens."""
+        with contextlib.suppress(OSError, ValueError):
+            print(text, flush=True)
+
+    @contextlib.contextmanager
+    def clock(self) -> Iterator[Clock]:
+        """Time a phase; whoever uses it blocks on its results first."""
+        clock, began, compiled = Clock(), time.monotonic(), _compiling[0]
+        yield clock
+        clock.compile_seconds = _compiling[0] - compiled
+        clock.seconds = max(time.monotonic() - began - clock.compile_seconds, 0.0)
+
+    def fit(
+        self,
+        phase: str,
+        tuner: Any,
+        key: jax.Array,
+        params: Any,
+        steps: int,
+        *,
+        data: Any = None,
+        batch: int | None = None,
+        chunk: int = 25,
+    ) -> Any:
+        """Train as `tuners.fit` does, with progress, a row of metrics a step, and checkpoints; go on where a killed run was.
+
+        Raises:
+          ValueError: when a chunk brings more than PATIENCE non-finite updates; the last good state is kept on disk.
+        """
+        state = tuner.init(params)
+        with Checkpoints(self.folder.path / "checkpoints" / phase) as checkpoints:
+            if checkpoints.latest() is not None:
+                state, step, _ = checkpoints.restore(state)
+                self.log.rewind(phase, step)
+                if step < steps:
+                    self.say(f"{phase}: going on from step {step}")
+            else:
+                self.log.rewind(phase, 0)
+            saved, began, skipped = time.monotonic(), int(state.step), int(state.skipped)
+            with progress(phase, steps, done=began) as advance:
+
+                def on_chunk(state: Any, infos: dict[str, np.ndarray]) -> None:
+                    nonlocal saved, skipped
+                    count = len(infos["gradient_norm"])
+                    done = int(state.step)
+                    for index in range(count):
+                        self.log.write(phase, done - count + index, {k: v[index] for k, v in infos.items()})
+                    bad, skipped = int(infos["skipped"][-1]) - skipped, int(infos["skipped"][-1])
+                    if bad > PATIENCE:
+                        raise ValueError(
+                            f"{phase}: {bad} of {count} updates before step {done} were not finite and were skipped; "
+                            "lower the learning rate or look at the reward (last good checkpoint kept)"
+                        )
+                    shown = "reward" if "reward" in infos else "loss"
+                    advance(count, f"{shown} {float(np.mean(infos[shown])):.4g}")
+                    if done == steps or time.monotonic() - saved > self._save_every:
+                        checkpoints.save(done, state)
+                        saved = time.monotonic()
+
+                return tuners.fit(tuner, key, state, steps, data=data, batch=batch, chunk=chunk, on_chunk=on_chunk)
+
+
+def use_compilation_cache(cache: Path) -> None:
+    """Keep compiled programs on disk between runs."""
+    os.makedirs(cache / "xla", exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

@@ -1,0 +1,86 @@
+"""A run killed at random moments and resumed ends bit-equal to one that was never interrupted."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = [
+    "samples=8",
+    "prior=mlp",
+    "prior.network.features=[32,32]",
+    "prior.steps=4",
+    "prior.train.steps=400",
+    "prior.train.optimizer.decay_steps=400",
+    "reward=symmetry",
+    "method=draft_k",
+    "method.steps=200",
+    "method.batch=4",
+]
+
+
+def start(out, cache, *, resume):
+    command = [sys.executable, "-m", "rgdiff", "run", "steer", *SMALL, f"out={out}", f"cache_dir={cache}"]
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "RGDIFF_SAVE_EVERY": "0"}
+    return subprocess.Popen(
+        command + [f"resume={str(resume).lower()}"],
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def kill_and_resume(tmp_path, kills, seed):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    process = start(whole, tmp_path / "cache_a", resume=False)
+    began = time.monotonic()
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    duration = time.monotonic() - began
+
+    rng = random.Random(seed)
+    hit = 0
+    for _ in range(kills):
+        process = start(broken, tmp_path / "cache_b", resume=True)
+        try:
+            output, _ = process.communicate(timeout=rng.uniform(0.3, 0.95) * duration)
+            assert process.returncode == 0, output  # it may finish before the kill; then it is resumed when finished
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            hit += 1
+    assert hit, "no kill came before the end"
+    process = start(broken, tmp_path / "cache_b", resume=True)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    assert "damaged" not in output
+
+    one, two = np.load(whole / "samples.npz"), np.load(broken / "samples.npz")
+    assert set(one) == set(two)
+    for name in one:
+        np.testing.assert_array_equal(one[name], two[name])
+    from rgdiff.runtime.checkpoint import load_params
+
+    last = sorted((whole / "checkpoints" / "draft_k").iterdir())[-1].name
+    a = load_params(whole / "checkpoints" / "draft_k" / last)
+    b = load_params(broken / "checkpoints" / "draft_k" / sorted((broken / "checkpoints" / "draft_k").iterdir())[-1].name)
+    import jax
+
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    steps = [row["step"] for row in map(json.loads, (broken / "metrics.jsonl").open()) if row["phase"] == "draft_k"]
+    assert steps == list(range(200))
+
+
+def test_killed_run_resumes_bit_equal(tmp_path):
+    kill_and_resume(tmp_path, kills=2, seed=0)
+
+
+@pytest.mark.slow
+def test_twenty_kills(tmp_path):
+    kill_and_resume(tmp_path, kills=20, seed=1)
