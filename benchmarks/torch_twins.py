@@ -7,7 +7,6 @@ to rounding; without them PyTorch draws its own. Coefficients come from `rgdiff`
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -45,13 +44,13 @@ class Embedding(nn.Module):
     def __init__(self, features: int, size: int):
         super().__init__()
         self.register_buffer("frequencies", 10000.0 ** (-torch.arange(size // 2) / (size // 2)), persistent=False)
-        self.inner = nn.Linear(size, features)
-        self.out = nn.Linear(features, features)
+        self.dense0 = nn.Linear(size, features)
+        self.dense1 = nn.Linear(features, features)
 
     def forward(self, t: Tensor) -> Tensor:
         angles = 1000.0 * t[:, None] * self.frequencies
         h = torch.cat([torch.cos(angles), torch.sin(angles)], dim=1)
-        return self.out(F.silu(self.inner(h)))
+        return self.dense1(F.silu(self.dense0(h)))
 
 
 class UNet(nn.Module):
@@ -116,9 +115,7 @@ def _names(params: dict[str, Any]) -> Iterator[tuple[str, np.ndarray, str]]:
 
     for path, leaf in walk(params, ()):
         *parts, kind = [p for p in path if p != "norm"]  # Linen's GroupNorm sits one level down
-        if parts[0] == "emb":
-            parts[1] = {"in": "inner"}.get(parts[1], parts[1])
-        elif parts[0] not in ("conv_in", "conv_out", "norm_out"):
+        if parts[0] not in ("emb", "conv_in", "conv_out", "norm_out"):
             parts = ["parts", *parts]
         yield ".".join([*parts, "bias" if kind == "bias" else "weight"]), leaf, "/".join(path)
 
@@ -250,8 +247,3 @@ def reward(x0: Tensor) -> Tensor:
 def images(x: np.ndarray) -> Tensor:
     """[..., B, H, W, C] to [..., B, C, H, W] on the device."""
     return torch.from_numpy(np.ascontiguousarray(np.moveaxis(np.asarray(x), -1, -3))).to(device())
-
-
-def flops(forward: float, calls: int, live: int = 0, remat: bool = False) -> float:
-    """Arithmetic of a chain of `calls` network calls, `live` of them differentiated: a backward pass costs two forwards."""
-    return forward * (calls + live * (2 + remat)) if math.isfinite(forward) else float("nan")

@@ -125,6 +125,9 @@ def run_recipe(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     # Write: numbers, samples, report.
     rows = {key: judge.row(outcome, task) for key, outcome in outcomes.items()}
     summary = {f"{key}/{metric}": value for key, row in rows.items() for metric, value in row.items()}
+    for key, row in rows.items():
+        run.log.rewind(f"{key}_summary", 0)
+        run.log.write(f"{key}_summary", 0, {f"total_{m}" if m == "seconds" else m: v for m, v in row.items()})
     folder.write_samples(**{key: outcome.x0 for key, outcome in outcomes.items()})
     write_pages(run, config, overrides, name, judge, task, outcomes, rows)
     folder.write_summary(summary)

@@ -102,7 +102,8 @@ def draw_token(key: Key, logits: Array, relaxation: str, temperature: Array | fl
         soft = jax.nn.softmax(noisy / temperature)
     else:
         p = jnp.exp(log_p)
-        middle = jax.nn.softmax(jax.lax.stop_gradient(jnp.log((hard + p) / 2) - log_p) + log_p)
+        shift = jnp.where(hard + p > 0, jnp.log((hard + p) / 2) - log_p, 0.0)
+        middle = jax.nn.softmax(jax.lax.stop_gradient(shift) + log_p)
         soft = 2 * middle - p / 2
     return jax.lax.stop_gradient(hard - soft) + soft
 

@@ -154,7 +154,9 @@ class ProductProcess:
         return {name: part.mean(x[name], t, prediction[name]) for name, part in self.parts.items()}
 
     def finalize(self, x: State, t: Array, prediction: State) -> State:
-        """Project every part; a position still masked takes its most probable token."""
+        """Project every part; a position still masked takes its most probable token (none is where no part projects)."""
+        if not self.projects:
+            return {name: part.finalize(x[name], t, None) for name, part in self.parts.items()}
         out = {}
         for name, part in self.parts.items():
             if part.projects:

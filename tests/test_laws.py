@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from worlds import CategoricalWorld, GaussianWorld, MixedWorld, MixtureWorld, assert_mean, correlated, factorised, slope
+from tests.worlds import CategoricalWorld, GaussianWorld, MixedWorld, MixtureWorld, assert_mean, correlated, factorised, slope
 
 from rgdiff import samplers, values
 
@@ -142,11 +142,11 @@ def test_masked_path_kl_by_enumeration_and_of_factorised_laws():
 
 
 def gaussian_svdd_world():
-    return GaussianWorld([0.5], [[0.8]], schedule="flow", steps=4, b=[1.2], q=[[0.4]], temperature=0.8)
+    return GaussianWorld([0.5], [[0.8]], schedule="flow", steps=4, eta=0.6, b=[1.2], q=[[0.4]], temperature=0.8)
 
 
 def masked_svdd_world():
-    return correlated(length=2, steps=3, temperature=0.7)
+    return correlated(length=2, steps=3, temperature=1.0)
 
 
 def test_exact_soft_values_agree_with_the_tilted_law():
@@ -172,12 +172,12 @@ def test_svdd_error_falls_as_one_over_candidates(make):
             world.process, world.denoiser, world.value, temperature=world.temperature, candidates=m, select_initial=True
         )
         draws = np.asarray(
-            world.statistic(samplers.sample(sampler, jax.random.key(m), 1_000_000, world.times).x0), float
+            world.statistic(samplers.sample(sampler, jax.random.key(m), 60_000, world.times).x0), float
         )
         errors.append(draws.mean() - world.tilted_statistic())
         noise.append(draws.std() / np.sqrt(draws.size))
     errors, noise = np.abs(errors), np.array(noise)
-    assert np.all(errors[:4] > 8 * noise[:4]), (errors, noise)  # the Monte-Carlo error is well below the bias
+    assert np.all(errors[:4] > 5 * noise[:4]), (errors, noise)  # the Monte-Carlo error is well below the bias
     assert -1.3 < slope(counts, errors) < -0.75, (errors, noise)
     assert errors[-1] < 0.05
 
@@ -196,9 +196,9 @@ def test_svdd_without_initial_selection_starts_from_the_prior():
     draws = []
     for m in (8, 16):
         sampler = samplers.svdd(world.process, world.denoiser, world.value, temperature=world.temperature, candidates=m)
-        draws.append(np.asarray(samplers.sample(sampler, jax.random.key(m), 400_000, world.times).x0[:, 0], float))
+        draws.append(np.asarray(samplers.sample(sampler, jax.random.key(m), 100_000, world.times).x0[:, 0], float))
     extrapolated = 2 * draws[1].mean() - draws[0].mean()  # Richardson: removes the 1/M term
-    error = np.sqrt((4 * draws[1].var() + draws[0].var()) / 400_000)
+    error = np.sqrt((4 * draws[1].var() + draws[0].var()) / 100_000)
     assert abs(extrapolated - expected) < 4 * error + 0.01, (extrapolated, expected, error)
 
 
@@ -207,8 +207,8 @@ def test_svdd_with_one_candidate_or_a_constant_value_is_the_prior():
     law = world.joint.reshape(-1)
     for m, value in ((1, world.value), (5, lambda x, t, cond=None: jnp.zeros(x.shape[0]))):
         sampler = samplers.svdd(world.process, world.denoiser, value, candidates=m)
-        x0 = samplers.sample(sampler, jax.random.key(1), 100_000, world.times).x0
-        assert np.all(np.abs(world.frequencies(x0) - law) < 4 * np.sqrt(law / 100_000))
+        x0 = samplers.sample(sampler, jax.random.key(1), 50_000, world.times).x0
+        assert np.all(np.abs(world.frequencies(x0) - law) < 4 * np.sqrt(law / 50_000))
 
 
 def test_svdd_argmax_ignores_the_temperature_and_takes_the_best():
@@ -269,7 +269,7 @@ def test_learned_value_ends_at_the_reward():
     np.testing.assert_allclose(value(states, jnp.float32(0)), world.rewards, rtol=1e-6)
     np.testing.assert_array_equal(value(states, jnp.float32(0.4)), 0.0)
     # steps=1: one move from all-masked to data, so selecting by the reward is self-normalised importance sampling of x0
-    sampler = samplers.svdd(world.process, world.denoiser, value, temperature=0.5, candidates=64)
+    sampler = samplers.svdd(world.process, world.denoiser, value, temperature=1.5, candidates=64)
     x0 = samplers.sample(sampler, jax.random.key(0), 20_000, world.process.times(1)).x0
-    tilted = world.joint.reshape(-1) * np.exp(world.rewards / 0.5)
-    assert np.abs(world.frequencies(x0) - tilted / tilted.sum()).max() < 0.02
+    tilted = world.joint.reshape(-1) * np.exp(world.rewards / 1.5)
+    assert np.abs(world.frequencies(x0) - tilted / tilted.sum()).max() < 0.015

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,33 +110,38 @@ def test_vmap_over_adapters_is_the_loop_and_scale_is_dynamic():
         traces.append(1)
         return lora_merge(PARAMS, adapter, scale)
 
-    merge(adapters[0], 0.1), merge(adapters[1], 0.7)
+    merge(adapters[0], 0.1)
+    merge(adapters[1], 0.7)
     assert len(traces) == 1
 
 
 NET = MLP((8, 8))
 X = jax.random.normal(KEY, (4, 3))
-BASE = NET.init(KEY, X, 0.5)["params"]
+TIME = jnp.array(0.3)
+BASE: Any = NET.init(KEY, X, 0.5)["params"]
 BASE["out"]["kernel"] = jax.random.normal(KEY, BASE["out"]["kernel"].shape)
 
 
 def denoiser(params):
-    return lambda x, t, cond=None: NET.apply({"params": params}, x, t, cond)
+    def call(x, t, cond=None) -> Any:
+        return NET.apply({"params": params}, x, t, cond)
+
+    return call
 
 
 def test_model_maps_adapters_to_denoisers():
     model = LoRAModel(BASE, denoiser, 2.0)
     start = lora_init(KEY, BASE, 2)
-    np.testing.assert_array_equal(model(start)(X, 0.3), denoiser(BASE)(X, 0.3))
+    np.testing.assert_array_equal(model(start)(X, TIME), denoiser(BASE)(X, TIME))
 
     @jax.jit  # the model is one argument: base and scale are data, the function is structure
     def loss(model, adapter):
-        return jnp.sum(model(adapter)(X, 0.3) ** 2)
+        return jnp.sum(model(adapter)(X, TIME) ** 2)
 
     grads = jax.jit(jax.grad(loss, argnums=1))(model, start)
     assert jax.tree.structure(grads) == jax.tree.structure(start)
     # by hand: d loss / d b = scale a^T dW, d loss / d a = scale dW b^T = 0 at the start
-    full = jax.grad(lambda p: jnp.sum(denoiser(p)(X, 0.3) ** 2))(BASE)
+    full = jax.grad(lambda p: jnp.sum(denoiser(p)(X, TIME) ** 2))(BASE)
     for name in ("dense0", "out"):
         want = 2.0 * start[f"{name}/kernel"]["a"].T @ full[name]["kernel"]
         np.testing.assert_allclose(grads[f"{name}/kernel"]["b"], want, rtol=2e-4, atol=1e-5)
@@ -145,12 +152,12 @@ def test_model_is_a_pytree_whatever_its_inner_model_is():
     made = jax.tree.map(lambda p: p + 0.1, lora_init(KEY, BASE, 2))
     plain = LoRAModel(BASE, denoiser)
     nested = LoRAModel(BASE, jax.tree_util.Partial(denoiser))
-    want = denoiser(lora_merge(BASE, made))(X, 0.3)
+    want = denoiser(lora_merge(BASE, made))(X, TIME)  # without jit
     for model in (plain, nested, jax.tree.map(lambda leaf: leaf, plain)):
         np.testing.assert_allclose(
-            jax.jit(lambda m, a: m(a)(X, 0.3))(model, made), want, rtol=1e-4, atol=1e-5
+            jax.jit(lambda m, a: m(a)(X, TIME))(model, made), want, rtol=1e-4, atol=1e-5
         )
     assert jax.tree.structure(plain) == jax.tree.structure(LoRAModel(BASE, denoiser, 3.0))
     stacked = jax.tree.map(lambda p: jnp.stack([p, 2 * p]), made)
-    both = jax.vmap(lambda a: plain(a)(X, 0.3))(stacked)
+    both = jax.vmap(lambda a: plain(a)(X, TIME))(stacked)
     np.testing.assert_allclose(both[0], want, rtol=1e-4, atol=1e-5)

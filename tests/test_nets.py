@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 
 from rgdiff.nets import MLP, ConvNet1D, DiT, Transformer, UNet, ValueMLP, ema_update, time_features
@@ -149,15 +151,24 @@ NETS = {
         (3, 12, 4),
     ),
     "transformer": (
-        lambda **k: Transformer(4, width=16, depth=2, heads=2, **k),
+        lambda **k: Transformer(4, width=16, depth=1, heads=2, **k),
         onehot(3, 10, 4),
         (3, 10, 4),
     ),
     "dit": (
-        lambda **k: DiT(width=16, depth=2, heads=2, **k),
+        lambda **k: DiT(width=16, depth=1, heads=2, **k),
         jax.random.normal(KEY, (3, 8, 4, 2)),
         (3, 8, 4, 2),
     ),
+}
+LAST = {
+    "unet": ("conv_out",),
+    "mlp": ("out",),
+    "mlp_shape": ("out",),
+    "value": ("mlp", "out"),
+    "conv1d": ("out",),
+    "transformer": ("trunk", "out"),
+    "dit": ("trunk", "out"),
 }
 T = jnp.array([0.1, 0.5, 0.9])
 
@@ -173,19 +184,25 @@ def randomised(net, x):
     return jax.tree.map(draw, shapes)
 
 
+fast_jit = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)  # compiles in half the time
+
+
+def run(net, params, x, t, cond=None):
+    return jax.jit(net.apply)({"params": params}, x, t, cond)
+
+
 @pytest.mark.parametrize("name", NETS)
 def test_net_contract(name):
     build, x, shape = NETS[name]
     net = build(classes=3)
     labels = jnp.array([0, 1, 2])
-    zero, init = jax.jit(net.init_with_output)(KEY, x, T, labels)
-    assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(init))
-    assert zero.shape == shape and zero.dtype == jnp.float32
-    np.testing.assert_array_equal(zero, 0.0)
-
     params = randomised(net, x)
-    apply = jax.jit(lambda p, x, t, c: net.apply({"params": p}, x, t, c))
+    apply = fast_jit(lambda p, x, t, c: net.apply({"params": p}, x, t, c))
     y = apply(params, x, T, labels)
+    assert y.shape == shape and y.dtype == jnp.float32
+    assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(jax.eval_shape(net.init, KEY, x, T)))
     size = jnp.max(jnp.abs(y))
     none = apply(params, x, T, None)
     np.testing.assert_allclose(apply(params, x, T, jnp.full(3, 3)), none, rtol=1e-5, atol=1e-5)
@@ -199,21 +216,31 @@ def test_net_contract(name):
     np.testing.assert_allclose(changed[1:], y[1:], rtol=1e-5, atol=1e-5)
     assert jnp.max(jnp.abs(changed[0] - y[0])) > 1e-3 * size
 
-    grads = jax.jit(jax.grad(lambda p, x: jnp.sum(net.apply({"params": p}, x, T, labels) ** 2), (0, 1)))(
+    @jax.jit  # of the initialisation, only the last layer is compiled
+    def last_layer(key):
+        flat = flatten_dict(net.init(key, x, T)["params"])
+        return {path: leaf for path, leaf in flat.items() if path[:-1] == LAST[name]}
+
+    last = last_layer(KEY)
+    assert len(last) == 2  # kernel and bias
+    started = unflatten_dict({**flatten_dict(params), **last})
+    np.testing.assert_array_equal(apply(started, x, T, labels), 0.0)
+
+    grads = fast_jit(jax.grad(lambda p, x: jnp.sum(net.apply({"params": p}, x, T, labels) ** 2), (0, 1)))(
         params, x
     )
     for g in jax.tree.leaves(grads):
         assert jnp.all(jnp.isfinite(g))
     assert jnp.max(jnp.abs(grads[1])) > 0
 
-    low = jax.jit(build(classes=3, dtype=jnp.bfloat16).apply)({"params": params}, x, T, labels)
+    low = fast_jit(build(classes=3, dtype=jnp.bfloat16).apply)({"params": params}, x, T, labels)
     assert low.shape == shape and low.dtype == jnp.float32
     assert (
         1e-4 < jnp.linalg.norm(low - y) / jnp.linalg.norm(y) < 0.1
     )  # computed in bfloat16, no worse than that
 
 
-@pytest.mark.parametrize("name", ["mlp", "transformer"])
+@pytest.mark.parametrize("name", ["mlp"])
 def test_net_without_jit_with_numbers_for_time_and_class(name):
     build, x, _ = NETS[name]
     net = build(classes=3)
@@ -254,9 +281,9 @@ def test_unet_dropout_acts_in_training_only():
     net = UNet((8,), dropout=0.5)
     x = jnp.ones((2, 4, 4, 1))
     params = randomised(net, x)
-    plain = UNet((8,)).apply({"params": params}, x, 0.5)
-    np.testing.assert_array_equal(net.apply({"params": params}, x, 0.5), plain)
-    y = net.apply({"params": params}, x, 0.5, train=True, rngs={"dropout": KEY})
+    plain = run(UNet((8,)), params, x, 0.5)
+    np.testing.assert_array_equal(run(net, params, x, 0.5), plain)
+    y = jax.jit(lambda k: net.apply({"params": params}, x, 0.5, train=True, rngs={"dropout": k}))(KEY)
     assert jnp.max(jnp.abs(y - plain)) > 1e-3
 
 
@@ -271,24 +298,20 @@ def test_conv1d_has_the_published_size_and_ignores_time():
     net = ConvNet1D(4)
     x = onehot(2, 16, 4)
     shapes = jax.eval_shape(net.init, KEY, x, 0.5)["params"]
-    # conv 5->128 k9; 20 x (conv 128 k9, Linear, LayerNorm); two time Linears; head 128, 128 -> 4
-    parts = (
-        (5 * 9 + 1) * 128 + 20 * ((9 * 128 + 1) * 128 + 129 * 128 + 256) + 2 * 129 * 128 + 129 * 128 + 129 * 4
-    )
+    # conv 5->128 k9; 20 x (conv 128 k9, Linear, LayerNorm); a time Linear; head 128, 128 -> 4
+    parts = (5 * 9 + 1) * 128 + 20 * ((9 * 128 + 1) * 128 + 129 * 128 + 256) + 129 * 128 + 129 * 128 + 129 * 4
     count = sum(np.prod(p.shape) for p in jax.tree.leaves(shapes))
     assert count == parts and abs(count - 3.33e6) < 5e3
     small = ConvNet1D(4, width=8, dilations=(1,))
     params = randomised(small, x)
-    np.testing.assert_array_equal(
-        small.apply({"params": params}, x, 0.1), small.apply({"params": params}, x, 0.9)
-    )
+    np.testing.assert_array_equal(run(small, params, x, 0.1), run(small, params, x, 0.9))
 
 
 def test_conv1d_sees_what_its_dilations_reach():
     net = ConvNet1D(2, width=8, dilations=(4,), kernel=3)
     x = jax.random.normal(KEY, (1, 21, 3))
     params = randomised(net, x)
-    dependence = jax.jacobian(lambda x: net.apply({"params": params}, x, 0.5)[0, 10].sum())(x)
+    dependence = jax.jacobian(lambda x: run(net, params, x, 0.5)[0, 10].sum())(x)
     seen = np.flatnonzero(np.abs(dependence).sum(axis=(0, 2)))
     np.testing.assert_array_equal(seen, [5, 6, 7, 9, 10, 11, 13, 14, 15])
 
@@ -310,9 +333,12 @@ def test_rotary_is_an_isometry_that_knows_differences_only(axes):
 def test_dit_patches_are_put_back_in_place():
     net = DiT(patch=2, width=8, depth=1, heads=1)
     x = jax.random.normal(KEY, (1, 4, 6, 1))
-    params: dict = net.init(KEY, x, 0.5)["params"]  # gates are zero: each patch sees itself only
-    params["trunk"]["out"]["kernel"] = jax.random.normal(KEY, params["trunk"]["out"]["kernel"].shape)
-    dependence = jax.jacobian(lambda x: net.apply({"params": params}, x, 0.5)[0, 2, 5, 0])(x)
+    params = randomised(net, x)
+    zero = jax.tree.map(
+        jnp.zeros_like, params["trunk"]["block0"]["mod"]
+    )  # closed gates: a patch sees itself only
+    params["trunk"]["block0"]["mod"] = zero
+    dependence = jax.jacobian(lambda x: run(net, params, x, 0.5)[0, 2, 5, 0])(x)
     np.testing.assert_array_equal(
         np.argwhere(np.abs(dependence[0, :, :, 0]) > 0), [[2, 4], [2, 5], [3, 4], [3, 5]]
     )
@@ -322,7 +348,7 @@ def test_transformer_knows_order():
     net = Transformer(2, width=8, depth=1, heads=1)
     x = onehot(1, 6, 2)
     params = randomised(net, x)
-    y, flipped = (net.apply({"params": params}, a, 0.5) for a in (x, x[:, ::-1]))
+    y, flipped = (run(net, params, a, 0.5) for a in (x, x[:, ::-1]))
     assert jnp.max(jnp.abs(y - flipped[:, ::-1])) > 1e-3
     with pytest.raises(ValueError, match="multiple of"):
         Transformer(2, width=10, heads=4)

@@ -76,14 +76,14 @@ class AffineDenoiser:
 
     schedule: Any
     m: jax.Array
-    c: jax.Array
+    spectrum: tuple[jax.Array, jax.Array]  # eigenvalues and eigenvectors of C
     scale: jax.Array
     shift: jax.Array
 
     def __call__(self, x: jax.Array, t: jax.Array, cond: Any = None) -> jax.Array:
         t = jnp.broadcast_to(t, x.shape[:1])
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-        values, vectors = jnp.linalg.eigh(self.c)
+        values, vectors = self.spectrum
         z = (x - alpha[:, None] * self.m) @ vectors
         gain = alpha[:, None] * values / (alpha[:, None] ** 2 * values + sigma[:, None] ** 2)
         return self.scale * (self.m + (gain * z) @ vectors.T) + self.shift
@@ -97,7 +97,7 @@ class Quadratic:
     q: jax.Array
 
     def __call__(self, x: jax.Array, cond: Any = None) -> jax.Array:
-        return x @ self.b - 0.5 * jnp.einsum("bi,ij,bj->b", x, self.q, x)
+        return x @ self.b - 0.5 * jnp.sum((x @ self.q) * x, -1)
 
 
 @pytree
@@ -112,7 +112,7 @@ class TabulatedQuadratic:
 
     def __call__(self, x: jax.Array, t: jax.Array, cond: Any = None) -> jax.Array:
         i = jnp.argmin(jnp.abs(self.times - t))
-        out = self.c[i] + x @ self.h[i] - 0.5 * jnp.einsum("bi,ij,bj->b", x, self.p[i], x)
+        out = self.c[i] + x @ self.h[i] - 0.5 * jnp.sum((x @ self.p[i]) * x, -1)
         return self.temperature * out
 
 
@@ -134,7 +134,8 @@ class GaussianWorld:
 
     def model(self, theta: jax.Array) -> AffineDenoiser:
         f32 = lambda a: jnp.asarray(a, jnp.float32)  # noqa: E731
-        return AffineDenoiser(self.schedule, f32(self.m), f32(self.c), f32(theta[1]), f32(theta[0]))
+        spectrum = tuple(map(f32, np.linalg.eigh(self.c)))
+        return AffineDenoiser(self.schedule, f32(self.m), spectrum, f32(theta[1]), f32(theta[0]))
 
     def gain(self, t: float, theta) -> tuple[Array, Array]:
         """The denoiser at t as x -> G x + g."""

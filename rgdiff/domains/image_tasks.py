@@ -19,7 +19,7 @@ from rgdiff.domains.images import ImageDomain
 from rgdiff.rewards import Task
 from rgdiff.typing import Key, Reward
 
-SHOWN = 36  # pictures in a grid of the report
+SHOWN = 25  # pictures in a grid of the report
 
 
 class ImageJudge:

@@ -50,8 +50,8 @@ def conv(
         ValueError: when ranks, channels or padding do not fit together.
 
     Note:
-        Under `vmap` the parameter gradient is taken per mapped element (a grouped convolution, slow on a
-        CPU): put examples on the batch axis, not under `vmap`, when parameters are trained.
+        Under `vmap` the parameter gradient is taken per mapped element (a grouped convolution), then summed,
+        where JAX's own joins the mapped axis to the batch.
     """
     spatial = x.ndim - 2
     if spatial < 1 or kernel.ndim != x.ndim or kernel.shape[-2] != x.shape[-1]:

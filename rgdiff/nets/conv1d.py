@@ -64,9 +64,8 @@ class ConvNet1D(nn.Module):
         if x.ndim != 3:
             raise ValueError(f"ConvNet1D takes one-hot sequences [B, L, K + 1]; got shape {x.shape}")
         t = jnp.asarray(t, jnp.float32) * (1.0 if self.time_conditioning else 0.0)
-        emb = nn.relu(
-            Conditioning(self.width, 128, self.classes, self.dtype, name="emb")(x.shape[0], t, cond)
-        )
+        emb = Conditioning(self.width, 128, self.classes, deep=False, dtype=self.dtype, name="emb")
+        emb = nn.relu(emb(x.shape[0], t, cond))
         h = nn.relu(Conv(self.width, (self.kernel,), dtype=self.dtype, name="conv_in")(x))
         for i, dilation in enumerate(self.dilations):
             r = h + nn.Dense(self.width, dtype=self.dtype, name=f"emb{i}")(emb)[:, None, :]

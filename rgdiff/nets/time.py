@@ -42,12 +42,14 @@ class Conditioning(nn.Module):
         features: size of the vector.
         time_size: number of sinusoidal features, even.
         classes: number N of classes, or None for a network without classes. Row N means "no class".
+        deep: whether SiLU and a second Dense follow the first.
         dtype: of the computation and of the result.
     """
 
     features: int
     time_size: int = 64
     classes: int | None = None
+    deep: bool = True
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -60,8 +62,9 @@ class Conditioning(nn.Module):
                 "this network has no classes but got a cond; build it with classes=N or pass cond=None"
             )
         h = time_features(jnp.broadcast_to(t, (batch,)), self.time_size).astype(self.dtype)
-        h = nn.Dense(self.features, dtype=self.dtype, name="in")(h)
-        h = nn.Dense(self.features, dtype=self.dtype, name="out")(nn.silu(h))
+        h = nn.Dense(self.features, dtype=self.dtype, name="dense0")(h)
+        if self.deep:
+            h = nn.Dense(self.features, dtype=self.dtype, name="dense1")(nn.silu(h))
         if self.classes is None:
             return h
         labels = jnp.asarray(self.classes if cond is None else cond)

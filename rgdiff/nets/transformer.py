@@ -77,7 +77,7 @@ class _Trunk(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, positions: Array, t: Array, cond: Cond) -> Array:
-        emb = Conditioning(self.width, 64, self.classes, self.dtype, name="emb")(x.shape[0], t, cond)
+        emb = Conditioning(self.width, 64, self.classes, dtype=self.dtype, name="emb")(x.shape[0], t, cond)
         h = nn.Dense(self.width, dtype=self.dtype, name="in")(x)
         for i in range(self.depth):
             h = Block(self.width, self.heads, self.dtype, name=f"block{i}")(h, emb, positions)

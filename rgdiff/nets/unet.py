@@ -143,7 +143,7 @@ class UNet(nn.Module):
             return Conv(features, (3, 3), padding=((1, 1), (1, 1)), dtype=self.dtype, name=name, **options)(h)
 
         first = self.channels[0]
-        emb = Conditioning(4 * first, first, self.classes, self.dtype, name="emb")(x.shape[0], t, cond)
+        emb = Conditioning(4 * first, first, self.classes, dtype=self.dtype, name="emb")(x.shape[0], t, cond)
         h = conv(x, first, "conv_in")
         skips = [h]
         for level, features in enumerate(self.channels):

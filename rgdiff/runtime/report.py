@@ -178,23 +178,22 @@ def _number(value: Any) -> str:
 
 def _reward(value: float) -> str:
     value = float(value)
-    text = f"{value:.2f}" if 0.005 <= abs(value) < 100 else f"{value:.2g}"
+    text = f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"
     return "–" if math.isnan(value) else text.replace("-", "−")
 
 
 def _table(table: Mapping[str, Mapping[str, Any]]) -> str:
-    columns = list(dict.fromkeys(name for row in table.values() for name in row))
-    head = "".join(f"<th>{_text(name)}</th>" for name in columns)
+    """Methods across, metrics down: a page is longer than wide."""
+    metrics = list(dict.fromkeys(name for row in table.values() for name in row))
+    head = "".join(f"<th>{_text(method)}</th>" for method in table)
     body = ""
-    for method, row in table.items():
+    for name in metrics:
         cells = ""
-        for name in columns:
+        for row in table.values():
             side = " class=word" if isinstance(row.get(name), str) else ""
             cells += f"<td{side}>{_text(_number(row.get(name)))}</td>"
-        body += f"<tr><th>{_text(method)}</th>{cells}</tr>"
-    return (
-        f"<div class=scroll><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
+        body += f"<tr><th>{_text(name)}</th>{cells}</tr>"
+    return f"<div class=scroll><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def _grid(grid: Grid) -> str:

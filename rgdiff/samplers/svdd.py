@@ -132,9 +132,11 @@ def log_soft_weights(values: Array, temperature: Array) -> Array:
 
     Subtracting the maximum first keeps huge values (1e30, inf) from turning into NaN.
     """
-    values = jnp.where(jnp.isnan(values), -jnp.inf, values)
+    infeasible = jnp.isnan(values)
+    values = jnp.where(infeasible, -jnp.inf, values)
     best = jnp.max(values, axis=0, keepdims=True)
-    return jnp.where(values == best, 0.0, (values - best) / temperature)
+    log_weights = jnp.where(values == best, 0.0, (values - best) / temperature)
+    return jnp.where(infeasible & ~infeasible.all(axis=0), -jnp.inf, log_weights)
 
 
 def svdd(

@@ -5,9 +5,11 @@ Tuners take any Optax transformation; this one exists so that a YAML file can de
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 
+@functools.cache
 def adamw(
     learning_rate: float = 1e-3,
     *,
@@ -17,7 +19,7 @@ def adamw(
     weight_decay: float = 0.0,
     b2: float = 0.999,
 ) -> Any:
-    """Build AdamW.
+    """Build AdamW; the same arguments give the same object, so that building it again does not recompile.
 
     Args:
       learning_rate: at its peak.

@@ -1,0 +1,146 @@
+"""Numbers about samples: distances between feature sets, coverage, diversity, accuracy and reward summaries.
+
+Everything is computed on the host in float64 from arrays whose first axis counts examples, and says how many of them
+were left out. Which features to take (raw pixels, a classifier's penultimate layer) is left to the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class PrecisionRecall(NamedTuple):
+    """Share of fakes that look real, and share of reals that the fakes cover; both in [0, 1]."""
+
+    precision: float
+    recall: float
+
+
+def frechet_distance(a: Any, b: Any) -> float:
+    """Compute the squared Frechet distance of two Gaussian fits.
+
+    d = |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), with unbiased covariances S.
+
+    Args:
+      a, b: features [N, ...], trailing axes flattened to D; N may differ, D may not.
+
+    Returns:
+      The distance, in squared units of the features; 0 for identical sets.
+
+    Raises:
+      ValueError: for fewer than two examples, differing D, or values that are not finite.
+
+    References: Heusel et al. 2017, arXiv:1706.08500, equation 6.
+
+    Note: the distance of finite samples is biased upwards, the more the larger D / N: compare only at equal N,
+      with N well above D. With S_i = R_i^T R_i from a QR of the centred data, the square root's trace is the sum of
+      the singular values of R_a R_b^T: no matrix square root, and singular covariances do no harm.
+    """
+    a, b = _features(a, "a", 2), _features(b, "b", 2)
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"features have {a.shape[1]} and {b.shape[1]} dimensions: take both from one feature map")
+    r_a, r_b = (np.asarray(np.linalg.qr((x - x.mean(0)) / np.sqrt(len(x) - 1), mode="r")) for x in (a, b))
+    cross = np.linalg.svd(r_a @ r_b.T, compute_uv=False).sum()
+    distance = ((a.mean(0) - b.mean(0)) ** 2).sum() + (r_a**2).sum() + (r_b**2).sum() - 2 * cross
+    return float(max(distance, 0.0))
+
+
+def precision_recall(real: Any, fake: Any, k: int = 3) -> PrecisionRecall:
+    """Estimate precision and recall by nearest-neighbour balls.
+
+    A set's support is the union of balls around its points that reach to the k-th nearest other point; precision is
+    the share of fakes in the support of the reals, recall the share of reals in the support of the fakes.
+
+    Args:
+      real, fake: features [N, ...], trailing axes flattened; memory is quadratic in N.
+      k: neighbours that set a ball's radius.
+
+    Raises:
+      ValueError: for k < 1, for sets of k or fewer examples, differing dimensions, or values that are not finite.
+
+    References: Kynkaanniemi et al. 2019, arXiv:1904.06991, equations 1-2.
+    """
+    if k < 1:
+        raise ValueError(f"k={k}: expected at least one neighbour")
+    real, fake = _features(real, "real", k + 1), _features(fake, "fake", k + 1)
+    if real.shape[1] != fake.shape[1]:
+        raise ValueError(
+            f"features have {real.shape[1]} and {fake.shape[1]} dimensions: take both from one feature map"
+        )
+    from scipy.spatial.distance import cdist
+
+    across = cdist(real, fake)
+    radius_real, radius_fake = (
+        np.partition(cdist(x, x), k, axis=1)[:, k] for x in (real, fake)
+    )  # 0 is the point itself
+    precision = (across <= radius_real[:, None]).any(0).mean()
+    recall = (across <= radius_fake[None, :]).any(1).mean()
+    return PrecisionRecall(float(precision), float(recall))
+
+
+def diversity(x: Any) -> float:
+    """Average the Euclidean distance over all pairs of different examples; x is [N, ...], trailing axes flattened."""
+    from scipy.spatial.distance import pdist
+
+    return float(pdist(_features(x, "x", 2)).mean())
+
+
+def summarize_rewards(rewards: Any) -> dict[str, float | int]:
+    """Summarise the rewards [B] of a set of samples; NaN marks an infeasible one, which is left out and counted.
+
+    Returns:
+      reward_mean, reward_se (standard error of the mean), reward_median, reward_top_decile (mean of the best tenth,
+      rounded up to whole samples), all over the feasible ones and NaN where there are too few; infeasible, a count.
+
+    Raises:
+      ValueError: for rewards that are not one number per sample.
+    """
+    rewards = np.asarray(rewards, np.float64)
+    if rewards.ndim != 1:
+        raise ValueError(f"rewards have shape {rewards.shape}: expected [B], one number per sample")
+    feasible = np.sort(rewards[~np.isnan(rewards)])
+    n = len(feasible)
+    return {
+        "reward_mean": float(feasible.mean()) if n else float("nan"),
+        "reward_se": float(feasible.std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan"),
+        "reward_median": float(np.median(feasible)) if n else float("nan"),
+        "reward_top_decile": float(feasible[-((n + 9) // 10) :].mean()) if n else float("nan"),
+        "infeasible": len(rewards) - n,
+    }
+
+
+def classifier_accuracy(classifier: Callable[[Any], Any], x: Any, y: Any, batch: int = 1024) -> float:
+    """Compute the share of examples whose largest logit is at their label; logits with NaN count as wrong.
+
+    Args:
+      classifier: maps x [B, ...] to logits [B, classes].
+      x: examples [N, ...].
+      y: integer labels [N].
+      batch: examples per call, to bound memory.
+
+    Raises:
+      ValueError: when there is not one label per example.
+    """
+    labels = np.asarray(y)
+    if labels.shape != (len(x),) or not len(x):
+        raise ValueError(
+            f"y has shape {labels.shape}: expected one label for each of {len(x)} examples, and one at least"
+        )
+    logits = np.concatenate([np.asarray(classifier(x[i : i + batch])) for i in range(0, len(x), batch)])
+    right = (logits.argmax(-1) == labels) & ~np.isnan(logits).any(-1)
+    return float(right.mean())
+
+
+def _features(x: Any, name: str, least: int) -> np.ndarray:
+    """Return x as float64 [N, D], refusing what would make a number meaningless."""
+    x = np.asarray(x, np.float64)
+    if x.ndim < 2 or len(x) < least:
+        raise ValueError(f"{name} has shape {x.shape}: expected features [N, ...] of at least {least} examples")
+    x = x.reshape(len(x), -1)
+    bad = int((~np.isfinite(x)).any(1).sum())
+    if bad:
+        raise ValueError(f"{name} has {bad} examples that are not finite: leave them out, and report how many")
+    return x

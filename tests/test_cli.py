@@ -1,0 +1,152 @@
+"""The command line: recipes compose and run for every method x reward, bad input ends in one line, nothing is overwritten."""
+
+import itertools
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from rgdiff.cli import expand, main
+from rgdiff.runtime import recipe
+
+TINY = [
+    "samples=12",
+    "prior=mlp",
+    "prior.network.features=[16]",
+    "prior.steps=3",
+    "prior.train.steps=4",
+    "prior.train.optimizer.warmup=1",
+    "prior.train.optimizer.decay_steps=4",
+]
+FEW = {
+    "svdd": ["method.candidates=2"],
+    "svdd_mc": ["method.candidates=2", "method.samples=8", "method.steps=3", "method.batch=4", "method.network.features=[8]"],
+    "draft": ["method.steps=2", "method.batch=4"],
+    "draft_k": ["method.steps=2", "method.batch=4"],
+    "draft_lv": ["method.steps=2", "method.batch=4"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def run(tmp_path, cache, *overrides, recipe="steer", out="run"):
+    return main(["run", recipe, *TINY, f"out={tmp_path / out}", f"cache_dir={cache}", *overrides])
+
+
+def failing(capsys, *argv):
+    """Run a command that must fail, and return its one line."""
+    assert main(list(argv)) != 0
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1, error
+    return error
+
+
+def test_every_method_and_reward_compose_and_check():
+    for method, reward, domain, prior in itertools.product(*(recipe.names(g) for g in ("method", "reward", "domain", "prior"))):
+        overrides = [f"method={method}", f"reward={reward}", f"domain={domain}", f"prior={prior}"]
+        overrides += ["reward.fn=tests.user_module.score"] * (reward == "custom")
+        overrides += ["domain.fn=tests.user_module.load"] * (domain == "custom")
+        recipe.check(recipe.compose("steer", overrides), recipe.trusted_modules(overrides))
+
+
+@pytest.mark.parametrize("method", sorted(FEW))
+def test_methods_run(method, tmp_path, cache):
+    assert run(tmp_path, cache, "reward=symmetry", f"method={method}", *FEW[method]) == 0
+    folder = tmp_path / "run"
+    summary = json.loads((folder / "summary.json").read_text())
+    for row in ("prior", method):
+        for name in ("reward_mean", "reward_se", "heldout_reward_mean", "network_calls", "seconds", "diversity", "kl"):
+            assert summary[f"{row}/{name}"] is not None, (row, name)
+    samples = np.load(folder / "samples.npz", allow_pickle=False)
+    assert samples[method].shape == (12, 8, 8, 1) and np.isfinite(samples[method]).all()
+    for name in ("config.yaml", "versions.json", "metrics.jsonl", "report.html"):
+        assert (folder / name).stat().st_size > 0
+    assert "<img" in (folder / "report.html").read_text()
+
+
+def test_black_box_reward_guides_svdd(tmp_path, cache):
+    assert run(tmp_path, cache, "reward=compress", "method=svdd", "method.candidates=4", "method.temperature=1.0") == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["svdd/reward_mean"] == round(summary["svdd/reward_mean"] * 12) / 12  # bytes: whole numbers over 12 samples
+
+
+def test_users_own_parts(tmp_path, cache, monkeypatch):
+    (tmp_path / "my_module.py").write_text(
+        "import numpy as np\n"
+        "def score(x0, cond=None):\n    return -(x0 ** 2).mean((1, 2, 3))\n"
+        "def load():\n    rng = np.random.default_rng(0)\n"
+        "    return rng.uniform(-1, 1, (40, 8, 8, 1)).astype('float32'), np.arange(40) % 2\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    own = ["reward=custom", "reward.fn=my_module.score", "domain=custom", "domain.fn=my_module.load"]
+    assert run(tmp_path, cache, *own, "method=draft_k", *FEW["draft_k"]) == 0
+    sys.modules.pop("my_module")
+    assert run(tmp_path, cache, *own, "reward.host=true", "method=svdd", "method.candidates=2", out="host") == 0
+
+
+def test_resume_of_a_finished_run_changes_nothing(tmp_path, cache):
+    arguments = ("reward=symmetry", "method=draft_k", *FEW["draft_k"])
+    assert run(tmp_path, cache, *arguments) == 0
+    before = np.load(tmp_path / "run" / "samples.npz")
+    assert run(tmp_path, cache, *arguments, "resume=true") == 0
+    after = np.load(tmp_path / "run" / "samples.npz")
+    for name in before:
+        np.testing.assert_array_equal(before[name], after[name])
+
+
+def test_bad_input_is_one_line(tmp_path, cache, capsys):
+    cases = {
+        ("run", "quikstart"): "quickstart",
+        ("run", "steer", "method=svd"): "did you mean 'svdd'",
+        ("run", "steer", "method.temperatur=1"): "method.temperature",
+        ("run", "steer", "+method.tempo=1", f"out={tmp_path / 'a'}"): "takes no 'tempo'",
+        ("run", "steer", "sed=1"): "did you mean 'seed'",
+        ("run", "steer", "seed"): "key=value",
+        ("run", "steer", "reward=custom"): "reward.fn",
+        ("run", "steer", "reward=custom", "reward.fn=no_such_module.f", f"out={tmp_path / 'a'}"): "no_such_module",
+        ("run", "steer", "method.candidates=0", *TINY, f"out={tmp_path / 'b'}", f"cache_dir={cache}"): "candidates",
+        ("run", "steer", "prior.eta=0", *TINY, f"out={tmp_path / 'c'}", f"cache_dir={cache}"): "eta = 0",
+        ("run", "steer", "domain=mnist", f"data_dir={tmp_path}", f"out={tmp_path / 'd'}"): "MNIST file missing",
+        ("show", "nothing.yaml"): "no recipe file",
+    }
+    for argv, expected in cases.items():
+        assert expected in failing(capsys, *argv), argv
+    assert not (tmp_path / "d").exists()
+
+
+def test_a_recipe_file_cannot_call_what_the_user_did_not_name(tmp_path, capsys):
+    for target in ("os.system", "rgdiff.runtime.checkpoint.os.system", "rgdiff.runtime.checkpoint.shutil.rmtree", "builtins.eval"):
+        path = tmp_path / "evil.yaml"
+        path.write_text(f"defaults:\n  - steer\n  - _self_\nreward:\n  _target_: {target}\nout: {tmp_path / 'evil'}\n")
+        assert "not a constructor of rgdiff" in failing(capsys, "run", str(path))
+    path.write_text(f"defaults:\n  - steer\n  - _self_\nmodules: [os]\nreward:\n  _target_: os.system\nout: {tmp_path / 'evil'}\n")
+    assert "not a constructor" in failing(capsys, "run", str(path))
+    assert not (tmp_path / "evil").exists()
+
+
+def test_another_run_is_not_overwritten(tmp_path, cache, capsys):
+    assert run(tmp_path, cache, "reward=symmetry", "method=svdd", "method.candidates=2") == 0
+    before = (tmp_path / "run" / "samples.npz").read_bytes()
+    capsys.readouterr()
+    again = ["run", "steer", *TINY, f"out={tmp_path / 'run'}", f"cache_dir={cache}", "reward=symmetry", "method=svdd"]
+    assert "already holds a run" in failing(capsys, *again)
+    assert "cannot resume" in failing(capsys, *again, "method.candidates=3", "resume=true")
+    assert (tmp_path / "run" / "samples.npz").read_bytes() == before
+
+
+def test_foreign_and_truncated_prior_checkpoints(tmp_path, cache, capsys):
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "x").write_text("no checkpoint")
+    argv = ["run", "steer", *TINY, f"cache_dir={cache}", f"out={tmp_path / 'run'}", f"prior.checkpoint={foreign}"]
+    assert str(foreign) in failing(capsys, *argv)
+
+
+def test_sweeps_expand_to_all_combinations():
+    runs = expand(["method=svdd", "method.temperature=0.5,1", "seed=1,2", "out=here"])
+    assert len(runs) == 4 and {r[-1] for r in runs} == {f"out=here/{i}" for i in range(4)}
+    assert {tuple(r[1:3]) for r in runs} == set(itertools.product(["method.temperature=0.5", "method.temperature=1"], ["seed=1", "seed=2"]))
