@@ -1,1 +1,1 @@
-"""Side-by-side measurements against PyTorch; `python -m benchmarks.run`. Not part of the library, and PyTorch never is."""
+"""Side-by-side measurements against PyTorch: `python -m benchmarks.run`. Not part of the library."""

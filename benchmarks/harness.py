@@ -39,7 +39,9 @@ class Worker:
         }
         env = os.environ | {
             "OMP_NUM_THREADS": str(threads),
-            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),  # a spinning thread would bill the other side
+            "OMP_WAIT_POLICY": os.environ.get(
+                "OMP_WAIT_POLICY", "PASSIVE"
+            ),  # a spinning thread would bill the other side
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the two sides share an accelerator
         }
         env.pop("XLA_FLAGS", None)  # e.g. the test suite's single thread or eight devices
@@ -118,7 +120,9 @@ def measure(
                     continue
                 workers[side] = worker
                 if not errors[side] < TOLERANCE:
-                    raise Failed(f"{case.name}, {side}: results differ by {errors[side]:.1e}, more than {TOLERANCE:.0e}")
+                    raise Failed(
+                        f"{case.name}, {side}: results differ by {errors[side]:.1e}, more than {TOLERANCE:.0e}"
+                    )
                 if memory:
                     fresh = start(side)
                     fresh.ask("build")
@@ -140,8 +144,12 @@ def measure(
 
 def machine() -> dict[str, str]:
     """What the numbers belong to."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    dirty = subprocess.run(["git", "status", "--porcelain", "rgdiff"], cwd=ROOT, capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    dirty = subprocess.run(
+        ["git", "status", "--porcelain", "rgdiff"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -17,7 +17,7 @@ import numpy as np
 BATCH, SIDE, STEPS, SEED = 16, 16, 50, 0
 CHANNELS = (32, 64, 64)
 CANDIDATES, TEMPERATURE = 8, 0.1
-OPTIMIZER = {"learning_rate": 1e-4, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
+OPTIMIZER: dict[str, Any] = {"learning_rate": 1e-4, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
 TOLERANCE = 1e-4
 
 
@@ -81,14 +81,12 @@ class Ours:
         self.times = self.process.times(STEPS)
         net = UNet(channels=CHANNELS)
         image = jnp.zeros((BATCH, SIDE, SIDE, 1))
-        params = net.init(jax.random.key(SEED), image, jnp.float32(1))["params"]
-        leaves, tree = jax.tree.flatten(params)  # off zero everywhere, or a wrong transplant could pass
-        keys = jax.random.split(jax.random.key(SEED + 1), len(leaves))
-        self.params = tree.unflatten([a + 0.02 * jax.random.normal(k, a.shape) for k, a in zip(keys, leaves, strict=True)])
+        shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), image, jnp.float32(1))["params"])
+        self.params = jax.tree.map(jnp.asarray, _weights(shapes))
         self.net = net
         self.denoiser = denoisers.predicts("eps", denoisers.from_linen(net, self.params), schedule)
         if case.live:
-            model = lambda p: denoisers.predicts("eps", denoisers.from_linen(net, p), schedule)  # noqa: E731
+            model = lambda params: denoisers.predicts("eps", denoisers.from_linen(net, params), schedule)  # noqa: E731
             options = {"batch": BATCH, "remat": "everything" if case.remat else "none"}
             self.tuner = tuners.draft_k(
                 model, self.process, reward, self.times, optax.adamw(**OPTIMIZER), k=case.live, **options
@@ -181,6 +179,21 @@ class Ours:
         return {name: np.asarray(value) for name, value in out.items()}
 
 
+def _weights(shapes: Any) -> Any:
+    """Random numbers of the usual size, off zero (and scales off one) everywhere, or a wrong transplant could pass."""
+    import jax
+
+    random = np.random.default_rng(SEED)
+
+    def draw(path: Any, leaf: Any) -> np.ndarray:
+        z = random.standard_normal(leaf.shape, np.float32)
+        if path[-1].key == "kernel":
+            return z / np.float32(np.sqrt(np.prod(leaf.shape[:-1])))
+        return np.float32(path[-1].key == "scale") + np.float32(0.1) * z
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
 def _leaves(tree: Any) -> Any:
     import jax
 
@@ -232,7 +245,7 @@ class Torch:
             want = [given[name] for name in sorted(given) if name.startswith("gradient/")]
             self.optimizer.zero_grad()
             flat = lambda leaves: np.concatenate([np.ravel(leaf) for leaf in leaves])  # noqa: E731
-            loss_error = abs(float(loss) / float(given["loss"]) - 1)
+            loss_error = abs(loss.item() / float(given["loss"]) - 1)
             return max(loss_error, _relative(flat(got), flat(want)))
         if self.case.row == "svdd":
             gumbel = self.torch.tensor(given["gumbel"], device=x.device)

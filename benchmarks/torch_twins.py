@@ -41,6 +41,8 @@ class ResBlock(nn.Module):
 
 
 class Embedding(nn.Module):
+    frequencies: Tensor
+
     def __init__(self, features: int, size: int):
         super().__init__()
         self.register_buffer("frequencies", 10000.0 ** (-torch.arange(size // 2) / (size // 2)), persistent=False)
@@ -137,7 +139,7 @@ def load_linen(net: nn.Module, params: dict[str, Any]) -> nn.Module:
         value = _to_torch(leaf, target.shape)
         if value.shape != tuple(target.shape):
             raise ValueError(f"{ours} {leaf.shape} does not fit {name} {tuple(target.shape)}")
-        target.copy_(torch.from_numpy(np.ascontiguousarray(value)))
+        target.copy_(torch.tensor(np.ascontiguousarray(value)))
     if own:
         raise ValueError(f"PyTorch parameters without a partner: {sorted(own)}")
     return net
@@ -206,11 +208,12 @@ class Chain:
         """SVDD-PM: draw M candidates a move, keep one in proportion to exp(r(x0)/tau).
 
         `reuse` keeps the winner's prediction for the next move (M network calls a move); without it the network is
-        called again on the winner (M + 1), as straightforward code does. noise [T - 1, M, B, ...], gumbel [T - 1, M, B].
+        called again on the winner (M + 1), as straightforward code does. noise is [T - 1, M, B, ...] and gumbel
+        [T - 1, M, B].
         """
         batch = x.shape[0]
         with torch.inference_mode():
-            prediction = self.predict(x, *self.rows[0][:3]) if reuse else None
+            prediction = self.predict(x, *self.rows[0][:3]) if reuse else x  # without reuse: never read
             for i, row in enumerate(self.rows[:-1]):
                 x0 = prediction if reuse else self.predict(x, *row[:3])
                 z = torch.randn(candidates, *x.shape, device=x.device) if noise is None else noise[i]
@@ -220,7 +223,7 @@ class Chain:
                 g = -torch.empty_like(logits).exponential_().log() if gumbel is None else gumbel[i]
                 winner = (logits + g).argmax(0), torch.arange(batch, device=x.device)
                 x = y[winner]
-                prediction = predictions.view(y.shape)[winner] if reuse else None
+                prediction = predictions.view(y.shape)[winner]
             return prediction if reuse else self.predict(x, *self.rows[-1][:3])
 
     def draft_loss(self, x: Tensor, reward: Callable[[Tensor], Tensor], live: int, remat: bool) -> Tensor:
@@ -246,4 +249,4 @@ def reward(x0: Tensor) -> Tensor:
 
 def images(x: np.ndarray) -> Tensor:
     """[..., B, H, W, C] to [..., B, C, H, W] on the device."""
-    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(np.asarray(x), -1, -3))).to(device())
+    return torch.tensor(np.ascontiguousarray(np.moveaxis(x, -1, -3)), device=device())

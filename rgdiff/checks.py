@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 def key(value: Any) -> None:
@@ -29,7 +30,9 @@ def key(value: Any) -> None:
 def law(process: Any, method: str) -> None:
     """Refuse a process whose reverse steps are points: `method` needs a law (log_prob, KL or a second draw)."""
     if not process.stochastic:
-        raise ValueError(f"{method} needs a reverse kernel with a law, but the process has eta = 0; build it with eta > 0")
+        raise ValueError(
+            f"{method} needs a reverse kernel with a law, but the process has eta = 0; build it with eta > 0"
+        )
 
 
 def at_least(name: str, value: Any, least: int) -> int:
@@ -42,7 +45,7 @@ def at_least(name: str, value: Any, least: int) -> int:
 def positive(name: str, value: Any, *, zero: bool = False) -> jax.Array:
     """Return `value` as a float32 scalar; refuse a concrete one that is not positive and finite."""
     number = jnp.asarray(value, jnp.float32)
-    if not isinstance(number, jax.core.Tracer):
+    if not isinstance(number, Tracer):
         bad = not np.isfinite(number).all() or (number < 0).any() or (not zero and (number == 0).any())
         if bad:
             raise ValueError(f"{name} must be a finite number {'>=' if zero else '>'} 0, got {value!r}")
@@ -72,7 +75,7 @@ def times(value: Any, process: Any) -> jax.Array:
     grid = jnp.asarray(value, jnp.float32)
     if grid.ndim != 1 or grid.shape[0] < 1:
         raise ValueError(f"times must be a vector [T + 1], got shape {list(grid.shape)}; use process.times(steps)")
-    if isinstance(grid, jax.core.Tracer):
+    if isinstance(grid, Tracer):
         return grid
     concrete = np.asarray(grid)
     if not ((concrete >= 0).all() and (concrete <= 1).all() and (np.diff(concrete) < 0).all()):

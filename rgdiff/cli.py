@@ -18,7 +18,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     import rgdiff
 
-    parser = argparse.ArgumentParser(prog="rgdiff", description="Reward-guided diffusion: steer or fine-tune a prior by a reward.")
+    parser = argparse.ArgumentParser(
+        prog="rgdiff", description="Reward-guided diffusion: steer or fine-tune a prior by a reward."
+    )
     parser.add_argument("--version", action="version", version=f"rgdiff {rgdiff.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="run a recipe", description=(
@@ -26,7 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     ))  # fmt: skip
     run.add_argument("recipe", help="a name from `rgdiff list`, or a YAML file")
     run.add_argument("overrides", nargs="*", metavar="key=value")
-    run.add_argument("--multirun", action="store_true", help="run all combinations of comma-separated values, each in out/0, out/1, …")
+    run.add_argument(
+        "--multirun",
+        action="store_true",
+        help="run all combinations of comma-separated values, each in out/0, out/1, …",
+    )
     show = commands.add_parser("show", help="print the resolved config of a recipe")
     show.add_argument("recipe")
     show.add_argument("overrides", nargs="*", metavar="key=value")
@@ -149,7 +155,9 @@ def write_pages(
     """Write report.html: pictures before and after, curves, the table, the config."""
     from rgdiff.runtime.report import Plot, Report, Series, plot_rows, write_report
 
-    plots = [Plot(key, [Series(key, *curve)]) for key, outcome in outcomes.items() for key, curve in named(key, outcome)]
+    plots = [
+        Plot(key, [Series(key, *curve)]) for key, outcome in outcomes.items() for key, curve in named(key, outcome)
+    ]
     if any(row["phase"] == "prior" for row in run.log.rows):
         plots.append(plot_rows(run.log.rows, ["loss"], title="prior: training loss", phase="prior"))
     report = Report(
@@ -177,7 +185,17 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     from rich.console import Console
     from rich.table import Table
 
-    shown = ("reward_mean", "reward_se", "heldout_reward_mean", "heldout_accuracy", "frechet", "diversity", "kl", "network_calls", "seconds")
+    shown = (
+        "reward_mean",
+        "reward_se",
+        "heldout_reward_mean",
+        "heldout_accuracy",
+        "frechet",
+        "diversity",
+        "kl",
+        "network_calls",
+        "seconds",
+    )
     metrics = [m for m in shown if any(row.get(m) is not None for row in rows.values())]
     grid = Table("", *metrics)
     for key, row in rows.items():

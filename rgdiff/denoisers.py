@@ -67,7 +67,9 @@ def from_function(function: Callable[..., Any], params: Params) -> Network:
 def from_linen(module: Any, params: Params) -> Network:
     """Take a Flax Linen module, called as module.apply({"params": params}, x, t, cond), as a network."""
     if not hasattr(module, "apply") or not hasattr(module, "init"):
-        raise ValueError(f"from_linen expects a flax.linen.Module, got {type(module).__name__}; see from_nnx, from_function")
+        raise ValueError(
+            f"from_linen expects a flax.linen.Module, got {type(module).__name__}; see from_nnx, from_function"
+        )
     if isinstance(params, dict) and set(params) == {"params"}:
         params = params["params"]
     return Network(params, _LinenApply(module))
@@ -78,7 +80,9 @@ def from_nnx(model: Any) -> Network:
     from flax import nnx
 
     if not isinstance(model, nnx.Module):
-        raise ValueError(f"from_nnx expects a flax.nnx.Module, got {type(model).__name__}; see from_linen, from_function")
+        raise ValueError(
+            f"from_nnx expects a flax.nnx.Module, got {type(model).__name__}; see from_linen, from_function"
+        )
     graph, params = nnx.split(model)
     return Network(params, _NnxApply(graph))
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from rgdiff import checks
 from rgdiff.kernels import RELAXATIONS, Absorbing, Categorical, Gaussian, PointMass, Product
@@ -177,7 +178,7 @@ def gaussian(schedule: GaussianSchedule, shape: tuple[int, ...], *, eta: float =
         from. A number, or a traced scalar (then taken as positive).
     """
     value = checks.positive("eta", eta, zero=True)
-    stochastic = isinstance(value, jax.core.Tracer) or float(value) > 0
+    stochastic = isinstance(value, Tracer) or float(value) > 0
     return GaussianProcess(schedule, value, tuple(int(d) for d in shape), stochastic)
 
 

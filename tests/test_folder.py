@@ -37,17 +37,13 @@ def test_create_writes_config_and_versions(tmp_path):
 
     folder = RunFolder.create(tmp_path / "a" / "run", CONFIG)
     stored = yaml.safe_load((folder.path / "config.yaml").read_text())
-    assert (
-        stored == {**CONFIG, "method": {"_target_": "a.b", "rate": 1e-5, "levels": [1, 2]}} == folder.config
-    )
+    assert stored == {**CONFIG, "method": {"_target_": "a.b", "rate": 1e-5, "levels": [1, 2]}} == folder.config
     versions = json.loads((folder.path / "versions.json").read_text())
     import jax
 
     assert versions == folder.versions == collect_versions()
     assert versions["jax"] == jax.__version__ and versions["numpy"] == np.__version__
-    assert versions["python"] == sys.version.split()[0] and versions["device"].startswith(
-        jax.default_backend()
-    )
+    assert versions["python"] == sys.version.split()[0] and versions["device"].startswith(jax.default_backend())
     assert sorted(os.listdir(folder.path)) == ["config.yaml", "versions.json"]
     assert not folder.done
 
@@ -120,11 +116,7 @@ def test_samples_need_no_pickle(tmp_path):
         x0=jnp.asarray(x), half=jnp.array([0.5, -2.0], jnp.bfloat16), smiles=np.array(["CC", "c1ccccc1"])
     )
     with np.load(tmp_path / "samples.npz", allow_pickle=False) as found:
-        assert (
-            (found["x0"] == x).all()
-            and found["half"].tolist() == [0.5, -2.0]
-            and found["smiles"][1] == "c1ccccc1"
-        )
+        assert (found["x0"] == x).all() and found["half"].tolist() == [0.5, -2.0] and found["smiles"][1] == "c1ccccc1"
     refuses("samples: o has dtype object", lambda: folder.write_samples(o=np.array([None, 1], object)))
 
 
@@ -217,9 +209,7 @@ def test_progress_on_a_terminal_is_a_bar():
     with progress("tune [b]x[/b]", 10, file=out) as advance:
         advance(5, "reward [0.5]")
         advance(5, "reward [0.7]")
-    assert (
-        "tune [b]x[/b]" in out.getvalue() and "10/10" in out.getvalue() and "reward [0.7]" in out.getvalue()
-    )
+    assert "tune [b]x[/b]" in out.getvalue() and "10/10" in out.getvalue() and "reward [0.7]" in out.getvalue()
 
 
 @pytest.mark.parametrize("terminal", [False, True])

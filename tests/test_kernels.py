@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
-from tests.worlds import assert_mean
 
 from rgdiff.kernels import RELAXATIONS, Absorbing, Categorical, Gaussian, PointMass, Product, draw_token
+from tests.worlds import assert_mean
 
 KEY = jax.random.key(0)
 MEAN = np.array([[0.3, -1.0], [2.0, 0.1], [0.0, 0.5]])
@@ -164,7 +164,9 @@ def test_impossible_tokens_are_never_drawn_and_gradients_stay_finite(relaxation)
 def _mean_gradient(relaxation, f, temperature=0.5, draws=400_000):
     z = f32([0.4, -0.3, 0.9])
     tokens = lambda z: draw_token(KEY, jnp.broadcast_to(z, (draws, 3)), relaxation, temperature)  # noqa: E731
-    return jax.grad(lambda z: jax.vmap(f)(tokens(z)).mean())(z), jax.grad(lambda z: jax.nn.softmax(z) @ jax.vmap(f)(jnp.eye(3)))(z)
+    return jax.grad(lambda z: jax.vmap(f)(tokens(z)).mean())(z), jax.grad(
+        lambda z: jax.nn.softmax(z) @ jax.vmap(f)(jnp.eye(3))
+    )(z)
 
 
 def test_straight_through_is_unbiased_for_linear_and_reinmax_for_quadratic_functions():
@@ -215,4 +217,7 @@ def test_product_sums_over_independent_parts():
     assert_mean(x, 0.4)
     assert_mean(stays, [0.7, 0.7])
     assert_mean((x - 0.4)[:, None] * (stays - 0.7), [0.0, 0.0])  # parts are independent
-    assert np.abs(np.asarray(jax.tree.leaves(p.rsample(KEY))[0]) - np.asarray(jax.tree.leaves(p.sample(KEY))[0])).max() == 0
+    assert (
+        np.abs(np.asarray(jax.tree.leaves(p.rsample(KEY))[0]) - np.asarray(jax.tree.leaves(p.sample(KEY))[0])).max()
+        == 0
+    )

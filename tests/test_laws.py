@@ -6,9 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.worlds import CategoricalWorld, GaussianWorld, MixedWorld, MixtureWorld, assert_mean, correlated, factorised, slope
 
 from rgdiff import samplers, values
+from tests.worlds import (
+    CategoricalWorld,
+    GaussianWorld,
+    MixedWorld,
+    MixtureWorld,
+    assert_mean,
+    correlated,
+    factorised,
+    slope,
+)
 
 GAUSSIANS = [
     ("linear_vp", 0.0), ("linear_vp", 0.3), ("linear_vp", 1.0), ("cosine_vp", 0.0), ("cosine_vp", 1.0),
@@ -27,7 +36,9 @@ def test_gaussian_chain_has_the_law_of_the_recursion(schedule, eta):
     assert_mean(centred[:, :, None] * centred[:, None, :], cov, slack=1e-5)
 
 
-@pytest.mark.parametrize(("schedule", "eta"), [("linear_vp", 0.0), ("linear_vp", 1.0), ("flow", 1.0), ("karras_ve", 1.0)])
+@pytest.mark.parametrize(
+    ("schedule", "eta"), [("linear_vp", 0.0), ("linear_vp", 1.0), ("flow", 1.0), ("karras_ve", 1.0)]
+)
 def test_the_chain_tends_to_the_data_as_one_over_steps(schedule, eta):
     """First order in the step: the recursion's covariance tends to the data's (VE: up to the prior's sigma_max^-2)."""
     steps, errors = [128, 256, 512, 1024], []
@@ -171,9 +182,7 @@ def test_svdd_error_falls_as_one_over_candidates(make):
         sampler = samplers.svdd(
             world.process, world.denoiser, world.value, temperature=world.temperature, candidates=m, select_initial=True
         )
-        draws = np.asarray(
-            world.statistic(samplers.sample(sampler, jax.random.key(m), 60_000, world.times).x0), float
-        )
+        draws = np.asarray(world.statistic(samplers.sample(sampler, jax.random.key(m), 60_000, world.times).x0), float)
         errors.append(draws.mean() - world.tilted_statistic())
         noise.append(draws.std() / np.sqrt(draws.size))
     errors, noise = np.abs(errors), np.array(noise)

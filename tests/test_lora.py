@@ -154,9 +154,7 @@ def test_model_is_a_pytree_whatever_its_inner_model_is():
     nested = LoRAModel(BASE, jax.tree_util.Partial(denoiser))
     want = denoiser(lora_merge(BASE, made))(X, TIME)  # without jit
     for model in (plain, nested, jax.tree.map(lambda leaf: leaf, plain)):
-        np.testing.assert_allclose(
-            jax.jit(lambda m, a: m(a)(X, TIME))(model, made), want, rtol=1e-4, atol=1e-5
-        )
+        np.testing.assert_allclose(jax.jit(lambda m, a: m(a)(X, TIME))(model, made), want, rtol=1e-4, atol=1e-5)
     assert jax.tree.structure(plain) == jax.tree.structure(LoRAModel(BASE, denoiser, 3.0))
     stacked = jax.tree.map(lambda p: jnp.stack([p, 2 * p]), made)
     both = jax.vmap(lambda a: plain(a)(X, TIME))(stacked)

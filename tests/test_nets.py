@@ -206,9 +206,7 @@ def test_net_contract(name):
     size = jnp.max(jnp.abs(y))
     none = apply(params, x, T, None)
     np.testing.assert_allclose(apply(params, x, T, jnp.full(3, 3)), none, rtol=1e-5, atol=1e-5)
-    others = apply(
-        params, x, 1 - T, labels
-    )  # the middle time is the same in T and 1 - T: examples do not mix
+    others = apply(params, x, 1 - T, labels)  # the middle time is the same in T and 1 - T: examples do not mix
     np.testing.assert_allclose(others[1], y[1], rtol=1e-5, atol=1e-5)
     for other in (none, others):
         assert jnp.min(jnp.max(jnp.abs(other - y).reshape(3, -1), 1)[jnp.array([0, 2])]) > 1e-3 * size
@@ -226,18 +224,14 @@ def test_net_contract(name):
     started = unflatten_dict({**flatten_dict(params), **last})
     np.testing.assert_array_equal(apply(started, x, T, labels), 0.0)
 
-    grads = fast_jit(jax.grad(lambda p, x: jnp.sum(net.apply({"params": p}, x, T, labels) ** 2), (0, 1)))(
-        params, x
-    )
+    grads = fast_jit(jax.grad(lambda p, x: jnp.sum(net.apply({"params": p}, x, T, labels) ** 2), (0, 1)))(params, x)
     for g in jax.tree.leaves(grads):
         assert jnp.all(jnp.isfinite(g))
     assert jnp.max(jnp.abs(grads[1])) > 0
 
     low = fast_jit(build(classes=3, dtype=jnp.bfloat16).apply)({"params": params}, x, T, labels)
     assert low.shape == shape and low.dtype == jnp.float32
-    assert (
-        1e-4 < jnp.linalg.norm(low - y) / jnp.linalg.norm(y) < 0.1
-    )  # computed in bfloat16, no worse than that
+    assert 1e-4 < jnp.linalg.norm(low - y) / jnp.linalg.norm(y) < 0.1  # computed in bfloat16, no worse than that
 
 
 @pytest.mark.parametrize("name", ["mlp"])
@@ -321,9 +315,7 @@ def test_rotary_is_an_isometry_that_knows_differences_only(axes):
     q, k = jax.random.normal(KEY, (2, 1, 6, 2, 8))
     at = jax.random.normal(KEY, (6, axes)) * 3
     shifted = at + jnp.arange(1.0, axes + 1)
-    np.testing.assert_allclose(
-        jnp.linalg.norm(rotary(q, at), axis=-1), jnp.linalg.norm(q, axis=-1), rtol=1e-5
-    )
+    np.testing.assert_allclose(jnp.linalg.norm(rotary(q, at), axis=-1), jnp.linalg.norm(q, axis=-1), rtol=1e-5)
     scores = [jnp.einsum("bqhd,bkhd->bhqk", rotary(q, p), rotary(k, p)) for p in (at, shifted, 2 * at)]
     np.testing.assert_allclose(scores[0], scores[1], atol=1e-4)
     assert jnp.max(jnp.abs(scores[0] - scores[2])) > 0.1
@@ -334,14 +326,10 @@ def test_dit_patches_are_put_back_in_place():
     net = DiT(patch=2, width=8, depth=1, heads=1)
     x = jax.random.normal(KEY, (1, 4, 6, 1))
     params = randomised(net, x)
-    zero = jax.tree.map(
-        jnp.zeros_like, params["trunk"]["block0"]["mod"]
-    )  # closed gates: a patch sees itself only
+    zero = jax.tree.map(jnp.zeros_like, params["trunk"]["block0"]["mod"])  # closed gates: a patch sees itself only
     params["trunk"]["block0"]["mod"] = zero
     dependence = jax.jacobian(lambda x: run(net, params, x, 0.5)[0, 2, 5, 0])(x)
-    np.testing.assert_array_equal(
-        np.argwhere(np.abs(dependence[0, :, :, 0]) > 0), [[2, 4], [2, 5], [3, 4], [3, 5]]
-    )
+    np.testing.assert_array_equal(np.argwhere(np.abs(dependence[0, :, :, 0]) > 0), [[2, 4], [2, 5], [3, 4], [3, 5]])
 
 
 def test_transformer_knows_order():
@@ -368,7 +356,5 @@ def test_time_features():
 def test_ema():
     average, params = {"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([3.0, -2.0])}
     np.testing.assert_allclose(ema_update(average, params, 0.75)["w"], [1.5, 1.0])
-    np.testing.assert_allclose(
-        ema_update(average, params, 0.999, 0)["w"], [2.8, -1.6], rtol=1e-6
-    )  # d = 1 / 10
+    np.testing.assert_allclose(ema_update(average, params, 0.999, 0)["w"], [2.8, -1.6], rtol=1e-6)  # d = 1 / 10
     np.testing.assert_allclose(ema_update(average, params, 0.5, 10**6)["w"], [2.0, 0.0], rtol=1e-6)

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tests.worlds import SCHEDULES, CategoricalWorld, GaussianWorld, TableDenoiser, assert_mean, correlated, factorised
 
 from rgdiff import denoisers, tuners, values
 from rgdiff.tuners.pretraining import stratified_times
+from tests.worlds import SCHEDULES, CategoricalWorld, GaussianWorld, TableDenoiser, assert_mean, correlated, factorised
 
 SGD = optax.sgd(1e-3)
 f32 = lambda a: jnp.asarray(a, jnp.float32)  # noqa: E731
@@ -51,7 +51,9 @@ def bayes_error(w, target, weighting="uniform"):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize(("target", "weighting"), [("x0", "uniform"), ("eps", "uniform"), ("v", "uniform"), ("x0", "min_snr")])
+@pytest.mark.parametrize(
+    ("target", "weighting"), [("x0", "uniform"), ("eps", "uniform"), ("v", "uniform"), ("x0", "min_snr")]
+)
 def test_gaussian_loss_at_the_exact_denoiser_is_the_bayes_error(schedule, target, weighting):
     w = world(schedule)
     x0 = w.m + np.random.default_rng(0).normal(size=(20_000, 2)) @ np.linalg.cholesky(w.c).T
@@ -95,7 +97,9 @@ def test_conditions_are_dropped_with_their_probability():
 def test_stratified_times_are_uniform_and_one_to_a_stratum():
     t = np.asarray(jax.vmap(lambda k: stratified_times(k, 8))(jax.random.split(jax.random.key(0), 20_000)), float)
     unit = (t - EARLIEST) / (1 - EARLIEST)
-    np.testing.assert_array_equal(np.sort(np.floor(unit * 8 + 1e-4).astype(int) % 8, 1), np.tile(np.arange(8), (20_000, 1)))
+    np.testing.assert_array_equal(
+        np.sort(np.floor(unit * 8 + 1e-4).astype(int) % 8, 1), np.tile(np.arange(8), (20_000, 1))
+    )
     assert_mean(unit, np.full(8, 0.5))
     assert_mean(unit**2, np.full(8, 1 / 3))
 
@@ -121,7 +125,9 @@ def exact_bound(w, table):
 def test_masked_bound_is_the_likelihood_for_exact_conditionals():
     w = correlated()
     x0 = jax.nn.one_hot(w.data, w.classes)
-    np.testing.assert_allclose(exact_bound(w, w.table), -np.log(w.joint.reshape(-1)), rtol=1e-9)  # chain rule in any order
+    np.testing.assert_allclose(
+        exact_bound(w, w.table), -np.log(w.joint.reshape(-1)), rtol=1e-9
+    )  # chain rule in any order
     keys = jax.random.split(jax.random.key(0), 5000)
     draws = jax.vmap(lambda k: tuners.masked_bound(k, w.process, w.denoiser, x0))(keys)
     assert_mean(draws, -np.log(w.joint.reshape(-1)), slack=1e-4)
@@ -134,7 +140,9 @@ def test_masked_bound_is_unbiased_for_a_wrong_denoiser_and_above_the_likelihood(
     x0 = jax.nn.one_hot(w.data, w.classes)
     expected = exact_bound(w, table)
     denoiser = TableDenoiser(f32(np.log(table)), 3)
-    draws = jax.vmap(lambda k: tuners.masked_bound(k, w.process, denoiser, x0))(jax.random.split(jax.random.key(0), 5000))
+    draws = jax.vmap(lambda k: tuners.masked_bound(k, w.process, denoiser, x0))(
+        jax.random.split(jax.random.key(0), 5000)
+    )
     assert_mean(draws, expected, slack=1e-4)
     # a bound on the negative log-likelihood of the finest chain (many moves: almost never two tokens in one)
     chain = CategoricalWorld(w.joint, steps=512, table=table).law()
@@ -184,7 +192,9 @@ def test_a_tiny_run_reaches_the_bayes_error_and_samples_the_data():
 def test_the_average_follows_its_formula():
     """average <- d average + (1 - d) params with d = min(decay, (1 + n) / (10 + n)), n = 0, 1, ..."""
     w = world()
-    tuner = tuners.pretraining(lambda p: denoisers.from_function(lambda p, x, t, c: p * x, p), w.process, optax.sgd(0.1), ema_decay=0.2)  # noqa: E501
+    tuner = tuners.pretraining(
+        lambda p: denoisers.from_function(lambda p, x, t, c: p * x, p), w.process, optax.sgd(0.1), ema_decay=0.2
+    )  # noqa: E501
     state = tuner.init(f32(0.5))
     average = 0.5
     for n in range(6):
@@ -226,7 +236,9 @@ def test_value_regression_reaches_the_posterior_mean_of_a_linear_reward():
     variance = 0.6 * t**2 / ((1 - t) ** 2 * 0.6 + t**2)
     np.testing.assert_allclose(loss.mean(), 4 * variance.mean(), rtol=0.02)
     assert_mean(g, np.zeros(14), errors=5)
-    tuner = tuners.value_regression(model(plain), w.process, optax.adam(optax.cosine_decay_schedule(0.05, 3000)), ema_decay=0.99)
+    tuner = tuners.value_regression(
+        model(plain), w.process, optax.adam(optax.cosine_decay_schedule(0.05, 3000)), ema_decay=0.99
+    )
     state = tuners.fit(tuner, jax.random.key(1), tuner.init(jnp.zeros(14)), 3000, data=data, batch=512, chunk=1000)
     for t in (0.1, 0.4, 0.8):
         x = (1 - t) * 0.5 + np.linspace(-1.5, 1.5, 7)[:, None] * np.sqrt((1 - t) ** 2 * 0.6 + t**2)

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.worlds import MASK_SCHEDULES, SCHEDULES
 
 from rgdiff import checks, processes
 from rgdiff.kernels import Gaussian, PointMass
+from tests.worlds import MASK_SCHEDULES, SCHEDULES
 
 PAIRS = [(0.9, 0.6), (0.5, 0.45), (0.3, 0.02)]
 f32 = lambda a: jnp.asarray(a, jnp.float32)  # noqa: E731
@@ -137,7 +137,8 @@ def test_masked_mean_and_finalize():
 
 def test_product_with_a_gaussian_part_takes_the_mode_of_what_is_still_masked():
     process = processes.product(
-        x=processes.gaussian(SCHEDULES["flow"].build(), (1,)), c=processes.masked(MASK_SCHEDULES["log_linear"][0](), 2, 3)
+        x=processes.gaussian(SCHEDULES["flow"].build(), (1,)),
+        c=processes.masked(MASK_SCHEDULES["log_linear"][0](), 2, 3),
     )
     assert process.projects and process.stochastic and process.times(4)[-1] > 0
     x = {"x": jnp.zeros((1, 1)), "c": jax.nn.one_hot(jnp.array([[1, 3]]), 4)}

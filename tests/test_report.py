@@ -71,9 +71,7 @@ def decode(data: bytes) -> np.ndarray:
     while place < len(data):
         (length,), kind = struct.unpack(">I", data[place : place + 4]), data[place + 4 : place + 8]
         chunks[kind] = body = data[place + 8 : place + 8 + length]
-        assert struct.unpack(">I", data[place + 8 + length : place + 12 + length])[0] == zlib.crc32(
-            kind + body
-        )
+        assert struct.unpack(">I", data[place + 8 + length : place + 12 + length])[0] == zlib.crc32(kind + body)
         place += 12 + length
     width, height, depth, color = struct.unpack(">IIBB", chunks[b"IHDR"][:10])
     channels = {0: 1, 2: 3, 6: 4}[color]
@@ -88,9 +86,7 @@ def test_png_decodes_to_the_same_pixels(channels):
 
     image = np.random.default_rng(channels).integers(0, 256, (5, 7, channels), dtype=np.uint8)
     assert (decode(png(image)) == image).all()
-    seen = np.round(imread(io.BytesIO(png(image))) * 255).astype(
-        np.uint8
-    )  # Pillow's decoder, through matplotlib
+    seen = np.round(imread(io.BytesIO(png(image))) * 255).astype(np.uint8)  # Pillow's decoder, through matplotlib
     assert (seen.reshape(image.shape) == image).all()
 
 

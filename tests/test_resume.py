@@ -69,7 +69,9 @@ def kill_and_resume(tmp_path, kills, seed):
 
     last = sorted((whole / "checkpoints" / "draft_k").iterdir())[-1].name
     a = load_params(whole / "checkpoints" / "draft_k" / last)
-    b = load_params(broken / "checkpoints" / "draft_k" / sorted((broken / "checkpoints" / "draft_k").iterdir())[-1].name)
+    b = load_params(
+        broken / "checkpoints" / "draft_k" / sorted((broken / "checkpoints" / "draft_k").iterdir())[-1].name
+    )
     import jax
 
     jax.tree.map(np.testing.assert_array_equal, a, b)

@@ -119,7 +119,9 @@ class TabulatedQuadratic:
 class GaussianWorld:
     """Data N(m, C), a chain of `steps` network calls, the reward <b, x> - x'Qx/2, and theta = (shift, scale) of the denoiser."""
 
-    def __init__(self, m, c, *, schedule="linear_vp", steps=6, eta=1.0, b=None, q=None, temperature=1.0, theta=(0.0, 1.0)):  # noqa: E501
+    def __init__(
+        self, m, c, *, schedule="linear_vp", steps=6, eta=1.0, b=None, q=None, temperature=1.0, theta=(0.0, 1.0)
+    ):  # noqa: E501
         self.m, self.c = np.atleast_1d(np.asarray(m, float)), np.atleast_2d(np.asarray(c, float))
         self.dim = self.m.shape[0]
         self.reference, self.eta, self.temperature, self.theta = SCHEDULES[schedule], eta, temperature, theta
@@ -264,7 +266,9 @@ class MixtureDenoiser:
         return jax.nn.logsumexp(self._parts(x, t)[0], -1)
 
     def _parts(self, x: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-        alpha, sigma = (jnp.broadcast_to(f(t), x.shape[:1])[:, None] for f in (self.schedule.alpha, self.schedule.sigma))
+        alpha, sigma = (
+            jnp.broadcast_to(f(t), x.shape[:1])[:, None] for f in (self.schedule.alpha, self.schedule.sigma)
+        )
         var = alpha**2 * self.std**2 + sigma**2  # [B, K]
         residual = x[:, None] - alpha[..., None] * self.m  # [B, K, D]
         dim = x.shape[-1]
@@ -381,7 +385,17 @@ def codes(x: jax.Array) -> jax.Array:
 class CategoricalWorld:
     """Tokens with the joint law `joint` [K] * L; denoiser by enumeration (exact, or any `table`); chain over (K+1)^L states."""
 
-    def __init__(self, joint, *, schedule="log_linear", steps=5, reward=None, temperature=1.0, table=None, relaxation="straight_through"):  # noqa: E501
+    def __init__(
+        self,
+        joint,
+        *,
+        schedule="log_linear",
+        steps=5,
+        reward=None,
+        temperature=1.0,
+        table=None,
+        relaxation="straight_through",
+    ):  # noqa: E501
         self.joint = np.asarray(joint, float) / np.sum(joint)
         self.length, self.classes = self.joint.ndim, self.joint.shape[0]
         self.states = np.array(list(itertools.product(range(self.classes + 1), repeat=self.length)))
@@ -519,7 +533,9 @@ class MixedWorld:
         self.grid = np.asarray(self.times, float)
         f32 = lambda a: jnp.asarray(a, jnp.float32)  # noqa: E731
         self.denoiser = MixedDenoiser(
-            MixtureDenoiser(self.schedule, jnp.log(f32(self.weights)), f32(self.centres)[:, None], f32([self.spread] * 3)),
+            MixtureDenoiser(
+                self.schedule, jnp.log(f32(self.weights)), f32(self.centres)[:, None], f32([self.spread] * 3)
+            ),
             f32(self.weights),
         )
 
@@ -545,7 +561,9 @@ class MixedWorld:
             a, c, std = ddim(self.reference, t, s, self.eta)
             new = np.zeros_like(weight)
             for k in range(4):
-                mean = a * predictions[:, k] + c * (x - self.reference.alpha(t) * predictions[:, k]) / self.reference.sigma(t)
+                mean = a * predictions[:, k] + c * (
+                    x - self.reference.alpha(t) * predictions[:, k]
+                ) / self.reference.sigma(t)
                 kernel = np.exp(-0.5 * ((x[None] - mean[:, None]) / std) ** 2)
                 kernel /= kernel.sum(1, keepdims=True)
                 if k < 3:
@@ -569,7 +587,9 @@ def assert_mean(samples: Any, expected: Any, *, errors: float = 4.0, slack: floa
     samples, expected = np.asarray(samples, float), np.asarray(expected, float)
     error = samples.std(0) / np.sqrt(samples.shape[0])
     off = np.abs(samples.mean(0) - expected)
-    assert np.all(off <= errors * error + slack), f"means {samples.mean(0)} expected {expected}, standard errors {error}"
+    assert np.all(off <= errors * error + slack), (
+        f"means {samples.mean(0)} expected {expected}, standard errors {error}"
+    )
 
 
 def slope(x: Any, y: Any) -> float:

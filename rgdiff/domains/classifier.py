@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rgdiff import tuners
+from rgdiff.nets.init import normal
 from rgdiff.typing import Array, Cond, Info, Key, Params, pytree, static
 
 
@@ -133,7 +134,7 @@ def _init(key: Key, shape: tuple[int, ...], classes: int, width: int, features: 
     }
     keys = jax.random.split(key, len(sizes))
     return {
-        name: {"w": jax.random.normal(k, size) * (2 / size[0]) ** 0.5, "b": jnp.zeros(size[1])}
+        name: {"w": normal(k, size, (2 / size[0]) ** 0.5), "b": jnp.zeros(size[1])}
         for k, (name, size) in zip(keys, sizes.items(), strict=True)
     }
 

@@ -54,12 +54,16 @@ class ImageJudge:
         x0 = outcome.x0
         finite = x0[np.isfinite(x0).reshape(len(x0), -1).all(-1)]
         if len(finite) < 2:
-            raise ValueError(f"{len(x0) - len(finite)} of {len(x0)} samples are not finite; lower the learning rate or check the reward")
+            raise ValueError(
+                f"{len(x0) - len(finite)} of {len(x0)} samples are not finite; lower the learning rate or check the reward"
+            )
         held = metrics.summarize_rewards(self.rewards(task.heldout, x0))
         row = metrics.summarize_rewards(self.rewards(task.reward, x0))
         row |= {f"heldout_{name}": held[name] for name in ("reward_mean", "reward_median", "reward_top_decile")}
         if task.target is not None:
-            row["heldout_accuracy"] = float(np.mean(np.asarray(self._classes(self.classifier, jnp.asarray(x0))) == task.target))
+            row["heldout_accuracy"] = float(
+                np.mean(np.asarray(self._classes(self.classifier, jnp.asarray(x0))) == task.target)
+            )
         real, fake = (np.asarray(self._features(self.classifier, jnp.asarray(x))) for x in (self.real(task), finite))
         precision, recall = metrics.precision_recall(real, fake)
         return row | {
@@ -89,7 +93,9 @@ class ImageJudge:
     def notes(self, task: Task) -> list[str]:
         """Return what a reader of the report should know."""
         compared = "all real images" if task.target is None else f"the real images of class {task.target}"
-        accuracy = np.mean(np.asarray(self._classes(self.classifier, jnp.asarray(self.domain.test_x))) == self.domain.test_y)
+        accuracy = np.mean(
+            np.asarray(self._classes(self.classifier, jnp.asarray(self.domain.test_x))) == self.domain.test_y
+        )
         return [
             f"Frechet distance, precision and recall: against {compared}, in the features of the judging classifier, "
             f"which is trained on other images than the prior and the guiding reward (its accuracy on test images: {accuracy:.3f}).",

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from rgdiff.nets.init import lecun_normal
 from rgdiff.typing import Array
 
 Ints = tuple[int, ...]
@@ -55,9 +56,7 @@ def conv(
     """
     spatial = x.ndim - 2
     if spatial < 1 or kernel.ndim != x.ndim or kernel.shape[-2] != x.shape[-1]:
-        raise ValueError(
-            f"conv takes x [B, *spatial, I] and kernel [*window, I, O]; got {x.shape}, {kernel.shape}"
-        )
+        raise ValueError(f"conv takes x [B, *spatial, I] and kernel [*window, I, O]; got {x.shape}, {kernel.shape}")
     strides, dilations = _per_axis(stride, spatial, "stride"), _per_axis(dilation, spatial, "dilation")
     if isinstance(padding, str):
         window = [(k - 1) * d + 1 for k, d in zip(kernel.shape, dilations, strict=False)]
@@ -78,9 +77,7 @@ def _per_axis(value: int | Ints, axes: int, name: str) -> Ints:
 def _plain(x: Array, kernel: Array, strides: Ints, dilations: Ints, pads: Pads) -> Array:
     axes = "0123456789"[: x.ndim - 2]
     labels = (f"N{axes}C", f"{axes}IO", f"N{axes}C")
-    return lax.conv_general_dilated(
-        x, kernel, strides, pads, rhs_dilation=dilations, dimension_numbers=labels
-    )
+    return lax.conv_general_dilated(x, kernel, strides, pads, rhs_dilation=dilations, dimension_numbers=labels)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -154,7 +151,7 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        init = nn.initializers.zeros if self.zero_init else nn.initializers.lecun_normal()
+        init = nn.initializers.zeros if self.zero_init else lecun_normal
         kernel = self.param("kernel", init, (*self.kernel_size, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))

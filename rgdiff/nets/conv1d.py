@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from rgdiff.nets.conv import Conv
+from rgdiff.nets.init import lecun_normal
 from rgdiff.nets.time import Conditioning
 from rgdiff.typing import Array, Cond
 
@@ -54,9 +55,7 @@ class ConvNet1D(nn.Module):
     def __post_init__(self):
         object.__setattr__(self, "dilations", tuple(self.dilations))
         if self.out < 1 or self.kernel % 2 == 0:
-            raise ValueError(
-                f"out >= 1 tokens and an odd kernel are needed; got {self.out} and {self.kernel}"
-            )
+            raise ValueError(f"out >= 1 tokens and an odd kernel are needed; got {self.out} and {self.kernel}")
         super().__post_init__()
 
     @nn.compact
@@ -68,10 +67,10 @@ class ConvNet1D(nn.Module):
         emb = nn.relu(emb(x.shape[0], t, cond))
         h = nn.relu(Conv(self.width, (self.kernel,), dtype=self.dtype, name="conv_in")(x))
         for i, dilation in enumerate(self.dilations):
-            r = h + nn.Dense(self.width, dtype=self.dtype, name=f"emb{i}")(emb)[:, None, :]
+            r = h + nn.Dense(self.width, kernel_init=lecun_normal, dtype=self.dtype, name=f"emb{i}")(emb)[:, None, :]
             r = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=f"norm{i}")(r)
             conv = Conv(self.width, (self.kernel,), dilation=dilation, dtype=self.dtype, name=f"conv{i}")
             h = h + nn.relu(conv(r))
-        h = nn.relu(nn.Dense(self.width, dtype=self.dtype, name="head")(h))
+        h = nn.relu(nn.Dense(self.width, kernel_init=lecun_normal, dtype=self.dtype, name="head")(h))
         out = nn.Dense(self.out, kernel_init=nn.initializers.zeros, dtype=self.dtype, name="out")
         return out(h).astype(jnp.float32)

@@ -12,9 +12,7 @@ import jax.numpy as jnp
 from rgdiff.typing import Array, Params
 
 
-def ema_update(
-    average: Params, params: Params, decay: Array | float, count: Array | int | None = None
-) -> Params:
+def ema_update(average: Params, params: Params, decay: Array | float, count: Array | int | None = None) -> Params:
     """Move an average towards parameters: d * average + (1 - d) * params.
 
     Args:

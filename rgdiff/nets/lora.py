@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rgdiff.nets.init import normal
 from rgdiff.typing import Array, Denoiser, Key, Params, pytree
 
 Adapter = dict[str, dict[str, Array]]
@@ -52,12 +53,10 @@ def lora_init(key: Key, params: Params, rank: int, *, target: Target = "kernel")
     shapes = {path: shape for path, shape in kernels.items() if chosen(path)}
     if not shapes:
         names = ", ".join(list(kernels)[:5]) + (", ..." if len(kernels) > 5 else "")
-        raise ValueError(
-            f"target {target!r} picks no parameter of two or more axes; there are: {names or 'none'}"
-        )
+        raise ValueError(f"target {target!r} picks no parameter of two or more axes; there are: {names or 'none'}")
     return {
         path: {
-            "a": jax.random.normal(k, (math.prod(shape[:-1]), rank)) / rank,
+            "a": normal(k, (math.prod(shape[:-1]), rank), 1 / rank),
             "b": jnp.zeros((rank, shape[-1])),
         }
         for k, (path, shape) in zip(jax.random.split(key, len(shapes)), shapes.items(), strict=True)
@@ -121,9 +120,7 @@ class LoRAModel:
     scale: Array | float = 1.0
 
     def __post_init__(self):
-        if callable(self.model) and jax.tree_util.all_leaves(
-            [self.model]
-        ):  # a plain function becomes a pytree
+        if callable(self.model) and jax.tree_util.all_leaves([self.model]):  # a plain function becomes a pytree
             object.__setattr__(self, "model", jax.tree_util.Partial(self.model))
 
     def __call__(self, params: Adapter) -> Denoiser:

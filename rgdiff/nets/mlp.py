@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from rgdiff.nets.init import lecun_normal
 from rgdiff.nets.time import Conditioning
 from rgdiff.typing import Array, Cond
 
@@ -33,9 +34,7 @@ class MLP(nn.Module):
 
     def __post_init__(self):
         if isinstance(self.out, int):
-            raise ValueError(
-                f"out is a shape per example; got {self.out}, give ({self.out},), or () for a scalar"
-            )
+            raise ValueError(f"out is a shape per example; got {self.out}, give ({self.out},), or () for a scalar")
         object.__setattr__(self, "features", tuple(self.features))
         object.__setattr__(self, "out", None if self.out is None else tuple(self.out))
         if not self.features or min(self.features) < 1:
@@ -49,8 +48,10 @@ class MLP(nn.Module):
         emb = nn.silu(Conditioning(width, 64, self.classes, dtype=self.dtype, name="emb")(batch, t, cond))
         h = x.reshape(batch, -1)
         for i, size in enumerate(self.features):
-            h = nn.Dense(size, dtype=self.dtype, name=f"dense{i}")(h)
-            h = nn.silu(h + nn.Dense(size, use_bias=False, dtype=self.dtype, name=f"emb{i}")(emb))
+            h = nn.Dense(size, kernel_init=lecun_normal, dtype=self.dtype, name=f"dense{i}")(h)
+            h = nn.silu(
+                h + nn.Dense(size, use_bias=False, kernel_init=lecun_normal, dtype=self.dtype, name=f"emb{i}")(emb)
+            )
         zeros = nn.initializers.zeros
         h = nn.Dense(math.prod(shape), kernel_init=zeros, dtype=self.dtype, name="out")(h)
         return h.reshape(batch, *shape).astype(jnp.float32)

@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from rgdiff.nets.init import lecun_normal
 from rgdiff.typing import Array, Cond
 
 
@@ -58,13 +59,11 @@ class Conditioning(nn.Module):
         if t.shape not in ((), (batch,)):
             raise ValueError(f"t is one number or one per example ({batch}); got shape {t.shape}")
         if self.classes is None and cond is not None:
-            raise ValueError(
-                "this network has no classes but got a cond; build it with classes=N or pass cond=None"
-            )
+            raise ValueError("this network has no classes but got a cond; build it with classes=N or pass cond=None")
         h = time_features(jnp.broadcast_to(t, (batch,)), self.time_size).astype(self.dtype)
-        h = nn.Dense(self.features, dtype=self.dtype, name="dense0")(h)
+        h = nn.Dense(self.features, kernel_init=lecun_normal, dtype=self.dtype, name="dense0")(h)
         if self.deep:
-            h = nn.Dense(self.features, dtype=self.dtype, name="dense1")(nn.silu(h))
+            h = nn.Dense(self.features, kernel_init=lecun_normal, dtype=self.dtype, name="dense1")(nn.silu(h))
         if self.classes is None:
             return h
         labels = jnp.asarray(self.classes if cond is None else cond)

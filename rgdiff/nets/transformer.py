@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rgdiff.nets.init import lecun_normal
 from rgdiff.nets.time import Conditioning
 from rgdiff.typing import Array, Cond
 
@@ -57,12 +58,16 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, h: Array, emb: Array, positions: Array) -> Array:
         scale1, shift1, gate1, scale2, shift2, gate2 = _modulation(emb, 6, self.width, self.dtype, "mod")
-        qkv = nn.Dense(3 * self.width, dtype=self.dtype, name="qkv")(_norm(h, scale1, shift1, self.dtype))
+        qkv = nn.Dense(3 * self.width, kernel_init=lecun_normal, dtype=self.dtype, name="qkv")(
+            _norm(h, scale1, shift1, self.dtype)
+        )
         q, k, v = (a.reshape(*h.shape[:2], self.heads, -1) for a in jnp.split(qkv, 3, axis=-1))
         mixed = jax.nn.dot_product_attention(rotary(q, positions), rotary(k, positions), v).reshape(h.shape)
-        h = h + gate1 * nn.Dense(self.width, dtype=self.dtype, name="out")(mixed)
-        up = nn.Dense(4 * self.width, dtype=self.dtype, name="up")(_norm(h, scale2, shift2, self.dtype))
-        return h + gate2 * nn.Dense(self.width, dtype=self.dtype, name="down")(nn.gelu(up))
+        h = h + gate1 * nn.Dense(self.width, kernel_init=lecun_normal, dtype=self.dtype, name="out")(mixed)
+        up = nn.Dense(4 * self.width, kernel_init=lecun_normal, dtype=self.dtype, name="up")(
+            _norm(h, scale2, shift2, self.dtype)
+        )
+        return h + gate2 * nn.Dense(self.width, kernel_init=lecun_normal, dtype=self.dtype, name="down")(nn.gelu(up))
 
 
 class _Trunk(nn.Module):
@@ -78,7 +83,7 @@ class _Trunk(nn.Module):
     @nn.compact
     def __call__(self, x: Array, positions: Array, t: Array, cond: Cond) -> Array:
         emb = Conditioning(self.width, 64, self.classes, dtype=self.dtype, name="emb")(x.shape[0], t, cond)
-        h = nn.Dense(self.width, dtype=self.dtype, name="in")(x)
+        h = nn.Dense(self.width, kernel_init=lecun_normal, dtype=self.dtype, name="in")(x)
         for i in range(self.depth):
             h = Block(self.width, self.heads, self.dtype, name=f"block{i}")(h, emb, positions)
         scale, shift = _modulation(emb, 2, self.width, self.dtype, "mod")
@@ -153,9 +158,7 @@ class DiT(nn.Module):
     def __call__(self, x: Array, t: Array, cond: Cond = None) -> Array:
         p = self.patch
         if x.ndim != 4 or x.shape[1] % p or x.shape[2] % p:
-            raise ValueError(
-                f"DiT takes images [B, H, W, C], H and W multiples of patch = {p}; got {x.shape}"
-            )
+            raise ValueError(f"DiT takes images [B, H, W, C], H and W multiples of patch = {p}; got {x.shape}")
         batch, rows, columns, channels = (
             x.shape[0],
             x.shape[1] // p,
@@ -165,8 +168,6 @@ class DiT(nn.Module):
         tokens = x.reshape(batch, rows, p, columns, p, -1).swapaxes(2, 3).reshape(batch, rows * columns, -1)
         grid = jnp.meshgrid(jnp.arange(rows), jnp.arange(columns), indexing="ij")
         positions = jnp.stack(grid, axis=-1).reshape(-1, 2).astype(jnp.float32)
-        trunk = _Trunk(
-            p * p * channels, self.width, self.depth, self.heads, self.classes, self.dtype, name="trunk"
-        )
+        trunk = _Trunk(p * p * channels, self.width, self.depth, self.heads, self.classes, self.dtype, name="trunk")
         out = trunk(tokens, positions, t, cond).reshape(batch, rows, columns, p, p, channels)
         return out.swapaxes(2, 3).reshape(batch, rows * p, columns * p, channels)

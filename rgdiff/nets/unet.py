@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from rgdiff.nets.conv import Conv
+from rgdiff.nets.init import lecun_normal
 from rgdiff.nets.time import Conditioning
 from rgdiff.typing import Array, Cond
 
@@ -46,13 +47,13 @@ class ResBlock(nn.Module):
         pad = ((1, 1), (1, 1))
         h = nn.silu(GroupNorm(self.dtype, name="norm1")(x))
         h = Conv(self.features, (3, 3), padding=pad, dtype=self.dtype, name="conv1")(h)
-        film = nn.Dense(2 * self.features, dtype=self.dtype, name="emb")(nn.silu(emb))
+        film = nn.Dense(2 * self.features, kernel_init=lecun_normal, dtype=self.dtype, name="emb")(nn.silu(emb))
         scale, shift = jnp.split(film[:, None, None, :], 2, axis=-1)
         h = nn.silu(GroupNorm(self.dtype, name="norm2")(h) * (1 + scale) + shift)
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
         h = Conv(self.features, (3, 3), padding=pad, dtype=self.dtype, name="conv2")(h)
         if x.shape[-1] != self.features:
-            x = nn.Dense(self.features, dtype=self.dtype, name="skip")(x)
+            x = nn.Dense(self.features, kernel_init=lecun_normal, dtype=self.dtype, name="skip")(x)
         return x + h
 
 
@@ -69,10 +70,10 @@ class AttentionBlock(nn.Module):
         batch, height, width, features = x.shape
         heads = features // 32 if features % 32 == 0 else 1
         h = GroupNorm(self.dtype, name="norm")(x).reshape(batch, height * width, features)
-        h = nn.Dense(3 * features, dtype=self.dtype, name="qkv")(h)
+        h = nn.Dense(3 * features, kernel_init=lecun_normal, dtype=self.dtype, name="qkv")(h)
         q, k, v = (a.reshape(batch, height * width, heads, -1) for a in jnp.split(h, 3, axis=-1))
         h = jax.nn.dot_product_attention(q, k, v).reshape(batch, height, width, features)
-        return x + nn.Dense(features, dtype=self.dtype, name="out")(h)
+        return x + nn.Dense(features, kernel_init=lecun_normal, dtype=self.dtype, name="out")(h)
 
 
 class UNet(nn.Module):

@@ -95,14 +95,10 @@ class Checkpoints:
         """
         self.wait()
         if not self.folder.is_dir():
-            raise CheckpointError(
-                f"no checkpoint folder at {self.folder}; check the path, or start without resume"
-            )
+            raise CheckpointError(f"no checkpoint folder at {self.folder}; check the path, or start without resume")
         entries = [entry for entry in reversed(self._entries()) if step in (None, entry[0])]
         if not entries:
-            raise CheckpointError(
-                f"no checkpoint{'' if step is None else f' of step {step}'} yet in {self.folder}"
-            )
+            raise CheckpointError(f"no checkpoint{'' if step is None else f' of step {step}'} yet in {self.folder}")
         damage = []
         for entry in entries:
             try:
@@ -204,9 +200,7 @@ def _start_save(path: Path, state: Any, head: dict[str, Any]) -> Any:
     text = json.dumps({**head, "leaves": leaves})
     path.parent.mkdir(parents=True, exist_ok=True)
     context = ocp.Context()
-    context.async_options.create_directories_asynchronously = (
-        False  # else a failed save blocks exit for 5 minutes
-    )
+    context.async_options.create_directories_asynchronously = False  # else a failed save blocks exit for 5 minutes
     with context:
         # the extra leaf keeps Orbax content with a state that has no arrays
         return ocp.save_async(
@@ -264,9 +258,7 @@ def _load(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
         for name, leaf in wanted:
             spec, found = _spec(leaf), stored.get(name, ["nothing"])[0]
             if spec != found:
-                raise CheckpointError(
-                    f"checkpoint {path} does not fit: at {name!r} expected {spec}, found {found}"
-                )
+                raise CheckpointError(f"checkpoint {path} does not fit: at {name!r} expected {spec}, found {found}")
         for name in stored.keys() - dict(wanted).keys():
             raise CheckpointError(
                 f"checkpoint {path} does not fit: at {name!r} expected nothing, found {stored[name][0]}"
@@ -294,9 +286,7 @@ def _load(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
         if crc is not None and whole and zlib.crc32(_bytes(data)) != crc:
             raise _Unreadable(f"checkpoint {path} is damaged: {name!r} fails its check sum")
         values.append(_as(data, leaf, spec))
-    return (
-        _nest(dict(zip(stored, values, strict=True))) if like is None else _unflatten(like, values)
-    ), manifest
+    return (_nest(dict(zip(stored, values, strict=True))) if like is None else _unflatten(like, values)), manifest
 
 
 def _load_safetensors(path: Path, like: Any) -> Any:
@@ -331,9 +321,7 @@ def _load_safetensors(path: Path, like: Any) -> Any:
         values.append(_as(array.astype(dtype), leaf, spec))
     if arrays:
         name = next(iter(arrays))
-        raise CheckpointError(
-            f"{path} does not fit: at {name!r} expected nothing, found {_spec(arrays[name])}"
-        )
+        raise CheckpointError(f"{path} does not fit: at {name!r} expected nothing, found {_spec(arrays[name])}")
     return _unflatten(like, values)
 
 
@@ -409,11 +397,7 @@ def _placement(leaf: Any) -> Any:
 
 def _as(data: Any, leaf: Any, spec: str) -> Any:
     if leaf is None:
-        return (
-            jax.random.wrap_key_data(data, impl=spec[4 : spec.index(">")])
-            if spec.startswith("key<")
-            else data
-        )
+        return jax.random.wrap_key_data(data, impl=spec[4 : spec.index(">")]) if spec.startswith("key<") else data
     if isinstance(leaf, bool | int | float):
         return data.item()
     if isinstance(leaf, np.ndarray | np.generic):

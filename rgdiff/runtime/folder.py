@@ -56,9 +56,7 @@ class RunFolder:
             raise ValueError(f"{path} is a file; out must name a folder")
         if stored.exists():
             if not resume:
-                raise ValueError(
-                    f"{path} already holds a run; give resume=true to go on with it, or another out"
-                )
+                raise ValueError(f"{path} already holds a run; give resume=true to go on with it, or another out")
             before = _read_yaml(stored)
             different = _first_difference(_what(before), _what(config))
             if different:
@@ -87,9 +85,7 @@ class RunFolder:
         """Write summary.json from a flat dict of numbers and strings; NaN and infinities become null."""
         for key, value in summary.items():
             if isinstance(value, dict | list | tuple) or np.ndim(value):
-                raise ValueError(
-                    f"summary[{key!r}] is not a single value; expected a flat dict of numbers and strings"
-                )
+                raise ValueError(f"summary[{key!r}] is not a single value; expected a flat dict of numbers and strings")
         self._write_json("summary.json", {key: plain_value(value) for key, value in summary.items()})
 
     def write_samples(self, **arrays: Any) -> None:
@@ -100,9 +96,7 @@ class RunFolder:
             if array.dtype.name == "bfloat16":
                 array = array.astype(np.float32)
             if array.dtype.kind not in "biufcSU":
-                raise ValueError(
-                    f"samples: {name} has dtype {array.dtype}; expected numbers, bools or strings"
-                )
+                raise ValueError(f"samples: {name} has dtype {array.dtype}; expected numbers, bools or strings")
             plain[name] = array
         buffer = io.BytesIO()
         np.savez_compressed(buffer, allow_pickle=False, **plain)

@@ -6,17 +6,17 @@ A method here only assembles the library's own samplers and tuners; the mathemat
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rgdiff import samplers, tuners, values
 from rgdiff.denoisers import from_linen
 from rgdiff.nets import LoRAModel, lora_init
 from rgdiff.rewards import Task
-from rgdiff.runtime.priors import Prior
+from rgdiff.runtime.priors import Prior, initial
 from rgdiff.runtime.progress import progress
 from rgdiff.runtime.run import Run
 from rgdiff.typing import Array, Info
@@ -32,7 +32,7 @@ class Outcome:
     seconds: float
     compile_seconds: float
     tuning_network_calls: int = 0
-    curves: dict[str, tuple[list[float], list[float]]] = dataclasses.field(default_factory=dict)
+    curves: dict[str, tuple[Sequence[float], Sequence[float]]] = dataclasses.field(default_factory=dict)
 
 
 def draw(run: Run, phase: str, sampler: Any, times: Array, count: int, keep: Any = None) -> Any:
@@ -46,7 +46,13 @@ def draw(run: Run, phase: str, sampler: Any, times: Array, count: int, keep: Any
             done = stop
 
         out = samplers.sample(
-            sampler, run.key(phase), count, times, keep=keep, chunk=max(1, -(-(times.shape[0] - 1) // 4)), on_chunk=on_chunk
+            sampler,
+            run.key(phase),
+            count,
+            times,
+            keep=keep,
+            chunk=max(1, -(-(times.shape[0] - 1) // 4)),
+            on_chunk=on_chunk,
         )
         return jax.block_until_ready(out)
 
@@ -122,7 +128,7 @@ class SvddMC(Svdd):
         x0 = draw(run, f"{phase}_data", chain, prior.times, self.samples).x0
         data = {"x0": x0, "reward": jax.jit(lambda r, x: r(x))(task.reward, x0)}
         key = run.key(f"{phase}_value")
-        params = self.network.init(key, x0[:1], jnp.ones(1))["params"]
+        params = initial(self.network, key, x0.shape[1:])
         model = ValueModel(self.network)
         tuner = tuners.value_regression(model, prior.process, self.optimizer)
         state = run.fit(f"{phase}_value", tuner, key, params, self.steps, data=data, batch=self.batch)

@@ -111,9 +111,7 @@ def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
             rows.append({"phase": row["phase"], "step": row["step"], "seconds": row["seconds"], **row})
         except (ValueError, KeyError, TypeError):
             if number < len(lines):
-                raise ValueError(
-                    f"{path} line {number} is not a row of metrics; repair or remove it"
-                ) from None
+                raise ValueError(f"{path} line {number} is not a row of metrics; repair or remove it") from None
     return rows
 
 
@@ -121,7 +119,5 @@ def _open_board(folder: Path) -> Any:
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
-        raise ValueError(
-            "tensorboard=true needs the package tensorboardX; install it, or leave it out"
-        ) from None
+        raise ValueError("tensorboard=true needs the package tensorboardX; install it, or leave it out") from None
     return SummaryWriter(str(folder / "tensorboard"))

@@ -57,6 +57,12 @@ class Prior:
         return processes.gaussian(self.settings.schedule, self.shape, eta=eta)
 
 
+def initial(network: Any, key: jax.Array, shape: tuple[int, ...]) -> Params:
+    """Draw a Linen network's parameters for states [B, *shape] without running it."""
+    blank, t = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, *shape), (1,)))
+    return network.lazy_init(key, blank, t)["params"]
+
+
 @dataclasses.dataclass(frozen=True)
 class GaussianPrior:
     """The settings of a Gaussian prior. Build it with `gaussian_prior`."""
@@ -79,8 +85,7 @@ class GaussianPrior:
         model = PriorModel(self.schedule, self.network, self.prediction)
         process = processes.gaussian(self.schedule, domain.shape, eta=self.eta)
         key = run.key("prior")
-        blank = jnp.zeros((1, *domain.shape), jnp.float32)
-        like = self.network.init(jax.random.fold_in(key, 0), blank, jnp.ones(1))["params"]
+        like = initial(self.network, jax.random.fold_in(key, 0), domain.shape)
         if self.checkpoint is not None:
             run.say(f"prior: parameters from {self.checkpoint}")
             params = load_params(self.checkpoint, like)

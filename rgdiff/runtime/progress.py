@@ -16,9 +16,7 @@ EVERY = 10.0  # seconds between lines where there is no terminal
 
 
 @contextlib.contextmanager
-def progress(
-    title: str, total: int, *, done: int = 0, file: TextIO | None = None
-) -> Iterator[Callable[..., None]]:
+def progress(title: str, total: int, *, done: int = 0, file: TextIO | None = None) -> Iterator[Callable[..., None]]:
     """Yield `advance(n, text="")`, which counts n more of `total` units and shows rate and time left.
 
     A stream that is closed or whose reader has gone is never an error.
@@ -83,11 +81,7 @@ def _lines(title: str, total: int, done: int, stream: TextIO) -> Iterator[Callab
             return
         last = now
         rate = (count - first) / max(now - start, 1e-9)
-        left = (
-            f", {_clock((total - count) / rate)} left"
-            if 0 < rate and count < total
-            else f", {_clock(now - start)}"
-        )
+        left = f", {_clock((total - count) / rate)} left" if 0 < rate and count < total else f", {_clock(now - start)}"
         with contextlib.suppress(OSError, ValueError):
             print(
                 f"{title} {count}/{total}, {rate:.3g}/s{left}{'  ' + text if text else ''}",

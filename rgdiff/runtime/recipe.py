@@ -65,9 +65,7 @@ def compose(recipe: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
             raise ValueError(f"no recipe file at {path}")
         folder, name = path.parent, path.stem
     elif recipe not in names():
-        raise ValueError(
-            f"unknown recipe {recipe!r}{_nearest(recipe, names())}; `rgdiff list` shows them all"
-        )
+        raise ValueError(f"unknown recipe {recipe!r}{_nearest(recipe, names())}; `rgdiff list` shows them all")
     for override in overrides:
         key, _, value = override.partition("=")
         if "=" not in override and not override.startswith("~"):

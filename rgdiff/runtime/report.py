@@ -96,9 +96,7 @@ def plot_rows(
     series = []
     for name in names:
         of_phase = (row for row in rows if phase is None or row.get("phase") == phase)
-        points = [
-            (row[x], row[name]) for row in of_phase if row.get(x) is not None and row.get(name) is not None
-        ]
+        points = [(row[x], row[name]) for row in of_phase if row.get(x) is not None and row.get(name) is not None]
         if points:
             series.append(Series(name, *zip(*points, strict=True)))
     return Plot(title, series, xlabel=x)
@@ -123,11 +121,7 @@ def render(report: Report) -> str:
         notes = "".join(f"<p>{_text(note)}</p>" for note in report.notes)
         parts.append(f"<section class=notes><h2>Notes</h2>{notes}</section>")
     if report.config is not None:
-        config = (
-            report.config
-            if isinstance(report.config, str)
-            else json.dumps(report.config, indent=2, default=str)
-        )
+        config = report.config if isinstance(report.config, str) else json.dumps(report.config, indent=2, default=str)
         parts.append(f"<details><summary>Resolved config</summary><pre>{_text(config)}</pre></details>")
     if versions:
         parts.append(f"<footer class=quiet>{_text(versions)}</footer>")
@@ -146,13 +140,9 @@ def png(image: Any) -> bytes:
     """Encode one picture [H, W, C] uint8 (C 1 gray, 3 RGB, 4 RGBA) as PNG."""
     image = np.ascontiguousarray(image)
     if image.ndim != 3 or image.dtype != np.uint8 or image.shape[2] not in (1, 3, 4) or 0 in image.shape:
-        raise ValueError(
-            f"png: got {image.dtype} {image.shape}, expected uint8 [H, W, C] with C in (1, 3, 4)"
-        )
+        raise ValueError(f"png: got {image.dtype} {image.shape}, expected uint8 [H, W, C] with C in (1, 3, 4)")
     height, width, channels = image.shape
-    rows = np.concatenate(
-        [np.zeros((height, 1), np.uint8), image.reshape(height, -1)], axis=1
-    )  # 0: row not filtered
+    rows = np.concatenate([np.zeros((height, 1), np.uint8), image.reshape(height, -1)], axis=1)  # 0: row not filtered
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -199,9 +189,7 @@ def _table(table: Mapping[str, Mapping[str, Any]]) -> str:
 def _grid(grid: Grid) -> str:
     images = np.asarray(grid.images)
     if images.ndim != 4 or images.dtype != np.uint8 or not len(images):
-        raise ValueError(
-            f"grid {grid.title!r}: got {images.dtype} {images.shape}, expected uint8 [N, H, W, C], N >= 1"
-        )
+        raise ValueError(f"grid {grid.title!r}: got {images.dtype} {images.shape}, expected uint8 [N, H, W, C], N >= 1")
     if grid.rewards is not None and len(grid.rewards) != len(images):
         raise ValueError(f"grid {grid.title!r}: {len(grid.rewards)} rewards for {len(images)} images")
     columns = grid.columns or min(8, math.ceil(math.sqrt(len(images))))
@@ -211,9 +199,7 @@ def _grid(grid: Grid) -> str:
     for index, image in enumerate(images):
         data = base64.b64encode(png(image)).decode()
         under = "" if grid.rewards is None else f"<span>{_reward(grid.rewards[index])}</span>"
-        cells += (
-            f'<div><img alt="" width={width} height={height} src="data:image/png;base64,{data}">{under}</div>'
-        )
+        cells += f'<div><img alt="" width={width} height={height} src="data:image/png;base64,{data}">{under}</div>'
     caption = f"<figcaption><b>{_text(grid.title)}</b> {_text(grid.caption)}</figcaption>"
     style = f"grid-template-columns:repeat({columns},{width}px)"
     outer = max(columns * (width + 3), 140)

@@ -41,7 +41,11 @@ _listening = []
 def _listen() -> None:
     """Count the seconds that JAX reports for tracing, lowering and compiling, from now on."""
     if not _listening:
-        count = lambda event, seconds, **_: _compiling.__setitem__(0, _compiling[0] + seconds * ("compile/" in event))  # noqa: E731
+
+        def count(event: str, duration_secs: float, **_: str | int) -> None:
+            if "compile/" in event:
+                _compiling[0] += duration_secs
+
         jax.monitoring.register_event_duration_secs_listener(count)
         _listening.append(True)
 

@@ -12,7 +12,20 @@ import jax
 import jax.numpy as jnp
 
 from rgdiff import checks
-from rgdiff.typing import Array, Cond, Denoiser, Info, Key, Process, State, Value, callable_pytree, pytree, static
+from rgdiff.typing import (
+    Array,
+    Cond,
+    Denoiser,
+    Info,
+    Key,
+    Process,
+    State,
+    Value,
+    callable_pytree,
+    pytree,
+    same_callable,
+    static,
+)
 from rgdiff.values import PosteriorMean
 
 SELECTIONS = ("soft", "argmax")
@@ -81,7 +94,8 @@ class Svdd:
             index = jax.random.categorical(key, log_weights, axis=0)
         else:
             index = jnp.argmax(log_weights, axis=0)
-        pick = lambda leaf: leaf[index, jnp.arange(index.shape[0])]  # noqa: E731
+        # Indexed per example, not by (index, arange): a batch split over devices stays where it is.
+        pick = lambda leaf: jax.vmap(lambda column, i: column[i], in_axes=(1, 0))(leaf, index)  # noqa: E731
         info = {
             "value": pick(values),
             "values": values,
@@ -102,9 +116,17 @@ class Svdd:
         """Values [M, B], and predictions [M, B, ...] where the value shares the denoiser; `chunk` candidates at a time."""
         pieces = self.candidates // self.chunk
         batch = jax.tree.leaves(candidates)[0].shape[1]
-        fold = lambda leaf: leaf.reshape(pieces, self.chunk * batch, *leaf.shape[2:])  # noqa: E731
-        unfold = lambda leaf: leaf.reshape(self.candidates, batch, *leaf.shape[2:])  # noqa: E731
-        conds = jax.tree.map(lambda c: jnp.tile(c, (self.chunk,) + (1,) * (c.ndim - 1)), cond)
+
+        # Rows of one example stay together, so that a batch split over devices is evaluated where it lies.
+        def fold(leaf: Array) -> Array:
+            leaf = jnp.moveaxis(leaf.reshape(pieces, self.chunk, *leaf.shape[1:]), 1, 2)
+            return leaf.reshape(pieces, batch * self.chunk, *leaf.shape[3:])
+
+        def unfold(leaf: Array) -> Array:
+            leaf = jnp.moveaxis(leaf.reshape(pieces, batch, self.chunk, *leaf.shape[2:]), 2, 1)
+            return leaf.reshape(self.candidates, batch, *leaf.shape[3:])
+
+        conds = jax.tree.map(lambda c: jnp.repeat(c, self.chunk, axis=0), cond)
 
         def evaluate(x: State) -> tuple[Array, Any]:
             if not self.shared:
@@ -177,7 +199,7 @@ def svdd(
         raise ValueError(f"chunk must divide the {candidates} candidates, got {chunk}")
     checks.one_of("selection", selection, SELECTIONS)
     denoiser = callable_pytree(denoiser, "a denoiser")
-    shared = isinstance(value, PosteriorMean) and value.denoiser is denoiser
+    shared = isinstance(value, PosteriorMean) and same_callable(value.denoiser, denoiser)
     return Svdd(
         process,
         denoiser,

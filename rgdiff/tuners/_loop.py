@@ -34,7 +34,9 @@ class TrainState(NamedTuple):
 def start(params: Params, optimizer: Any, *, average: bool = False) -> TrainState:
     """Begin training from `params`, which are copied (`fit` donates its state)."""
     copy = lambda tree: jax.tree.map(lambda p: jnp.array(p, copy=True), tree)  # noqa: E731
-    return TrainState(copy(params), optimizer.init(params), copy(params) if average else None, jnp.int32(0), jnp.int32(0))
+    return TrainState(
+        copy(params), optimizer.init(params), copy(params) if average else None, jnp.int32(0), jnp.int32(0)
+    )
 
 
 def update(

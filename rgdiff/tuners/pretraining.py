@@ -14,8 +14,20 @@ import jax.numpy as jnp
 from rgdiff import checks
 from rgdiff.processes import GaussianProcess, MaskedProcess
 from rgdiff.tuners._loop import TrainState, start, update
-from rgdiff.typing import Array, Cond, Denoiser, Info, Key, Model, Params, Process, State, callable_pytree
-from rgdiff.typing import pytree, static
+from rgdiff.typing import (
+    Array,
+    Cond,
+    Denoiser,
+    Info,
+    Key,
+    Model,
+    Params,
+    Process,
+    State,
+    callable_pytree,
+    pytree,
+    static,
+)
 
 EARLIEST = 1e-3  # losses are taken over t in [EARLIEST, latest]: weights such as 1/t diverge at 0
 

@@ -16,8 +16,21 @@ from rgdiff import checks
 from rgdiff.samplers._loop import REMAT, rematerialize, roll
 from rgdiff.samplers.ancestral import Ancestral, path_kl
 from rgdiff.tuners._loop import TrainState, start, update
-from rgdiff.typing import Array, Cond, Denoiser, Info, Key, Model, Params, Process, Reward, State, callable_pytree
-from rgdiff.typing import pytree, static
+from rgdiff.typing import (
+    Array,
+    Cond,
+    Denoiser,
+    Info,
+    Key,
+    Model,
+    Params,
+    Process,
+    Reward,
+    State,
+    callable_pytree,
+    pytree,
+    static,
+)
 
 
 @pytree
@@ -182,7 +195,9 @@ def reward_backprop(
     )
 
 
-def draft(model: Model, process: Process, reward: Reward, times: Array, optimizer: Any, **options: Any) -> RewardBackprop:
+def draft(
+    model: Model, process: Process, reward: Reward, times: Array, optimizer: Any, **options: Any
+) -> RewardBackprop:
     """DRaFT: the gradient through the whole chain (arXiv 2309.17400, algorithm 1)."""
     return reward_backprop(model, process, reward, times, optimizer, truncation=None, **options)
 
