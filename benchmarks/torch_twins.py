@@ -116,7 +116,7 @@ def _names(params: dict[str, Any]) -> Iterator[tuple[str, np.ndarray, str]]:
             yield path, np.asarray(tree)
 
     for path, leaf in walk(params, ()):
-        *parts, kind = [p for p in path if p != "norm"]  # Linen's GroupNorm sits one level down
+        *parts, kind = path
         if parts[0] not in ("emb", "conv_in", "conv_out", "norm_out"):
             parts = ["parts", *parts]
         yield ".".join([*parts, "bias" if kind == "bias" else "weight"]), leaf, "/".join(path)

@@ -27,7 +27,6 @@ _MODULES = (
     "values",
 )
 
-__all__ = ["__version__", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:

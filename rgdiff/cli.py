@@ -153,19 +153,20 @@ def write_pages(
     run: Any, config: dict, overrides: Sequence[str], name: str, judge: Any, task: Any, outcomes: dict, rows: dict
 ) -> None:
     """Write report.html: pictures before and after, curves, the table, the config."""
-    from rgdiff.runtime.report import Plot, Report, Series, plot_rows, write_report
+    from rgdiff.runtime.report import Grid, Plot, Report, Series, plot_rows, write_report
 
     plots = [
         Plot(key, [Series(key, *curve)]) for key, outcome in outcomes.items() for key, curve in named(key, outcome)
     ]
     if any(row["phase"] == "prior" for row in run.log.rows):
         plots.append(plot_rows(run.log.rows, ["loss"], title="prior: training loss", phase="prior"))
+    pictures = judge.pictures({key: outcome.x0 for key, outcome in outcomes.items()}, task)
     report = Report(
         title=config.get("title", name),
         command=" ".join(["rgdiff run", name, *overrides]),
         versions=run.folder.versions,
         table=rows,
-        grids=[judge.grids({key: outcome.x0 for key, outcome in outcomes.items()}, task)],
+        grids=[[Grid(title, images, rewards=rewards) for title, images, rewards in pictures]],
         plots=plots,
         notes=judge.notes(task),
         config=(run.folder.path / "config.yaml").read_text(),

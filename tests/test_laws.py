@@ -195,7 +195,7 @@ def test_svdd_without_initial_selection_starts_from_the_prior():
     """select_initial=False tends to prior(x_T) x tilted moves, which differs: E = E_prior of the tilted conditional mean."""
     world = gaussian_svdd_world()
     mean, cov = world.prior()
-    for i, (c, h, p) in enumerate(world.log_value()[1:]):  # tilt each move's Gaussian by the value after it
+    for i, (_, h, p) in enumerate(world.log_value()[1:]):  # tilt each move's Gaussian by the value after it
         matrix, offset, std = world.move(world.grid[i], world.grid[i + 1], world.theta)
         inverse = np.linalg.inv(np.eye(1) + std**2 * p)
         matrix, offset = inverse @ matrix, inverse @ (offset + std**2 * h)

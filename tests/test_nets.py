@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,9 +13,10 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 
-from rgdiff.nets import MLP, ConvNet1D, DiT, Transformer, UNet, ValueMLP, ema_update, time_features
+from rgdiff.nets import MLP, ConvNet1D, DiT, Transformer, UNet, ValueMLP, time_features
 from rgdiff.nets.conv import conv
 from rgdiff.nets.transformer import rotary
+from rgdiff.tuners import ema_update
 
 KEY = jax.random.key(0)
 
@@ -358,3 +360,15 @@ def test_ema():
     np.testing.assert_allclose(ema_update(average, params, 0.75)["w"], [1.5, 1.0])
     np.testing.assert_allclose(ema_update(average, params, 0.999, 0)["w"], [2.8, -1.6], rtol=1e-6)  # d = 1 / 10
     np.testing.assert_allclose(ema_update(average, params, 0.5, 10**6)["w"], [2.0, 0.0], rtol=1e-6)
+
+
+def test_group_norm_is_flax_group_norm_then_film():
+    from rgdiff.nets.unet import GroupNorm
+
+    x = 3 + 2 * normal(2, 4, 6, 16)
+    params = {"scale": normal(16), "bias": normal(16) + 1}
+    film = (normal(2, 16), normal(2, 16) - 1)
+    reference = nn.GroupNorm(8, epsilon=1e-5).apply({"params": params}, x)
+    np.testing.assert_allclose(GroupNorm().apply({"params": params}, x), reference, rtol=2e-5, atol=2e-5)
+    modulated = reference * (1 + film[0])[:, None, None] + film[1][:, None, None]
+    np.testing.assert_allclose(GroupNorm().apply({"params": params}, x, film), modulated, rtol=2e-5, atol=2e-5)

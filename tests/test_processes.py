@@ -66,13 +66,11 @@ def test_reverse_keeps_the_marginals_for_every_eta(name, eta):
     reference = SCHEDULES[name]
     process = processes.gaussian(reference.build(), (1,), eta=eta)
     for t, s in PAIRS:
-        step = lambda x_t: process.reverse(x_t, f32(t), f32(s), f32([[0.8]]))  # noqa: E731
-        kernel = step(f32([[0.0]]))
+        x_t = f32([[0.0], [1.0], [reference.alpha(t) * 0.8]])
+        kernel = process.reverse(x_t, f32(t), f32(s), jnp.full((3, 1), 0.8))
         assert isinstance(kernel, Gaussian if eta else PointMass)
-        mean = lambda x: step(f32([[x]])).mean if eta else step(f32([[x]])).point  # noqa: E731
-        slope = float((mean(1.0) - mean(0.0))[0, 0])
-        centre = float(mean(reference.alpha(t) * 0.8)[0, 0])
-        std = float(kernel.std) if eta else 0.0
+        at_0, at_1, centre = np.asarray(kernel.mean if eta else kernel.point, float)[:, 0]
+        slope, std = at_1 - at_0, float(kernel.std) if eta else 0.0
         np.testing.assert_allclose(centre, reference.alpha(s) * 0.8, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose((slope * reference.sigma(t)) ** 2 + std**2, reference.sigma(s) ** 2, rtol=1e-3)
 

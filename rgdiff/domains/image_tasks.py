@@ -78,17 +78,12 @@ class ImageJudge:
             "compile_seconds": outcome.compile_seconds,
         }
 
-    def grids(self, samples: dict[str, np.ndarray], task: Task) -> list[Any]:
-        """Return picture grids for the report: real images, then each method's samples with their rewards."""
-        from rgdiff.runtime.report import Grid
-
-        real = self.real(task)[:SHOWN]
+    def pictures(self, samples: dict[str, np.ndarray], task: Task) -> list[tuple[str, np.ndarray, list[float]]]:
+        """Return (title, 8-bit pictures, their guiding rewards) for the report: real images, then each method's samples."""
         title = "real images" if task.target is None else f"real images of class {task.target}"
-        grids = [Grid(title, self.domain.decode(real), rewards=self.rewards(task.reward, real).tolist())]
-        for name, x0 in samples.items():
-            shown = x0[:SHOWN]
-            grids.append(Grid(name, self.domain.decode(shown), rewards=self.rewards(task.reward, shown).tolist()))
-        return grids
+        shown = {title: self.real(task), **samples}
+        first = {name: x0[:SHOWN] for name, x0 in shown.items()}
+        return [(name, self.domain.decode(x0), self.rewards(task.reward, x0).tolist()) for name, x0 in first.items()]
 
     def notes(self, task: Task) -> list[str]:
         """Return what a reader of the report should know."""

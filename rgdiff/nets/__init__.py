@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rgdiff.nets.conv import Conv
     from rgdiff.nets.conv1d import ConvNet1D
-    from rgdiff.nets.ema import ema_update
     from rgdiff.nets.lora import LoRAModel, lora_init, lora_merge, lora_sum
     from rgdiff.nets.mlp import MLP, ValueMLP
     from rgdiff.nets.time import Conditioning, time_features
@@ -30,7 +29,6 @@ __all__ = [
     "Transformer",
     "UNet",
     "ValueMLP",
-    "ema_update",
     "lora_init",
     "lora_merge",
     "lora_sum",
@@ -40,7 +38,6 @@ __all__ = [
 _MODULES = {
     "conv": ("Conv",),
     "conv1d": ("ConvNet1D",),
-    "ema": ("ema_update",),
     "lora": ("LoRAModel", "lora_init", "lora_merge", "lora_sum"),
     "mlp": ("MLP", "ValueMLP"),
     "time": ("Conditioning", "time_features"),

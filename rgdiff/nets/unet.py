@@ -22,13 +22,31 @@ GROUPS = 8
 
 
 class GroupNorm(nn.Module):
-    """Normalise over space and the channels of each of 8 groups, scale and shift; epsilon 1e-5, float32."""
+    """Normalise over space and the channels of each of 8 groups, scale and shift; epsilon 1e-5, float32.
+
+    With `film` = (scale, shift), [B, C] each, the result is then multiplied by 1 + scale and shifted: all of it is one
+    pass x * a + c, and the moments are summed per channel before they are summed per group, which a CPU does several
+    times faster than a reduction over (space, channels of a group).
+    """
 
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        return nn.GroupNorm(GROUPS, epsilon=1e-5, dtype=jnp.float32, name="norm")(x).astype(self.dtype)
+    def __call__(self, x: Array, film: tuple[Array, Array] | None = None) -> Array:
+        batch, channels = x.shape[0], x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        flat = x.astype(jnp.float32).reshape(batch, -1, channels)
+        moments = jnp.stack([flat.sum(1), (flat * flat).sum(1)])  # [2, B, C]
+        grouped = moments.reshape(2, batch, GROUPS, -1).sum(-1) * (GROUPS / flat[0].size)
+        mean, square = jnp.repeat(grouped, channels // GROUPS, axis=-1)
+        a = scale * jax.lax.rsqrt(square - mean * mean + 1e-5)
+        c = bias - mean * a
+        if film is not None:
+            a, c = a * (1 + film[0]), c * (1 + film[0]) + film[1]
+        a, c = jax.lax.optimization_barrier((a, c))
+        shape = (batch, *(1,) * (x.ndim - 2), channels)
+        return (x * a.reshape(shape) + c.reshape(shape)).astype(self.dtype)
 
 
 class ResBlock(nn.Module):
@@ -48,8 +66,8 @@ class ResBlock(nn.Module):
         h = nn.silu(GroupNorm(self.dtype, name="norm1")(x))
         h = Conv(self.features, (3, 3), padding=pad, dtype=self.dtype, name="conv1")(h)
         film = nn.Dense(2 * self.features, kernel_init=lecun_normal, dtype=self.dtype, name="emb")(nn.silu(emb))
-        scale, shift = jnp.split(film[:, None, None, :], 2, axis=-1)
-        h = nn.silu(GroupNorm(self.dtype, name="norm2")(h) * (1 + scale) + shift)
+        scale, shift = jnp.split(film, 2, axis=-1)
+        h = nn.silu(GroupNorm(self.dtype, name="norm2")(h, (scale, shift)))
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
         h = Conv(self.features, (3, 3), padding=pad, dtype=self.dtype, name="conv2")(h)
         if x.shape[-1] != self.features:

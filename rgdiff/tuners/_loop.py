@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from rgdiff import checks
+from rgdiff.tuners.ema import ema_update
 from rgdiff.typing import Array, Info, Key, Params, Tuner
 
 
@@ -58,8 +59,7 @@ def update(
     params, opt_state = keep(params, state.params), keep(opt_state, state.opt_state)
     average = state.average
     if average is not None and ema_decay is not None:
-        decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
-        average = keep(jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params), average)
+        average = keep(ema_update(average, params, ema_decay, state.step), average)
     skipped = state.skipped + jnp.where(finite, 0, 1).astype(jnp.int32)
     return TrainState(params, opt_state, average, state.step + 1, skipped), {"gradient_norm": norm, "skipped": skipped}
 

@@ -1,0 +1,33 @@
+"""The README's library example runs as printed and gives what its comments say; examples in docstrings are true."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import numpy as np
+
+import rgdiff
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+
+
+def test_library_example(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    exec(compile(code, "README.md", "exec"), {})
+    prior, steered, params = (np.fromstring(line.strip(" []"), sep=" ") for line in capsys.readouterr().out.splitlines())
+    assert np.abs(prior).max() < 0.06  # mean of N(0, I) from 4,096 samples, four standard errors
+    assert 1.5 < steered[0] < 2.1 and abs(steered[1]) < 0.08
+    assert (params > 0.05).all()  # towards the reward's maximum at (1, 1)
+
+
+def test_docstring_examples():
+    attempted = 0
+    for module in pkgutil.walk_packages(rgdiff.__path__, "rgdiff."):
+        if module.name.endswith("__main__"):
+            continue
+        result = doctest.testmod(importlib.import_module(module.name))
+        assert result.failed == 0, module.name
+        attempted += result.attempted
+    assert attempted
