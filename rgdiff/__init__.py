@@ -28,7 +28,6 @@ _MODULES = (
 )
 
 
-
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"rgdiff.{name}")

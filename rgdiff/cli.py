@@ -112,6 +112,8 @@ def run_recipe(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     domain = recipe.build(config["domain"], trusted)
     settings = recipe.build(config["prior"], trusted)
     built = {key: recipe.build(value, trusted) for key, value in methods.items()}
+    for method in built.values():
+        method.check(settings, domain.shape)
     cache = Path(config["cache_dir"]) if config.get("cache_dir") else default_cache()
     use_compilation_cache(cache)
     folder = RunFolder.create(config["out"], config, resume=bool(config["resume"]))

@@ -45,10 +45,10 @@ def failing(capsys, *argv):
     return error
 
 
-def test_every_method_and_reward_compose_and_check():
-    for method, reward, domain, prior in itertools.product(
-        *(recipe.names(g) for g in ("method", "reward", "domain", "prior"))
-    ):
+def test_every_method_reward_domain_and_prior_compose_and_check():
+    method_and_reward = itertools.product(recipe.names("method"), recipe.names("reward"), ["digits"], ["mlp"])
+    domain_and_prior = itertools.product(["svdd"], ["ink"], recipe.names("domain"), recipe.names("prior"))
+    for method, reward, domain, prior in [*method_and_reward, *domain_and_prior]:
         overrides = [f"method={method}", f"reward={reward}", f"domain={domain}", f"prior={prior}"]
         overrides += ["reward.fn=tests.user_module.score"] * (reward == "custom")
         overrides += ["domain.fn=tests.user_module.load"] * (domain == "custom")
@@ -127,6 +127,9 @@ def test_a_recipe_file_cannot_call_what_the_user_did_not_name(tmp_path, capsys):
         "os.system",
         "rgdiff.runtime.checkpoint.os.system",
         "rgdiff.runtime.checkpoint.shutil.rmtree",
+        "rgdiff.runtime.checkpoint._remove",
+        "rgdiff.runtime.folder.write_atomic",
+        "rgdiff.nets.conv.jax.jit",
         "builtins.eval",
     ):
         path = tmp_path / "evil.yaml"

@@ -16,7 +16,9 @@ README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 def test_library_example(capsys):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
     exec(compile(code, "README.md", "exec"), {})
-    prior, steered, params = (np.fromstring(line.strip(" []"), sep=" ") for line in capsys.readouterr().out.splitlines())
+    prior, steered, params = (
+        np.fromstring(line.strip(" []"), sep=" ") for line in capsys.readouterr().out.splitlines()
+    )
     assert np.abs(prior).max() < 0.06  # mean of N(0, I) from 4,096 samples, four standard errors
     assert 1.5 < steered[0] < 2.1 and abs(steered[1]) < 0.08
     assert (params > 0.05).all()  # towards the reward's maximum at (1, 1)

@@ -136,7 +136,8 @@ class GaussianWorld:
 
     def model(self, theta: jax.Array) -> AffineDenoiser:
         f32 = lambda a: jnp.asarray(a, jnp.float32)  # noqa: E731
-        spectrum = tuple(map(f32, np.linalg.eigh(self.c)))
+        values, vectors = np.linalg.eigh(self.c)
+        spectrum = f32(values), f32(vectors)
         return AffineDenoiser(self.schedule, f32(self.m), spectrum, f32(theta[1]), f32(theta[0]))
 
     def gain(self, t: float, theta) -> tuple[Array, Array]:

@@ -12,14 +12,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from rgdiff import samplers, tuners, values
+from rgdiff import checks, samplers, tuners, values
 from rgdiff.denoisers import from_linen
 from rgdiff.nets import LoRAModel, lora_init
 from rgdiff.rewards import Task
-from rgdiff.runtime.priors import Prior, initial
+from rgdiff.runtime.priors import GaussianPrior, Prior, initial
 from rgdiff.runtime.progress import progress
 from rgdiff.runtime.run import Run
-from rgdiff.typing import Array, Info
+from rgdiff.typing import Array, Info, Params, Process, pytree, static
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,33 +83,41 @@ class Svdd:
     selection: str = "soft"
     select_initial: bool = False
 
+    def check(self, prior: GaussianPrior, shape: tuple[int, ...]) -> None:
+        """Refuse settings that do not fit each other or the prior, before anything is trained."""
+        self.sampler(prior.process(shape), _nothing, _nothing)
+
+    def sampler(self, process: Process, denoiser: Any, value: Any) -> Any:
+        """Build the sampler."""
+        return samplers.svdd(
+            process,
+            denoiser,
+            value,
+            temperature=self.temperature,
+            candidates=self.candidates,
+            chunk=self.chunk,
+            selection=self.selection,
+            select_initial=self.select_initial,
+        )
+
     def value(self, run: Run, phase: str, prior: Prior, task: Task, denoiser: Any) -> Any:
+        """Make the value that selects."""
         return values.posterior_mean(task.reward, prior.process, denoiser)
 
     def run(self, run: Run, phase: str, prior: Prior, task: Task, count: int) -> Outcome:
         denoiser = prior.denoiser
         with run.clock() as clock:
-            sampler = samplers.svdd(
-                prior.process,
-                denoiser,
-                self.value(run, phase, prior, task, denoiser),
-                temperature=self.temperature,
-                candidates=self.candidates,
-                chunk=self.chunk,
-                selection=self.selection,
-                select_initial=self.select_initial,
-            )
+            sampler = self.sampler(prior.process, denoiser, self.value(run, phase, prior, task, denoiser))
             out = draw(run, phase, sampler, prior.times, count, keep=_value_and_kl)
         chosen, kl = (np.asarray(k) for k in out.kept)
         moves = len(prior.times) - 1
-        curve = (list(range(1, moves + 1)), np.nanmean(chosen, 1).tolist())
         return Outcome(
             np.asarray(out.x0),
             sampler.network_calls(moves),
             float(kl.sum(0).mean()),
             clock.seconds,
             clock.compile_seconds,
-            curves={"value along the chain": curve},
+            curves={"value along the chain": (list(range(1, moves + 1)), np.nanmean(chosen, 1).tolist())},
         )
 
 
@@ -124,25 +132,26 @@ class SvddMC(Svdd):
     optimizer: Any = None
 
     def value(self, run: Run, phase: str, prior: Prior, task: Task, denoiser: Any) -> Any:
+        """Train the value, or go on with it."""
         chain = samplers.ancestral(prior.process, denoiser)
         x0 = draw(run, f"{phase}_data", chain, prior.times, self.samples).x0
         data = {"x0": x0, "reward": jax.jit(lambda r, x: r(x))(task.reward, x0)}
         key = run.key(f"{phase}_value")
         params = initial(self.network, key, x0.shape[1:])
-        model = ValueModel(self.network)
+        model = LearnedValue(self.network)
         tuner = tuners.value_regression(model, prior.process, self.optimizer)
         state = run.fit(f"{phase}_value", tuner, key, params, self.steps, data=data, batch=self.batch)
         return model(state.best)
 
 
-class ValueModel:
+@pytree
+class LearnedValue:
     """Parameters to a learned value."""
 
-    def __init__(self, network: Any):
-        self._network = network
+    network: Any = static()
 
-    def __call__(self, params: Any) -> Any:
-        return values.learned(from_linen(self._network, params))
+    def __call__(self, params: Params) -> Any:
+        return values.learned(from_linen(self.network, params))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,29 +169,35 @@ class Draft:
     adapter: int | None = None
     chunk: int = 10
 
-    def run(self, run: Run, phase: str, prior: Prior, task: Task, count: int) -> Outcome:
-        from rgdiff import checks
+    def check(self, prior: GaussianPrior, shape: tuple[int, ...]) -> None:
+        """Refuse settings that do not fit each other or the prior, before anything is trained."""
+        process = prior.process(shape, self.eta)
+        self.tuner(_nothing, process, _nothing, process.times(prior.steps), _nothing)
 
+    def tuner(self, model: Any, process: Process, reward: Any, times: Array, reference: Any) -> Any:
+        """Build the tuner."""
         settings = {"draft": tuners.draft, "draft_k": tuners.draft_k, "draft_lv": tuners.draft_lv}
-        build = settings[checks.one_of("setting", self.setting, settings)]
+        return settings[checks.one_of("setting", self.setting, settings)](
+            model,
+            process,
+            reward,
+            times,
+            self.optimizer,
+            batch=self.batch,
+            reference=None if self.kl_weight is None else reference,
+            kl_weight=self.kl_weight,
+            remat=self.remat,
+            **self.options,
+        )
+
+    def run(self, run: Run, phase: str, prior: Prior, task: Task, count: int) -> Outcome:
         process, key = prior.with_eta(self.eta), run.key(phase)
         model: Any = prior.model
         params = prior.params
         if self.adapter is not None:
             params = lora_init(jax.random.fold_in(key, 1), prior.params, self.adapter)
             model = LoRAModel(prior.params, prior.model)
-        tuner = build(
-            model,
-            process,
-            task.reward,
-            prior.times,
-            self.optimizer,
-            batch=self.batch,
-            reference=None if self.kl_weight is None else prior.denoiser,
-            kl_weight=self.kl_weight,
-            remat=self.remat,
-            **self.options,
-        )
+        tuner = self.tuner(model, process, task.reward, prior.times, prior.denoiser)
         with run.clock() as clock:
             state = run.fit(phase, tuner, key, params, self.steps, chunk=self.chunk)
             tuned = model(state.best)
@@ -202,3 +217,7 @@ class Draft:
             tuning_network_calls=self.steps * self.batch * tuner.network_calls(),
             curves={"reward while tuning": ([row["step"] for row in rows], [row["reward"] for row in rows])},
         )
+
+
+def _nothing(*_: Any) -> Any:
+    """Stand in for a denoiser, a value or a reward while settings are checked; it is never called."""

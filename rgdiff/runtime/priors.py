@@ -54,7 +54,7 @@ class Prior:
 
     def with_eta(self, eta: float) -> Process:
         """Return the process with another eta."""
-        return processes.gaussian(self.settings.schedule, self.shape, eta=eta)
+        return self.settings.process(self.shape, eta)
 
 
 def initial(network: Any, key: jax.Array, shape: tuple[int, ...]) -> Params:
@@ -76,6 +76,10 @@ class GaussianPrior:
     checkpoint: str | None
     train: dict[str, Any]
 
+    def process(self, shape: tuple[int, ...], eta: float | None = None) -> Process:
+        """Return the process on examples of this shape, with the prior's own eta or another."""
+        return processes.gaussian(self.schedule, shape, eta=self.eta if eta is None else eta)
+
     def obtain(self, run: Run, domain: Any, identity: Any) -> Prior:
         """Load the prior from its checkpoint or the cache, or train it and cache it.
 
@@ -83,7 +87,7 @@ class GaussianPrior:
           identity: plain values that the trained parameters depend on; their hash names the cache entry.
         """
         model = PriorModel(self.schedule, self.network, self.prediction)
-        process = processes.gaussian(self.schedule, domain.shape, eta=self.eta)
+        process = self.process(domain.shape)
         key = run.key("prior")
         like = initial(self.network, jax.random.fold_in(key, 0), domain.shape)
         if self.checkpoint is not None:

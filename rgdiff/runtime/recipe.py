@@ -16,6 +16,10 @@ from pathlib import Path
 from typing import Any
 
 COMMON = {"out": None, "seed": 0, "data_dir": None, "resume": False}  # the keys of every recipe
+CONSTRUCTORS = tuple(  # modules whose public classes and functions a recipe may call; none of them writes files
+    f"rgdiff.{name}"
+    for name in ("schedules", "rewards", "tuners", "nets", "domains", "runtime.priors", "runtime.methods")
+)
 GROUPS = ("domain", "method", "prior", "reward")
 
 
@@ -144,6 +148,8 @@ def locate(path: str, trusted: set[str] = frozenset()) -> Any:  # type: ignore[a
 
     module_name, _, attribute = path.rpartition(".")
     own = path.split(".")[0] == "rgdiff"
+    if own and (not module_name.startswith(CONSTRUCTORS) or attribute.startswith("_")):
+        raise ValueError(f"{path} is not a constructor of rgdiff")
     if not own and module_name not in trusted:
         raise ValueError(
             f"{path} is not a constructor of rgdiff; to use a module of yours, name it on the command line: modules=[{module_name}]"
@@ -153,6 +159,8 @@ def locate(path: str, trusted: set[str] = frozenset()) -> Any:  # type: ignore[a
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
+        if own:
+            raise ValueError(f"{path} is not a constructor of rgdiff") from None
         raise ValueError(f"cannot import {module_name} (of {path}): {error}") from None
     found = getattr(module, attribute, None)
     if found is None:
