@@ -77,7 +77,7 @@ class Ancestral:
 class Svdd:
     """SVDD with the posterior-mean value; arguments as `rgdiff.samplers.svdd`."""
 
-    temperature: float = 0.5
+    temperature: float = 0.2
     candidates: int = 16
     chunk: int | None = None
     selection: str = "soft"
