@@ -39,7 +39,7 @@ def test_both_sides_agree(case):
 def test_a_wrong_transplant_is_seen():
     case = CASES[0]
     given = rows.Ours(case).export()
-    name = "params/mid_res0/norm1/norm/bias"
+    name = "params/mid_res0/norm1/bias"
     assert rows.Torch(case, given | {name: -given[name]}, compiled=False, threads=1, mode=None).check() > 1e-4
     with pytest.raises(ValueError, match="without a partner"):
         rows.Torch(case, {k: v for k, v in given.items() if k != name}, compiled=False, threads=1, mode=None)

@@ -36,26 +36,29 @@ def start(out, cache, *, resume):
     )  # fmt: skip
 
 
+def rows(folder):
+    log = folder / "metrics.jsonl"
+    return log.read_bytes().count(b"\n") if log.exists() else 0
+
+
 def kill_and_resume(tmp_path, kills, seed):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     process = start(whole, tmp_path / "cache_a", resume=False)
-    began = time.monotonic()
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
-    duration = time.monotonic() - began
 
     rng = random.Random(seed)
-    hit = 0
-    for _ in range(kills):
+    total = rows(whole)
+    for _ in range(kills):  # each kill falls a random while after a random number of new rows, or before the first
+        goal = rng.randint(rows(broken), min(rows(broken) + 2 * total // kills, total - 30))
         process = start(broken, tmp_path / "cache_b", resume=True)
-        try:
-            output, _ = process.communicate(timeout=rng.uniform(0.3, 0.95) * duration)
-            assert process.returncode == 0, output  # it may finish before the kill; then it is resumed when finished
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-            hit += 1
-    assert hit, "no kill came before the end"
+        began = time.monotonic()
+        while rows(broken) < goal and process.poll() is None and time.monotonic() - began < 300:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.5))
+        process.send_signal(signal.SIGKILL)
+        output, _ = process.communicate()
+        assert process.returncode == -signal.SIGKILL, output
     process = start(broken, tmp_path / "cache_b", resume=True)
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
