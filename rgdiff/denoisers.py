@@ -122,6 +122,10 @@ def predicts(prediction: str, network: Denoiser, schedule: GaussianSchedule | No
 
     Raises:
       ValueError: for an unknown prediction, a missing schedule, or velocity with another schedule than flow.
+
+    Note:
+      Under the flow schedule alpha is 0 at t = 1, where eps and score say nothing of x0: begin the grid below 1, e.g.
+      times = 0.99 * process.times(steps).
     """
     from rgdiff.schedules import Flow
 

@@ -52,6 +52,7 @@ def test_every_method_reward_domain_and_prior_compose_and_check():
         overrides = [f"method={method}", f"reward={reward}", f"domain={domain}", f"prior={prior}"]
         overrides += ["reward.fn=tests.user_module.score"] * (reward == "custom")
         overrides += ["domain.fn=tests.user_module.load"] * (domain == "custom")
+        overrides += ["prior.network._target_=tests.user_module.Net"] * (prior == "custom")
         recipe.check(recipe.compose("steer", overrides), recipe.trusted_modules(overrides))
 
 
@@ -80,7 +81,9 @@ def test_black_box_reward_guides_svdd(tmp_path, cache):
 
 def test_users_own_parts(tmp_path, cache, monkeypatch):
     (tmp_path / "my_module.py").write_text(
-        "import numpy as np\n"
+        "import flax.linen as nn\nimport numpy as np\n"
+        "class Net(nn.Module):\n    @nn.compact\n    def __call__(self, x, t, cond=None):\n"
+        "        return nn.Dense(x.shape[-1])(x)\n"
         "def score(x0, cond=None):\n    return -(x0 ** 2).mean((1, 2, 3))\n"
         "def load():\n    rng = np.random.default_rng(0)\n"
         "    return rng.uniform(-1, 1, (40, 8, 8, 1)).astype('float32'), np.arange(40) % 2\n"
@@ -88,6 +91,16 @@ def test_users_own_parts(tmp_path, cache, monkeypatch):
     monkeypatch.chdir(tmp_path)
     own = ["reward=custom", "reward.fn=my_module.score", "domain=custom", "domain.fn=my_module.load"]
     assert run(tmp_path, cache, *own, "method=draft_k", *FEW["draft_k"]) == 0
+    mine = [o for o in TINY if not o.startswith(("prior=", "prior.network"))]
+    mine += [
+        "prior=custom",
+        "prior.network._target_=my_module.Net",
+        "modules=[my_module]",
+        "method=svdd",
+        "method.candidates=2",
+    ]
+    argv = ["run", "steer", *mine, "reward=symmetry", f"out={tmp_path / 'net'}", f"cache_dir={cache}"]
+    assert main(argv) == 0
     sys.modules.pop("my_module")
     assert run(tmp_path, cache, *own, "reward.host=true", "method=svdd", "method.candidates=2", out="host") == 0
 

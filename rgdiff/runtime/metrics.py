@@ -117,7 +117,7 @@ def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 def _open_board(folder: Path) -> Any:
     try:
-        from tensorboardX import SummaryWriter
+        from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ValueError("tensorboard=true needs the package tensorboardX; install it, or leave it out") from None
     return SummaryWriter(str(folder / "tensorboard"))

@@ -150,6 +150,7 @@ def masked_bound(key: Key, process: MaskedProcess, denoiser: Denoiser, x0: Array
     denoiser that ignores t and is any-order consistent, the bound is tight. t is given as the time at which m of L
     positions are masked on average.
     """
+    checks.key(key)
     positions = 1
     for size in process.shape:
         positions *= size
