@@ -49,8 +49,8 @@ def kill_and_resume(tmp_path, kills, seed):
 
     rng = random.Random(seed)
     total = rows(whole)
-    for _ in range(kills):  # each kill falls a random while after a random number of new rows, or before the first
-        goal = rng.randint(rows(broken), min(rows(broken) + 2 * total // kills, total - 30))
+    for kill in range(kills):  # each falls a random while after a random row of its own share of the run, or before it
+        goal = min(int(total * (kill + rng.random()) / (kills + 1)), total - 30)
         process = start(broken, tmp_path / "cache_b", resume=True)
         began = time.monotonic()
         while rows(broken) < goal and process.poll() is None and time.monotonic() - began < 300:
