@@ -23,7 +23,7 @@ from rgdiff.runtime.folder import RunFolder
 from rgdiff.runtime.metrics import MetricsLog
 from rgdiff.runtime.progress import progress
 
-PATIENCE = 20  # a phase stops after this many skipped updates in one chunk
+PATIENCE = 20  # a phase stops after more skipped updates than this since it began or was resumed
 
 
 class Clock:
@@ -93,7 +93,7 @@ class Run:
         """Train as `tuners.fit` does, with progress, a row of metrics a step, and checkpoints; go on where a killed run was.
 
         Raises:
-          ValueError: when a chunk brings more than PATIENCE non-finite updates; the last good state is kept on disk.
+          ValueError: after more than PATIENCE non-finite updates; the last good state is kept on disk.
         """
         state = tuner.init(params)
         with Checkpoints(self.folder.path / "checkpoints" / phase) as checkpoints:
@@ -108,15 +108,15 @@ class Run:
             with progress(phase, steps, done=began) as advance:
 
                 def on_chunk(state: Any, infos: dict[str, np.ndarray]) -> None:
-                    nonlocal saved, skipped
+                    nonlocal saved
                     count = len(infos["gradient_norm"])
                     done = int(state.step)
                     for index in range(count):
                         self.log.write(phase, done - count + index, {k: v[index] for k, v in infos.items()})
-                    bad, skipped = int(infos["skipped"][-1]) - skipped, int(infos["skipped"][-1])
+                    bad = int(infos["skipped"][-1]) - skipped
                     if bad > PATIENCE:
                         raise ValueError(
-                            f"{phase}: {bad} of {count} updates before step {done} were not finite and were skipped; "
+                            f"{phase}: {bad} of {done - began} updates before step {done} were not finite and were skipped; "
                             "lower the learning rate or look at the reward (last good checkpoint kept)"
                         )
                     shown = "reward" if "reward" in infos else "loss"
