@@ -9,7 +9,7 @@ reverse-mode differentiation (any order; forward-mode, `jax.jvp` and `jax.linear
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -138,6 +138,8 @@ class Conv(nn.Module):
         strides, dilation: one number or one per spatial axis.
         padding: "SAME", "VALID", or (low, high) per spatial axis.
         zero_init: start at zero, so that the output is zero at first.
+        before: a cheap function of the inputs whose result is convolved. Reverse mode keeps the inputs alone and
+            computes it again, so that a normalisation and a nonlinearity cost no memory.
         dtype: the dtype of computation and output; parameters are float32.
     """
 
@@ -147,12 +149,19 @@ class Conv(nn.Module):
     dilation: int | Ints = 1
     padding: Any = "SAME"
     zero_init: bool = False
+    before: Callable[..., Array] | None = None
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, *inputs: Array) -> Array:
         init = nn.initializers.zeros if self.zero_init else lecun_normal
         kernel = self.param("kernel", init, (*self.kernel_size, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
-        return conv(x, kernel, stride=self.strides, dilation=self.dilation, padding=self.padding) + bias
+        kernel, bias = kernel.astype(self.dtype), bias.astype(self.dtype)
+
+        def run(kernel: Array, *inputs: Array) -> Array:
+            x = inputs[0] if self.before is None else self.before(*inputs)
+            x = x.astype(self.dtype)
+            return conv(x, kernel, stride=self.strides, dilation=self.dilation, padding=self.padding)
+
+        return (run if self.before is None else jax.checkpoint(run))(kernel, x, *inputs) + bias

@@ -19,6 +19,7 @@ from rgdiff.nets.time import Conditioning
 from rgdiff.typing import Array, Cond
 
 GROUPS = 8
+PAD = ((1, 1), (1, 1))
 
 
 class GroupNorm(nn.Module):
@@ -33,6 +34,11 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, film: tuple[Array, Array] | None = None) -> Array:
+        return _affine(x, *self.coefficients(x, film)).astype(self.dtype)
+
+    @nn.compact
+    def coefficients(self, x: Array, film: tuple[Array, Array] | None = None) -> tuple[Array, Array]:
+        """Return a and c of x * a + c, [B, C] each, float32."""
         batch, channels = x.shape[0], x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
@@ -44,9 +50,17 @@ class GroupNorm(nn.Module):
         c = bias - mean * a
         if film is not None:
             a, c = a * (1 + film[0]), c * (1 + film[0]) + film[1]
-        a, c = jax.lax.optimization_barrier((a, c))
-        shape = (batch, *(1,) * (x.ndim - 2), channels)
-        return (x * a.reshape(shape) + c.reshape(shape)).astype(self.dtype)
+        return jax.lax.optimization_barrier((a, c))
+
+
+def _affine(x: Array, a: Array, c: Array) -> Array:
+    shape = (x.shape[0], *(1,) * (x.ndim - 2), x.shape[-1])
+    return x * a.reshape(shape) + c.reshape(shape)
+
+
+def _affine_silu(x: Array, a: Array, c: Array, dropped: Array | None = None) -> Array:
+    h = nn.silu(_affine(x, a, c))
+    return h if dropped is None else h * dropped
 
 
 class ResBlock(nn.Module):
@@ -62,14 +76,15 @@ class ResBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, emb: Array, train: bool = False) -> Array:
-        pad = ((1, 1), (1, 1))
-        h = nn.silu(GroupNorm(self.dtype, name="norm1")(x))
-        h = Conv(self.features, (3, 3), padding=pad, dtype=self.dtype, name="conv1")(h)
+        def conv(name: str) -> Conv:
+            return Conv(self.features, (3, 3), padding=PAD, before=_affine_silu, dtype=self.dtype, name=name)
+
+        h = conv("conv1")(x, *GroupNorm(name="norm1").coefficients(x))
         film = nn.Dense(2 * self.features, kernel_init=lecun_normal, dtype=self.dtype, name="emb")(nn.silu(emb))
-        scale, shift = jnp.split(film, 2, axis=-1)
-        h = nn.silu(GroupNorm(self.dtype, name="norm2")(h, (scale, shift)))
-        h = nn.Dropout(self.dropout, deterministic=not train)(h)
-        h = Conv(self.features, (3, 3), padding=pad, dtype=self.dtype, name="conv2")(h)
+        inputs = GroupNorm(name="norm2").coefficients(h, tuple(jnp.split(film, 2, axis=-1)))
+        if train and self.dropout:
+            inputs = (*inputs, nn.Dropout(self.dropout, deterministic=False)(jnp.ones_like(h)))
+        h = conv("conv2")(h, *inputs)
         if x.shape[-1] != self.features:
             x = nn.Dense(self.features, kernel_init=lecun_normal, dtype=self.dtype, name="skip")(x)
         return x + h
@@ -159,7 +174,7 @@ class UNet(nn.Module):
             return AttentionBlock(self.dtype, name=name)(h) if level in self.attention else h
 
         def conv(h: Array, features: int, name: str, **options: Any) -> Array:
-            return Conv(features, (3, 3), padding=((1, 1), (1, 1)), dtype=self.dtype, name=name, **options)(h)
+            return Conv(features, (3, 3), padding=PAD, dtype=self.dtype, name=name, **options)(h)
 
         first = self.channels[0]
         emb = Conditioning(4 * first, first, self.classes, dtype=self.dtype, name="emb")(x.shape[0], t, cond)
@@ -180,5 +195,14 @@ class UNet(nn.Module):
             if level > 0:
                 h = jnp.repeat(jnp.repeat(h, 2, axis=1), 2, axis=2)
                 h = conv(h, self.channels[level], f"up{level}_double")
-        h = nn.silu(GroupNorm(self.dtype, name="norm_out")(h))
-        return conv(h, self.out_channels or x.shape[-1], "conv_out", zero_init=True).astype(jnp.float32)
+        norm = GroupNorm(name="norm_out").coefficients(h)
+        out = Conv(
+            self.out_channels or x.shape[-1],
+            (3, 3),
+            padding=PAD,
+            zero_init=True,
+            before=_affine_silu,
+            dtype=self.dtype,
+            name="conv_out",
+        )
+        return out(h, *norm).astype(jnp.float32)
