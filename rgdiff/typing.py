@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar, dataclass_transform, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, dataclass_transform, runtime_checkable
 
 import jax
 
@@ -130,16 +130,26 @@ class Process(Protocol):
     def finalize(self, x: State, t: Array, prediction: State) -> State: ...
 
 
-class Guide(Protocol):
-    """Maps (kernel, move) to a kernel."""
+class Move(NamedTuple):
+    """What a guide may read of the move t -> s: the state x_t, the times, the condition and the denoiser's prediction at x_t."""
 
-    def __call__(self, kernel: Kernel, move: Any) -> Kernel: ...
+    x: State
+    t: Array
+    s: Array
+    cond: Cond
+    prediction: State
+
+
+class Guide(Protocol):
+    """Maps (kernel, move) to a kernel: the law of the next state, tilted."""
+
+    def __call__(self, kernel: Kernel, move: Move) -> Kernel: ...
 
 
 class Sampler(Protocol):
     """A sampling method: a pytree with three pure functions, driven by `rgdiff.samplers.sample`.
 
-    init(key, batch, t, cond) -> carry; step(key, carry, t, s, cond) -> (carry, info); final(carry, t, cond) -> x0.
+    init(key, batch, t, cond) -> carry; step(key, carry, t, s, cond) -> (carry, info); final(carry, t, cond) -> (x0, info).
     `final` is the last projection to data: a function, never a draw. `carry` is what the next step needs; `info` is
     what a person needs.
     """
@@ -148,7 +158,7 @@ class Sampler(Protocol):
 
     def step(self, key: Key, carry: Any, t: Array, s: Array, cond: Cond = None, /) -> tuple[Any, Info]: ...
 
-    def final(self, carry: Any, t: Array, cond: Cond = None, /) -> State: ...
+    def final(self, carry: Any, t: Array, cond: Cond = None, /) -> tuple[State, Info]: ...
 
 
 class Tuner(Protocol):

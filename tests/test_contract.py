@@ -125,7 +125,7 @@ def test_sampler_jit_equals_no_jit(make):
         carry, _ = sampler.step(jax.random.fold_in(key, 1 + i), carry, times[i], times[i + 1])
         close(keep_state(carry, {}), run.kept[i])
         assert jax.eval_shape(lambda c=carry: c) == before  # dtypes, shapes and structure are stable
-    close(sampler.final(carry, times[-1]), run.x0)
+    close(sampler.final(carry, times[-1])[0], run.x0)
     assert {leaf.dtype for leaf in jax.tree.leaves((run, carry))} == {jnp.dtype(jnp.float32)}
 
 

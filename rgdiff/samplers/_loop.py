@@ -68,10 +68,14 @@ def roll(
 
 
 class Samples(NamedTuple):
-    """What `sample` returns: x0 [B, ...] and what `keep` stored, [T, ...] per leaf (None without `keep`)."""
+    """What `sample` returns: x0 [B, ...], what `keep` stored, [T, ...] per leaf (None without `keep`), and the sampler's last word.
+
+    `info` is what `final` reports: nothing for most methods; log-weights, ESS and log Z for particle methods.
+    """
 
     x0: State
     kept: Any
+    info: Info
 
 
 def sample(
@@ -103,7 +107,7 @@ def sample(
       mesh: a mesh with an axis named "data" over which the batch is split.
 
     Returns:
-      Samples(x0, kept).
+      Samples(x0, kept, info).
 
     Raises:
       ValueError: for a legacy key, a batch below 1, a bad time grid, or conditions that are not [B, ...].
@@ -134,7 +138,8 @@ def sample(
             jax.block_until_ready(carry)
             on_chunk(stop, moves)
     kept = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *pieces) if keep is not None else None
-    return Samples(_finish(sampler, carry, times[-1], cond), kept)
+    x0, info = _finish(sampler, carry, times[-1], cond)
+    return Samples(x0, kept, info)
 
 
 def _start(sampler: Sampler, key: Key, t: Array, cond: Cond, batch: int, mesh: jax.sharding.Mesh | None) -> Any:
@@ -148,10 +153,11 @@ def _start(sampler: Sampler, key: Key, t: Array, cond: Cond, batch: int, mesh: j
 
 def _run(
     sampler: Sampler, key: Key, times: Array, cond: Cond, batch: int, keep: Keep | None, mesh: jax.sharding.Mesh | None
-) -> tuple[State, Any]:
+) -> tuple[State, Any, Info]:
     carry = _start(sampler, key, times[0], cond, batch, mesh)
     carry, kept = roll(sampler, key, carry, times, cond, keep=keep)
-    return sampler.final(carry, times[-1], cond), kept
+    x0, info = sampler.final(carry, times[-1], cond)
+    return x0, kept, info
 
 
 _whole = jax.jit(_run, static_argnames=("batch", "keep", "mesh"))

@@ -29,9 +29,9 @@ class Ancestral:
             info["kl"] = kernel.kl(self.process.reverse(x, t, s, self.reference(x, t, cond)))
         return (kernel.rsample(key) if self.differentiable else kernel.sample(key)), info
 
-    def final(self, x: State, t: Array, cond: Cond = None) -> State:
+    def final(self, x: State, t: Array, cond: Cond = None) -> tuple[State, Info]:
         prediction = self.denoiser(x, t, cond) if self.process.projects else None
-        return self.process.finalize(x, t, prediction)
+        return self.process.finalize(x, t, prediction), {}
 
     def network_calls(self, moves: int) -> int:
         """Calls of the denoiser per sample over a chain of `moves` moves."""

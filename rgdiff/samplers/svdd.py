@@ -66,11 +66,11 @@ class Svdd:
         kernel = self.process.reverse(carry.x, t, s, prediction)
         return self._choose(key_select, self._draw(key_draw, kernel), s, cond)
 
-    def final(self, carry: Carry, t: Array, cond: Cond = None) -> State:
+    def final(self, carry: Carry, t: Array, cond: Cond = None) -> tuple[State, Info]:
         prediction = carry.prediction
         if self.process.projects and not self.shared:
             prediction = self.denoiser(carry.x, t, cond)
-        return self.process.finalize(carry.x, t, prediction)
+        return self.process.finalize(carry.x, t, prediction), {}
 
     def network_calls(self, moves: int) -> int:
         """Calls of the denoiser per sample over a chain of `moves` moves (the value's own network not counted)."""

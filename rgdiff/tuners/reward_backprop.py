@@ -106,7 +106,7 @@ class RewardBackprop:
     ) -> tuple[State, Any]:
         """From the state before move `first` to data, with gradients."""
         x, kept = roll(chain, key, x, self.times[first:], cond, first=first, keep=keep, remat=self.remat)
-        final = rematerialize(lambda x: chain.final(x, self.times[-1], cond), self.remat)
+        final = rematerialize(lambda x: chain.final(x, self.times[-1], cond)[0], self.remat)
         return final(x), kept
 
     def _renoise(self, chain: Ancestral, key: Key, x0: State, cond: Cond) -> Array:
