@@ -1,17 +1,20 @@
 """Values: callables (x_t, t, cond) -> [B], the expected reward to go in the reward's own unit.
 
 `posterior_mean` turns a reward and a denoiser into a value without training, `learned` takes a network trained by
-`rgdiff.tuners.value_regression`. Methods that already hold the denoiser's prediction pass it on (`given`), so that no
-network is called twice with the same input.
+`rgdiff.tuners.value_regression` or `temporal_difference`; the losses and backups they are trained by stand here, and
+`error_over_time` says how good a value is at each time. Methods that already hold the denoiser's prediction pass it on
+(`given`), so that no network is called twice with the same input.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from rgdiff import checks
-from rgdiff.processes import MaskedProcess
+from rgdiff.processes import MaskedProcess, ProductProcess
 from rgdiff.typing import Array, Cond, Denoiser, Process, Reward, State, Value, callable_pytree, pytree, static
 
 
@@ -30,24 +33,39 @@ class PosteriorMean:
     def given(self, x: State, t: Array, prediction: State, cond: Cond = None) -> Array:
         """Return the value when the denoiser's prediction at (x, t) is already known: no network call."""
         if self.mode:
-            prediction = jax.tree.map(_sharpen, prediction)
+            prediction = _sharpen(self.process, prediction)
         return self.reward(self.process.mean(x, t, prediction), cond)
 
 
-def _sharpen(logits: Array) -> Array:
-    """Logits whose softmax is the one-hot argmax."""
-    return jnp.where(jax.nn.one_hot(jnp.argmax(logits, -1), logits.shape[-1], dtype=bool), 0.0, -jnp.inf)
+def _sharpen(process: Process, prediction: State) -> State:
+    """Logits whose softmax is one-hot at the most probable token (the first of equals); other parts as they are."""
+    if isinstance(process, ProductProcess):
+        return {name: _sharpen(part, prediction[name]) for name, part in process.parts.items()}
+    if not isinstance(process, MaskedProcess):
+        return prediction
+    best = jax.nn.one_hot(jnp.argmax(prediction, -1), prediction.shape[-1], dtype=bool)
+    return jnp.where(best, 0.0, -jnp.inf)
+
+
+def _has_tokens(process: Process) -> bool:
+    if isinstance(process, ProductProcess):
+        return any(_has_tokens(part) for part in process.parts.values())
+    return isinstance(process, MaskedProcess)
 
 
 def posterior_mean(reward: Reward, process: Process, denoiser: Denoiser, *, plug_in: str = "mean") -> PosteriorMean:
     """Evaluate the reward at the posterior mean of x0 (SVDD-PM, arXiv 2408.08252; DPS, arXiv 2209.14687).
 
     Args:
-      plug_in: `mean`, or `mode` for discrete states: the most probable token at each masked position in place of a
-        point of the simplex, which is what the released SVDD code does.
+      plug_in: `mean`, or `mode` for discrete states: the most probable token at each masked position (the first of
+        equally probable ones) in place of a point of the simplex, which is what the released SVDD code does. In a
+        product process it concerns the masked parts; the others keep their mean.
+
+    Raises:
+      ValueError: for an unknown plug-in, or the mode of a process without tokens.
     """
     checks.one_of("plug_in", plug_in, ("mean", "mode"))
-    if plug_in == "mode" and not isinstance(process, MaskedProcess):
+    if plug_in == "mode" and not _has_tokens(process):
         raise ValueError("plug_in='mode' is for masked processes; a Gaussian posterior mean needs plug_in='mean'")
     return PosteriorMean(
         callable_pytree(reward, "a reward"), process, callable_pytree(denoiser, "a denoiser"), plug_in == "mode"
@@ -56,32 +74,37 @@ def posterior_mean(reward: Reward, process: Process, denoiser: Denoiser, *, plug
 
 @pytree
 class Learned:
-    """A network (x_t, t, cond) -> [B] or [B, 1] as a value. Build it with `learned`."""
+    """A network (x_t, t, cond) -> [B], [B, 1] or [B, ..., 1] as a value. Build it with `learned`."""
 
     network: Denoiser
 
     def __call__(self, x: State, t: Array, cond: Cond = None) -> Array:
         out = self.network(x, t, cond)
-        return out.reshape(out.shape[0])
+        if out.ndim > 1 and out.shape[-1] != 1:
+            raise ValueError(f"a value network must return [B], [B, 1] or one number a position, got {list(out.shape)}")
+        return jnp.mean(out.reshape(out.shape[0], -1), -1)
 
 
 @pytree
 class EndsAtReward:
-    """The value for t > 0 and the reward itself at t = 0, where a masked chain ends; only one of the two is called."""
+    """The value for t > 0 and the reward itself at t = 0, where a masked chain ends; at one time t only one is called."""
 
     value: Value
     reward: Reward
     process: Process
 
     def __call__(self, x: State, t: Array, cond: Cond = None) -> Array:
+        value = lambda: self.value(x, t, cond)  # noqa: E731
         at_end = lambda: self.reward(self.process.finalize(x, t, None), cond)  # noqa: E731
-        return jax.lax.cond(t > 0, lambda: self.value(x, t, cond), at_end)
+        return jax.lax.cond(t > 0, value, at_end) if jnp.ndim(t) == 0 else jnp.where(t > 0, value(), at_end())
 
 
 def learned(network: Denoiser, reward: Reward | None = None, process: Process | None = None) -> Value:
-    """Take a network with one output per example as a value (SVDD-MC).
+    """Take a network as a value (SVDD-MC).
 
     Args:
+      network: one number per example, or one per position, which are averaged: `nets.ValueMLP()` for any state,
+        `nets.ConvNet1D(out=1, time_conditioning=True)` for sequences.
       reward, process: for a masked process, whose chain reaches t = 0: the last selection is then by the reward itself.
     """
     value = Learned(callable_pytree(network, "a value network"))
@@ -92,3 +115,113 @@ def learned(network: Denoiser, reward: Reward | None = None, process: Process | 
             "learned(network, reward=...) is for masked processes and needs process=; leave reward out otherwise"
         )
     return EndsAtReward(value, callable_pytree(reward, "a reward"), process)
+
+
+def backup(values: Array, temperature: Array | float | None = None) -> Array:
+    """Back values of M next states up to the state they were drawn from: [M, B] -> [B].
+
+    tau log (1/M) sum_m exp(v_m / tau), the soft Bellman backup (arXiv 2408.08252, §3), or the plain mean without a
+    temperature. NaN values are left out; a column without a number gives NaN.
+    """
+    known = ~jnp.isnan(values)
+    count = jnp.sum(known, 0)
+    if temperature is None:
+        return jnp.sum(jnp.where(known, values, 0.0), 0) / count
+    best = jnp.nanmax(values, 0)
+    gaps = jnp.where(values == best, 0.0, (values - best) / temperature)  # equal infinities are no gap
+    return best + temperature * jnp.log(jnp.sum(jnp.where(known, jnp.exp(gaps), 0.0), 0) / count)
+
+
+def regression_loss(
+    value: Array, target: Array, temperature: Array | float | None = None, bound: Array | float = 10.0
+) -> Array:
+    """Loss of a value f against targets y, elementwise, in the reward's unit squared.
+
+    Without a temperature (y - f)^2, whose minimiser is E[y]. With tau
+
+        2 tau^2 (e^z - z - 1),  z = (y - f) / tau,  continued along its tangent beyond z = bound,
+
+    the Itakura-Saito divergence of exp(f/tau) from exp(y/tau), also known as LINEX and as Gumbel regression (arXiv
+    2301.02328). It is convex in f, tends to (y - f)^2 as tau grows, and its slope 2 tau (1 - E min(e^z, e^bound))
+    vanishes where E e^z = 1: at f = tau log E exp(y/tau), the soft value, exactly if y <= f + bound tau almost surely.
+    E e^z = 1 itself bounds e^z by one over the outcome's probability, so that every outcome y of conditional probability
+    at least e^-bound counts in full; rarer and larger ones are bounded, and the minimiser lies below the soft value.
+
+    Args:
+      value: f, any shape.
+      target: y, finite.
+      temperature: tau in the reward's unit.
+      bound: in nats; the slope is at most 2 tau e^bound, so nothing overflows whatever y / tau is.
+
+    Note:
+      arXiv 2408.08252 (algorithm 3) writes {exp(y/tau) - exp(f/tau)}^2. It has the same minimiser, overflows at
+      y/tau = 45 in float32, and has no gradient where exp(f/tau) is small: its slope over exp(2 f/tau) is ours.
+    """
+    if temperature is None:
+        return (target - value) ** 2
+    z = (target - value) / temperature
+    near = jnp.minimum(z, bound)
+    return 2 * temperature**2 * (jnp.expm1(near) - near + jnp.expm1(bound) * (z - near))
+
+
+class ErrorOverTime(NamedTuple):
+    """How good a value is at each time of a grid, [T + 1] each; see `error_over_time`."""
+
+    times: Array
+    mse: Array
+    explained: Array
+    bias: Array
+    exact: Array | None
+
+
+def error_over_time(
+    value: Value,
+    times: Array,
+    rollouts: Any,
+    *,
+    temperature: Array | float | None = None,
+    exact: Value | None = None,
+) -> ErrorOverTime:
+    """Measure a value on held-out rollouts, at each time.
+
+    Args:
+      value: (x, t, cond) -> [B].
+      times: [T + 1] of the rollouts.
+      rollouts: as `rgdiff.tuners.rollouts` returns them, not those the value was trained on.
+      temperature: of a soft value, in the reward's unit.
+      exact: a value to compare with, where one is known.
+
+    Returns:
+      mse: mean of (r - v)^2, reward squared. It contains the reward's own variance given x_t, which no value removes.
+      explained: 1 - mse / Var r, the part of the reward's variance that the value explains (NaN for a constant reward).
+      bias: mean of r - v, or tau log mean exp((r - v)/tau) with a temperature: 0 for the exact value of its kind, up to
+        sampling error. Reward's unit.
+      exact: mean of (v - exact)^2, reward squared, or None.
+
+      All over examples whose reward is finite.
+    """
+    times = jnp.asarray(times, jnp.float32)
+    path, reward = rollouts["path"], rollouts["reward"]
+    length = jax.tree.leaves(path)[0].shape[1]
+    if times.shape != (length,):
+        raise ValueError(f"times must be those of the rollouts, [{length}], got shape {list(times.shape)}")
+    exact = None if exact is None else callable_pytree(exact, "an exact value")
+    return _errors(callable_pytree(value, "a value"), times, path, reward, rollouts.get("cond"), temperature, exact)
+
+
+@jax.jit
+def _errors(
+    value: Value, times: Array, path: State, reward: Array, cond: Cond, temperature: Any, exact: Value | None
+) -> ErrorOverTime:
+    feasible = jnp.isfinite(reward)
+    mean = lambda e: jnp.sum(jnp.where(feasible, e, 0.0)) / jnp.sum(feasible)  # noqa: E731
+    variance = mean((reward - mean(reward)) ** 2)
+
+    def at(where: tuple[Array, State]) -> tuple[Array, ...]:
+        t, x = where
+        v = value(x, t, cond)
+        mse, bias = mean((reward - v) ** 2), backup(jnp.where(feasible, reward - v, jnp.nan)[:, None], temperature)[0]
+        return mse, bias, mse if exact is None else mean((v - exact(x, t, cond)) ** 2)
+
+    mse, bias, off = jax.lax.map(at, (times, jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), path)))
+    return ErrorOverTime(times, mse, 1 - mse / variance, bias, None if exact is None else off)

@@ -3,8 +3,9 @@
 from rgdiff.tuners._loop import TrainState, fit, start, update
 from rgdiff.tuners.ema import ema_update
 from rgdiff.tuners.optimizers import adamw
-from rgdiff.tuners.pretraining import masked_bound, pretraining, value_regression
+from rgdiff.tuners.pretraining import masked_bound, pretraining
 from rgdiff.tuners.reward_backprop import draft, draft_k, draft_lv, reward_backprop
+from rgdiff.tuners.value_learning import rollouts, temporal_difference, value_regression
 
 __all__ = [
     "TrainState",
@@ -17,7 +18,9 @@ __all__ = [
     "masked_bound",
     "pretraining",
     "reward_backprop",
+    "rollouts",
     "start",
+    "temporal_difference",
     "update",
     "value_regression",
 ]

@@ -1,6 +1,6 @@
-"""Pre-training on data: denoising losses for Gaussian processes, the SUBS bound for masked ones, regression of values.
+"""Pre-training on data: denoising losses for Gaussian processes, the SUBS bound for masked ones.
 
-All three noise a batch to stratified times and average a weighted error; they differ in the error. The averaged (EMA)
+Both noise a batch to stratified times and average a weighted error; they differ in the error. The averaged (EMA)
 weights, `state.best`, are the ones to sample with. `masked_bound` measures a masked prior in nats without any bias.
 """
 
@@ -166,49 +166,3 @@ def masked_bound(key: Key, process: MaskedProcess, denoiser: Denoiser, x0: Array
         return masked_cross_entropy(denoiser(x, times[m - 1], cond), x, x0) / m
 
     return jnp.sum(jax.lax.map(with_masks, jnp.arange(1, positions + 1)), 0)
-
-
-@pytree
-class ValueRegression:
-    """Fits a value to rewards of data. Build it with `value_regression`."""
-
-    model: Any
-    process: Process
-    ema_decay: Array
-    optimizer: Any = static()
-
-    def init(self, params: Params) -> TrainState:
-        return start(params, self.optimizer, average=True)
-
-    def step(self, key: Key, state: TrainState, batch: Any) -> tuple[TrainState, Info]:
-        """Take one step on batch = {"x0": [B, ...], "reward": [B]} and, optionally, "cond"."""
-        loss, gradients = jax.value_and_grad(self.loss)(state.params, key, batch)
-        state, info = update(state, gradients, self.optimizer, self.ema_decay)
-        return state, {"loss": loss} | info
-
-    def loss(self, params: Params, key: Key, batch: Any) -> Array:
-        """Mean squared error of v(x_t, t) against the reward, over feasible examples and stratified times."""
-        key_time, key_noise = jax.random.split(key)
-        t = stratified_times(key_time, batch["reward"].shape[0])
-        x = self.process.forward(batch["x0"], t).sample(key_noise)
-        feasible = ~jnp.isnan(batch["reward"])
-        error = self.model(params)(x, t, batch.get("cond")) - jnp.where(feasible, batch["reward"], 0.0)
-        return jnp.sum(jnp.where(feasible, error**2, 0.0)) / jnp.maximum(jnp.sum(feasible), 1)
-
-
-def value_regression(model: Any, process: Process, optimizer: Any, *, ema_decay: float = 0.999) -> ValueRegression:
-    """Learn v(x_t, t) = E[r(x0) | x_t] by regression on forward-noised samples of the prior (SVDD-MC, arXiv 2408.08252, §4).
-
-    Args:
-      model: params -> value (x, t, cond) -> [B], e.g. `lambda p: values.learned(from_linen(net, p))`.
-
-    Note:
-      This is the released objective: the mean of the reward, a lower bound of the soft value tau log E exp(r/tau).
-      Noising samples of the prior gives the same pairs (x_t, x0) in law as rolling the exact prior out.
-    """
-    return ValueRegression(
-        callable_pytree(model, "model (params -> value)"),
-        process,
-        checks.positive("ema_decay", ema_decay, zero=True),
-        optimizer,
-    )

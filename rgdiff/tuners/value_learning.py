@@ -1,0 +1,245 @@
+"""Learning values: one trainer, by regression on rewards or by temporal differences, for the mean or the soft value.
+
+Data are samples of the prior, noised afresh at every step, or whole chains of it (`rollouts`). What a value learnt here
+is good for (SVDD, guidance, SMC) is the samplers' business; how good it is at each time, `values.error_over_time` says.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rgdiff import checks
+from rgdiff.samplers import ancestral, sample
+from rgdiff.tuners._loop import TrainState, start, update
+from rgdiff.tuners.pretraining import stratified_times
+from rgdiff.typing import (
+    Array,
+    Cond,
+    Denoiser,
+    Info,
+    Key,
+    Params,
+    Process,
+    Reward,
+    State,
+    callable_pytree,
+    pytree,
+    static,
+)
+from rgdiff.values import backup, regression_loss
+
+LOSSES = ("soft", "squared")
+
+
+@pytree
+class ValueLearning:
+    """Fits a value to rewards, or to its own values a move later. Build it with `value_regression` or `temporal_difference`."""
+
+    model: Any
+    process: Process
+    ema_decay: Array
+    bound: Array
+    temperature: Array | None
+    times: Array | None
+    denoiser: Denoiser | None
+    optimizer: Any = static()
+    loss_name: str = static()
+    candidates: int = static(default=0)
+
+    def init(self, params: Params) -> TrainState:
+        return start(params, self.optimizer, average=True)
+
+    def step(self, key: Key, state: TrainState, batch: Any) -> tuple[TrainState, Info]:
+        """Take one step on batch = {"x0" [B, ...] or "path" [B, T + 1, ...], "reward" [B]} and, optionally, "cond"."""
+        loss, gradients = jax.value_and_grad(self.loss)(state.params, key, batch, state.average)
+        state, info = update(state, gradients, self.optimizer, self.ema_decay)
+        return state, {"loss": loss, "infeasible": jnp.sum(~jnp.isfinite(batch["reward"]))} | info
+
+    def loss(self, params: Params, key: Key, batch: Any, target: Params | None = None) -> Array:
+        """Mean loss over feasible examples and stratified times; `target` holds the parameters that next states are valued by."""
+        key_state, key_next = jax.random.split(key)
+        x, t, index = self._states(key_state, batch)
+        cond, goal = batch.get("cond"), batch["reward"]
+        if self.denoiser is not None:
+            following = self._backup(key_next, params if target is None else target, x, index, cond)
+            goal = jnp.where(index == self.times.shape[0] - 1, goal, following)  # type: ignore[union-attr]
+        feasible = jnp.isfinite(goal)
+        temperature = self.temperature if self.loss_name == "soft" else None
+        value = self.model(params)(x, t, cond)
+        error = regression_loss(value, jnp.where(feasible, goal, 0.0), temperature, self.bound)
+        return jnp.sum(jnp.where(feasible, error, 0.0)) / jnp.maximum(jnp.sum(feasible), 1)
+
+    def _states(self, key: Key, batch: Any) -> tuple[State, Array, Array]:
+        """One state per example at stratified times: x_t, t [B], and t's index in the grid [B] (where there is one)."""
+        key_time, key_noise = jax.random.split(key)
+        size = batch["reward"].shape[0]
+        if self.times is None:
+            if "path" in batch:
+                raise ValueError("data with 'path' need the grid of their chains: build the tuner with times=")
+            t, index = stratified_times(key_time, size), jnp.zeros(size, jnp.int32)
+            return self.process.forward(batch["x0"], t).sample(key_noise), t, index
+        cells = self.times.shape[0]
+        index = jnp.minimum((cells * stratified_times(key_time, size, 0.0)).astype(jnp.int32), cells - 1)
+        t = self.times[index]
+        if "path" not in batch:
+            return self.process.forward(batch["x0"], t).sample(key_noise), t, index
+        length = jax.tree.leaves(batch["path"])[0].shape[1]
+        if length != cells:
+            raise ValueError(f"data['path'] must hold the {cells} states of times, [N, {cells}, ...], got {length}")
+        at = jax.vmap(lambda row, i: row[i])
+        return jax.tree.map(lambda leaf: at(leaf, index), batch["path"]), t, index
+
+    def _backup(self, key: Key, target: Params, x: State, index: Array, cond: Cond) -> Array:
+        """What M draws of the next state are worth, [B]; at the end of the grid it means nothing."""
+        index = jnp.minimum(index, self.times.shape[0] - 2)  # type: ignore[union-attr]
+        t, s = self.times[index], self.times[index + 1]  # type: ignore[index]
+        kernel = self.process.reverse(x, t, s, self.denoiser(x, t, cond))  # type: ignore[misc]
+        rows = lambda leaf: leaf.reshape(-1, *leaf.shape[2:])  # noqa: E731
+        copies = lambda leaf: rows(jnp.broadcast_to(leaf, (self.candidates, *leaf.shape)))  # noqa: E731
+        y = jax.tree.map(rows, jax.vmap(kernel.sample)(jax.random.split(key, self.candidates)))
+        values = self.model(target)(y, copies(s), jax.tree.map(copies, cond)).reshape(self.candidates, -1)
+        return jax.lax.stop_gradient(backup(values, self.temperature))
+
+
+def value_regression(
+    model: Any,
+    process: Process,
+    optimizer: Any,
+    *,
+    temperature: float | None = None,
+    times: Array | None = None,
+    bound: float = 10.0,
+    ema_decay: float = 0.999,
+) -> ValueLearning:
+    """Learn a value by regression on the rewards of samples of the prior (SVDD-MC, arXiv 2408.08252, §4 and algorithm 3).
+
+    v(x_t, t) = E[r(x0) | x_t] without a temperature, tau log E[exp(r(x0)/tau) | x_t] with one
+    (`values.regression_loss` says by which loss, and how nothing overflows).
+
+    Data are {"x0": [N, ...], "reward": [N]}, noised afresh at every step, or {"path": [N, T + 1, ...], "reward": [N]},
+    states of chains as `rollouts` returns them; with "cond", a pytree of [N, ...], where the value is conditional.
+    Examples whose reward is not finite are left out: the value is that of feasible outcomes.
+
+    Args:
+      model: params -> value (x, t, cond) -> [B], e.g. `lambda p: values.learned(from_linen(nets.ValueMLP(), p))`.
+      optimizer: an Optax transformation.
+      temperature: tau in the reward's unit, dynamic; None for the mean.
+      times: the grid [T + 1] of the chains. Without it samples are noised to all times from 1e-3 to 1.
+      bound: nats; rewards further above the value than bound * tau count linearly (soft only).
+      ema_decay: of the averaged parameters, `state.best`.
+
+    Note:
+      The released code regresses the reward itself, whatever its temperature: the mean, a lower bound of the soft value.
+      It rolls the prior out, its image variant noises data: noising samples of an *exact* prior gives the pairs
+      (x_t, x0) of its rollouts in law; the chain of a trained prior, or of few steps, has values of its own.
+    """
+    soft = temperature is not None
+    return ValueLearning(
+        callable_pytree(model, "model (params -> value)"),
+        process,
+        checks.positive("ema_decay", ema_decay, zero=True),
+        checks.positive("bound", bound),
+        checks.positive("temperature", temperature) if soft else None,
+        None if times is None else checks.times(times, process),
+        None,
+        optimizer,
+        "soft" if soft else "squared",
+    )
+
+
+def temporal_difference(
+    model: Any,
+    process: Process,
+    denoiser: Denoiser,
+    times: Array,
+    optimizer: Any,
+    *,
+    temperature: float | None = None,
+    candidates: int = 10,
+    loss: str = "soft",
+    bound: float = 10.0,
+    ema_decay: float = 0.99,
+) -> ValueLearning:
+    """Learn a value by backing it up along the prior's chain: the soft Bellman equation of arXiv 2408.08252, §3.
+
+    v(x, t) = tau log (1/M) sum_m exp(v'(y_m, s)/tau) with y_m ~ p(. | x), the next states at s, and v' of averaged
+    parameters; at the last time of the grid v is the data's reward. Data are those of `value_regression`, and the reward
+    is not called: it may be as slow as it likes.
+
+    Args:
+      denoiser: of the prior.
+      times: the grid [T + 1] of the chain whose value is learnt.
+      temperature: tau in the reward's unit, dynamic. None backs up the plain mean, the released code's CD-Q.
+      candidates: M; each step costs one call of the denoiser and M of the value per example.
+      loss: `soft` makes the backup exact for every M, as its minimiser takes the exponential average over draws of the
+        next states too; `squared` leaves a bias of -tau Var e / 2M, Var e the relative variance of exp(v/tau), at
+        every move. Without a temperature the loss is squared, and nothing is biased.
+      bound: as in `value_regression`.
+      ema_decay: of the averaged parameters, which value the next states and are `state.best`.
+
+    Raises:
+      ValueError: for eta = 0, M < 1, a grid without a move, an unknown loss.
+
+    Note:
+      The released CD-Q takes next states' values from the network that is trained; ours from its average, which is
+      that network where ema_decay = 0. For a masked process, `values.learned(network, reward, process)` in the model
+      ends at the reward itself, and the last backup then calls it.
+    """
+    checks.law(process, "a temporal difference")
+    times = checks.times(times, process)
+    if times.shape[0] < 2:
+        raise ValueError("a temporal difference needs a grid of at least one move; use process.times(steps)")
+    checks.one_of("loss", loss, LOSSES)
+    soft = temperature is not None
+    return ValueLearning(
+        callable_pytree(model, "model (params -> value)"),
+        process,
+        checks.positive("ema_decay", ema_decay, zero=True),
+        checks.positive("bound", bound),
+        checks.positive("temperature", temperature) if soft else None,
+        times,
+        callable_pytree(denoiser, "a denoiser"),
+        optimizer,
+        loss if soft else "squared",
+        checks.at_least("candidates", candidates, 1),
+    )
+
+
+def rollouts(
+    key: Key,
+    process: Process,
+    denoiser: Denoiser,
+    times: Array,
+    reward: Reward,
+    count: int,
+    cond: Cond = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Roll the prior out and reward the ends: data to learn a value from, or to hold out.
+
+    Args:
+      times: [T + 1].
+      count: N, number of chains.
+      cond: a pytree of [N, ...], or None.
+      options: of `samplers.sample` (chunk, on_chunk, mesh).
+
+    Returns:
+      {"path": [N, T + 1, ...] states at all times of the grid, "x0": [N, ...], "reward": [N]}, and "cond" where given.
+    """
+    sampler = ancestral(process, denoiser)
+    out = sample(sampler, key, count, times, cond, keep=_state, **options)
+    first = sampler.init(jax.random.fold_in(key, 0), count, times[0], cond)  # what `sample` began with
+    path = jax.tree.map(lambda a, b: jnp.moveaxis(jnp.concatenate([a[None], b]), 0, 1), first, out.kept)
+    rewards = _reward(callable_pytree(reward, "a reward"), out.x0, cond)
+    data = {"path": path, "x0": out.x0, "reward": rewards}
+    return data if cond is None else data | {"cond": cond}
+
+
+def _state(carry: State, info: Info) -> State:
+    return carry
+
+
+_reward = jax.jit(lambda reward, x0, cond: reward(x0, cond))
