@@ -48,6 +48,11 @@ class GaussianProcess:
     def forward(self, x0: Array, t: Array) -> Gaussian:
         return Gaussian(along(self.schedule.alpha(t), x0) * x0, along(self.schedule.sigma(t), x0))
 
+    def renoise(self, x: Array, s: Array, t: Array) -> Gaussian:
+        """p(x_t | x_s), s < t, the forward law between two times: mean (alpha_t / alpha_s) x_s."""
+        std = self.schedule.sigma(t) * jnp.sqrt(-jnp.expm1(self.schedule.log_snr(t) - self.schedule.log_snr(s)))
+        return Gaussian(along(self.schedule.alpha(t) / self.schedule.alpha(s), x) * x, along(std, x))
+
     def eps(self, x: Array, t: Array, prediction: Array) -> Array:
         """The noise implied by x_t and a prediction of x0."""
         return (x - along(self.schedule.alpha(t), x) * prediction) / along(self.schedule.sigma(t), x)
@@ -106,6 +111,13 @@ class MaskedProcess:
         mask = jnp.broadcast_to(rate, (*x0.shape[:-1], 1))
         return Categorical(jnp.log(jnp.concatenate([(1 - rate) * x0, mask], -1)))
 
+    def renoise(self, x: Array, s: Array, t: Array) -> Categorical:
+        """p(x_t | x_s), s < t: an unmasked position is masked with probability (rate_t - rate_s) / (1 - rate_s)."""
+        rate_t, rate_s = self.schedule.rate(t), self.schedule.rate(s)
+        masks = along((rate_t - rate_s) / (1 - rate_s), x)
+        mask = jax.nn.one_hot(self.classes, self.classes + 1, dtype=x.dtype)
+        return Categorical(jnp.log((1 - masks) * x + masks * mask))
+
     def reverse(self, x: Array, t: Array, s: Array, prediction: Array) -> Absorbing:
         """p(x_s | x_t): a masked position moves with probability (rate_t - rate_s) / rate_t (arXiv 2406.07524, eq. 7)."""
         rate_t, rate_s = self.schedule.rate(t), self.schedule.rate(s)
@@ -147,6 +159,9 @@ class ProductProcess:
 
     def forward(self, x0: State, t: Array) -> Product:
         return Product({name: part.forward(x0[name], t) for name, part in self.parts.items()})
+
+    def renoise(self, x: State, s: Array, t: Array) -> Product:
+        return Product({name: part.renoise(x[name], s, t) for name, part in self.parts.items()})
 
     def reverse(self, x: State, t: Array, s: Array, prediction: State) -> Product:
         return Product({name: part.reverse(x[name], t, s, prediction[name]) for name, part in self.parts.items()})

@@ -1,13 +1,18 @@
-"""Ancestral sampling: draw from the reverse kernel at every move. DDPM, DDIM(eta), EDM, flow and masked chains alike."""
+"""Ancestral sampling: draw from the reverse kernel at every move. DDPM, DDIM(eta), EDM, flow and masked chains alike.
+
+A guide may tilt each kernel before the draw, and moves may be repeated after going back (time travel). Guides on the
+prediction need nothing here: they make another denoiser (`rgdiff.guides.score`).
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from rgdiff import checks
-from rgdiff.typing import Array, Cond, Denoiser, Info, Key, Process, State, callable_pytree, pytree, static
+from rgdiff.typing import Array, Cond, Denoiser, Guide, Info, Key, Move, Process, State, callable_pytree, pytree, static
 
 
 @pytree
@@ -17,29 +22,66 @@ class Ancestral:
     process: Process
     denoiser: Denoiser
     reference: Denoiser | None = None
+    guide: Guide | None = None
+    window: Array | None = None
+    recurrences: int = static(default=1)
     differentiable: bool = static(default=False)
 
     def init(self, key: Key, batch: int, t: Array, cond: Cond = None) -> State:
         return self.process.prior(batch).sample(key)
 
     def step(self, key: Key, x: State, t: Array, s: Array, cond: Cond = None) -> tuple[State, Info]:
-        kernel = self.process.reverse(x, t, s, self.denoiser(x, t, cond))
+        if self.recurrences == 1:
+            return self._move(key, x, t, s, cond)
+        key_first, key_again = jax.random.split(key)
+
+        def again(i: Array, y: State) -> State:
+            key_back, key_move = jax.random.split(jax.random.fold_in(key_again, i))
+            x = self.process.renoise(y, s, t).sample(key_back)  # type: ignore[attr-defined]
+            return self._move(key_move, x, t, s, cond)[0]
+
+        y, info = self._move(key_first, x, t, s, cond)
+        return jax.lax.fori_loop(1, self._repeats(t), again, y), info
+
+    def _move(self, key: Key, x: State, t: Array, s: Array, cond: Cond) -> tuple[State, Info]:
+        prediction = self.denoiser(x, t, cond)
+        kernel = self.process.reverse(x, t, s, prediction)
+        if self.guide is not None:
+            kernel = self.guide(kernel, Move(x, t, s, cond, prediction))
         info = {}
         if self.reference is not None:
             info["kl"] = kernel.kl(self.process.reverse(x, t, s, self.reference(x, t, cond)))
         return (kernel.rsample(key) if self.differentiable else kernel.sample(key)), info
 
+    def _repeats(self, t: Array) -> Array:
+        """How often a move from t is made."""
+        if self.window is None:
+            return jnp.full(jnp.shape(t), self.recurrences)
+        return jnp.where((self.window[0] <= t) & (t <= self.window[1]), self.recurrences, 1)
+
     def final(self, x: State, t: Array, cond: Cond = None) -> tuple[State, Info]:
         prediction = self.denoiser(x, t, cond) if self.process.projects else None
         return self.process.finalize(x, t, prediction), {}
 
-    def network_calls(self, moves: int) -> int:
-        """Calls of the denoiser per sample over a chain of `moves` moves."""
-        return moves + self.process.projects
+    def network_calls(self, moves: int, times: Array | None = None) -> int:
+        """Calls of the denoiser per sample over a chain of `moves` moves, on `times` if it is not the process' own grid.
+
+        A guide's own calls of a network are not counted.
+        """
+        if times is None:
+            times = self.process.times(moves + self.process.projects)
+        return int(self._repeats(times[:-1]).sum()) + self.process.projects
 
 
 def ancestral(
-    process: Process, denoiser: Denoiser, *, reference: Denoiser | None = None, differentiable: bool = False
+    process: Process,
+    denoiser: Denoiser,
+    *,
+    reference: Denoiser | None = None,
+    guide: Guide | None = None,
+    recurrences: int = 1,
+    window: tuple[float, float] | None = None,
+    differentiable: bool = False,
 ) -> Ancestral:
     """Build the plain sampler of a prior: DDPM (arXiv 2006.11239), DDIM (2010.02502), EDM (2206.00364), MDLM (2406.07524).
 
@@ -48,12 +90,38 @@ def ancestral(
       denoiser: (x, t, cond) -> prediction.
       reference: another denoiser; info["kl"] [B] is then the KL in nats of each step to the reference's step, and its
         sum over moves the path KL. Needs eta > 0.
+      guide: (kernel, move) -> kernel, e.g. `rgdiff.guides.gradient_guide`; tilts each step's law. Needs eta > 0.
+      recurrences: how often each move is made: before every repetition x_s is noised back to x_t. This is the time
+        travel of FreeDoM (arXiv 2303.09833, algorithm 2) and the self-recurrence of universal guidance (2302.07121).
+      window: (low, high), the times t whose moves are repeated; all by default. May change without a recompilation.
       differentiable: draw with `rsample`, so that gradients flow through the chain.
+
+    Raises:
+      ValueError: for a reference or a guide with eta = 0, and for repeated moves with a reference or a gradient: a
+        repeated move has no density, and its loop has no reverse mode.
     """
+    recurrences = checks.at_least("recurrences", recurrences, 1)
+    if recurrences > 1 and (reference is not None or differentiable):
+        raise ValueError(
+            "a chain with recurrences > 1 has no path KL and no gradient; leave out reference, differentiable"
+        )
+    if window is not None and (recurrences == 1 or len(window) != 2):
+        raise ValueError("window is a pair (low, high) of times whose moves are repeated; it needs recurrences > 1")
     if reference is not None:
         checks.law(process, "a KL to a reference")
         reference = callable_pytree(reference, "a denoiser")
-    return Ancestral(process, callable_pytree(denoiser, "a denoiser"), reference, differentiable)
+    if guide is not None:
+        checks.law(process, "a guide on the kernel")
+        guide = callable_pytree(guide, "a guide")
+    return Ancestral(
+        process,
+        callable_pytree(denoiser, "a denoiser"),
+        reference,
+        guide,
+        None if window is None else jnp.asarray(window, jnp.float32),
+        recurrences,
+        differentiable,
+    )
 
 
 def path_kl(carry: Any, info: Info) -> jax.Array:

@@ -1,0 +1,21 @@
+"""Guides: on the kernel (`gradient_guide`; kernel -> kernel), and on the prediction (all others; denoiser -> denoiser)."""
+
+from rgdiff.guides.inverse import dps, dps_step, pigdm, tmpd
+from rgdiff.guides.measurements import inpainting, linear
+from rgdiff.guides.score import classifier_guidance, guided, lgd_mc, reward_guidance
+from rgdiff.guides.tilt import chain, gradient_guide
+
+__all__ = [
+    "chain",
+    "classifier_guidance",
+    "dps",
+    "dps_step",
+    "gradient_guide",
+    "guided",
+    "inpainting",
+    "lgd_mc",
+    "linear",
+    "pigdm",
+    "reward_guidance",
+    "tmpd",
+]

@@ -1,0 +1,158 @@
+"""What was measured of x0: `linear` (y = A x0 + noise) and `inpainting` (some coordinates, with noise).
+
+A measurement is a reward, its log-likelihood log p(y | x0) in nats with the normalising constant, so that every method
+of the library takes it; and it knows what covariance-aware guides need: the residual, A^T, the rows of A, and the
+solution of (v A A^T + sigma^2 I) u = r for any v without another factorisation.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Protocol
+
+import jax.numpy as jnp
+
+from rgdiff import checks
+from rgdiff.typing import Array, Cond, pytree, static
+
+_dot = partial(jnp.matmul, precision="highest")
+
+
+class Measurement(Protocol):
+    """y = A x0 + sigma * noise; residuals [B, M] are flat, `shape` is that of one x0, y is [M] or one row per example."""
+
+    @property
+    def sigma(self) -> Array: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __call__(self, x0: Array, cond: Cond = None) -> Array: ...
+
+    def residual(self, x0: Array) -> Array: ...
+
+    def forward(self, x0: Array) -> Array: ...
+
+    def transpose(self, r: Array) -> Array: ...
+
+    def rows(self) -> Array: ...
+
+    def solve(self, r: Array, variance: Array) -> Array: ...
+
+
+@pytree
+class Linear:
+    """y = A x0 + sigma * noise. Build it with `linear`."""
+
+    matrix: Array
+    y: Array
+    sigma: Array
+    values: Array
+    vectors: Array
+    shape: tuple[int, ...] = static()
+
+    def __call__(self, x0: Array, cond: Cond = None) -> Array:
+        """log N(y; A x0, sigma^2 I), nats [B]."""
+        r = self.residual(x0)
+        return -0.5 * jnp.sum((r / self.sigma) ** 2, -1) - r.shape[-1] * _log_normaliser(self.sigma)
+
+    def residual(self, x0: Array) -> Array:
+        """y - A x0, [B, M]."""
+        return self.y - self.forward(x0)
+
+    def forward(self, x0: Array) -> Array:
+        """A x0, [B, M]."""
+        return _dot(x0.reshape(x0.shape[0], -1), self.matrix.T)
+
+    def transpose(self, r: Array) -> Array:
+        """A^T r, [B, ...]."""
+        return _dot(r, self.matrix).reshape(r.shape[0], *self.shape)
+
+    def rows(self) -> Array:
+        """The rows of A as states, [M, ...]."""
+        return self.matrix.reshape(-1, *self.shape)
+
+    def solve(self, r: Array, variance: Array) -> Array:
+        """(variance A A^T + sigma^2 I)^-1 r for a variance that is a scalar or [B]: [B, M]."""
+        scale = jnp.reshape(variance, (-1, 1)) * self.values + self.sigma**2
+        return _dot(_dot(r, self.vectors) / scale, self.vectors.T)
+
+
+@pytree
+class Inpainting:
+    """y = x0 + sigma * noise where the mask is 1. Build it with `inpainting`. M is all coordinates; unseen ones have residual 0."""
+
+    mask: Array
+    y: Array
+    sigma: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.mask.shape
+
+    def __call__(self, x0: Array, cond: Cond = None) -> Array:
+        """log N(y; x0, sigma^2) over the coordinates seen, nats [B]."""
+        r = self.residual(x0)
+        return -0.5 * jnp.sum((r / self.sigma) ** 2, -1) - jnp.sum(self.mask) * _log_normaliser(self.sigma)
+
+    def residual(self, x0: Array) -> Array:
+        """mask (y - x0), [B, M]."""
+        return (self.mask * (self.y - x0)).reshape(x0.shape[0], -1)
+
+    def forward(self, x0: Array) -> Array:
+        """mask x0, [B, M]."""
+        return (self.mask * x0).reshape(x0.shape[0], -1)
+
+    def transpose(self, r: Array) -> Array:
+        """mask r, [B, ...]."""
+        return self.mask * r.reshape(r.shape[0], *self.shape)
+
+    def rows(self) -> Array:
+        """The rows of the mask's diagonal matrix as states, [M, ...]."""
+        return jnp.diag(self.mask.reshape(-1)).reshape(-1, *self.shape)
+
+    def solve(self, r: Array, variance: Array) -> Array:
+        """r / (variance mask + sigma^2), [B, M]."""
+        return r / (jnp.reshape(variance, (-1, 1)) * self.mask.reshape(-1) + self.sigma**2)
+
+
+def _log_normaliser(sigma: Array) -> Array:
+    return jnp.log(sigma) + 0.5 * jnp.log(2 * jnp.pi)
+
+
+def linear(matrix: Array, y: Array, sigma: float, *, shape: tuple[int, ...] | None = None) -> Linear:
+    """Measure y = A x0 + sigma * noise.
+
+    Args:
+      matrix: A [M, D], acting on x0 flattened.
+      y: [M], or [B, M] for one measurement per example.
+      sigma: standard deviation of the noise, in the unit of y.
+      shape: of one x0, with product D; (D,) by default.
+
+    Raises:
+      ValueError: where the shapes of A, y and x0 do not fit, or sigma is not positive.
+    """
+    matrix, y = jnp.asarray(matrix, jnp.float32), jnp.asarray(y, jnp.float32)
+    checks.shape("matrix", matrix, (None, None))
+    shape = (matrix.shape[1],) if shape is None else tuple(int(d) for d in shape)
+    if jnp.zeros(shape).size != matrix.shape[1]:
+        raise ValueError(f"matrix has {matrix.shape[1]} columns, but states have shape {list(shape)}; pass shape=")
+    checks.shape("y", y, (matrix.shape[0],) if y.ndim < 2 else (None, matrix.shape[0]))
+    values, vectors = jnp.linalg.eigh(_dot(matrix, matrix.T))
+    return Linear(matrix, y, checks.positive("sigma", sigma), jnp.maximum(values, 0.0), vectors, shape)
+
+
+def inpainting(mask: Array, y: Array, sigma: float) -> Inpainting:
+    """Measure the coordinates of x0 where the mask is 1, with noise.
+
+    Args:
+      mask: zeros and ones in the shape of one x0.
+      y: in that shape, or [B, ...] for one measurement per example; not read where the mask is 0.
+      sigma: standard deviation of the noise, in the unit of x0.
+
+    Raises:
+      ValueError: where y does not have the mask's shape, or sigma is not positive.
+    """
+    mask, y = jnp.asarray(mask, jnp.float32), jnp.asarray(y, jnp.float32)
+    checks.shape("y", y, mask.shape if y.ndim <= mask.ndim else (None, *mask.shape))
+    return Inpainting(mask, jnp.where(mask > 0, y, 0.0), checks.positive("sigma", sigma))
