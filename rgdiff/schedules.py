@@ -9,9 +9,11 @@ deviation of the prior; everything is float32. Mask schedules define `rate(t)`, 
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rgdiff import checks
 from rgdiff.typing import Array, pytree
@@ -146,6 +148,34 @@ class Flow:
         return _trailing(1.0, steps)
 
 
+@pytree
+class Tabulated:
+    """The T noise levels of a discrete chain, at t = 1/T, 2/T, ..., 1; elsewhere the nearest one. Build it with `tabulated`."""
+
+    levels: Array  # log_snr, [T], decreasing
+
+    @property
+    def prior_std(self) -> Array:
+        return jnp.float32(1)
+
+    def log_snr(self, t: Array) -> Array:
+        steps = self.levels.shape[0]
+        index = jnp.round(jnp.asarray(t, jnp.float32) * steps).astype(jnp.int32) - 1
+        return self.levels[jnp.clip(index, 0, steps - 1)]
+
+    def alpha(self, t: Array) -> Array:
+        return jnp.sqrt(jax.nn.sigmoid(self.log_snr(t)))
+
+    def sigma(self, t: Array) -> Array:
+        return jnp.sqrt(jax.nn.sigmoid(-self.log_snr(t)))
+
+    def times(self, steps: int) -> Array:
+        levels = self.levels.shape[0]
+        if checks.at_least("steps", steps, 1) > levels:
+            raise ValueError(f"this schedule has {levels} noise levels; steps must be at most that, got {steps}")
+        return jnp.asarray(np.rint(np.linspace(levels, levels / steps, steps)) / levels, jnp.float32)
+
+
 def linear_vp(beta_min: float = 0.1, beta_max: float = 20.0) -> LinearVP:
     """Build the linear variance-preserving schedule; the defaults are DDPM's 1,000 steps in continuous time."""
     return LinearVP(checks.positive("beta_min", beta_min), checks.positive("beta_max", beta_max))
@@ -167,6 +197,37 @@ def karras_ve(sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.
 def flow() -> Flow:
     """Build the rectified-flow schedule."""
     return Flow()
+
+
+def tabulated(alpha_bar: Any) -> Tabulated:
+    """Build the variance-preserving schedule of a discrete chain from its products alpha_bar.
+
+    x_t = sqrt(alpha_bar_i) x0 + sqrt(1 - alpha_bar_i) eps at t = (i + 1) / T. With eta = 1 the reverse kernels on its
+    whole grid, `times(T)`, are DDPM's with the posterior variance, and the projection is its last, noiseless step.
+
+    Args:
+      alpha_bar: [T], strictly decreasing in (0, 1).
+
+    Raises:
+      ValueError: for anything else.
+    """
+    table = np.asarray(alpha_bar, np.float64)
+    if table.ndim != 1 or not len(table) or not (np.diff(table, prepend=1.0, append=0.0) < 0).all():
+        raise ValueError("alpha_bar must be a vector that decreases strictly within (0, 1), noise last")
+    return Tabulated(jnp.asarray(np.log(table) - np.log1p(-table), jnp.float32))
+
+
+def cosine_ddpm(steps: int = 1000, *, offset: float = 0.008, largest: float = 0.999) -> Tabulated:
+    """Build the cosine schedule of improved DDPM, discrete: alpha_bar_i = prod min(beta, largest) (arXiv 2102.09672, eq. 17).
+
+    Args:
+      steps: T, noise levels.
+      offset: s of alpha_bar(u) = cos^2((u + s) / (1 + s) pi/2), up to a constant.
+      largest: the largest beta.
+    """
+    u = np.arange(checks.at_least("steps", steps, 1) + 1) / steps
+    curve = np.cos((u + offset) / (1 + offset) * np.pi / 2) ** 2
+    return tabulated(np.cumprod(1 - np.minimum(1 - curve[1:] / curve[:-1], largest)))
 
 
 @pytree

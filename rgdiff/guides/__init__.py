@@ -1,6 +1,7 @@
 """Guides: on the kernel (`gradient_guide`; kernel -> kernel), and on the prediction (all others; denoiser -> denoiser)."""
 
-from rgdiff.guides.inverse import dps, dps_step, pigdm, tmpd
+from rgdiff.guides.gradient import g, g_loss, increment, level
+from rgdiff.guides.inverse import dps, dps_step, likelihood, pigdm, tmpd
 from rgdiff.guides.measurements import inpainting, linear
 from rgdiff.guides.score import classifier_guidance, guided, lgd_mc, reward_guidance
 from rgdiff.guides.tilt import chain, gradient_guide
@@ -10,10 +11,15 @@ __all__ = [
     "classifier_guidance",
     "dps",
     "dps_step",
+    "g",
+    "g_loss",
     "gradient_guide",
     "guided",
+    "increment",
     "inpainting",
+    "level",
     "lgd_mc",
+    "likelihood",
     "linear",
     "pigdm",
     "reward_guidance",

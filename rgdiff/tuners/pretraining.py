@@ -49,6 +49,7 @@ class Pretraining:
     gamma: Array
     drop: Array
     null: Any
+    grid: Array | None
     optimizer: Any = static()
     target: str = static(default="eps")
     weighting: str = static(default="uniform")
@@ -76,10 +77,17 @@ class Pretraining:
             x = self.process.forward(x0, t).sample(key_noise)
             return jnp.mean(self.process.schedule.hazard(t) * masked_cross_entropy(denoiser(x, t, cond), x, x0))
         process: GaussianProcess = self.process  # type: ignore[assignment]
-        t = stratified_times(key_time, batch, latest=0.992 if self.target == "eps" else 1.0)
+        t = self._draw_times(key_time, batch)
         x = process.forward(x0, t).sample(key_noise)
         error = jnp.mean((denoiser(x, t, cond) - x0).reshape(batch, -1) ** 2, -1)
         return jnp.mean(self._weight(process, t) * error)
+
+    def _draw_times(self, key: Key, batch: int) -> Array:
+        if self.grid is None:
+            return stratified_times(key, batch, latest=0.992 if self.target == "eps" else 1.0)
+        count = self.grid.shape[0]
+        index = stratified_times(key, batch, 0.0, count).astype(jnp.int32)
+        return self.grid[jnp.minimum(index, count - 1)]
 
     def _weight(self, process: GaussianProcess, t: Array) -> Array:
         """Weight of the squared error of x0 that makes it the squared error of the target (min-SNR: min(SNR, gamma))."""
@@ -105,6 +113,7 @@ def pretraining(
     ema_decay: float = 0.999,
     drop: float = 0.1,
     null: Any = None,
+    grid: int | None = None,
 ) -> Pretraining:
     """Train a prior: E weight(t) |target - prediction|^2, or the continuous-time bound of masked diffusion.
 
@@ -116,6 +125,8 @@ def pretraining(
       weighting: `uniform` over t, or `min_snr`: the x0 error weighted by min(SNR, gamma) (arXiv 2303.09556).
       ema_decay: of the averaged weights.
       drop, null: with conditions, replace them by `null` with probability `drop` (classifier-free guidance).
+      grid: draw times from `process.times(grid)`, each as often, as discrete DDPM does; None for all times from 1e-3.
+        For a Gaussian process.
 
     Note:
       The masked loss is SUBS (arXiv 2406.07524, eq. 10): E_t rate'(t)/rate(t) * sum over masked positions of
@@ -130,6 +141,7 @@ def pretraining(
         checks.positive("gamma", gamma),
         checks.positive("drop", drop, zero=True),
         null,
+        None if grid is None else process.times(checks.at_least("grid", grid, 1)),
         optimizer,
         checks.one_of("target", target, ("eps", "x0", "v")),
         checks.one_of("weighting", weighting, ("uniform", "min_snr")),
