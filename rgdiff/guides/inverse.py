@@ -1,8 +1,8 @@
-"""Guides for y = A x0 + noise: `dps`, `dps_step`, `pigdm`, `tmpd`, each a score g(x_t) that stands for grad log p(y | x_t).
+"""Guides for y = A x0 + noise: `dps`, `dps_step`, `pigdm`, `tmpd`, each a score g(x_t) in place of grad log p(y | x_t).
 
 They differ in what they take p(x0 | x_t) to be: a point (DPS), a Gaussian of one variance (PiGDM), a Gaussian with the
 covariance that the denoiser's Jacobian gives (TMPD). J is that Jacobian; J^T u is a backward pass, and no Jacobian is
-formed. What was measured is a `guides.measurements` object.
+formed. What was measured is a `guides.measurements` object. `likelihood` is PiGDM's log p(y | x_t), a value.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from rgdiff.guides.measurements import Measurement
 from rgdiff.guides.score import (
     Guided,
     Point,
+    classifier_guidance,
     gaussian_only,
     guided,
     posterior_variance,
@@ -24,7 +25,8 @@ from rgdiff.guides.score import (
     score_weight,
 )
 from rgdiff.processes import GaussianProcess, along
-from rgdiff.typing import Array, Denoiser, Process, pytree, static
+from rgdiff.typing import Array, Cond, Denoiser, Process, callable_pytree, pytree, static
+from rgdiff.values import PosteriorMean
 
 
 def dps(denoiser: Denoiser, process: Process, measurement: Measurement, scale: float = 1.0) -> Guided:
@@ -85,17 +87,32 @@ def dps_step(
 
 
 @pytree
-class PseudoInverse:
-    """g = J^T A^T (r_t^2 A A^T + sigma^2 I)^-1 (y - A E[x0 | x_t])."""
+class Likelihood(PosteriorMean):
+    """v(x_t) = log N(y; A E[x0 | x_t], r_t^2 A A^T + sigma^2 I). Build it with `likelihood`."""
 
-    measurement: Measurement
-    process: GaussianProcess
-    prior_variance: Array
+    prior_variance: Array | float = 1.0
 
-    def __call__(self, at: Point) -> Array:
-        variance = posterior_variance(self.process, at.t, self.prior_variance)
-        residual = self.measurement.residual(at.prediction)
-        return at.pull(self.measurement.transpose(self.measurement.solve(residual, variance)))
+    def given(self, x: Array, t: Array, prediction: Array, cond: Cond = None) -> Array:
+        variance = posterior_variance(self.process, t, self.prior_variance)  # type: ignore[arg-type]
+        return self.reward.log_prob(prediction, variance)  # type: ignore[attr-defined]
+
+
+def likelihood(
+    denoiser: Denoiser, process: Process, measurement: Measurement, *, prior_variance: float = 1.0
+) -> Likelihood:
+    """Value log p(y | x_t) with x0 | x_t taken as N(E[x0 | x_t], r_t^2 I), in nats: the twist of TDS (arXiv 2306.17775).
+
+    v(x_t) = log N(y; A E[x0 | x_t], r_t^2 A A^T + sigma^2 I); exact for N(m, v I) data. A sampler that ends at a small t
+    needs `reward=measurement` beside it, for the likelihood of x0 itself.
+
+    Args:
+      denoiser, process: the prior, Gaussian.
+      measurement: from `linear` or `inpainting`.
+      prior_variance: v, of one coordinate of the data; r_t^2 = v s^2 / (v + s^2), s = sigma_t / alpha_t. One that does not
+        fit the data leaves particle methods right in the limit and slow to reach it.
+    """
+    denoiser, v = callable_pytree(denoiser, "a denoiser"), checks.positive("prior_variance", prior_variance)
+    return Likelihood(measurement, gaussian_only(process, "likelihood"), denoiser, prior_variance=v)
 
 
 def pigdm(
@@ -108,7 +125,7 @@ def pigdm(
 ) -> Guided:
     """Pseudo-inverse guidance (PiGDM, Song et al., ICLR 2023): x0 | x_t is taken as N(E[x0 | x_t], r_t^2 I).
 
-    g = J^T A^T (r_t^2 A A^T + sigma^2 I)^-1 (y - A E[x0 | x_t]); exact for N(m, v I) data.
+    g = J^T A^T (r_t^2 A A^T + sigma^2 I)^-1 (y - A E[x0 | x_t]), the gradient of `likelihood`; exact for N(m, v I) data.
 
     Args:
       denoiser, process: the prior, Gaussian.
@@ -117,8 +134,8 @@ def pigdm(
         the published r_t.
       scale: of the score's change; 1 is the method.
     """
-    process, v = gaussian_only(process, "pigdm"), checks.positive("prior_variance", prior_variance)
-    return guided(denoiser, process, PseudoInverse(measurement, process, v), scale)
+    value = likelihood(denoiser, gaussian_only(process, "pigdm"), measurement, prior_variance=prior_variance)
+    return classifier_guidance(value.denoiser, process, value, scale)
 
 
 @pytree

@@ -1,8 +1,8 @@
 """What was measured of x0: `linear` (y = A x0 + noise) and `inpainting` (some coordinates, with noise).
 
 A measurement is a reward, its log-likelihood log p(y | x0) in nats with the normalising constant, so that every method
-of the library takes it; and it knows what covariance-aware guides need: the residual, A^T, the rows of A, and the
-solution of (v A A^T + sigma^2 I) u = r for any v without another factorisation.
+of the library takes it. It also knows log p(y | x_t) where x0 | x_t is N(m, v I), for any v without another
+factorisation, and what covariance-aware guides need: the residual, A, A^T and the rows of A.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ class Measurement(Protocol):
 
     def __call__(self, x0: Array, cond: Cond = None) -> Array: ...
 
+    def log_prob(self, x0: Array, variance: Array | float) -> Array: ...
+
     def residual(self, x0: Array) -> Array: ...
 
     def forward(self, x0: Array) -> Array: ...
@@ -36,8 +38,6 @@ class Measurement(Protocol):
     def transpose(self, r: Array) -> Array: ...
 
     def rows(self) -> Array: ...
-
-    def solve(self, r: Array, variance: Array) -> Array: ...
 
 
 @pytree
@@ -53,8 +53,12 @@ class Linear:
 
     def __call__(self, x0: Array, cond: Cond = None) -> Array:
         """log N(y; A x0, sigma^2 I), nats [B]."""
-        r = self.residual(x0)
-        return -0.5 * jnp.sum((r / self.sigma) ** 2, -1) - r.shape[-1] * _log_normaliser(self.sigma)
+        return self.log_prob(x0, 0.0)
+
+    def log_prob(self, x0: Array, variance: Array | float) -> Array:
+        """log N(y; A x0, variance A A^T + sigma^2 I) for a variance that is a scalar or [B], nats [B]."""
+        total = jnp.reshape(variance, (-1, 1)) * self.values + self.sigma**2
+        return jnp.sum(_log_normal(_dot(self.residual(x0), self.vectors), total), -1)
 
     def residual(self, x0: Array) -> Array:
         """y - A x0, [B, M]."""
@@ -72,11 +76,6 @@ class Linear:
         """The rows of A as states, [M, ...]."""
         return self.matrix.reshape(-1, *self.shape)
 
-    def solve(self, r: Array, variance: Array) -> Array:
-        """(variance A A^T + sigma^2 I)^-1 r for a variance that is a scalar or [B]: [B, M]."""
-        scale = jnp.reshape(variance, (-1, 1)) * self.values + self.sigma**2
-        return _dot(_dot(r, self.vectors) / scale, self.vectors.T)
-
 
 @pytree
 class Inpainting:
@@ -92,8 +91,12 @@ class Inpainting:
 
     def __call__(self, x0: Array, cond: Cond = None) -> Array:
         """log N(y; x0, sigma^2) over the coordinates seen, nats [B]."""
-        r = self.residual(x0)
-        return -0.5 * jnp.sum((r / self.sigma) ** 2, -1) - jnp.sum(self.mask) * _log_normaliser(self.sigma)
+        return self.log_prob(x0, 0.0)
+
+    def log_prob(self, x0: Array, variance: Array | float) -> Array:
+        """log N(y; x0, variance + sigma^2) over the coordinates seen, for a variance that is a scalar or [B], nats [B]."""
+        total = jnp.reshape(variance, (-1, 1)) + self.sigma**2
+        return jnp.sum(self.mask.reshape(-1) * _log_normal(self.residual(x0), total), -1)
 
     def residual(self, x0: Array) -> Array:
         """mask (y - x0), [B, M]."""
@@ -111,13 +114,9 @@ class Inpainting:
         """The rows of the mask's diagonal matrix as states, [M, ...]."""
         return jnp.diag(self.mask.reshape(-1)).reshape(-1, *self.shape)
 
-    def solve(self, r: Array, variance: Array) -> Array:
-        """r / (variance mask + sigma^2), [B, M]."""
-        return r / (jnp.reshape(variance, (-1, 1)) * self.mask.reshape(-1) + self.sigma**2)
 
-
-def _log_normaliser(sigma: Array) -> Array:
-    return jnp.log(sigma) + 0.5 * jnp.log(2 * jnp.pi)
+def _log_normal(r: Array, variance: Array) -> Array:
+    return -0.5 * (r**2 / variance + jnp.log(2 * jnp.pi * variance))
 
 
 def linear(matrix: Array, y: Array, sigma: float, *, shape: tuple[int, ...] | None = None) -> Linear:

@@ -2,7 +2,7 @@
 
 Every guide makes a denoiser of a denoiser, so any sampler and any tuner takes it; with the exact conditional score the
 law is exact up to the steps' size. g is per example and costs one forward and one backward pass of the network. Those
-for linear measurements are in `guides.inverse`; guides that tilt the kernel, masked ones too, in `guides.tilt`.
+for measurements are in `guides.inverse`; guides that tilt the kernel, masked ones too, in `guides.tilt`.
 """
 
 from __future__ import annotations
