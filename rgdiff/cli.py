@@ -131,13 +131,13 @@ def run_recipe(name: str, overrides: Sequence[str]) -> dict[str, Any]:
         outcomes[key] = method.run(run, key, prior, task, count)
 
     # Write: numbers, samples, report.
-    rows = {key: judge.row(outcome, task) for key, outcome in outcomes.items()}
+    rows = {key: judge.row(outcome, task, prior) | outcome.figures for key, outcome in outcomes.items()}
     summary = {f"{key}/{metric}": value for key, row in rows.items() for metric, value in row.items()}
     for key, row in rows.items():
         run.log.rewind(f"{key}_summary", 0)
         run.log.write(f"{key}_summary", 0, {f"total_{m}" if m == "seconds" else m: v for m, v in row.items()})
     folder.write_samples(**{key: outcome.x0 for key, outcome in outcomes.items()})
-    write_pages(run, config, overrides, name, judge, task, outcomes, rows)
+    write_pages(run, config, overrides, name, judge, task, prior, outcomes, rows)
     folder.write_summary(summary)
     run.log.close()
     run.say(table(rows))
@@ -152,12 +152,20 @@ def method_name(recipe_name: str, overrides: Sequence[str]) -> str:
 
 
 def write_pages(
-    run: Any, config: dict, overrides: Sequence[str], name: str, judge: Any, task: Any, outcomes: dict, rows: dict
+    run: Any,
+    config: dict,
+    overrides: Sequence[str],
+    name: str,
+    judge: Any,
+    task: Any,
+    prior: Any,
+    outcomes: dict,
+    rows: dict,
 ) -> None:
-    """Write report.html: pictures before and after, curves, the table, the config."""
-    from rgdiff.runtime.report import Grid, Plot, Report, Series, plot_rows, write_report
+    """Write report.html: pictures or logos before and after, curves, histograms, the table, the config."""
+    from rgdiff.runtime.report import Grid, Histogram, Logo, Plot, Report, Series, plot_rows, write_report
 
-    plots = [
+    plots: list[Any] = [
         Plot(key, [Series(key, *curve)]) for key, outcome in outcomes.items() for key, curve in named(key, outcome)
     ]
     if any(row["phase"] == "prior" for row in run.log.rows):
@@ -169,7 +177,8 @@ def write_pages(
         versions=run.folder.versions,
         table=rows,
         grids=[[Grid(title, images, rewards=rewards) for title, images, rewards in pictures]],
-        plots=plots,
+        logos=[Logo(*logo) for logo in judge.logos(outcomes, task, prior)],
+        plots=plots + [Histogram(*histogram) for histogram in judge.histograms(outcomes, task, prior)],
         notes=judge.notes(task),
         config=(run.folder.path / "config.yaml").read_text(),
     )
@@ -193,7 +202,12 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         "reward_se",
         "heldout_reward_mean",
         "heldout_accuracy",
+        "exact_reward_mean",
+        "log_z",
+        "exact_log_z",
+        "histogram_distance",
         "frechet",
+        "log_likelihood",
         "diversity",
         "kl",
         "network_calls",

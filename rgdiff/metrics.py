@@ -1,4 +1,4 @@
-"""Numbers about samples: distances between feature sets, coverage, diversity, accuracy and reward summaries.
+"""Numbers about samples: distances between feature sets, coverage, diversity, accuracy, reward summaries; of sequences, k-mers.
 
 Everything is computed on the host in float64 from arrays whose first axis counts examples, and says how many of them
 were left out. Which features to take (raw pixels, a classifier's penultimate layer) is left to the caller.
@@ -132,6 +132,107 @@ def classifier_accuracy(classifier: Callable[[Any], Any], x: Any, y: Any, batch:
     logits = np.concatenate([np.asarray(classifier(x[i : i + batch])) for i in range(0, len(x), batch)])
     right = (logits.argmax(-1) == labels) & ~np.isnan(logits).any(-1)
     return float(right.mean())
+
+
+def kmer_frequencies(tokens: Any, classes: int, k: int = 3) -> np.ndarray:
+    """Count the k-mers of sequences, as shares of all their windows [classes^k], in C order.
+
+    Args:
+      tokens: class numbers [N, L].
+
+    Raises:
+      ValueError: for tokens that are not whole numbers in 0..classes-1, or k outside 1..L.
+    """
+    tokens = _tokens(tokens, "tokens")
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < classes:
+        raise ValueError(f"expected tokens in 0..{classes - 1}, found {tokens.min()}..{tokens.max()}")
+    if not 1 <= k <= tokens.shape[1]:
+        raise ValueError(f"k={k}: expected 1..{tokens.shape[1]}, the length of the sequences")
+    windows = np.lib.stride_tricks.sliding_window_view(tokens, k, axis=1).reshape(-1, k)
+    counts = np.bincount(windows @ classes ** np.arange(k - 1, -1, -1), minlength=classes**k)
+    return counts / len(windows)
+
+
+def kmer_correlation(a: Any, b: Any, classes: int, k: int = 3) -> float:
+    """Correlate (Pearson) the k-mer counts of two sets of sequences [N, L]; sizes and lengths may differ.
+
+    NaN where one set has all k-mers equally often.
+
+    References: DRAKES, arXiv:2410.13643 (3-mers of samples against those of the most active training sequences).
+    """
+    p, q = kmer_frequencies(a, classes, k), kmer_frequencies(b, classes, k)
+    p, q = p - p.mean(), q - q.mean()
+    norm = np.sqrt((p @ p) * (q @ q))
+    return float(p @ q / norm) if norm > 0 else float("nan")
+
+
+def sequence_diversity(tokens: Any) -> float:
+    """Average the share of differing positions over all pairs of different samples, tokens [N, L]; 0 for copies of one sequence.
+
+    It is 1 - the mean pairwise cosine of one-hot sequences, as in SVDD, arXiv:2408.08252 (its diversity of DNA and RNA).
+    """
+    tokens = _tokens(tokens, "tokens", 2)
+    n = len(tokens)
+    same = 0.0
+    for column in tokens.T:
+        counts = np.unique(column, return_counts=True)[1].astype(np.float64)
+        same += (counts * (counts - 1)).sum()
+    return float(1 - same / (n * (n - 1) * tokens.shape[1]))
+
+
+def novelty(tokens: Any, known: Any) -> float:
+    """Return the share of samples [N, L] that are not among the known sequences [M, L]."""
+    tokens, known = _tokens(tokens, "tokens"), _tokens(known, "known")
+    if tokens.shape[1] != known.shape[1]:
+        raise ValueError(f"expected sequences of one length, got {tokens.shape[1]} and {known.shape[1]}")
+    seen = {row.tobytes() for row in known}
+    return float(np.mean([row.tobytes() not in seen for row in tokens]))
+
+
+def unique(tokens: Any) -> float:
+    """Return the number of different samples over the number of samples, tokens [N, L]."""
+    tokens = _tokens(tokens, "tokens")
+    return len({row.tobytes() for row in tokens}) / len(tokens)
+
+
+def histogram_distance(samples: Any, values: Any, probabilities: Any, bins: int = 50) -> float:
+    """Compute the total variation between the histogram of sampled rewards and that of an exact law.
+
+    d = 1/2 sum_b |share of samples in bin b - probability of bin b|, over equal bins of the range of both; in [0, 1].
+
+    Args:
+      samples: rewards [N] of samples; NaN is left out.
+      values, probabilities: rewards [n] of all sequences and their probabilities.
+      bins: number of bins.
+
+    Raises:
+      ValueError: for no sample, or values and probabilities of different shapes.
+
+    Note: N exact samples keep a distance of about sum_b sqrt(p_b (1 - p_b) / (2 pi N)): compare at equal N.
+    """
+    samples, values, probabilities = (np.asarray(a, np.float64) for a in (samples, values, probabilities))
+    samples = samples[~np.isnan(samples)]
+    if not len(samples) or values.shape != probabilities.shape:
+        raise ValueError(
+            f"expected samples, and values and probabilities of one shape, got {len(samples)} samples, "
+            f"{list(values.shape)} and {list(probabilities.shape)}"
+        )
+    values, probabilities = values[~np.isnan(values)], probabilities[~np.isnan(values)]
+    both = np.concatenate([samples, values])
+    edges = np.histogram_bin_edges(both, bins)
+    ours = np.histogram(samples, edges)[0] / len(samples)
+    exact = np.histogram(values, edges, weights=probabilities)[0] / probabilities.sum()
+    return float(0.5 * np.abs(ours - exact).sum())
+
+
+def _tokens(tokens: Any, name: str, least: int = 1) -> np.ndarray:
+    """Return class numbers as int32 [N, L]."""
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or len(tokens) < least or not tokens.shape[1] or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(
+            f"{name} are {tokens.dtype}{list(tokens.shape)}: expected class numbers [N, L] of at least {least} sequences"
+        )
+    return np.ascontiguousarray(tokens, np.int32)
 
 
 def _features(x: Any, name: str, least: int) -> np.ndarray:

@@ -12,35 +12,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rgdiff import checks, metrics, rewards
+from rgdiff import checks, metrics
 from rgdiff.domains import image_rewards
 from rgdiff.domains.classifier import Classifier, train_classifier
 from rgdiff.domains.images import ImageDomain
+from rgdiff.domains.judging import Judge
 from rgdiff.rewards import Task
-from rgdiff.typing import Key, Reward
+from rgdiff.typing import Key
 
 SHOWN = 25  # pictures in a grid of the report
 
 
-class ImageJudge:
+class ImageJudge(Judge):
     """Measures samples of an image domain with a classifier of its own."""
 
     def __init__(self, domain: ImageDomain, key: Key):
+        super().__init__(domain.shape)
         self.domain = domain
         self.classifier = train_classifier(key, domain.heldout_x, domain.heldout_y, domain.classes)
         self._features = jax.jit(lambda classifier, x: classifier.features(x))
         self._classes = jax.jit(lambda classifier, x: classifier.logits(x).argmax(-1))
-        self._reward = jax.jit(lambda reward, x: reward(x))
-
-    def check(self, task: Task) -> None:
-        """Refuse a reward that does not give one float per image."""
-        blank = jnp.zeros((2, *self.domain.shape), jnp.float32)
-        rewards.check(task.reward, blank)
-        rewards.check(task.heldout, blank)
-
-    def rewards(self, reward: Reward, x0: np.ndarray) -> np.ndarray:
-        """Return the rewards [N] of samples."""
-        return np.asarray(self._reward(reward, jnp.asarray(x0)))
 
     def real(self, task: Task) -> np.ndarray:
         """Return the real images that samples are compared with: of the target's class where there is one, from all splits."""
@@ -49,7 +40,7 @@ class ImageJudge:
         y = np.concatenate([d.train_y, d.heldout_y, d.test_y])
         return x if task.target is None else x[y == task.target]
 
-    def row(self, outcome: Any, task: Task) -> dict[str, Any]:
+    def row(self, outcome: Any, task: Task, prior: Any = None) -> dict[str, Any]:
         """Return the figures of one method, flat: rewards under both rewards, distances, diversity, KL, cost."""
         x0 = outcome.x0
         finite = x0[np.isfinite(x0).reshape(len(x0), -1).all(-1)]
@@ -57,26 +48,23 @@ class ImageJudge:
             raise ValueError(
                 f"{len(x0) - len(finite)} of {len(x0)} samples are not finite; lower the learning rate or check the reward"
             )
-        held = metrics.summarize_rewards(self.rewards(task.heldout, x0))
-        row = metrics.summarize_rewards(self.rewards(task.reward, x0))
-        row |= {f"heldout_{name}": held[name] for name in ("reward_mean", "reward_median", "reward_top_decile")}
+        row = self.reward_figures(x0, task)
         if task.target is not None:
             row["heldout_accuracy"] = float(
                 np.mean(np.asarray(self._classes(self.classifier, jnp.asarray(x0))) == task.target)
             )
         real, fake = (np.asarray(self._features(self.classifier, jnp.asarray(x))) for x in (self.real(task), finite))
         precision, recall = metrics.precision_recall(real, fake)
-        return row | {
-            "frechet": metrics.frechet_distance(real, fake),
-            "precision": precision,
-            "recall": recall,
-            "diversity": metrics.diversity(finite),
-            "kl": outcome.kl,
-            "network_calls": outcome.network_calls,
-            "tuning_network_calls": outcome.tuning_network_calls,
-            "seconds": outcome.seconds,
-            "compile_seconds": outcome.compile_seconds,
-        }
+        return (
+            row
+            | {
+                "frechet": metrics.frechet_distance(real, fake),
+                "precision": precision,
+                "recall": recall,
+                "diversity": metrics.diversity(finite),
+            }
+            | self.costs(outcome)
+        )
 
     def pictures(self, samples: dict[str, np.ndarray], task: Task) -> list[tuple[str, np.ndarray, list[float]]]:
         """Return (title, 8-bit pictures, their guiding rewards) for the report: real images, then each method's samples."""
@@ -101,6 +89,8 @@ class ImageJudge:
 
 def digit(domain: ImageDomain, judge: ImageJudge, key: Key, target: int = 3) -> Task:
     """Make the task: log p(target | x) of a classifier trained on the training split, judged by the held-out one."""
+    if not isinstance(domain, ImageDomain):
+        raise ValueError("reward=digit is for images with labels; choose an image domain, e.g. domain=digits")
     checks.one_of("reward.target", target, range(domain.classes))
     guide: Classifier = train_classifier(key, domain.train_x, domain.train_y, domain.classes)
     classify = image_rewards.classifier_reward

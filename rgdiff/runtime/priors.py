@@ -1,6 +1,6 @@
 """Priors of recipes: a network, a schedule and how it is trained; trained once, cached by content, and reused.
 
-It assumes a domain with `shape` and `training_data()`. What is sampled from a prior, and how it is tuned, is left to
+It assumes a domain with `shape` and `train_x`. What is sampled from a prior, and how it is tuned, is left to
 `rgdiff.runtime.methods`.
 """
 
@@ -15,11 +15,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rgdiff import denoisers, processes, tuners
+from rgdiff.domains.enumeration import Factorised
 from rgdiff.runtime.checkpoint import load_params, save_params
 from rgdiff.runtime.run import Run
-from rgdiff.typing import Denoiser, Params, Process, pytree, static
+from rgdiff.typing import Denoiser, Model, Params, Process, pytree, static
 
 
 @pytree
@@ -37,22 +39,40 @@ class PriorModel:
         return denoiser if self.value_range is None else denoisers.clip_x0(denoiser, *self.value_range)
 
 
+@pytree
+class MaskedModel:
+    """Parameters to denoiser: the network's logits of p(x0 | x_t)."""
+
+    network: Any = static()
+
+    def __call__(self, params: Params) -> Denoiser:
+        return denoisers.from_linen(self.network, params)
+
+
+@pytree
+class FactorisedModel:
+    """Logits [L, K] of independent positions to their exact denoiser."""
+
+    def __call__(self, params: Params) -> Denoiser:
+        return Factorised(params)
+
+
 @dataclasses.dataclass(frozen=True)
 class Prior:
     """A prior ready for use: `model(params)` denoises under `process`, in chains over `times`."""
 
     process: Process
     times: jax.Array
-    model: PriorModel
+    model: Model
     params: Params
-    settings: GaussianPrior
+    settings: Any
     shape: tuple[int, ...]
 
     @property
     def denoiser(self) -> Denoiser:
         return self.model(self.params)
 
-    def with_eta(self, eta: float) -> Process:
+    def with_eta(self, eta: float | None) -> Process:
         """Return the process with another eta."""
         return self.settings.process(self.shape, eta)
 
@@ -63,52 +83,116 @@ def initial(network: Any, key: jax.Array, shape: tuple[int, ...]) -> Params:
     return network.lazy_init(key, blank, t)["params"]
 
 
+def state_shape(process: Process) -> tuple[int, ...]:
+    """Return the shape of one noised example, as a network sees it; a masked one has the mask as a further class."""
+    return jax.eval_shape(lambda: process.prior(1).sample(jax.random.key(0))).shape[1:]
+
+
 @dataclasses.dataclass(frozen=True)
-class GaussianPrior:
-    """The settings of a Gaussian prior. Build it with `gaussian_prior`."""
+class TrainedPrior:
+    """What priors with a network share: how their parameters are found."""
 
     network: Any
     schedule: Any
-    prediction: str
     steps: int
-    eta: float
-    clip: bool
     checkpoint: str | None
     train: dict[str, Any]
+
+    def parameters(self, run: Run, model: Model, process: Process, domain: Any, identity: Any) -> Params:
+        """Load the parameters from the checkpoint or the cache, or train and cache them.
+
+        Args:
+          identity: plain values that the trained parameters depend on; their hash names the cache entry.
+        """
+        key = run.key("prior")
+        like = initial(self.network, jax.random.fold_in(key, 0), state_shape(process))
+        if self.checkpoint is not None:
+            run.say(f"prior: parameters from {self.checkpoint}")
+            return load_params(self.checkpoint, like)
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        cached = run.cache / "priors" / digest
+        if cached.exists():
+            run.say(f"prior: trained earlier, from {cached}")
+            return load_params(cached, like)
+        options = dict(self.train)
+        steps, batch = options.pop("steps"), options.pop("batch")
+        tuner = tuners.pretraining(model, process, **options)
+        params = run.fit("prior", tuner, key, like, steps, data={"x0": jnp.asarray(domain.train_x)}, batch=batch).best
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        save_params(cached, params, meta={"identity": identity})
+        return params
+
+
+@dataclasses.dataclass(frozen=True)
+class GaussianPrior(TrainedPrior):
+    """The settings of a Gaussian prior. Build it with `gaussian_prior`."""
+
+    prediction: str
+    eta: float
+    clip: bool
 
     def process(self, shape: tuple[int, ...], eta: float | None = None) -> Process:
         """Return the process on examples of this shape, with the prior's own eta or another."""
         return processes.gaussian(self.schedule, shape, eta=self.eta if eta is None else eta)
 
     def obtain(self, run: Run, domain: Any, identity: Any) -> Prior:
-        """Load the prior from its checkpoint or the cache, or train it and cache it.
-
-        Args:
-          identity: plain values that the trained parameters depend on; their hash names the cache entry.
-        """
+        """Make the prior ready; `identity` as in `parameters`."""
         model = PriorModel(self.schedule, self.network, self.prediction)
         process = self.process(domain.shape)
-        key = run.key("prior")
-        like = initial(self.network, jax.random.fold_in(key, 0), domain.shape)
-        if self.checkpoint is not None:
-            run.say(f"prior: parameters from {self.checkpoint}")
-            params = load_params(self.checkpoint, like)
-        else:
-            digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-            cached = run.cache / "priors" / digest
-            if cached.exists():
-                run.say(f"prior: trained earlier, from {cached}")
-                params = load_params(cached, like)
-            else:
-                options = dict(self.train)
-                steps, batch = options.pop("steps"), options.pop("batch")
-                tuner = tuners.pretraining(model, process, **options)
-                state = run.fit("prior", tuner, key, like, steps, data={"x0": jnp.asarray(domain.train_x)}, batch=batch)
-                params = state.best
-                cached.parent.mkdir(parents=True, exist_ok=True)
-                save_params(cached, params, meta={"identity": identity})
+        params = self.parameters(run, model, process, domain, identity)
         clipped = dataclasses.replace(model, value_range=domain.value_range) if self.clip else model
         return Prior(process, process.times(self.steps), clipped, params, self, domain.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedPrior(TrainedPrior):
+    """The settings of a masked prior with a network. Build it with `masked_prior`."""
+
+    def process(self, shape: tuple[int, ...], eta: float | None = None) -> Process:
+        """Return the process on one-hot examples of this shape, (L, K)."""
+        return _masked(self.schedule, shape, eta)
+
+    def obtain(self, run: Run, domain: Any, identity: Any) -> Prior:
+        """Make the prior ready; `identity` as in `parameters`."""
+        process = self.process(domain.shape)
+        blank, t = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, *state_shape(process)), (1,)))
+        out = jax.eval_shape(lambda x, t: self.network.init_with_output(jax.random.key(0), x, t)[0], blank, t)
+        if out.shape != (1, *domain.shape):
+            raise ValueError(
+                f"prior.network returns {list(out.shape[1:])} for a sequence, expected logits {list(domain.shape)}; "
+                f"give prior.network.out={domain.shape[-1]}"
+            )
+        model = MaskedModel(self.network)
+        params = self.parameters(run, model, process, domain, identity)
+        return Prior(process, process.times(self.steps), model, params, self, domain.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class FactorisedPrior:
+    """The settings of a masked prior of independent positions. Build it with `factorised_prior`."""
+
+    schedule: Any
+    steps: int
+    pseudocount: float
+    uniform: bool
+
+    def process(self, shape: tuple[int, ...], eta: float | None = None) -> Process:
+        """Return the process on one-hot examples of this shape, (L, K)."""
+        return _masked(self.schedule, shape, eta)
+
+    def obtain(self, run: Run, domain: Any, identity: Any) -> Prior:
+        """Count the letters of the training sequences; nothing is trained."""
+        process = self.process(domain.shape)
+        counts = np.asarray(domain.train_x).sum(0, dtype=np.float64) + self.pseudocount
+        p = np.ones_like(counts) if self.uniform else counts
+        logits = jnp.asarray(np.log(p / p.sum(-1, keepdims=True)), jnp.float32)
+        return Prior(process, process.times(self.steps), FactorisedModel(), logits, self, domain.shape)
+
+
+def _masked(schedule: Any, shape: tuple[int, ...], eta: float | None) -> Process:
+    if eta is not None:
+        raise ValueError(f"eta is for Gaussian priors, and this one is masked; give method.eta=null instead of {eta}")
+    return processes.masked(schedule, shape[:-1], shape[-1])
 
 
 def gaussian_prior(
@@ -133,7 +217,41 @@ def gaussian_prior(
       clip: clip predictions of x0 to the data's range when sampling.
       checkpoint: parameters of your own, an Orbax folder or a .safetensors file, in place of training.
     """
-    return GaussianPrior(network, schedule, prediction, steps, eta, clip, checkpoint, train)
+    return GaussianPrior(network, schedule, steps, checkpoint, train, prediction, eta, clip)
+
+
+def masked_prior(
+    network: Any,
+    schedule: Any,
+    train: dict[str, Any],
+    steps: int = 32,
+    checkpoint: str | None = None,
+) -> MaskedPrior:
+    """Describe a masked prior of sequences (MDLM, arXiv 2406.07524).
+
+    Args:
+      network: a Linen module called as (x, t, cond) on [B, L, K + 1], returning logits [B, L, K].
+      schedule: a mask schedule of `rgdiff.schedules`.
+      train: steps, batch and the arguments of `rgdiff.tuners.pretraining`.
+      steps: network calls of a sampling chain.
+      checkpoint: parameters of your own, an Orbax folder or a .safetensors file, in place of training.
+    """
+    return MaskedPrior(network, schedule, steps, checkpoint, train)
+
+
+def factorised_prior(
+    schedule: Any, steps: int = 16, pseudocount: float = 1.0, uniform: bool = False
+) -> FactorisedPrior:
+    """Describe a masked prior of independent positions, whose exact denoiser is known: letter frequencies of the training data.
+
+    Args:
+      steps: of a sampling chain.
+      pseudocount: added to the count of every letter at every position.
+      uniform: all letters alike, whatever the data.
+    """
+    if not uniform and not pseudocount > 0:
+        raise ValueError(f"pseudocount must be > 0, so that no letter is impossible, got {pseudocount!r}")
+    return FactorisedPrior(schedule, steps, pseudocount, uniform)
 
 
 def default_cache() -> Path:

@@ -1,4 +1,4 @@
-"""One self-contained report.html: a table of methods, grids of pictures, curves, notes and the config.
+"""One self-contained report.html: a table of methods, grids of pictures, sequence logos, curves, histograms, notes, the config.
 
 Assumes nothing about where it is opened: styles, pictures and curves are inside the file, there is no script
 and no address, and it reads in light and dark. What is worth reporting is left to the caller.
@@ -7,6 +7,7 @@ and no address, and it reads in light and dark. What is worth reporting is left 
 from __future__ import annotations
 
 import base64
+import functools
 import html
 import json
 import math
@@ -26,6 +27,11 @@ from rgdiff.runtime.folder import write_atomic
 _GRID_WIDTH, _TILE = 280, 96  # CSS pixels: four grids side by side on a page of 1212; the largest picture
 _COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#888888")  # Tol, bright
 _INK = "#010203"  # stands for the page's own text colour in a plot
+_LETTERS = {  # colours of letters: nucleotides, and what of the amino acids is not one: acids, bases, polar, hydrophobic
+    **dict(zip("ACGTU", ("#228833", "#4477aa", "#ccbb44", "#ee6677", "#ee6677"), strict=True)),
+    **dict.fromkeys("DE", "#ee6677"), **dict.fromkeys("KRH", "#4477aa"), **dict.fromkeys("NQSY", "#aa3377"),
+}  # fmt: skip
+_LOGO_WIDTH, _LOGO_HEIGHT, _COLUMN = 560, 110, 34  # CSS pixels: two logos side by side; the widest column
 
 
 @dataclass(frozen=True)
@@ -61,15 +67,36 @@ class Plot:
 
 
 @dataclass(frozen=True)
+class Histogram:
+    """How values are distributed, and optionally the exact law beside them: (values, probabilities). NaN is left out."""
+
+    title: str
+    values: Any
+    exact: tuple[Any, Any] | None = None
+    xlabel: str = "reward"
+    bins: int = 40
+
+
+@dataclass(frozen=True)
+class Logo:
+    """A sequence logo: a column for each of `frequencies` [L, K] (rows sum to 1), as high as its information, log2 K - entropy, in bits."""
+
+    title: str
+    letters: str
+    frequencies: Any
+
+
+@dataclass(frozen=True)
 class Report:
-    """What a report says: table[method][metric], rows of grids side by side, plots, notes, config."""
+    """What a report says: table[method][metric], rows of grids side by side, logos, plots, notes, config."""
 
     title: str
     command: str = ""
     versions: Mapping[str, Any] = field(default_factory=dict)
     table: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     grids: Sequence[Sequence[Grid]] = ()
-    plots: Sequence[Plot] = ()
+    logos: Sequence[Logo] = ()
+    plots: Sequence[Plot | Histogram] = ()
     notes: Sequence[str] = ()
     config: Any = None
     date: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M"))
@@ -79,7 +106,7 @@ def write_report(path: str | os.PathLike[str], report: Report) -> None:
     """Write the report as one HTML file; `config` is text (YAML) or a dict.
 
     Raises:
-      ValueError: if a picture batch is not uint8 [N, H, W, C] with C in (1, 3, 4), or lengths do not match.
+      ValueError: if a picture batch is not uint8 [N, H, W, C] with C in (1, 3, 4), or lengths or shapes do not match.
     """
     write_atomic(path, render(report).encode())
 
@@ -114,6 +141,10 @@ def render(report: Report) -> str:
     if report.grids:
         rows = "".join(f"<div class=row>{''.join(map(_grid, row))}</div>" for row in report.grids)
         parts.append(f"<section><h2>Samples</h2>{rows}</section>")
+    if report.logos:
+        top = max((float(_information(logo).max()) for logo in report.logos), default=0.0)
+        logos = "".join(_logo(logo, top) for logo in report.logos)
+        parts.append(f"<section><h2>Sequence logos</h2><div class=row>{logos}</div></section>")
     if report.plots:
         plots = "".join(_plot(plot, number) for number, plot in enumerate(report.plots))
         parts.append(f"<section><h2>Curves</h2><div class=row>{plots}</div></section>")
@@ -206,7 +237,96 @@ def _grid(grid: Grid) -> str:
     return f'<figure style="width:{outer}px">{caption}<div class=grid style="{style}">{cells}</div></figure>'
 
 
-def _plot(plot: Plot, number: int) -> str:
+def _information(logo: Logo) -> np.ndarray:
+    """Bits of every column: log2 K + sum f log2 f, [L]."""
+    f = np.asarray(logo.frequencies, np.float64)
+    if f.ndim != 2 or f.shape[1] != len(logo.letters) or not len(f):
+        raise ValueError(
+            f"logo {logo.title!r}: expected frequencies [L, {len(logo.letters)}], got shape {list(f.shape)}"
+        )
+    return math.log2(f.shape[1]) + np.sum(f * np.log2(np.where(f > 0, f, 1)), 1)
+
+
+def _logo(logo: Logo, top: float) -> str:
+    """Draw a logo whose axis reaches `top` bits, the same for all of a report."""
+    frequencies, bits = np.asarray(logo.frequencies, np.float64), _information(logo)
+    top = max(top, 1e-3)
+    column = min(_COLUMN, _LOGO_WIDTH / len(bits))
+    marks = ""
+    for place, (row, height) in enumerate(zip(frequencies, bits, strict=True)):
+        below = 0.0
+        for index in np.argsort(row):
+            size = row[index] * height / top * _LOGO_HEIGHT
+            if size >= 0.25:
+                letter = logo.letters[index]
+                where = (
+                    f"translate({place * column:.1f} {_LOGO_HEIGHT - below:.2f}) scale({column * 0.96:.2f} {-size:.2f})"
+                )
+                marks += f'<path fill="{_LETTERS.get(letter, _COLORS[-1])}" transform="{where}" d="{_glyph(letter)}"/>'
+            below += size
+    width = math.ceil(column * len(bits))
+    caption = f"<figcaption><b>{_text(logo.title)}</b> full height {_number(round(top, 3))} bits</figcaption>"
+    svg = f'<svg viewBox="0 0 {width} {_LOGO_HEIGHT}" width={width} height={_LOGO_HEIGHT} role="img">{marks}</svg>'
+    return f"<figure class=logo>{caption}{svg}</figure>"
+
+
+@functools.cache
+def _glyph(letter: str) -> str:
+    """Outline of a capital letter in the unit square, as the d of an SVG path."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.path import Path
+    from matplotlib.textpath import TextPath
+
+    outline = TextPath((0, 0), letter, size=10, prop=FontProperties(family="DejaVu Sans", weight="bold"))
+    low, high = outline.vertices.min(0), outline.vertices.max(0)
+    commands: dict[Any, str] = {Path.MOVETO: "M", Path.LINETO: "L", Path.CURVE3: "Q", Path.CURVE4: "C"}
+    out = []
+    for points, code in outline.iter_segments():
+        if code == Path.CLOSEPOLY:
+            out.append("Z")
+        else:
+            scaled = (np.asarray(points).reshape(-1, 2) - low) / (high - low)
+            out.append(commands[code] + " ".join(f"{x:.3f} {y:.3f}" for x, y in scaled))
+    return "".join(out)
+
+
+def _lines(axes: Any, plot: Plot) -> None:
+    for index, series in enumerate(plot.series):
+        if not len(series.x) == len(series.y):
+            raise ValueError(f"plot {plot.title!r}: series {series.name!r} has {len(series.x)} x and {len(series.y)} y")
+        color = _COLORS[index % len(_COLORS)]
+        if series.low is not None and series.high is not None:
+            axes.fill_between(series.x, series.low, series.high, color=color, alpha=0.2, linewidth=0)
+        marker = "." if len(series.x) < 3 else ""
+        axes.plot(series.x, series.y, color=color, linewidth=1.6, label=series.name, marker=marker)
+    axes.set_xlabel(plot.xlabel)
+    axes.set_ylabel(plot.ylabel)
+    if plot.series:
+        axes.legend(frameon=False)
+
+
+def _bars(axes: Any, plot: Histogram) -> None:
+    values = np.asarray(plot.values, np.float64)
+    values = values[np.isfinite(values)]
+    laws = {"samples": (values, np.full(len(values), 1 / max(len(values), 1)))}
+    if plot.exact is not None:
+        exact, probabilities = (np.asarray(part, np.float64) for part in plot.exact)
+        if exact.shape != probabilities.shape:
+            raise ValueError(
+                f"histogram {plot.title!r}: {len(exact)} exact values with {len(probabilities)} probabilities"
+            )
+        some = np.isfinite(exact)
+        laws["exact law"] = exact[some], probabilities[some]
+    edges = np.histogram_bin_edges(np.concatenate([v for v, _ in laws.values()]), plot.bins)
+    for index, (name, (v, weights)) in enumerate(laws.items()):
+        share = np.histogram(v, edges, weights=weights)[0]
+        axes.stairs(share, edges, fill=not index, color=_COLORS[index], alpha=1 if index else 0.45, label=name)
+    axes.set_xlabel(plot.xlabel)
+    axes.set_ylabel("share")
+    axes.legend(frameon=False)
+
+
+def _plot(plot: Plot | Histogram, number: int) -> str:
     import io
 
     from matplotlib import rc_context
@@ -222,26 +342,10 @@ def _plot(plot: Plot, number: int) -> str:
     with rc_context(look):
         figure = Figure(figsize=(5.4, 3.2), layout="constrained")
         axes = figure.add_subplot()
-        for index, series in enumerate(plot.series):
-            if not len(series.x) == len(series.y):
-                raise ValueError(
-                    f"plot {plot.title!r}: series {series.name!r} has {len(series.x)} x and {len(series.y)} y"
-                )
-            color = _COLORS[index % len(_COLORS)]
-            if series.low is not None and series.high is not None:
-                axes.fill_between(series.x, series.low, series.high, color=color, alpha=0.2, linewidth=0)
-            axes.plot(
-                series.x,
-                series.y,
-                color=color,
-                linewidth=1.6,
-                label=series.name,
-                marker="." if len(series.x) < 3 else "",
-            )
-        axes.set_xlabel(plot.xlabel)
-        axes.set_ylabel(plot.ylabel)
-        if plot.series:
-            axes.legend(frameon=False)
+        if isinstance(plot, Histogram):
+            _bars(axes, plot)
+        else:
+            _lines(axes, plot)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True)
     svg = buffer.getvalue()
@@ -281,6 +385,7 @@ figcaption b{color:var(--ink);font-weight:600}
 .grid img{display:block;image-rendering:pixelated}
 .grid span{display:block;text-align:center;font-size:10.5px;line-height:1.5;
 color:var(--quiet);font-variant-numeric:tabular-nums}
+.logo svg{max-width:100%}
 .plot{width:min(580px,100%)}
 .plot svg{width:100%;height:auto}
 .plot text{font-family:inherit!important}

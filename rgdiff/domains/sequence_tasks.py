@@ -1,0 +1,222 @@
+"""Tasks on sequences, and their judge: what `reward/*.yaml` name, and how samples of any method are measured and shown.
+
+Where all sequences can be enumerated, samples stand beside the exact law that the method aims at: the tilted law of the
+prior's own chain. A learned reward is judged by a twin trained on the other half of the measurements. Rewards
+themselves are in `sequence_rewards`, figures in `rgdiff.metrics`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rgdiff import metrics, tuners
+from rgdiff.domains import enumeration, sequence_rewards
+from rgdiff.domains.judging import Judge
+from rgdiff.domains.oracle import Oracle, train_oracle
+from rgdiff.domains.sequences import SequenceDomain
+from rgdiff.processes import MaskedProcess
+from rgdiff.rewards import Task
+from rgdiff.typing import Key
+
+_bound = jax.jit(tuners.masked_bound)
+
+BOUNDED = 256  # samples whose likelihood is estimated
+BEST = 0.1  # share of the measured sequences that count as the best
+
+
+class SequenceJudge(Judge):
+    """Measures samples of a sequence domain; learned rewards are judged by an oracle of its own half of the measurements."""
+
+    def __init__(self, domain: SequenceDomain, key: Key):
+        super().__init__(domain.shape)
+        self.domain = domain
+        self._key = key
+        self._known: tuple[Any, np.ndarray] | None = None
+        self._train = domain.train_x.argmax(-1)
+
+    def check(self, task: Task) -> None:
+        if task.target is not None:
+            raise ValueError("a reward with a class target is for images; choose a reward on sequences")
+        super().check(task)
+
+    @functools.cached_property
+    def oracle(self) -> Oracle:
+        """An oracle that the guide never meets."""
+        return train_oracle(self._key, self.domain.judge_x, self.domain.judge_y)
+
+    def law(self, prior: Any) -> np.ndarray | None:
+        """Return the law [K^L] of the prior's own chain, or None where it is not a masked one or too large to enumerate."""
+        length, classes = self.domain.shape
+        if not isinstance(prior.process, MaskedProcess) or not enumeration.enumerable(length, classes):
+            return None
+        if self._known is None or self._known[0] is not prior:
+            self._known = prior, enumeration.chain_law(prior.process, prior.denoiser, prior.times)
+        return self._known[1]
+
+    def exact(self, outcome: Any, task: Task, prior: Any) -> tuple[np.ndarray, enumeration.Tilted] | None:
+        """Return all rewards [K^L] and the law that a method aims at, or None where it is not known.
+
+        A method without a temperature is compared with the prior's own law.
+        """
+        law = self.law(prior)
+        if law is None:
+            return None
+        every = enumeration.all_rewards(task.reward, *self.domain.shape)
+        temperature = np.inf if outcome.temperature is None else float(outcome.temperature)
+        return every, enumeration.tilted(law, every, temperature)
+
+    def row(self, outcome: Any, task: Task, prior: Any = None) -> dict[str, Any]:
+        """Return the figures of one method, flat.
+
+        Rewards under both rewards; where the exact law is known, its mean reward, log Z and KL and the distance of the
+        histograms; log-likelihood under the prior (median over samples of minus the bound on it, nats per sequence);
+        k-mer correlations with the training set and with the best measured tenth, diversity, unique and novel shares; costs.
+        """
+        x0, tokens = self._letters(outcome.x0)
+        classes = self.domain.shape[1]
+        row = self.reward_figures(x0, task)
+        exact = self.exact(outcome, task, prior)
+        if exact is not None:
+            every, law = exact
+            row |= {"exact_reward_mean": law.reward_mean, "exact_log_z": law.log_z, "exact_kl": law.kl}
+            row["histogram_distance"] = metrics.histogram_distance(
+                self.rewards(task.reward, x0), every, law.probabilities
+            )
+        if isinstance(prior.process, MaskedProcess):
+            bound = _bound(self._key, prior.process, prior.denoiser, jnp.asarray(x0[:BOUNDED]))
+            row["log_likelihood"] = -float(np.median(bound))
+        row["kmer_correlation"] = metrics.kmer_correlation(tokens, self._train, classes, self._k)
+        if self._best is not None:
+            row["kmer_correlation_best"] = metrics.kmer_correlation(tokens, self._best, classes, self._k)
+        row["diversity"] = metrics.sequence_diversity(tokens)
+        row["unique"] = metrics.unique(tokens)
+        row["novelty"] = metrics.novelty(tokens, self._train)
+        return row | self.costs(outcome)
+
+    def logos(self, outcomes: Mapping[str, Any], task: Task, prior: Any) -> list[tuple[str, str, np.ndarray]]:
+        """Return letter frequencies: of the training sequences, of every method's samples, and of its exact law where known."""
+        length, classes = self.domain.shape
+        out = [("training sequences", self.domain.alphabet.letters, self.domain.train_x.mean(0, dtype=np.float64))]
+        for key, outcome in outcomes.items():
+            out.append((key, self.domain.alphabet.letters, self._letters(outcome.x0)[0].mean(0)))
+            exact = self.exact(outcome, task, prior)
+            if exact is not None:
+                joint = exact[1].probabilities.reshape((classes,) * length)
+                marginals = [joint.sum(tuple(j for j in range(length) if j != i)) for i in range(length)]
+                out.append((f"{key}: exact law", self.domain.alphabet.letters, np.stack(marginals)))
+        return out
+
+    def histograms(self, outcomes: Mapping[str, Any], task: Task, prior: Any) -> list[tuple[str, np.ndarray, Any]]:
+        """Return the rewards of every method's samples beside the exact law where it is known."""
+        out = []
+        for key, outcome in outcomes.items():
+            exact = self.exact(outcome, task, prior)
+            law = None if exact is None else (exact[0], exact[1].probabilities)
+            out.append((f"{key}: reward", self.rewards(task.reward, self._letters(outcome.x0)[0]), law))
+        return out
+
+    def notes(self, task: Task) -> list[str]:
+        """Return what a reader of the report should know."""
+        notes = [
+            "log_likelihood: median over samples of the unbiased bound on log p under the prior, nats per sequence. "
+            f"kmer_correlation: of {self._k}-mer counts with the training sequences; _best: with the best measured tenth. "
+            "diversity: mean share of differing positions over pairs. novelty: share not among the training sequences.",
+            "exact_…: of the tilted law of the prior's own chain at the method's temperature, by enumeration, where all "
+            "sequences can be enumerated. kl: path KL to the prior in nats per sample; for SVDD the estimate of its "
+            "selections' KL. network_calls: per sample. seconds: without compilation.",
+        ]
+        if isinstance(task.reward, Oracle) and isinstance(task.heldout, Oracle):
+            of_guide = correlation(task.reward(jnp.asarray(self.domain.judge_x)), self.domain.judge_y)
+            of_judge = correlation(task.heldout(jnp.asarray(self.domain.guide_x)), self.domain.guide_y)
+            notes.append(
+                "The guiding oracle and the judging one are trained on disjoint halves of the measurements; each one's "
+                f"correlation with measurements it has not seen: {of_guide:.3f} and {of_judge:.3f}."
+            )
+        return notes
+
+    @property
+    def _k(self) -> int:
+        return min(3, self.domain.shape[0])
+
+    @functools.cached_property
+    def _best(self) -> np.ndarray | None:
+        """The best tenth of the measured sequences, [n, L]."""
+        y = np.concatenate([self.domain.guide_y, self.domain.judge_y])
+        if not len(y):
+            return None
+        x = np.concatenate([self.domain.guide_x, self.domain.judge_x])
+        return x[np.argsort(-y, kind="stable")[: max(1, round(BEST * len(y)))]].argmax(-1)
+
+    def _letters(self, x0: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return samples as one-hot float32 [N, L, K] and as class numbers [N, L]: the most probable letters."""
+        tokens = np.asarray(x0).argmax(-1)
+        return np.eye(self.domain.shape[1], dtype=np.float32)[tokens], tokens
+
+
+def correlation(a: Any, b: Any) -> float:
+    """Pearson's correlation of two vectors."""
+    return float(np.corrcoef(np.asarray(a, np.float64), np.asarray(b, np.float64))[0, 1])
+
+
+def table(domain: SequenceDomain) -> Task:
+    """Make the task: the domain's table of all sequences, judged by itself."""
+    if _sequences(domain).table is None:
+        raise ValueError(
+            f"reward=tfbind8 needs a domain with a table of all sequences, got {domain.name}; use domain=tfbind8"
+        )
+    reward = sequence_rewards.table(domain.table, *domain.shape)  # type: ignore[arg-type]
+    return Task(reward, reward)
+
+
+def gc(domain: SequenceDomain, target: float | None = None) -> Task:
+    """Make the task: GC content, or closeness to a target share, judged by itself."""
+    reward = sequence_rewards.gc(_sequences(domain).alphabet.letters, target)
+    return Task(reward, reward)
+
+
+def motif(
+    domain: SequenceDomain,
+    consensus: str = "TGACTCA",
+    matrix: Sequence[Sequence[float]] | None = None,
+    both_strands: bool = False,
+) -> Task:
+    """Make the task: the best match of a motif in nats, by its consensus in IUPAC letters or a matrix [W, K], judged by itself."""
+    letters = _sequences(domain).alphabet.letters
+    weights = sequence_rewards.pwm(consensus, letters) if matrix is None else np.asarray(matrix, np.float64)
+    if len(weights) > domain.shape[0]:
+        raise ValueError(f"the motif is {len(weights)} long, the sequences {domain.shape[0]}; give a shorter motif")
+    reward = sequence_rewards.motif(weights, letters, both_strands=both_strands)
+    return Task(reward, reward)
+
+
+def oracle(
+    domain: SequenceDomain,
+    judge: SequenceJudge,
+    key: Key,
+    steps: int = 600,
+    width: int = 32,
+    kernel: int = 7,
+    dilations: Sequence[int] = (1, 1, 4),
+) -> Task:
+    """Make the task: a learned oracle of one half of the measurements, judged by the judge's, of the other half.
+
+    Args:
+      steps, width, kernel, dilations: of the oracle that guides, see `rgdiff.domains.oracle.train_oracle`.
+    """
+    if not len(_sequences(domain).guide_y):
+        raise ValueError(f"{domain.name} has no measurements to learn from; give domain.measurement=COLUMN")
+    x, y = domain.guide_x, domain.guide_y
+    guide = train_oracle(key, x, y, steps=steps, width=width, kernel=kernel, dilations=tuple(dilations))
+    return Task(guide, judge.oracle)
+
+
+def _sequences(domain: Any) -> SequenceDomain:
+    if not isinstance(domain, SequenceDomain):
+        raise ValueError("this reward is for sequences; choose a sequence domain, e.g. domain=tfbind8 or domain=utr")
+    return domain
