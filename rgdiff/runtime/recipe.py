@@ -18,7 +18,18 @@ from typing import Any
 COMMON = {"out": None, "seed": 0, "data_dir": None, "resume": False}  # the keys of every recipe
 CONSTRUCTORS = tuple(  # modules whose public classes and functions a recipe may call; none of them writes files
     f"rgdiff.{name}"
-    for name in ("schedules", "rewards", "tuners", "nets", "domains", "runtime.priors", "runtime.methods")
+    for name in (
+        "schedules",
+        "rewards",
+        "tuners",
+        "nets",
+        "domains",
+        "runtime.priors",
+        "runtime.methods",
+        "runtime.steering",
+        "runtime.enumerated",
+        "runtime.gradient_guidance",
+    )
 )
 GROUPS = ("domain", "method", "prior", "reward")
 

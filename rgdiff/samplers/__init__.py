@@ -2,6 +2,23 @@
 
 from rgdiff.samplers._loop import Samples, roll, sample
 from rgdiff.samplers.ancestral import ancestral, path_kl
+from rgdiff.samplers.best_of_n import best_of_n
+from rgdiff.samplers.event_driven import event_driven
+from rgdiff.samplers.smc import das, das_tempering, fk_steering, smc, tds
 from rgdiff.samplers.svdd import svdd
 
-__all__ = ["Samples", "ancestral", "path_kl", "roll", "sample", "svdd"]
+__all__ = [
+    "Samples",
+    "ancestral",
+    "best_of_n",
+    "das",
+    "das_tempering",
+    "event_driven",
+    "fk_steering",
+    "path_kl",
+    "roll",
+    "sample",
+    "smc",
+    "svdd",
+    "tds",
+]

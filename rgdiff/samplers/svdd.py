@@ -1,7 +1,8 @@
 """SVDD: soft value-based decoding (arXiv 2408.08252). Draw M candidates from the kernel, keep one in proportion to exp(v/tau).
 
-Nothing is differentiated and nothing is trained, so the reward may be a black box. The samples do not interact; as M
-grows the law tends to p_pre(x) exp(r(x)/tau)/Z when v is the exact soft value, with an error of order 1/M.
+Nothing is differentiated and nothing is trained, so the reward may be a black box. The samples do not interact (but
+for `replace`); as M grows the law tends to p_pre(x) exp(r(x)/tau)/Z when v is the exact soft value, with an error of
+order 1/M.
 """
 
 from __future__ import annotations
@@ -12,30 +13,34 @@ import jax
 import jax.numpy as jnp
 
 from rgdiff import checks
+from rgdiff.processes import MaskedProcess
+from rgdiff.resampling import multinomial
+from rgdiff.samplers._evaluate import distinct, evaluate, first_equal, shares
 from rgdiff.typing import (
     Array,
     Cond,
     Denoiser,
+    Guide,
     Info,
     Key,
+    Move,
     Process,
     State,
     Value,
     callable_pytree,
     pytree,
-    same_callable,
     static,
 )
-from rgdiff.values import PosteriorMean
 
 SELECTIONS = ("soft", "argmax")
 
 
 class Carry(NamedTuple):
-    """The state x_t, and the denoiser's prediction there when the value has already computed it."""
+    """The state x_t; the denoiser's prediction there when the value has already computed it; its value where copies reuse it."""
 
     x: State
     prediction: Any
+    value: Any
 
 
 @pytree
@@ -46,25 +51,37 @@ class Svdd:
     denoiser: Denoiser
     value: Value
     temperature: Array
+    proposal: Guide | None
     candidates: int = static()
     chunk: int = static()
     selection: str = static(default="soft")
     select_initial: bool = static(default=False)
     shared: bool = static(default=False)
+    replace: float = static(default=0.0)
+    distinct: bool = static(default=False)
+    timeless: bool = static(default=False)
 
     def init(self, key: Key, batch: int, t: Array, cond: Cond = None) -> Carry:
         key_draw, key_select = jax.random.split(key)
         prior = self.process.prior(batch)
         if self.select_initial:
-            return self._choose(key_select, self._draw(key_draw, prior), t, cond)[0]
+            return self._choose(key_select, self._draw(key_draw, prior), None, t, cond)[0]
         x = prior.sample(key_draw)
-        return Carry(x, self.denoiser(x, t, cond) if self.shared else None)
+        if self.timeless:
+            value, prediction = evaluate(self.process, self.value, self.shared, x, t, cond)
+            return Carry(x, prediction, value)
+        return Carry(x, self.denoiser(x, t, cond) if self.shared else None, None)
 
     def step(self, key: Key, carry: Carry, t: Array, s: Array, cond: Cond = None) -> tuple[Carry, Info]:
         key_draw, key_select = jax.random.split(key)
         prediction = carry.prediction if self.shared else self.denoiser(carry.x, t, cond)
         kernel = self.process.reverse(carry.x, t, s, prediction)
-        return self._choose(key_select, self._draw(key_draw, kernel), s, cond)
+        if self.proposal is None:
+            return self._choose(key_select, self._draw(key_draw, kernel), carry, s, cond)
+        proposal = self.proposal(kernel, Move(carry.x, t, s, cond, prediction))
+        candidates = self._draw(key_draw, proposal)
+        log_ratio = jax.vmap(kernel.log_prob)(candidates) - jax.vmap(proposal.log_prob)(candidates)
+        return self._choose(key_select, candidates, carry, s, cond, log_ratio)
 
     def final(self, carry: Carry, t: Array, cond: Cond = None) -> tuple[State, Info]:
         prediction = carry.prediction
@@ -73,23 +90,36 @@ class Svdd:
         return self.process.finalize(carry.x, t, prediction), {}
 
     def network_calls(self, moves: int) -> int:
-        """Calls of the denoiser per sample over a chain of `moves` moves (the value's own network not counted)."""
+        """Calls of the denoiser per sample over a chain of `moves` moves, at most (the value's own network not counted).
+
+        With `distinct` fewer: info["evaluations"] says how many states were evaluated.
+        """
         if not self.shared:
             return moves + self.process.projects
         first = self.candidates if self.select_initial else 1
         return first + self.candidates * (moves if self.process.projects else moves - 1)
 
     def value_calls(self, moves: int) -> int:
-        """Evaluations of the value per sample."""
+        """Evaluations of the value per sample, at most."""
         return self.candidates * (moves + self.select_initial)
 
     def _draw(self, key: Key, kernel: Any) -> State:
         return jax.vmap(kernel.sample)(jax.random.split(key, self.candidates))
 
-    def _choose(self, key: Key, candidates: State, t: Array, cond: Cond) -> tuple[Carry, Info]:
-        """Weigh candidates [M, B, ...] at time t and keep one per example."""
-        values, predictions = self._evaluate(candidates, t, cond)
+    def _choose(
+        self,
+        key: Key,
+        candidates: State,
+        parent: Carry | None,
+        t: Array,
+        cond: Cond,
+        log_ratio: Array | None = None,
+    ) -> tuple[Carry, Info]:
+        """Weigh candidates [M, B, ...] at time t by exp(v/tau) kernel/proposal, and keep one per example."""
+        values, predictions, evaluations = self._evaluate(candidates, parent, t, cond)
         log_weights = log_soft_weights(values, self.temperature)
+        if log_ratio is not None:
+            log_weights += log_ratio
         if self.selection == "soft":
             index = jax.random.categorical(key, log_weights, axis=0)
         else:
@@ -101,21 +131,38 @@ class Svdd:
             "values": values,
             "candidates": candidates,
             "log_weights": log_weights,
-            "kl": self._selection_kl(log_weights, pick(log_weights)),
+            "kl": self._selection_kl(log_weights, pick(log_weights)) - (0.0 if log_ratio is None else pick(log_ratio)),
             "infeasible": jnp.sum(jnp.isnan(values), axis=0),
         }
-        return Carry(jax.tree.map(pick, candidates), jax.tree.map(pick, predictions)), info
+        if self.distinct:
+            info["evaluations"] = evaluations
+        x, prediction = jax.tree.map(pick, (candidates, predictions))
+        carry = Carry(x, prediction, info["value"] if self.timeless else None)
+        if self.replace:
+            carry, info["value"] = self._resample(jax.random.fold_in(key, 1), carry, info["value"])
+        return carry, info
+
+    def _resample(self, key: Key, carry: Carry, values: Array) -> tuple[Carry, Array]:
+        """Replace the lowest of the batch by draws in proportion to exp(v/tau) from all of it (SVDD-R)."""
+        count = round(self.replace * values.shape[0])
+        winners = multinomial(key, log_soft_weights(values, self.temperature), count)
+        lowest = jnp.argsort(jnp.where(jnp.isnan(values), -jnp.inf, values))[:count]
+        source = jnp.arange(values.shape[0]).at[lowest].set(winners)
+        return jax.tree.map(lambda leaf: leaf[source], (carry, values))
 
     def _selection_kl(self, log_weights: Array, won: Array) -> Array:
-        """Estimate of KL(selected || kernel), nats [B]: log w_won / mean w; for argmax, its exact value without ties."""
+        """Estimate of KL(selected || proposal), nats [B]: log w_won / mean w; for argmax, its exact value without ties."""
         if self.selection == "soft":
             return won - jax.nn.logsumexp(log_weights, 0) + jnp.log(self.candidates)
         return jnp.full_like(won, jnp.log(self.candidates) - (self.candidates - 1) / self.candidates)
 
-    def _evaluate(self, candidates: State, t: Array, cond: Cond) -> tuple[Array, Any]:
-        """Values [M, B], and predictions [M, B, ...] where the value shares the denoiser; `chunk` candidates at a time."""
+    def _evaluate(self, candidates: State, parent: Carry | None, t: Array, cond: Cond) -> tuple[Array, Any, Array]:
+        """Values [M, B], predictions [M, B, ...] where the value shares the denoiser, and states evaluated per example [B]."""
         pieces = self.candidates // self.chunk
         batch = jax.tree.leaves(candidates)[0].shape[1]
+        run = lambda x, conds: evaluate(self.process, self.value, self.shared, x, t, conds)  # noqa: E731
+        if self.distinct:
+            return self._evaluate_distinct(run, candidates, parent, t, cond)
 
         # Rows of one example stay together, so that a batch split over devices is evaluated where it lies.
         def fold(leaf: Array) -> Array:
@@ -127,26 +174,35 @@ class Svdd:
             return leaf.reshape(self.candidates, batch, *leaf.shape[3:])
 
         conds = jax.tree.map(lambda c: jnp.repeat(c, self.chunk, axis=0), cond)
-
-        def evaluate(x: State) -> tuple[Array, Any]:
-            if not self.shared:
-                return self.value(x, t, conds), None
-            value: PosteriorMean = self.value  # type: ignore[assignment]
-            predict = lambda: self.denoiser(x, t, conds)  # noqa: E731
-            if not self.process.projects:  # at t = 0 nothing is masked: the prediction is not looked at
-                shapes = jax.eval_shape(predict)
-                blank = lambda: jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), shapes)  # noqa: E731
-                prediction = jax.lax.cond(t > 0, predict, blank)
-            else:
-                prediction = predict()
-            return value.given(x, t, prediction, conds), prediction
-
         folded = jax.tree.map(fold, candidates)
         if pieces == 1:
-            out = jax.tree.map(lambda leaf: leaf[None], evaluate(jax.tree.map(lambda leaf: leaf[0], folded)))
+            out = run(jax.tree.map(lambda leaf: leaf[0], folded), conds)
+            out = jax.tree.map(lambda leaf: leaf[None], out)
         else:
-            out = jax.lax.map(evaluate, folded)
-        return jax.tree.map(unfold, out)
+            out = jax.lax.map(lambda x: run(x, conds), folded)
+        return *jax.tree.map(unfold, out), jnp.full(batch, self.candidates)
+
+    def _evaluate_distinct(
+        self, run: Any, candidates: Array, parent: Carry | None, t: Array, cond: Cond
+    ) -> tuple[Array, Any, Array]:
+        """The same for one of each kind of candidate; the parent's own kind is known where nothing depends on t."""
+        many, batch = candidates.shape[:2]
+        tokens = jnp.argmax(candidates, -1)
+        first = first_equal(tokens)  # [M, B]
+        needed = first == jnp.arange(many)[:, None]
+        known = jnp.zeros((many, batch), bool)
+        if self.timeless and parent is not None:
+            still_masked = t > 0  # at t = 0 a value may be the reward itself: nothing is reused
+            known = (tokens == jnp.argmax(parent.x, -1)[None]).reshape(many, batch, -1).all(-1) & still_masked
+        flat = lambda leaf: leaf.reshape(many * batch, *leaf.shape[2:])  # noqa: E731
+        conds = jax.tree.map(lambda c: jnp.tile(c, (many,) + (1,) * (c.ndim - 1)), cond)
+        source = (first * batch + jnp.arange(batch)).reshape(-1)
+        out, _ = distinct(run, flat(candidates), conds, source, flat(needed & ~known), self.chunk * batch)
+        out = jax.tree.map(lambda leaf: leaf.reshape(many, batch, *leaf.shape[1:]), out)
+        if self.timeless and parent is not None:
+            reuse = lambda new, old: jnp.where(known.reshape(many, batch, *(1,) * (new.ndim - 2)), old[None], new)  # noqa: E731
+            out = jax.tree.map(reuse, out, (parent.value, parent.prediction))
+        return *out, jnp.sum(needed & ~known, axis=0)
 
 
 def log_soft_weights(values: Array, temperature: Array) -> Array:
@@ -171,6 +227,10 @@ def svdd(
     chunk: int | None = None,
     selection: str = "soft",
     select_initial: bool = False,
+    proposal: Guide | None = None,
+    replace: float = 0.0,
+    distinct: bool = False,
+    timeless: bool = False,
 ) -> Svdd:
     """Build SVDD, arXiv 2408.08252 algorithm 1: SVDD-PM with `values.posterior_mean`, SVDD-MC with `values.learned`.
 
@@ -181,33 +241,53 @@ def svdd(
       value: (x, t, cond) -> [B], in the reward's unit.
       temperature: tau in the reward's unit; the target is p_pre(x) exp(r(x)/tau)/Z.
       candidates: M.
-      chunk: candidates evaluated at once (a divisor of M; all by default), to bound memory.
+      chunk: candidates evaluated at once (a divisor of M; all by default, one with `distinct`), to bound memory.
       selection: `soft`, or `argmax`: the best candidate, whatever the temperature.
       select_initial: also select x_T among M draws of the prior.
+      proposal: a guide on the kernel; candidates come from the guided law and are weighted by kernel/proposal too
+        (algorithm 6), so that the target stays the same.
+      replace: fraction of the batch that each move replaces, the lowest values by draws from the whole batch in
+        proportion to exp(v/tau) (SVDD-R, algorithm 2); samples then interact.
+      distinct: of a masked process, evaluate one of each kind of candidate only. The law is the same; the cost falls
+        with the number of copies. Examples then share their evaluations: not for a batch split over devices.
+      timeless: with `distinct`, the denoiser and the value do not look at t, so that a candidate in which nothing
+        changed costs nothing.
 
     Note:
       The released code takes the argmax at every step and does not read its temperature; that is
-      selection="argmax". The paper's theorem selects the initial draw too, the released code does not.
+      selection="argmax". The paper's theorem selects the initial draw too, the released code does not. No code of
+      SVDD-R is public; the paper resamples globally and reports 3 to 5 % of the samples replaced a step.
 
     Raises:
-      ValueError: for eta = 0, M < 1, a chunk that does not divide M, a temperature that is not positive.
+      ValueError: for eta = 0, M < 1, a chunk that does not divide M, a temperature that is not positive, `distinct`
+        of a process that is not masked.
     """
     checks.law(process, "svdd")
     candidates = checks.at_least("candidates", candidates, 1)
-    chunk = candidates if chunk is None else checks.at_least("chunk", chunk, 1)
+    whole = 1 if distinct else candidates
+    chunk = whole if chunk is None else checks.at_least("chunk", chunk, 1)
     if candidates % chunk:
         raise ValueError(f"chunk must divide the {candidates} candidates, got {chunk}")
     checks.one_of("selection", selection, SELECTIONS)
+    if distinct and not isinstance(process, MaskedProcess):
+        raise ValueError("distinct=True needs a masked process: candidates of a continuous one never coincide")
+    if timeless and not distinct:
+        raise ValueError("timeless=True says which candidates need no evaluation: it needs distinct=True")
+    if not 0 <= replace < 1:
+        raise ValueError(f"replace must be a fraction of the batch in [0, 1), got {replace!r}")
     denoiser = callable_pytree(denoiser, "a denoiser")
-    shared = isinstance(value, PosteriorMean) and same_callable(value.denoiser, denoiser)
     return Svdd(
         process,
         denoiser,
         callable_pytree(value, "a value"),
         checks.positive("temperature", temperature),
+        None if proposal is None else callable_pytree(proposal, "a guide"),
         candidates,
         chunk,
         selection,
         select_initial,
-        shared,
+        shares(value, denoiser),
+        float(replace),
+        bool(distinct),
+        bool(timeless),
     )

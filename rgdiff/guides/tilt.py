@@ -1,0 +1,100 @@
+"""Guides on the kernel: the law of the next state, tilted by the gradient of a value at the present one.
+
+Gaussian kernels move their mean by std^2 times the gradient, one-hot ones their logits; both by the same code. The
+gradient is per example (a VJP of ones), so nothing depends on the batch. Guides that act on the prediction instead are
+in `guides.score`; the two agree to first order in the step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rgdiff import checks
+from rgdiff.kernels import Absorbing, PointMass, Product
+from rgdiff.typing import Array, Cond, Guide, Kernel, Move, State, Value, callable_pytree, pytree, static
+
+TILTS = ("token", "token_and_rate")
+
+
+@pytree
+class GradientGuide:
+    """q(y) proportional to k(y) exp<scale * gradient of v at x_t, y>. Build it with `gradient_guide`."""
+
+    value: Value
+    scale: Array
+    tilts: str = static(default="token")
+
+    def __call__(self, kernel: Kernel, move: Move) -> Kernel:
+        return tilt(kernel, self.direction(move.x, move.t, move.cond), self.tilts)
+
+    def direction(self, x: State, t: Array, cond: Cond = None) -> State:
+        """Return scale * gradient of v(x, t, cond) with respect to x, per example; zero where it is not finite."""
+        return scaled(value_gradient(self.value, x, t, cond)[1], self.scale)
+
+
+@pytree
+class Chain:
+    """Guides applied one after the other. Build it with `chain`."""
+
+    guides: tuple[Guide, ...]
+
+    def __call__(self, kernel: Kernel, move: Move) -> Kernel:
+        for guide in self.guides:
+            kernel = guide(kernel, move)
+        return kernel
+
+
+def value_gradient(value: Any, x: State, t: Array, cond: Cond = None) -> tuple[Array, State]:
+    """Return v(x, t, cond) [B] and its gradient with respect to each example's own x."""
+    values, back = jax.vjp(lambda x: value(x, t, cond), x)
+    return values, back(jnp.ones_like(values))[0]
+
+
+def scaled(direction: State, scale: Array) -> State:
+    """Return scale * direction; coordinates that are not finite do not guide."""
+    return jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), scale * g, 0.0), direction)
+
+
+def tilt(kernel: Any, direction: State, tilts: str = "token") -> Any:
+    """Tilt a kernel; of a masked one only the token's law, or the rate of unmasking as well (`tilts`)."""
+    if isinstance(kernel, Product):
+        return Product({name: tilt(part, direction[name], tilts) for name, part in kernel.parts.items()})
+    if isinstance(kernel, PointMass):
+        raise ValueError("a guide tilts a law, but the process has eta = 0; build it with eta > 0")
+    if isinstance(kernel, Absorbing) and tilts == "token":
+        return kernel.tilt_token(direction[..., :-1])
+    return kernel.tilt(direction)
+
+
+def gradient_guide(value: Value, scale: float = 1.0, *, tilts: str = "token") -> GradientGuide:
+    """Tilt every step by the gradient of a value: q(y) proportional to k(y) exp<scale * grad v(x_t), y>.
+
+    With log p(c | x_t) and scale s this is classifier guidance (arXiv 2105.05233, algorithm 1); with
+    `values.posterior_mean` it is DPS at the kernel (arXiv 2209.14687); on one-hot states it is the first-order discrete
+    guidance of arXiv 2406.01572. For the tilted law of temperature tau the scale is 1 / tau.
+
+    Args:
+      value: (x_t, t, cond) -> [B], differentiable in x_t; of a masked process, in the one-hot state.
+      scale: per unit of the value; may change without a recompilation.
+      tilts: of a masked process, `token` (only which token appears), or `token_and_rate`: also how soon, by
+        exp<grad, token - mask>.
+
+    Note:
+      Released code divides the gradient by the batch size (a batch-mean loss) and makes up for it with scales of 1e5;
+      some of it adds gradients to probabilities. Here logits move, per example.
+    """
+    return GradientGuide(
+        callable_pytree(value, "a value"),
+        checks.positive("scale", scale, zero=True),
+        checks.one_of("tilts", tilts, TILTS),
+    )
+
+
+def chain(*guides: Guide) -> Guide:
+    """Apply guides one after the other."""
+    if not guides:
+        raise ValueError("chain needs at least one guide")
+    return Chain(tuple(callable_pytree(guide, "a guide") for guide in guides))
