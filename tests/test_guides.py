@@ -505,11 +505,13 @@ def travelled(world, recurrences, window):
 
 @pytest.mark.parametrize(("eta", "window"), [(1.0, (0.0, 1.0)), (0.0, (0.3, 0.7))])
 def test_time_travel_has_the_law_of_the_recursion(eta, window):
-    world = GaussianWorld([0.7, -0.4], [[0.5, 0.3], [0.3, 0.9]], eta=eta, steps=5, theta=(0.4, 0.8))
+    world = GaussianWorld(
+        [0.7, -0.4], [[0.5, 0.3], [0.3, 0.9]], schedule="cosine_vp", eta=eta, steps=4, theta=(0.4, 0.8)
+    )
     sampler = samplers.ancestral(world.process, world.denoiser, recurrences=4, window=window)
     x0 = samplers.sample(sampler, jax.random.key(0), 100_000, world.times).x0
     mean, cov = travelled(world, 4, window)
-    assert np.abs(cov - travelled(world, 1, window)[1]).max() > 0.02  # it matters
+    assert np.abs(mean - travelled(world, 1, window)[0]).max() > 0.05  # it matters
     assert_mean(x0, mean, slack=1e-5)
     centred = np.asarray(x0, float) - mean
     assert_mean(centred[:, :, None] * centred[:, None, :], cov, slack=1e-5)
