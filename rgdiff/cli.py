@@ -166,7 +166,8 @@ def write_pages(
     from rgdiff.runtime.report import Grid, Histogram, Logo, Plot, Report, Series, plot_rows, write_report
 
     plots: list[Any] = [
-        Plot(key, [Series(key, *curve)]) for key, outcome in outcomes.items() for key, curve in named(key, outcome)
+        Plot(title, [Series(key, *curve) for key, curve in curves.items()])
+        for title, curves in shared(outcomes).items()
     ]
     if any(row["phase"] == "prior" for row in run.log.rows):
         plots.append(plot_rows(run.log.rows, ["loss"], title="prior: training loss", phase="prior"))
@@ -185,9 +186,14 @@ def write_pages(
     write_report(run.folder.path / "report.html", report)
 
 
-def named(key: str, outcome: Any) -> list[tuple[str, Any]]:
-    """Return an outcome's curves under titles that name the method."""
-    return [(f"{key}: {title}", curve) for title, curve in outcome.curves.items()]
+def shared(outcomes: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return all curves by title, then by method: those of one title share axes. An outcome may have several, by name."""
+    curves: dict[str, dict[str, Any]] = {}
+    for key, outcome in outcomes.items():
+        for title, curve in outcome.curves.items():
+            several = curve if isinstance(curve, dict) else {"": curve}
+            curves.setdefault(title, {}).update({f"{key} {name}".strip(): part for name, part in several.items()})
+    return curves
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
@@ -208,6 +214,9 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         "histogram_distance",
         "frechet",
         "log_likelihood",
+        "theta_x",
+        "theta_x_inside",
+        "off_support",
         "diversity",
         "kl",
         "network_calls",

@@ -68,11 +68,15 @@ def weighted_sum(rewards: list[Reward] | tuple[Reward, ...], weights: list[float
 
 
 class Task(NamedTuple):
-    """What a run optimises and how it is judged: the reward that guides, a held-out one that does not, and a class if it has one."""
+    """What a run optimises and how it is judged: the reward that guides, a held-out one that does not, and a class if it has one.
+
+    `measure`, if there is one, maps samples x0 to numbers that belong beside the reward.
+    """
 
     reward: Reward
     heldout: Reward
     target: int | None = None
+    measure: Callable[[State], dict[str, Array]] | None = None
 
 
 def custom(fn: Callable[..., Any], heldout_fn: Callable[..., Any] | None = None, host: bool = False) -> Task:

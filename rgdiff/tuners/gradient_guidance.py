@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 
 from rgdiff import checks
-from rgdiff.guides.gradient import g, g_loss, increment, inner
+from rgdiff.guides.gradient import GradientGuided, increment, inner
 from rgdiff.processes import GaussianProcess
 from rgdiff.samplers import ancestral, sample
 from rgdiff.tuners._loop import TrainState, start
 from rgdiff.tuners.pretraining import Pretraining
 from rgdiff.typing import Array, Info, Key, Model, Params, Reward, callable_pytree, pytree, static
 
-GUIDANCE = {"g": g, "g_loss": g_loss}
+GUIDANCE = ("g", "g_loss")
 
 
 class GuidanceState(NamedTuple):
@@ -50,15 +50,10 @@ class Refit:
 
     def __call__(self, key: Key, state: GuidanceState) -> tuple[TrainState, Array]:
         """Return the training state after this round's updates, and their mean loss (NaN before round `first`)."""
-        memory, batch = state.history.shape[:2]
-        age = jnp.mod(state.step - 1 - jnp.arange(memory), memory)  # of the batch at each place of the ring, in rounds
-        log_weight = jnp.where(age == 0, 0.0, jnp.where(age < state.step, age * jnp.log(self.decay), -jnp.inf))
 
         def one(train: TrainState, key: Key) -> tuple[TrainState, Array]:
             key_rows, key_loss = jax.random.split(key)
-            place = jax.random.categorical(key_rows, log_weight, shape=(batch,))
-            rows = state.history[place, jnp.arange(batch)]
-            train, info = self.tuner.step(key_loss, train, {"x0": rows})
+            train, info = self.tuner.step(key_loss, train, {"x0": self.draw(key_rows, state)})
             return train, info["loss"]
 
         def refit(train: TrainState) -> tuple[TrainState, Array]:
@@ -67,6 +62,13 @@ class Refit:
 
         wait = lambda train: (train, jnp.float32(jnp.nan))  # noqa: E731
         return jax.lax.cond(state.step >= self.first, refit, wait, state.train)
+
+    def draw(self, key: Key, state: GuidanceState) -> Array:
+        """Draw B samples: the b-th from the b-th of a batch that is drawn with weights decay^age."""
+        memory, batch = state.history.shape[:2]
+        age = jnp.mod(state.step - 1 - jnp.arange(memory), memory)  # of the batch at each place of the ring, in rounds
+        log_weight = jnp.where(age == 0, 0.0, jnp.where(age < state.step, age * jnp.log(self.decay), -jnp.inf))
+        return state.history[jax.random.categorical(key, log_weight, shape=(batch,)), jnp.arange(batch)]
 
 
 @pytree
@@ -102,20 +104,18 @@ class GradientGuidance:
         train, info = state.train, {}
         if self.refit is not None:
             train, info["loss"] = self.refit(key_refit, state)
-        denoiser = GUIDANCE[self.guidance](
-            self.model(train.params),
-            self.process,
+        denoiser = GradientGuided(
+            callable_pytree(self.model(train.params), "a denoiser"),
+            self.process.schedule,
             state.gradient,
             state.target,
-            noise=self.noise,  # type: ignore[arg-type]
-            scale=self.scale,  # type: ignore[arg-type]
-            beta=self.beta,  # type: ignore[arg-type]
+            self.noise,
+            self.scale,
+            self.beta,
+            self.guidance == "g_loss",
         )
         x0 = sample(ancestral(self.process, denoiser), key_chain, self.batch, self.times).x0
-        gradient, target, rewards = self._query(x0)
-        usable = jnp.isfinite(inner(gradient, gradient)) & jnp.isfinite(target)
-        at = usable.reshape(-1, *(1,) * (x0.ndim - 1))
-        gradient, target = jnp.where(at, gradient, 0.0), jnp.where(usable, target, 0.0)
+        gradient, target, usable, rewards = self._query(x0)
         info |= {
             "reward": jnp.nanmean(rewards),
             "gradient_norm": jnp.sqrt(inner(gradient, gradient)).mean(),
@@ -131,14 +131,17 @@ class GradientGuidance:
         """Calls of the denoiser per sample and round; under G_loss each comes with a vector-Jacobian product."""
         return self.times.shape[0]
 
-    def _query(self, x0: Array) -> tuple[Array, Array, Array]:
-        """Gradient [B, ...] and target [B] of the next round, and the rewards [B] of this one's samples."""
+    def _query(self, x0: Array) -> tuple[Array, Array, Array, Array]:
+        """Gradient [B, ...] and target [B] of the next round, whether they can be used, and the rewards [B] of the samples."""
         at = x0 if self.gradient_at == "sample" else x0.mean(0, keepdims=True)
         values, back = jax.vjp(lambda x: self.reward(x, None), at)
         gradient = back(jnp.ones_like(values))[0]
         target = self.target(gradient, at, values)
+        usable = jnp.isfinite(inner(gradient, gradient)) & jnp.isfinite(target) & jnp.isfinite(values)
+        gradient = jnp.where(usable.reshape(-1, *(1,) * (x0.ndim - 1)), gradient, 0.0)
         rewards = values if self.gradient_at == "sample" else self.reward(x0, None)
-        return jnp.broadcast_to(gradient, x0.shape), jnp.broadcast_to(target, x0.shape[:1]), rewards
+        spread = lambda a: jnp.broadcast_to(a, (self.batch, *a.shape[1:]))  # noqa: E731
+        return spread(gradient), spread(jnp.where(usable, target, 0.0)), spread(usable), rewards
 
 
 def gradient_guidance(
@@ -187,7 +190,7 @@ def gradient_guidance(
 
     Returns:
       A tuner. Its infos per round, of the new samples: reward (mean of those that are numbers), gradient_norm (of the
-      reward, mean), infeasible (samples without a finite gradient or target; they are not guided in the next round),
+      reward, mean), infeasible (samples without a finite reward, gradient or target: the next round does not guide them),
       what `measure` returns, and loss where there is a refit. Round k = 0 is row 0.
 
     Raises:
