@@ -161,7 +161,7 @@ def regression_loss(
         return (target - value) ** 2
     z = (target - value) / temperature
     near = jnp.minimum(z, bound)
-    return 2 * temperature**2 * (jnp.expm1(near) - near + jnp.expm1(bound) * (z - near))
+    return 2 * temperature**2 * (jnp.expm1(near) - near + jnp.expm1(bound) * jnp.maximum(z - bound, 0.0))
 
 
 class ErrorOverTime(NamedTuple):
@@ -224,4 +224,5 @@ def _errors(
         return mse, bias, mse if exact is None else mean((v - exact(x, t, cond)) ** 2)
 
     mse, bias, off = jax.lax.map(at, (times, jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), path)))
-    return ErrorOverTime(times, mse, 1 - mse / variance, bias, None if exact is None else off)
+    explained = jnp.where(variance > 0, 1 - mse / variance, jnp.nan)
+    return ErrorOverTime(times, mse, explained, bias, None if exact is None else off)

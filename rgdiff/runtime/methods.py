@@ -5,8 +5,9 @@ A method here only assembles the library's own samplers and tuners; the mathemat
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,10 +22,12 @@ from rgdiff.runtime.progress import progress
 from rgdiff.runtime.run import Run
 from rgdiff.typing import Array, Info, Params, Process, pytree, static
 
+Curves = dict[str, tuple[Sequence[float], Sequence[float]]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Samples x0 [N, ...] of one method, its costs, and curves for the report: name -> (x, y)."""
+    """Samples x0 [N, ...] of one method, its costs, curves for the report, name -> (x, y), and figures of its own for the table."""
 
     x0: np.ndarray
     network_calls: int
@@ -32,12 +35,15 @@ class Outcome:
     seconds: float
     compile_seconds: float
     tuning_network_calls: int = 0
-    curves: dict[str, tuple[Sequence[float], Sequence[float]]] = dataclasses.field(default_factory=dict)
+    curves: Curves = dataclasses.field(default_factory=dict)
+    figures: dict[str, float] = dataclasses.field(default_factory=dict)
+    temperature: float | None = None  # of the law that the method aims at, p(x) exp(r(x)/temperature)/Z, if it has one
 
 
-def draw(run: Run, phase: str, sampler: Any, times: Array, count: int, keep: Any = None) -> Any:
-    """Draw `count` samples with progress; the keys are the phase's."""
-    with progress(f"{phase}: sampling", times.shape[0] - 1) as advance:
+@contextlib.contextmanager
+def shown(phase: str, moves: int) -> Iterator[dict[str, Any]]:
+    """Show the progress of a chain: options for `samplers.sample`."""
+    with progress(f"{phase}: sampling", moves) as advance:
         done = 0
 
         def on_chunk(stop: int, total: int) -> None:
@@ -45,16 +51,13 @@ def draw(run: Run, phase: str, sampler: Any, times: Array, count: int, keep: Any
             advance(stop - done)
             done = stop
 
-        out = samplers.sample(
-            sampler,
-            run.key(phase),
-            count,
-            times,
-            keep=keep,
-            chunk=max(1, -(-(times.shape[0] - 1) // 4)),
-            on_chunk=on_chunk,
-        )
-        return jax.block_until_ready(out)
+        yield {"chunk": max(1, -(-moves // 4)), "on_chunk": on_chunk}
+
+
+def draw(run: Run, phase: str, sampler: Any, times: Array, count: int, keep: Any = None) -> Any:
+    """Draw `count` samples with progress; the keys are the phase's."""
+    with shown(phase, times.shape[0] - 1) as options:
+        return jax.block_until_ready(samplers.sample(sampler, run.key(phase), count, times, keep=keep, **options))
 
 
 def _value_and_kl(carry: Any, info: Info) -> tuple[Array, Array]:
@@ -100,14 +103,15 @@ class Svdd:
             select_initial=self.select_initial,
         )
 
-    def value(self, run: Run, phase: str, prior: Prior, task: Task, denoiser: Any) -> Any:
-        """Make the value that selects."""
-        return values.posterior_mean(task.reward, prior.process, denoiser)
+    def value(self, run: Run, phase: str, prior: Prior, task: Task, denoiser: Any) -> tuple[Any, Curves]:
+        """Make the value that selects, and curves that tell how good it is."""
+        return values.posterior_mean(task.reward, prior.process, denoiser), {}
 
     def run(self, run: Run, phase: str, prior: Prior, task: Task, count: int) -> Outcome:
         denoiser = prior.denoiser
         with run.clock() as clock:
-            sampler = self.sampler(prior.process, denoiser, self.value(run, phase, prior, task, denoiser))
+            value, curves = self.value(run, phase, prior, task, denoiser)
+            sampler = self.sampler(prior.process, denoiser, value)
             out = draw(run, phase, sampler, prior.times, count, keep=_value_and_kl)
         chosen, kl = (np.asarray(k) for k in out.kept)
         moves = len(prior.times) - 1
@@ -117,31 +121,70 @@ class Svdd:
             float(kl.sum(0).mean()),
             clock.seconds,
             clock.compile_seconds,
-            curves={"value along the chain": (list(range(1, moves + 1)), np.nanmean(chosen, 1).tolist())},
+            curves=curves | {"value along the chain": (list(range(1, moves + 1)), np.nanmean(chosen, 1).tolist())},
+            temperature=self.temperature,
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class SvddMC(Svdd):
-    """SVDD with a value learnt by regression on rewarded samples of the prior."""
+    """SVDD with a value learnt from rewarded samples of the prior.
+
+    Args:
+      samples: chains of the prior that the value learns from; an eighth as many are held out to measure it.
+      target: `mean` of the reward, or `soft`: its soft value at `temperature`.
+      data: `noised` samples, or the chains' own states (`rollouts`).
+      backup: next states per temporal difference; None regresses the reward.
+      others: as `rgdiff.samplers.svdd`, `rgdiff.tuners.fit`.
+    """
 
     samples: int = 4096
     steps: int = 1500
     batch: int = 128
     network: Any = None
     optimizer: Any = None
+    target: str = "mean"
+    data: str = "noised"
+    backup: int | None = None
 
-    def value(self, run: Run, phase: str, prior: Prior, task: Task, denoiser: Any) -> Any:
-        """Train the value, or go on with it."""
-        chain = samplers.ancestral(prior.process, denoiser)
-        x0 = draw(run, f"{phase}_data", chain, prior.times, self.samples).x0
-        data = {"x0": x0, "reward": jax.jit(lambda r, x: r(x))(task.reward, x0)}
-        key = run.key(f"{phase}_value")
-        params = initial(self.network, key, x0.shape[1:])
-        model = LearnedValue(self.network)
-        tuner = tuners.value_regression(model, prior.process, self.optimizer)
+    def check(self, prior: GaussianPrior, shape: tuple[int, ...]) -> None:
+        super().check(prior, shape)
+        checks.one_of("data", self.data, ("noised", "rollouts"))
+        process = prior.process(shape)
+        self.tuner(_nothing, process, _nothing, process.times(prior.steps))
+
+    def tuner(self, model: Any, process: Process, denoiser: Any, times: Array) -> Any:
+        """Build the trainer of the value."""
+        tau = self.temperature if checks.one_of("target", self.target, ("mean", "soft")) == "soft" else None
+        if self.backup is None:
+            grid = times if self.data == "rollouts" else None
+            return tuners.value_regression(model, process, self.optimizer, temperature=tau, times=grid)
+        return tuners.temporal_difference(
+            model, process, denoiser, times, self.optimizer, temperature=tau, candidates=self.backup
+        )
+
+    def value(self, run: Run, phase: str, prior: Prior, task: Task, denoiser: Any) -> tuple[Any, Curves]:
+        """Train the value, or go on with it, and measure it on chains held out."""
+        process, times = prior.process, prior.times
+        if self.data == "rollouts":
+            data = self._rollouts(run, f"{phase}_data", prior, task, denoiser, self.samples)
+        else:
+            x0 = draw(run, f"{phase}_data", samplers.ancestral(process, denoiser), times, self.samples).x0
+            data = {"x0": x0, "reward": jax.jit(lambda r, x: r(x))(task.reward, x0)}
+        model, key = LearnedValue(self.network), run.key(f"{phase}_value")
+        tuner = self.tuner(model, process, denoiser, times)
+        params = initial(self.network, key, prior.shape)
         state = run.fit(f"{phase}_value", tuner, key, params, self.steps, data=data, batch=self.batch)
-        return model(state.best)
+        value = model(state.best)
+        heldout = self._rollouts(run, f"{phase}_heldout", prior, task, denoiser, max(2, self.samples // 8))
+        error = values.error_over_time(value, times, heldout, temperature=tuner.temperature)
+        grid, explained, bias = (np.asarray(a).tolist() for a in (times, error.explained, error.bias))
+        return value, {"held-out variance of the reward explained, by t": (grid, explained), "bias, by t": (grid, bias)}
+
+    def _rollouts(self, run: Run, phase: str, prior: Prior, task: Task, denoiser: Any, count: int) -> dict[str, Any]:
+        with shown(phase, prior.times.shape[0] - 1) as options:
+            out = tuners.rollouts(run.key(phase), prior.process, denoiser, prior.times, task.reward, count, **options)
+            return jax.block_until_ready(out)
 
 
 @pytree

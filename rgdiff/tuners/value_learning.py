@@ -67,10 +67,21 @@ class ValueLearning:
             following = self._backup(key_next, params if target is None else target, x, index, cond)
             goal = jnp.where(index == self.times.shape[0] - 1, goal, following)  # type: ignore[union-attr]
         feasible = jnp.isfinite(goal)
-        temperature = self.temperature if self.loss_name == "soft" else None
-        value = self.model(params)(x, t, cond)
-        error = regression_loss(value, jnp.where(feasible, goal, 0.0), temperature, self.bound)
+        goal, value = jnp.where(feasible, goal, 0.0), self.model(params)(x, t, cond)
+        if self.loss_name == "squared":
+            error = regression_loss(value, goal)
+        else:
+            error = regression_loss(value, goal, self.temperature, self.bound) * self._steady(value, goal, feasible)
         return jnp.sum(jnp.where(feasible, error, 0.0)) / jnp.maximum(jnp.sum(feasible), 1)
+
+    def _steady(self, value: Array, goal: Array, feasible: Array) -> Array:
+        """Weights that keep slopes of the order of 2 tau while values are far too low: one over the mean e^z of the *other* examples.
+
+        Independent of an example's own goal, they leave the minimiser where it is; near it they are 1, as E e^z is.
+        """
+        size = jnp.where(feasible, jnp.exp(jnp.minimum((goal - value) / self.temperature, self.bound)), 0.0)
+        others = (jnp.sum(size) - size) / jnp.maximum(jnp.sum(feasible) - 1, 1)
+        return jax.lax.stop_gradient(1 / jnp.maximum(others, 1.0))
 
     def _states(self, key: Key, batch: Any) -> tuple[State, Array, Array]:
         """One state per example at stratified times: x_t, t [B], and t's index in the grid [B] (where there is one)."""
@@ -186,7 +197,7 @@ def temporal_difference(
     Note:
       The released CD-Q takes next states' values from the network that is trained; ours from its average, which is
       that network where ema_decay = 0. For a masked process, `values.learned(network, reward, process)` in the model
-      ends at the reward itself, and the last backup then calls it.
+      ends at the reward itself, and the last backup then calls it; its NaN next states are left out of the mean.
     """
     checks.law(process, "a temporal difference")
     times = checks.times(times, process)
