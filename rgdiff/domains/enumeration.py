@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +107,7 @@ def chain_law(process: MaskedProcess, denoiser: Denoiser, times: Array, *, batch
     and a masked one moves with probability (rate_t - rate_s)/rate_t. The cost is (2K + 1)^L products a move (4.3e7 for
     DNA 8-mers), and one network call a state where the denoiser ignores t, a move and state where it reads it.
     """
-    length, classes = _sizes(process)
+    length, classes = sizes(process)
     law = np.zeros((classes + 1,) * length)
     law[(classes,) * length] = 1.0
     for stay, table in _moves(process, denoiser, times, batch):
@@ -168,7 +168,7 @@ def chain_value(
     exp(v_t(x)/tau) = sum_y p(x_s = y | x_t = x) exp(v_s(y)/tau), v_0 = r (arXiv 2408.08252, soft Bellman equations). With it
     SVDD and SMC tend to `tilted(chain_law(...))`. Costs as `chain_law`; holds one table of states for each time.
     """
-    length, classes = _sizes(process)
+    length, classes = sizes(process)
     weights, highest = _weights(rewards, temperature)
     value = np.zeros((classes + 1,) * length)
     value[(slice(0, classes),) * length] = weights.reshape((classes,) * length)
@@ -185,7 +185,8 @@ def chain_value(
     return _soft_value(np.asarray(times, np.float64), np.stack(tables[::-1]), highest, temperature)
 
 
-def _sizes(process: MaskedProcess) -> tuple[int, int]:
+def sizes(process: Any) -> tuple[int, int]:
+    """Return L and K of a process that can be enumerated, and refuse another."""
     if not isinstance(process, MaskedProcess) or len(process.shape) != 1:
         raise ValueError("enumeration is for a masked process on sequences [L]")
     if not enumerable(process.shape[0], process.classes):
@@ -228,7 +229,7 @@ def _position(table: np.ndarray, here: tuple, i: int, stay: float) -> np.ndarray
 
 def _moves(process: MaskedProcess, denoiser: Denoiser, times: Array, batch: int) -> Iterator[tuple[float, np.ndarray]]:
     """Yield, for every move t -> s, the probability to stay masked and p(x0_i | x_t) as [K + 1] * L + [L, K], float32."""
-    length, classes = _sizes(process)
+    length, classes = sizes(process)
     grid = checks.times(times, process)
     rates = np.asarray(process.schedule.rate(grid), np.float64)
     every = tokens(length, classes + 1)

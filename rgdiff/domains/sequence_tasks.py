@@ -45,10 +45,9 @@ class SequenceJudge(Judge):
             raise ValueError("a reward with a class target is for images; choose a reward on sequences")
         super().check(task)
 
-    @functools.cached_property
-    def oracle(self) -> Oracle:
-        """An oracle that the guide never meets."""
-        return train_oracle(self._key, self.domain.judge_x, self.domain.judge_y)
+    def oracle(self, **settings: Any) -> Oracle:
+        """Train an oracle on the judge's half of the measurements; settings as `oracle.train_oracle`."""
+        return train_oracle(self._key, self.domain.judge_x, self.domain.judge_y, **settings)
 
     def law(self, prior: Any) -> np.ndarray | None:
         """Return the law [K^L] of the prior's own chain, or None where it is not a masked one or too large to enumerate."""
@@ -75,7 +74,7 @@ class SequenceJudge(Judge):
         """Return the figures of one method, flat.
 
         Rewards under both rewards; where the exact law is known, its mean reward, log Z and KL and the distance of the
-        histograms; log-likelihood under the prior (median over samples of minus the bound on it, nats per sequence);
+        histograms; log-likelihood under the prior (mean over samples of the bound on it, nats per sequence);
         k-mer correlations with the training set and with the best measured tenth, diversity, unique and novel shares; costs.
         """
         x0, tokens = self._letters(outcome.x0)
@@ -84,13 +83,15 @@ class SequenceJudge(Judge):
         exact = self.exact(outcome, task, prior)
         if exact is not None:
             every, law = exact
-            row |= {"exact_reward_mean": law.reward_mean, "exact_log_z": law.log_z, "exact_kl": law.kl}
+            row["exact_reward_mean"] = law.reward_mean
+            if outcome.temperature is not None:
+                row |= {"exact_log_z": law.log_z, "exact_kl": law.kl}
             row["histogram_distance"] = metrics.histogram_distance(
                 self.rewards(task.reward, x0), every, law.probabilities
             )
         if isinstance(prior.process, MaskedProcess):
             bound = _bound(self._key, prior.process, prior.denoiser, jnp.asarray(x0[:BOUNDED]))
-            row["log_likelihood"] = -float(np.median(bound))
+            row["log_likelihood"] = -float(np.mean(bound))
         row["kmer_correlation"] = metrics.kmer_correlation(tokens, self._train, classes, self._k)
         if self._best is not None:
             row["kmer_correlation_best"] = metrics.kmer_correlation(tokens, self._best, classes, self._k)
@@ -124,7 +125,7 @@ class SequenceJudge(Judge):
     def notes(self, task: Task) -> list[str]:
         """Return what a reader of the report should know."""
         notes = [
-            "log_likelihood: median over samples of the unbiased bound on log p under the prior, nats per sequence. "
+            "log_likelihood: mean over samples of the bound on log p under the prior, estimated without bias, nats per sequence. "
             f"kmer_correlation: of {self._k}-mer counts with the training sequences; _best: with the best measured tenth. "
             "diversity: mean share of differing positions over pairs. novelty: share not among the training sequences.",
             "exact_…: of the tilted law of the prior's own chain at the method's temperature, by enumeration, where all "
@@ -204,16 +205,15 @@ def oracle(
     kernel: int = 7,
     dilations: Sequence[int] = (1, 1, 4),
 ) -> Task:
-    """Make the task: a learned oracle of one half of the measurements, judged by the judge's, of the other half.
+    """Make the task: a learned oracle of one half of the measurements, judged by its twin of the other half.
 
     Args:
-      steps, width, kernel, dilations: of the oracle that guides, see `rgdiff.domains.oracle.train_oracle`.
+      steps, width, kernel, dilations: of both oracles, see `rgdiff.domains.oracle.train_oracle`.
     """
     if not len(_sequences(domain).guide_y):
         raise ValueError(f"{domain.name} has no measurements to learn from; give domain.measurement=COLUMN")
-    x, y = domain.guide_x, domain.guide_y
-    guide = train_oracle(key, x, y, steps=steps, width=width, kernel=kernel, dilations=tuple(dilations))
-    return Task(guide, judge.oracle)
+    settings: dict[str, Any] = {"steps": steps, "width": width, "kernel": kernel, "dilations": tuple(dilations)}
+    return Task(train_oracle(key, domain.guide_x, domain.guide_y, **settings), judge.oracle(**settings))
 
 
 def _sequences(domain: Any) -> SequenceDomain:

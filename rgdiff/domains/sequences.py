@@ -234,14 +234,14 @@ def tfbind8(
     letters = ALPHABETS["dna"]
     values = sequence_files.numbers(score, os.fspath(source))
     table = np.full(4**8, np.nan, np.float32)
-    for strand in (forward, reverse):
-        codes = letters.encode(strand, 8).argmax(-1) @ 4 ** np.arange(7, -1, -1)
-        clash = ~np.isnan(table[codes]) & (table[codes] != values)
-        if clash.any():
-            raise ValueError(f"{source}: two scores for {strand[int(np.argmax(clash))]}; expected one for each 8-mer")
-        table[codes] = values
+    both, scores = [*forward, *reverse], np.concatenate([values, values])
+    codes = letters.encode(both, 8).argmax(-1) @ 4 ** np.arange(7, -1, -1)
+    table[codes] = scores
     if np.isnan(table).any():
         raise ValueError(f"{source}: {int(np.isnan(table).sum())} of 65,536 8-mers have no score; expected all")
+    clash = table[codes] != scores
+    if clash.any():
+        raise ValueError(f"{source}: two scores for {both[int(np.argmax(clash))]}; expected one for each 8-mer")
     every = np.eye(4, dtype=np.uint8)[np.stack(np.unravel_index(np.arange(4**8), (4,) * 8), -1)]
     seen = np.argsort(table, kind="stable")[: max(2, round(visible * 4**8))]
     first, second = halves(np.arange(len(seen)))

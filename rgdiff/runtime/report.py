@@ -138,7 +138,7 @@ def render(report: Report) -> str:
     parts.append("</header>")
     if report.table:
         parts.append(f"<section><h2>Summary</h2>{_table(report.table)}</section>")
-    if report.grids:
+    if any(report.grids):
         rows = "".join(f"<div class=row>{''.join(map(_grid, row))}</div>" for row in report.grids)
         parts.append(f"<section><h2>Samples</h2>{rows}</section>")
     if report.logos:
