@@ -54,13 +54,15 @@ def roll(
     """
     moves = times.shape[0] - 1
 
-    def move(carry: Any, where: tuple[Array, Array, Array]) -> tuple[Any, Any]:
-        index, t, s = where
-        carry, info = sampler.step(jax.random.fold_in(key, 1 + index), carry, t, s, cond)
+    def move(carry: Any, where: tuple[Key, Array, Array]) -> tuple[Any, Any]:
+        key, t, s = where
+        carry, info = sampler.step(key, carry, t, s, cond)
         return carry, None if keep is None else keep(carry, info)
 
     move = rematerialize(move, remat)
-    where = (first + jnp.arange(moves), times[:-1], times[1:])
+    # All keys at once: on a CPU, folding one in at every move took longer than a small kernel's step.
+    keys = jax.vmap(lambda index: jax.random.fold_in(key, 1 + index))(first + jnp.arange(moves))
+    where = (keys, times[:-1], times[1:])
     if moves == 1:  # a scan of length one costs a loop and, on a CPU, the fast convolution gradients
         carry, kept = move(carry, jax.tree.map(lambda w: w[0], where))
         return carry, jax.tree.map(lambda k: k[None], kept)
