@@ -269,8 +269,31 @@ def value_regression(number=0.9):
     return tuners.value_regression(value_model, gaussian(), ADAM, ema_decay=number), net(2, 3)
 
 
+def value_soft_rollouts(number=0.9):
+    times = gaussian().times(3)
+    return tuners.value_regression(value_model, gaussian(), ADAM, temperature=number, times=times), net(2, 3)
+
+
+def value_temporal_difference(number=0.9):
+    denoiser, times = Net(net(4, 3)), masked().times(2)
+    return tuners.temporal_difference(
+        masked_value_model, masked(), denoiser, times, ADAM, temperature=number, candidates=2
+    ), net(4, 3)
+
+
+def masked_value_model(params):
+    return values.learned(denoisers.from_function(_masked_value, params), masked_reward, masked())
+
+
+def _masked_value(params, x, t, cond=None):
+    return _value(params, x, t).sum(-1)
+
+
 ADAM = optax.adam(1e-2)
-TUNERS = [draft, draft_k, draft_lv, draft_masked, pretraining_gaussian, pretraining_masked, value_regression]
+TUNERS = [
+    draft, draft_k, draft_lv, draft_masked, pretraining_gaussian, pretraining_masked, value_regression,
+    value_soft_rollouts, value_temporal_difference,
+]  # fmt: skip
 each_tuner = pytest.mark.parametrize("make", TUNERS, ids=lambda f: f.__name__)
 
 
@@ -281,6 +304,10 @@ def data_of(make):
         return {"x0": jax.nn.one_hot(jax.random.randint(jax.random.key(9), (50, 3), 0, 3), 3)}
     if make is value_regression:
         return {"x0": jax.random.normal(jax.random.key(9), (50, 2)), "reward": jnp.arange(50.0) / 50}
+    if make is value_soft_rollouts:
+        return {"path": jax.random.normal(jax.random.key(9), (50, 3, 2)), "reward": jnp.arange(50.0) / 50}
+    if make is value_temporal_difference:
+        return data_of(pretraining_masked) | {"reward": jnp.arange(50.0) / 50}
     return None
 
 
