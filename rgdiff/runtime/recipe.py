@@ -27,11 +27,11 @@ CONSTRUCTORS = tuple(  # modules whose public classes and functions a recipe may
         "runtime.priors",
         "runtime.methods",
         "runtime.steering",
-        "runtime.enumerated",
+        "runtime.values",
         "runtime.gradient_guidance",
     )
 )
-GROUPS = ("domain", "method", "prior", "reward")
+GROUPS = ("domain", "method", "prior", "reward", "value")
 
 
 def config_dir() -> Path:

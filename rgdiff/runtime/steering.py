@@ -1,4 +1,7 @@
-"""Methods of recipes that steer samples without touching the network, beside SVDD: particles, best-of-N and guides."""
+"""Methods of recipes that steer samples without touching the network: SVDD, particles, best-of-N and guides.
+
+Each takes its value from `rgdiff.runtime.values`; a method here only assembles the library's own parts.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,80 @@ import numpy as np
 from rgdiff import checks, guides, samplers, values
 from rgdiff.resampling import multinomial
 from rgdiff.rewards import Task
-from rgdiff.runtime.methods import Outcome, _nothing, draw
-from rgdiff.runtime.priors import GaussianPrior, Prior
+from rgdiff.runtime.methods import Outcome, draw, nothing
+from rgdiff.runtime.priors import Prior
 from rgdiff.runtime.run import Run
+from rgdiff.runtime.values import PosteriorMean
 from rgdiff.typing import Array, Info, Process
+
+
+def _value_and_kl(carry: Any, info: Info) -> tuple[Array, Array]:
+    return info["value"], info["kl"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Svdd:
+    """SVDD; arguments as `rgdiff.samplers.svdd`.
+
+    Args:
+      value: what selects, of `rgdiff.runtime.values`.
+      proposal: scale of a guide by the posterior mean's gradient that proposes candidates (paid for by their weights), or None.
+    """
+
+    temperature: float = 0.2
+    candidates: int = 16
+    value: Any = PosteriorMean()
+    chunk: int | None = None
+    selection: str = "soft"
+    select_initial: bool = False
+    replace: float = 0.0
+    distinct: bool = False
+    timeless: bool = False
+    proposal: float | None = None
+
+    def check(self, prior: Any, shape: tuple[int, ...]) -> None:
+        """Refuse settings that do not fit each other or the prior, before anything is trained."""
+        process = prior.process(shape)
+        self.sampler(process, nothing, nothing, nothing)
+        self.value.check(process, process.times(prior.steps), self.temperature)
+
+    def sampler(self, process: Process, denoiser: Any, value: Any, reward: Any) -> Any:
+        """Build the sampler."""
+        guide = None
+        if self.proposal is not None:
+            guide = guides.gradient_guide(values.posterior_mean(reward, process, denoiser), self.proposal)
+        return samplers.svdd(
+            process,
+            denoiser,
+            value,
+            temperature=self.temperature,
+            candidates=self.candidates,
+            chunk=self.chunk,
+            selection=self.selection,
+            select_initial=self.select_initial,
+            proposal=guide,
+            replace=self.replace,
+            distinct=self.distinct,
+            timeless=self.timeless,
+        )
+
+    def run(self, run: Run, phase: str, prior: Prior, task: Task, count: int) -> Outcome:
+        denoiser = prior.denoiser
+        with run.clock() as clock:
+            value, curves = self.value.obtain(run, phase, prior, task, denoiser, self.temperature)
+            sampler = self.sampler(prior.process, denoiser, value, task.reward)
+            out = draw(run, phase, sampler, prior.times, count, keep=_value_and_kl)
+        chosen, kl = (np.asarray(k) for k in out.kept)
+        moves = len(prior.times) - 1
+        return Outcome(
+            np.asarray(out.x0),
+            sampler.network_calls(moves),
+            float(kl.sum(0).mean()),
+            clock.seconds,
+            clock.compile_seconds,
+            curves=curves | {"value along the chain": (list(range(1, moves + 1)), np.nanmean(chosen, 1).tolist())},
+            temperature=self.temperature,
+        )
 
 
 def _particles(carry: Any, info: Info) -> tuple[Array, Array, Array]:
@@ -23,29 +96,32 @@ def _particles(carry: Any, info: Info) -> tuple[Array, Array, Array]:
 
 @dataclasses.dataclass(frozen=True)
 class Smc:
-    """A particle sampler with the posterior-mean value; `setting` is smc, fk_steering, tds or das, arguments as `rgdiff.samplers`.
+    """A particle sampler; `setting` is smc, fk_steering, tds or das, `options` as `rgdiff.samplers`.
 
-    `particles` run as one problem; `count` samples are drawn from their weights.
+    `particles` run as one problem; the samples asked for are drawn from their weights.
     """
 
     setting: str = "smc"
     particles: int = 1024
     temperature: float = 0.2
+    value: Any = PosteriorMean()
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def check(self, prior: GaussianPrior, shape: tuple[int, ...]) -> None:
+    def check(self, prior: Any, shape: tuple[int, ...]) -> None:
         """Refuse settings that do not fit each other or the prior, before anything is trained."""
         process = prior.process(shape)
-        self.sampler(process, _nothing, _nothing, process.times(prior.steps))
+        times = process.times(prior.steps)
+        self.sampler(process, nothing, nothing, times)
+        self.value.check(process, times, self.temperature)
         checks.at_least("particles", self.particles, 1)
 
     def sampler(self, process: Process, denoiser: Any, value: Any, times: Array) -> Any:
         """Build the sampler."""
-        settings = {
+        settings: dict[str, Any] = {
             "smc": samplers.smc,
             "fk_steering": samplers.fk_steering,
             "tds": samplers.tds,
-            "das": lambda *parts, **options: samplers.das(*parts, times, **options),
+            "das": lambda process, denoiser, value, **options: samplers.das(process, denoiser, value, times, **options),
         }
         make = settings[checks.one_of("setting", self.setting, settings)]
         return make(process, denoiser, value, temperature=self.temperature, **self.options)
@@ -53,13 +129,15 @@ class Smc:
     def run(self, run: Run, phase: str, prior: Prior, task: Task, count: int) -> Outcome:
         denoiser = prior.denoiser
         with run.clock() as clock:
-            value = values.posterior_mean(task.reward, prior.process, denoiser)
+            value, curves = self.value.obtain(run, phase, prior, task, denoiser, self.temperature)
             sampler = self.sampler(prior.process, denoiser, value, prior.times)
+            if not isinstance(value, values.PosteriorMean):  # the last potential is the reward's own
+                sampler = dataclasses.replace(sampler, reward=task.reward)
             out = draw(run, phase, sampler, prior.times, self.particles, keep=_particles)
             log_weights = out.info["log_weights"]
             chosen = np.asarray(multinomial(run.key(f"{phase}_chosen"), log_weights, count))
             x0 = jax.tree.map(lambda leaf: np.asarray(leaf)[chosen], out.x0)
-        ess, log_z, strength = (np.asarray(k).tolist() for k in out.kept)
+        ess, log_z, strength = ([float(v) for v in k] for k in out.kept)
         moves = list(range(1, len(ess) + 1))
         weights = np.exp(np.asarray(log_weights, float))
         # KL(tilted || prior) = E_tilted[r] / tau - log Z, with the particles' estimates of both.
@@ -71,7 +149,8 @@ class Smc:
             kl,
             clock.seconds,
             clock.compile_seconds,
-            curves={"effective sample size": (moves, ess), "log Z": (moves, log_z), "tempering": (moves, strength)},
+            curves=curves
+            | {"effective sample size": (moves, ess), "log Z": (moves, log_z), "tempering": (moves, strength)},
             figures={"log_z": float(out.info["log_z"]), "ess": float(out.info["ess"])},
             temperature=self.temperature,
         )
@@ -83,7 +162,7 @@ class BestOfN:
 
     candidates: int = 16
 
-    def check(self, prior: GaussianPrior, shape: tuple[int, ...]) -> None:
+    def check(self, prior: Any, shape: tuple[int, ...]) -> None:
         """Refuse settings that do not fit each other or the prior, before anything is trained."""
         checks.at_least("candidates", self.candidates, 1)
 
@@ -102,45 +181,60 @@ class Guided:
     """Ancestral sampling under a guide made from the task's reward.
 
     Args:
-      guide: `reward` (the score moved by the gradient of r at the posterior mean: DPS for any reward), `lgd_mc` (the
-        same with `draws` samples around it), or `tilt` (the kernel tilted instead; masked priors too).
-      scale: 1 / temperature, per unit of the reward.
+      guide: `score` (the score moved by the gradient of the value: DPS for any reward with the posterior mean, classifier
+        guidance with a learnt value), `lgd_mc` (the reward at `draws` samples around the posterior mean), or `tilt`
+        (the kernel tilted instead; masked priors too).
+      temperature: the scale is 1 / temperature, per unit of the reward.
+      value: of `rgdiff.runtime.values`; not for lgd_mc.
       recurrences, window: how often each move is made, and in which times (FreeDoM).
     """
 
-    guide: str = "reward"
-    scale: float = 5.0
+    guide: str = "score"
+    temperature: float = 0.2
+    value: Any = PosteriorMean()
     draws: int = 4
     tilts: str = "token"
     recurrences: int = 1
     window: tuple[float, float] | None = None
 
-    def check(self, prior: GaussianPrior, shape: tuple[int, ...]) -> None:
+    def check(self, prior: Any, shape: tuple[int, ...]) -> None:
         """Refuse settings that do not fit each other or the prior, before anything is trained."""
-        self.sampler(prior.process(shape), _nothing, _nothing, jax.random.key(0))
+        process = prior.process(shape)
+        self.sampler(process, nothing, nothing, nothing, jax.random.key(0))
+        self.value.check(process, process.times(prior.steps), self.temperature)
 
-    def sampler(self, process: Process, denoiser: Any, reward: Any, key: Any) -> Any:
+    def sampler(self, process: Process, denoiser: Any, value: Any, reward: Any, key: Any) -> Any:
         """Build the sampler."""
-        checks.one_of("guide", self.guide, ("reward", "lgd_mc", "tilt"))
-        guide = None
-        if self.guide == "reward":
-            denoiser = guides.reward_guidance(denoiser, process, reward, self.scale)
+        checks.one_of("guide", self.guide, ("score", "lgd_mc", "tilt"))
+        guide, scale = None, 1 / self.temperature
+        if self.guide == "score":
+            denoiser = guides.classifier_guidance(denoiser, process, value, scale)
         elif self.guide == "lgd_mc":
-            denoiser = guides.lgd_mc(denoiser, process, reward, key, draws=self.draws, scale=self.scale)
+            denoiser = guides.lgd_mc(denoiser, process, reward, key, draws=self.draws, scale=scale)
         else:
-            checks.law(process, "a guide on the kernel")
-            value = values.posterior_mean(reward, process, denoiser)
-            guide = guides.gradient_guide(value, self.scale, tilts=self.tilts)
-        window = None if self.window is None else tuple(self.window)
+            guide = guides.gradient_guide(value, scale, tilts=self.tilts)
+        window = None if self.window is None else (self.window[0], self.window[1])
         return samplers.ancestral(process, denoiser, guide=guide, recurrences=self.recurrences, window=window)
 
     def run(self, run: Run, phase: str, prior: Prior, task: Task, count: int) -> Outcome:
-        sampler = self.sampler(prior.process, prior.denoiser, task.reward, run.key(f"{phase}_guide"))
+        denoiser = prior.denoiser
         with run.clock() as clock:
+            value, curves = None, {}
+            if self.guide != "lgd_mc":
+                value, curves = self.value.obtain(run, phase, prior, task, denoiser, self.temperature)
+            sampler = self.sampler(prior.process, denoiser, value, task.reward, run.key(f"{phase}_guide"))
             out = draw(run, phase, sampler, prior.times, count)
         kl = float("nan")  # repeated moves and points have no path KL
         if self.recurrences == 1 and prior.process.stochastic:
-            compared = dataclasses.replace(sampler, reference=prior.denoiser)
+            compared = dataclasses.replace(sampler, reference=denoiser)
             kl = float(draw(run, f"{phase}_kl", compared, prior.times, count, keep=samplers.path_kl).kept.sum(0).mean())
         calls = sampler.network_calls(len(prior.times) - 1)
-        return Outcome(np.asarray(out.x0), calls, kl, clock.seconds, clock.compile_seconds)
+        return Outcome(
+            np.asarray(out.x0),
+            calls,
+            kl,
+            clock.seconds,
+            clock.compile_seconds,
+            curves=curves,
+            temperature=self.temperature,
+        )
