@@ -1,7 +1,7 @@
-"""A small U-Net for images, simple enough to rewrite in another framework line by line.
+"""A small U-Net for images and signals, simple enough to rewrite in another framework line by line.
 
-It holds the residual and attention blocks and the U-Net made of them. It assumes images [B, H, W, C] whose
-sides divide by 2^(levels - 1), and channel counts that divide by 8, the number of normalisation groups. What
+It holds the residual and attention blocks and the U-Net made of them. It assumes images [B, H, W, C], or any
+other number of spatial axes, whose sides divide by 2^(levels - 1), and channel counts that divide by 8, the number of normalisation groups. What
 the output means (x0, noise, velocity) is left to the denoiser that wraps it.
 """
 
@@ -19,7 +19,12 @@ from rgdiff.nets.time import Conditioning
 from rgdiff.typing import Array, Cond
 
 GROUPS = 8
-PAD = ((1, 1), (1, 1))
+
+
+def conv3(features: int, x: Array, **options: Any) -> Conv:
+    """Return the layer of a convolution of 3 taps on every spatial axis of x, padded by one."""
+    axes = x.ndim - 2
+    return Conv(features, (3,) * axes, padding=((1, 1),) * axes, **options)
 
 
 class GroupNorm(nn.Module):
@@ -77,11 +82,12 @@ class ResBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array, emb: Array, train: bool = False) -> Array:
         def conv(name: str) -> Conv:
-            return Conv(self.features, (3, 3), padding=PAD, before=_affine_silu, dtype=self.dtype, name=name)
+            return conv3(self.features, x, before=_affine_silu, dtype=self.dtype, name=name)
 
         h = conv("conv1")(x, *GroupNorm(name="norm1").coefficients(x))
         film = nn.Dense(2 * self.features, kernel_init=lecun_normal, dtype=self.dtype, name="emb")(nn.silu(emb))
-        inputs = GroupNorm(name="norm2").coefficients(h, tuple(jnp.split(film, 2, axis=-1)))
+        scale, shift = jnp.split(film, 2, axis=-1)
+        inputs = GroupNorm(name="norm2").coefficients(h, (scale, shift))
         if train and self.dropout:
             inputs = (*inputs, nn.Dropout(self.dropout, deterministic=False)(jnp.ones_like(h)))
         h = conv("conv2")(h, *inputs)
@@ -100,17 +106,19 @@ class AttentionBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        batch, height, width, features = x.shape
+        batch, features = x.shape[0], x.shape[-1]
         heads = features // 32 if features % 32 == 0 else 1
-        h = GroupNorm(self.dtype, name="norm")(x).reshape(batch, height * width, features)
+        h = GroupNorm(self.dtype, name="norm")(x).reshape(batch, -1, features)
         h = nn.Dense(3 * features, kernel_init=lecun_normal, dtype=self.dtype, name="qkv")(h)
-        q, k, v = (a.reshape(batch, height * width, heads, -1) for a in jnp.split(h, 3, axis=-1))
-        h = jax.nn.dot_product_attention(q, k, v).reshape(batch, height, width, features)
+        q, k, v = (a.reshape(*h.shape[:2], heads, features // heads) for a in jnp.split(h, 3, axis=-1))
+        h = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
         return x + nn.Dense(features, kernel_init=lecun_normal, dtype=self.dtype, name="out")(h)
 
 
 class UNet(nn.Module):
     """Map an image, a time and a class to an image, through halved and doubled resolutions with skips.
+
+    A signal [B, L, C] is an image of one spatial axis; a vector [B, L] a signal of one channel.
 
     The order of operations, for `channels = (c_0, ..., c_n)` (every 3x3 convolution pads (1, 1); arrays are
     NHWC):
@@ -162,9 +170,11 @@ class UNet(nn.Module):
     @nn.compact
     def __call__(self, x: Array, t: Array, cond: Cond = None, train: bool = False) -> Array:
         last, side = len(self.channels) - 1, 2 ** (len(self.channels) - 1)
-        if x.ndim != 4 or x.shape[1] % side or x.shape[2] % side:
+        shape = x.shape
+        x = x[..., None] if x.ndim == 2 else x
+        if x.ndim < 3 or any(size % side for size in x.shape[1:-1]):
             raise ValueError(
-                f"UNet of {last + 1} levels takes [B, H, W, C], H and W multiples of {side}; got {x.shape}"
+                f"UNet of {last + 1} levels takes [B, H, W, C], [B, L, C] or [B, L], sides multiples of {side}; got {shape}"
             )
 
         def res(h: Array, level: int, name: str) -> Array:
@@ -174,7 +184,7 @@ class UNet(nn.Module):
             return AttentionBlock(self.dtype, name=name)(h) if level in self.attention else h
 
         def conv(h: Array, features: int, name: str, **options: Any) -> Array:
-            return Conv(features, (3, 3), padding=PAD, dtype=self.dtype, name=name, **options)(h)
+            return conv3(features, h, dtype=self.dtype, name=name, **options)(h)
 
         first = self.channels[0]
         emb = Conditioning(4 * first, first, self.classes, dtype=self.dtype, name="emb")(x.shape[0], t, cond)
@@ -193,16 +203,11 @@ class UNet(nn.Module):
                 h = res(jnp.concatenate([h, skips.pop()], axis=-1), level, f"up{level}_res{i}")
                 h = attend(h, level, f"up{level}_attn{i}")
             if level > 0:
-                h = jnp.repeat(jnp.repeat(h, 2, axis=1), 2, axis=2)
+                for axis in range(1, h.ndim - 1):
+                    h = jnp.repeat(h, 2, axis=axis)
                 h = conv(h, self.channels[level], f"up{level}_double")
         norm = GroupNorm(name="norm_out").coefficients(h)
-        out = Conv(
-            self.out_channels or x.shape[-1],
-            (3, 3),
-            padding=PAD,
-            zero_init=True,
-            before=_affine_silu,
-            dtype=self.dtype,
-            name="conv_out",
-        )
-        return out(h, *norm).astype(jnp.float32)
+        width = self.out_channels or x.shape[-1]
+        out = conv3(width, h, zero_init=True, before=_affine_silu, dtype=self.dtype, name="conv_out")
+        h = out(h, *norm).astype(jnp.float32)
+        return h[..., 0] if len(shape) == 2 else h
