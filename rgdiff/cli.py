@@ -65,7 +65,7 @@ def listing() -> str:
     lines = []
     for title, group in (("recipes", None), *((f"{g}s", g) for g in ("method", "value", "reward", "prior", "domain"))):
         lines.append(title + ("" if group is None else f" ({group}=…)"))
-        lines += [f"  {name:<12} {recipe.summary_of(name, group)}" for name in recipe.names(group)]
+        lines += [f"  {name:<23} {recipe.summary_of(name, group)}" for name in recipe.names(group)]
     return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from rgdiff import denoisers, processes, samplers, schedules, tuners, values
+from rgdiff import denoisers, guides, processes, samplers, schedules, tuners, values
 from rgdiff.runtime.mesh import data_mesh
 from rgdiff.samplers._loop import _whole, roll
 from rgdiff.typing import Function, pytree, static
@@ -92,9 +92,38 @@ def svdd_learned_masked(number=0.5, seed=0, net_type=Net):
     return samplers.svdd(masked(), net_type(net(4, 3, seed)), value, temperature=number, candidates=4)
 
 
-SAMPLERS = [
+def guided_gaussian(number=0.5, seed=0, net_type=Net):
+    denoiser = net_type(net(2, 2, seed))
+    guided = guides.classifier_guidance(denoiser, gaussian(), values.learned(value_net), number)
+    return samplers.ancestral(gaussian(), guided, guide=guides.gradient_guide(value_net, number))
+
+
+def best_of_n_masked(number=0.5, seed=0, net_type=Net):
+    return samplers.best_of_n(ancestral_masked(number, seed, net_type), masked_reward, 3)
+
+
+def smc_gaussian(number=0.5, seed=0, net_type=Net):
+    denoiser = net_type(net(2, 2, seed))
+    value = values.posterior_mean(gaussian_reward, gaussian(), denoiser)
+    return samplers.smc(gaussian(), denoiser, value, temperature=number, adaptive=0.5, potential="max")
+
+
+def smc_masked(number=0.5, seed=0, net_type=Net):
+    value = values.learned(value_net, masked_reward, masked())
+    return samplers.smc(masked(), net_type(net(4, 3, seed)), value, temperature=number, twist=number)
+
+
+def svdd_distinct(number=0.5, seed=0, net_type=Net):
+    denoiser = net_type(net(4, 3, seed))
+    value = values.posterior_mean(masked_reward, masked(), denoiser)
+    return samplers.svdd(masked(), denoiser, value, temperature=number, candidates=4, distinct=True, replace=0.3)
+
+
+INDEPENDENT = [
     ancestral_gaussian, ancestral_masked, svdd_pm_gaussian, svdd_pm_masked, svdd_learned_gaussian, svdd_learned_masked,
+    guided_gaussian, best_of_n_masked,
 ]  # fmt: skip
+SAMPLERS = [*INDEPENDENT, smc_gaussian, smc_masked, svdd_distinct]
 each_sampler = pytest.mark.parametrize("make", SAMPLERS, ids=lambda f: f.__name__)
 STEPS = 4
 
@@ -126,7 +155,8 @@ def test_sampler_jit_equals_no_jit(make):
         close(keep_state(carry, {}), run.kept[i])
         assert jax.eval_shape(lambda c=carry: c) == before  # dtypes, shapes and structure are stable
     close(sampler.final(carry, times[-1])[0], run.x0)
-    assert {leaf.dtype for leaf in jax.tree.leaves((run, carry))} == {jnp.dtype(jnp.float32)}
+    dtypes = {leaf.dtype.name for leaf in jax.tree.leaves((run, carry))}
+    assert dtypes == {"float32"} or (dtypes == {"float32", "int32"} and "smc" in make.__name__)  # a count of moves
 
 
 @each_sampler
@@ -168,7 +198,7 @@ def test_sampler_vmaps_over_keys(make):
         close(together[i], samplers.sample(sampler, key, B, times).x0)
 
 
-@each_sampler
+@pytest.mark.parametrize("make", INDEPENDENT, ids=lambda f: f.__name__)
 def test_sampler_on_eight_devices_gives_the_numbers_of_one_without_collectives(make):
     """Examples do not interact: each device works on its own rows, and the numbers are those of one device."""
     assert len(jax.devices()) == 8
@@ -186,9 +216,20 @@ def test_sampler_on_eight_devices_gives_the_numbers_of_one_without_collectives(m
         close(samplers.sample(sampler, key, 16, times, cond, chunk=2, mesh=mesh).x0, one.x0)
 
 
+def test_problems_of_particles_split_over_devices_without_collectives():
+    """Particles of one problem interact; problems do not, and each device keeps its own."""
+    sampler, mesh = smc_gaussian(), data_mesh()
+    times, keys = sampler.process.times(STEPS), jax.random.split(jax.random.key(0), 8)
+    many = jax.jit(jax.vmap(lambda key: samplers.sample(sampler, key, B, times)))
+    split = jax.device_put(keys, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
+    close(many(split), many(keys))
+    program = many.lower(split).compile().as_text()
+    assert "all-" not in program and "collective-permute" not in program
+
+
 @each_sampler
 def test_sampler_counts_its_network_calls(make):
-    """network_calls(moves) is the rows that reach the network, over the batch."""
+    """network_calls(moves) is the rows that reach the network, over the batch; at most, where copies cost nothing."""
     sampler = make(net_type=lambda params: Net(params, True))
     times = sampler.process.times(STEPS)
     samplers.sample(sampler, jax.random.key(0), B, times)  # a first run may trace; only calls that run are counted
@@ -196,7 +237,8 @@ def test_sampler_counts_its_network_calls(make):
     ROWS.clear()
     samplers.sample(sampler, jax.random.key(1), B, times).x0.block_until_ready()
     jax.effects_barrier()
-    assert sum(ROWS) / B == sampler.network_calls(times.shape[0] - 1)
+    calls = sampler.network_calls(times.shape[0] - 1)
+    assert 1 <= sum(ROWS) / B < calls if make is svdd_distinct else sum(ROWS) / B == calls
 
 
 def test_a_chain_is_the_same_in_a_head_and_a_tail():

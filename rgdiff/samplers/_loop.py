@@ -150,7 +150,8 @@ def _start(sampler: Sampler, key: Key, t: Array, cond: Cond, batch: int, mesh: j
         return carry
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     split = lambda leaf: jax.lax.with_sharding_constraint(leaf, sharding)  # noqa: E731
-    return jax.tree.map(lambda leaf: split(leaf) if leaf.ndim and leaf.shape[0] == batch else leaf, carry)
+    rows = lambda leaf: leaf.ndim > 0 and leaf.shape[0] % batch == 0  # noqa: E731 - of examples, or of N chains each
+    return jax.tree.map(lambda leaf: split(leaf) if rows(leaf) else leaf, carry)
 
 
 def _run(
