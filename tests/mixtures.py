@@ -1,4 +1,4 @@
-"""Mixtures of Gaussians seen through y = A x0 + noise: posterior, evidence, conditional denoiser and soft value in closed form.
+"""Gaussians and mixtures seen through y = A x0 + noise: posterior, evidence, conditional denoiser, soft value, in closed form.
 
 The exact side is NumPy float64, written from the equations. Every world is a product of blocks of coordinates, each an
 isotropic mixture with measurements of its own, so that a swiss roll (a curve times an interval) is one too. Quadratic
@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rgdiff import processes
-from rgdiff.guides import linear
+from rgdiff import guides, processes
 from rgdiff.typing import pytree
-from tests.worlds import SCHEDULES, MixtureDenoiser
+from tests.worlds import SCHEDULES, GaussianWorld, MixtureDenoiser
 
 Array = np.ndarray
 
@@ -30,6 +29,49 @@ def _log_normal(r: Array, cov: Array) -> Array:
 def _log_sum_exp(x: Array) -> Array:
     top = x.max(-1, keepdims=True)
     return np.log(np.exp(x - top).sum(-1)) + top[..., 0]
+
+
+M3 = [0.4, -0.3, 0.8]
+C3 = [[0.9, 0.4, 0.1], [0.4, 0.7, -0.2], [0.1, -0.2, 0.5]]
+A23 = np.array([[1.0, 0.5, -0.3], [0.0, 0.7, 0.6]])
+Y2 = np.array([1.2, -0.4])
+
+
+class Measured(GaussianWorld):
+    """Gaussian data measured by y = A x0 + noise; under every linear guide the prediction is affine, and so is the chain."""
+
+    def __init__(self, a, y, noise, *, guide="tmpd", v=1.0, m=M3, c=C3, **options):
+        self.a, self.y, self.noise, self.guide, self.v = np.atleast_2d(a), np.atleast_1d(y), noise, guide, v
+        super().__init__(m, c, **options)
+
+    def gain(self, t, theta=(0.0, 1.0)):
+        g, offset = super().gain(t, theta)
+        alpha, sigma = self.reference.alpha(t), self.reference.sigma(t)
+        if alpha == 0:  # nothing is known of x0, and nothing guided
+            return g, offset
+        weight, eye = sigma**2 / alpha, np.eye(len(self.y))
+        of_measured = {
+            "dps": 0 * eye,
+            "pigdm": self.v * sigma**2 / (alpha**2 * self.v + sigma**2) * self.a @ self.a.T,
+            "tmpd": weight * self.a @ g @ self.a.T,
+            "dtmpd": weight * np.diag((self.a @ g @ self.a.T).sum(1)),
+        }[self.guide]
+        pull = weight * g.T @ self.a.T @ np.linalg.inv(of_measured + self.noise**2 * eye)
+        return g - pull @ self.a @ g, offset + pull @ (self.y - self.a @ offset)
+
+    def guided(self) -> Any:
+        measurement = guides.linear(self.a, self.y, self.noise)
+        build: Any = {
+            "dps": guides.dps,
+            "pigdm": lambda *operands: guides.pigdm(*operands, prior_variance=self.v),
+            "tmpd": guides.tmpd,
+            "dtmpd": lambda *operands: guides.tmpd(*operands, diagonal=True),
+        }[self.guide]
+        return build(self.denoiser, self.process, measurement)
+
+    def posterior(self):
+        gain = self.c @ self.a.T @ np.linalg.inv(self.a @ self.c @ self.a.T + self.noise**2 * np.eye(len(self.y)))
+        return self.m + gain @ (self.y - self.a @ self.m), self.c - gain @ self.a @ self.c
 
 
 class Mixture:
@@ -149,7 +191,7 @@ class MeasuredWorld:
             values.append(SoftValue(denoisers[-1], *posterior, f32(block.log_evidence)))
         self.denoiser, self.value = JoinedDenoiser(tuple(denoisers)), JoinedValue(tuple(values))
         self.a, self.y, self.sigma = _block_diagonal(blocks), np.concatenate([b.y for b in blocks]), blocks[0].sigma
-        self.measurement = linear(self.a, self.y, self.sigma)
+        self.measurement = guides.linear(self.a, self.y, self.sigma)
         self.log_evidence = sum(block.log_evidence for block in blocks)
         self.log_z = self.log_evidence + 0.5 * len(self.y) * np.log(2 * np.pi * self.sigma**2)
         """log E exp(r(x0)) with r = -|y - A x0|^2 / (2 sigma^2)."""

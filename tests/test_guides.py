@@ -15,50 +15,8 @@ from rgdiff import denoisers, guides, processes, samplers, schedules, values
 from rgdiff.runtime.mesh import data_mesh
 from rgdiff.samplers._loop import _whole
 from rgdiff.typing import pytree
-from tests.mixtures import grid_of_nine, lattice, ring_of_eight, swiss_roll
+from tests.mixtures import A23, C3, M3, Y2, Measured, grid_of_nine, lattice, ring_of_eight, swiss_roll
 from tests.worlds import SCHEDULES, GaussianWorld, assert_mean, correlated, factorised, slope
-
-M3 = [0.4, -0.3, 0.8]
-C3 = [[0.9, 0.4, 0.1], [0.4, 0.7, -0.2], [0.1, -0.2, 0.5]]
-A23 = np.array([[1.0, 0.5, -0.3], [0.0, 0.7, 0.6]])
-Y2 = np.array([1.2, -0.4])
-
-
-class Measured(GaussianWorld):
-    """Gaussian data measured by y = A x0 + noise; under every linear guide the prediction is affine, and so is the chain."""
-
-    def __init__(self, a, y, noise, *, guide="tmpd", v=1.0, m=M3, c=C3, **options):
-        self.a, self.y, self.noise, self.guide, self.v = np.atleast_2d(a), np.atleast_1d(y), noise, guide, v
-        super().__init__(m, c, **options)
-
-    def gain(self, t, theta=(0.0, 1.0)):
-        g, offset = super().gain(t, theta)
-        alpha, sigma = self.reference.alpha(t), self.reference.sigma(t)
-        if alpha == 0:  # nothing is known of x0, and nothing guided
-            return g, offset
-        weight, eye = sigma**2 / alpha, np.eye(len(self.y))
-        of_measured = {
-            "dps": 0 * eye,
-            "pigdm": self.v * sigma**2 / (alpha**2 * self.v + sigma**2) * self.a @ self.a.T,
-            "tmpd": weight * self.a @ g @ self.a.T,
-            "dtmpd": weight * np.diag((self.a @ g @ self.a.T).sum(1)),
-        }[self.guide]
-        pull = weight * g.T @ self.a.T @ np.linalg.inv(of_measured + self.noise**2 * eye)
-        return g - pull @ self.a @ g, offset + pull @ (self.y - self.a @ offset)
-
-    def guided(self) -> Any:
-        measurement = guides.linear(self.a, self.y, self.noise)
-        build: Any = {
-            "dps": guides.dps,
-            "pigdm": lambda *operands: guides.pigdm(*operands, prior_variance=self.v),
-            "tmpd": guides.tmpd,
-            "dtmpd": lambda *operands: guides.tmpd(*operands, diagonal=True),
-        }[self.guide]
-        return build(self.denoiser, self.process, measurement)
-
-    def posterior(self):
-        gain = self.c @ self.a.T @ np.linalg.inv(self.a @ self.c @ self.a.T + self.noise**2 * np.eye(len(self.y)))
-        return self.m + gain @ (self.y - self.a @ self.m), self.c - gain @ self.a @ self.c
 
 
 def states(rows=6, dim=3, seed=0):
