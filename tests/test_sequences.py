@@ -531,7 +531,7 @@ def test_a_file_of_ones_own_runs_to_a_report(tmp_path, fasta):
 def test_the_factorised_prior_needs_no_training_and_svdd_may_have_the_exact_value(tmp_path, fasta):
     learned = ["reward=oracle", "reward.steps=60", "reward.width=8", "reward.kernel=3", "reward.dilations=[1]"]
     options = ["prior=factorised", "domain.measurement=y", "method=svdd_exact", "method.temperature=0.02"]
-    assert run(tmp_path, f"domain.source={fasta}", *options, *learned, "samples=256", "method.candidates=128") == 0
+    assert run(tmp_path, f"domain.source={fasta}", *options, *learned, "samples=128", "method.candidates=64") == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     row = {name: summary[f"svdd_exact/{name}"] for name in ("reward_mean", "reward_se", "exact_reward_mean")}
     assert abs(row["reward_mean"] - row["exact_reward_mean"]) < 4 * row["reward_se"] + 0.02

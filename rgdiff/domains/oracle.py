@@ -107,7 +107,7 @@ def train_oracle(
     mean, std = jnp.float32(y.mean()), jnp.float32(y.std())
     network = ConvNet1D(1, width, tuple(dilations), kernel)
     key_init, key_fit = jax.random.split(key)
-    params = network.init(key_init, jnp.zeros((1, *x.shape[1:])), jnp.zeros(1))["params"]
+    params = jax.jit(network.init)(key_init, jnp.zeros((1, *x.shape[1:])), jnp.zeros(1))["params"]
     optimizer = tuners.adamw(rate, decay_steps=steps, weight_decay=1e-2)
     tuner = OracleTuner(mean, std, checks.positive("soft", soft, zero=True), network, optimizer)
     data = {"x": jnp.asarray(x), "y": jnp.asarray(y)}

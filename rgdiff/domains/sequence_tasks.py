@@ -133,8 +133,8 @@ class SequenceJudge(Judge):
             "selections' KL. network_calls: per sample. seconds: without compilation.",
         ]
         if isinstance(task.reward, Oracle) and isinstance(task.heldout, Oracle):
-            of_guide = correlation(task.reward(jnp.asarray(self.domain.judge_x)), self.domain.judge_y)
-            of_judge = correlation(task.heldout(jnp.asarray(self.domain.guide_x)), self.domain.guide_y)
+            of_guide = correlation(self.rewards(task.reward, self.domain.judge_x), self.domain.judge_y)
+            of_judge = correlation(self.rewards(task.heldout, self.domain.guide_x), self.domain.guide_y)
             notes.append(
                 "The guiding oracle and the judging one are trained on disjoint halves of the measurements; each one's "
                 f"correlation with measurements it has not seen: {of_guide:.3f} and {of_judge:.3f}."
