@@ -311,14 +311,16 @@ def test_the_affine_family_moves_the_noise_by_its_shift():
 def test_a_round_refits_to_the_newest_batch_by_the_pretraining_loss():
     """One optimiser step on exactly the batch of the round before, from `refit_from` on; then sampling with the new parameters."""
     tuner, refit, params = affine(batch=16, refit_from=3)
-    infos, state = run(tuner, 3, params=params)
+    step, state = jax.jit(tuner.step), tuner.init(params)
+    for k in range(3):
+        state, info = step(jax.random.key(k), state)
+        assert np.isnan(info["loss"]) and int(state.train.step) == 0
     np.testing.assert_array_equal(state.train.params["shift"], 0.0)
-    assert np.isnan(infos["loss"]).all() and int(state.train.step) == 0
     train, x0, number = state.train, state.x0, 3
-    after, info = jax.jit(tuner.step)(jax.random.key(7), jax.tree.map(jnp.array, state))
+    after, info = step(jax.random.key(7), state)
     key_refit, key_chain = jax.random.split(jax.random.key(7))
     key_loss = jax.random.split(jax.random.split(key_refit, 1)[0])[1]
-    expected, about = refit.step(key_loss, train, {"x0": x0})
+    expected, about = jax.jit(refit.step)(key_loss, train, {"x0": x0})
     np.testing.assert_allclose(after.train.params["shift"], expected.params["shift"], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(info["loss"], about["loss"], rtol=1e-5)
     assert np.abs(expected.params["shift"]).max() > 5e-3 and int(after.step) == number + 1
@@ -348,21 +350,29 @@ def test_older_batches_are_drawn_by_their_weight(decay):
 # ---------------------------------------------------------------- robustness and contract
 
 
+@pytree
+class Broken:
+    """A reward multiplied by `factor` where x_0 > 0, and its gradient with it."""
+
+    reward: Any
+    factor: jax.Array
+
+    def __call__(self, x0, cond=None):
+        return self.reward(x0) * jax.lax.stop_gradient(jnp.where(x0[:, 0] > 0, self.factor, 1.0))
+
+
 def test_samples_without_a_usable_gradient_are_counted_and_redrawn_from_the_prior():
     """NaN, infinite and huge rewards: the next round is unguided there, and no sample is ever NaN."""
     _, _, process, times, denoiser, reward = world(20)
+    step = jax.jit(lambda tuner, key, state: tuner.step(key, state))
+    plain = samplers.sample(samplers.ancestral(process, denoiser), jax.random.split(jax.random.key(1))[1], 64, times)
     for bad in (jnp.nan, jnp.inf, 1e30):
-        broken = lambda x0, cond=None, bad=bad: reward(x0) * jax.lax.stop_gradient(jnp.where(x0[:, 0] > 0, bad, 1.0))  # noqa: E731
-        tuner = tuners.gradient_guidance(Fixed(denoiser), process, broken, times, batch=64)
-        state = tuner.init(jnp.zeros(()))
-        first, info = jax.jit(tuner.step)(jax.random.key(0), state)
+        tuner = tuners.gradient_guidance(Fixed(denoiser), process, Broken(reward, f32(bad)), times, batch=64)
+        first, info = step(tuner, jax.random.key(0), tuner.init(jnp.zeros(())))
         redrawn = np.asarray(first.x0[:, 0] > 0)
         assert int(info["infeasible"]) == redrawn.sum() > 10
-        second, info = jax.jit(tuner.step)(jax.random.key(1), first)
+        second, info = step(tuner, jax.random.key(1), first)
         assert np.isfinite(second.x0).all() and int(info["skipped"]) == 0
-        plain = samplers.sample(
-            samplers.ancestral(process, denoiser), jax.random.split(jax.random.key(1))[1], 64, times
-        )
         np.testing.assert_allclose(second.x0[redrawn], plain.x0[redrawn], rtol=1e-4, atol=1e-5)
         assert np.abs(second.x0 - plain.x0)[~redrawn].max() > 0.1
 
@@ -539,3 +549,19 @@ def test_algorithm_2_reproduces_the_published_simulation(guidance):
     else:
         assert off > 0.08 and 3.5 < reward < 6.5
         assert infos["theta_x"][-1] - infos["theta_x_inside"][-1] > infos["theta_x_inside"][-1]
+
+
+@pytest.mark.slow
+def test_the_u_net_takes_vectors_and_signals():
+    from rgdiff.nets import UNet
+
+    net, x = UNet((8, 16), attention=(1,)), jax.random.normal(jax.random.key(0), (3, 8))
+    params = net.init(jax.random.key(1), x, jnp.float32(0.5))["params"]
+    params = jax.tree.map(lambda p: p + 0.1, params)
+    assert params["conv_in"]["kernel"].shape == (3, 1, 8)
+    out = net.apply({"params": params}, x, jnp.float32(0.5))
+    signal = net.apply({"params": params}, x[..., None], jnp.float32(0.5))
+    np.testing.assert_array_equal(out, signal[..., 0])
+    moved = net.apply({"params": params}, x.at[1, 2].add(1.0), jnp.float32(0.5))
+    np.testing.assert_array_equal(moved[jnp.array([0, 2])], out[jnp.array([0, 2])])
+    assert out.shape == x.shape and np.abs(moved[1] - out[1]).max() > 1e-3
