@@ -19,13 +19,29 @@ TINY = [
     "prior.train.optimizer.warmup=1",
     "prior.train.optimizer.decay_steps=4",
 ]
+VALUE = [f"method.value.{o}" for o in ("samples=8", "steps=3", "batch=4", "network.features=[8]")]
+TUNED = ["method.steps=2", "method.batch=4"]
+PARTICLES = ["method.particles=8"]
 FEW = {
-    "svdd": ["method.candidates=2"],
-    "svdd_mc": ["method.candidates=2", "method.samples=8", "method.steps=3", "method.batch=4", "method.network.features=[8]"],
-    "draft": ["method.steps=2", "method.batch=4"],
-    "draft_k": ["method.steps=2", "method.batch=4"],
-    "draft_lv": ["method.steps=2", "method.batch=4"],
-}  # fmt: skip
+    "best_of_n": ["method.candidates=2"],
+    "classifier_guidance": VALUE,
+    "draft_lv": TUNED,
+    "smc": PARTICLES,
+    "svdd_mc": ["method.candidates=2", *VALUE],
+}
+MORE = {  # settings of the same classes
+    "das": PARTICLES,
+    "dps": [],
+    "draft": TUNED,
+    "draft_k": TUNED,
+    "fk_steering": PARTICLES,
+    "freedom": ["method.window=[0.0,1.0]"],
+    "lgd_mc": ["method.draws=2"],
+    "svdd": ["method.candidates=2", "method.proposal=1.0"],
+    "svdd_r": ["method.candidates=2"],
+    "tds": PARTICLES,
+    "tilt": [],
+}
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +72,15 @@ def test_every_method_reward_domain_and_prior_compose_and_check():
         recipe.check(recipe.compose("steer", overrides), recipe.trusted_modules(overrides))
 
 
-@pytest.mark.parametrize("method", sorted(FEW))
+@pytest.mark.parametrize("method", [*FEW, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
 def test_methods_run(method, tmp_path, cache):
-    assert run(tmp_path, cache, "reward=symmetry", f"method={method}", *FEW[method]) == 0
+    assert run(tmp_path, cache, "reward=symmetry", f"method={method}", *(FEW | MORE)[method]) == 0
     folder = tmp_path / "run"
     summary = json.loads((folder / "summary.json").read_text())
     for row in ("prior", method):
         for name in ("reward_mean", "reward_se", "heldout_reward_mean", "network_calls", "seconds", "diversity", "kl"):
-            assert summary[f"{row}/{name}"] is not None, (row, name)
+            unknown = (row, name) == ("freedom", "kl")  # repeated moves have no density
+            assert (summary[f"{row}/{name}"] is None) == unknown, (row, name)
     samples = np.load(folder / "samples.npz", allow_pickle=False)
     assert samples[method].shape == (12, 8, 8, 1) and np.isfinite(samples[method]).all()
     for name in ("config.yaml", "versions.json", "metrics.jsonl", "report.html"):
@@ -90,7 +107,7 @@ def test_users_own_parts(tmp_path, cache, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     own = ["reward=custom", "reward.fn=my_module.score", "domain=custom", "domain.fn=my_module.load"]
-    assert run(tmp_path, cache, *own, "method=draft_k", *FEW["draft_k"]) == 0
+    assert run(tmp_path, cache, *own, "method=draft_k", *MORE["draft_k"]) == 0
     mine = [o for o in TINY if not o.startswith(("prior=", "prior.network"))]
     mine += [
         "prior=custom",
@@ -106,7 +123,7 @@ def test_users_own_parts(tmp_path, cache, monkeypatch):
 
 
 def test_resume_of_a_finished_run_changes_nothing(tmp_path, cache):
-    arguments = ("reward=symmetry", "method=draft_k", *FEW["draft_k"])
+    arguments = ("reward=symmetry", "method=draft_k", *MORE["draft_k"])
     assert run(tmp_path, cache, *arguments) == 0
     before = np.load(tmp_path / "run" / "samples.npz")
     assert run(tmp_path, cache, *arguments, "resume=true") == 0

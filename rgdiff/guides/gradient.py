@@ -62,7 +62,7 @@ def _guided(
 ) -> GradientGuided:
     if not isinstance(process, GaussianProcess):
         raise ValueError(
-            f"gradient guidance moves the score of a gaussian process, got {type(process).__name__}; see guides.token_guide"
+            f"gradient guidance moves the score of a gaussian process, got {type(process).__name__}; use rgdiff.guides.gradient_guide"
         )
     if jnp.ndim(gradient) < 2 or jnp.shape(target) != jnp.shape(gradient)[:1]:
         raise ValueError(

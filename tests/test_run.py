@@ -1,0 +1,51 @@
+"""A run's training: it stops when too many updates in a row of its own were skipped, and keeps the last good state."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from rgdiff.runtime.checkpoint import Checkpoints
+from rgdiff.runtime.folder import RunFolder
+from rgdiff.runtime.run import PATIENCE, Run
+from rgdiff.tuners._loop import start, update
+from rgdiff.typing import pytree
+
+
+@pytree
+class FailsFrom:
+    """A tuner whose gradient is not a number from step `first` on."""
+
+    first: jax.Array
+
+    def init(self, params):
+        return start(params, optax.sgd(0.1))
+
+    def step(self, key, state, batch):
+        gradient = jnp.where(state.step < self.first, 1.0, jnp.nan) * jnp.ones_like(state.params)
+        state, info = update(state, gradient, optax.sgd(0.1))
+        return state, {"loss": state.params.sum()} | info
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100])
+def test_a_phase_stops_after_too_many_skipped_updates(tmp_path, monkeypatch, chunk):
+    monkeypatch.setenv("RGDIFF_SAVE_EVERY", "0")
+    run = Run(RunFolder.create(str(tmp_path / "run"), {"seed": 0}, resume=False), 0, tmp_path / "cache")
+    tuner = FailsFrom(jnp.int32(10))
+    with pytest.raises(ValueError, match=r"tune: \d+ of \d+ updates before step \d+ were not finite") as error:
+        run.fit("tune", tuner, run.key("tune"), jnp.zeros(2), 200, chunk=chunk)
+    assert int(str(error.value).split("tune: ")[1].split(" of")[0]) > PATIENCE
+    with Checkpoints(run.folder.path / "checkpoints" / "tune") as kept:
+        if kept.latest() is not None:  # one chunk of 100 fails before its first checkpoint
+            state, step, _ = kept.restore(tuner.init(jnp.zeros(2)))
+            assert int(state.step) == step and jnp.isfinite(state.params).all()
+            assert float(state.params[0]) == pytest.approx(-0.1 * min(step, 10))
+
+
+def test_a_few_skipped_updates_are_counted_and_forgiven(tmp_path):
+    run = Run(RunFolder.create(str(tmp_path / "run"), {"seed": 0}, resume=False), 0, tmp_path / "cache")
+    state = run.fit("tune", FailsFrom(jnp.int32(30)), run.key("tune"), jnp.zeros(2), 40, chunk=10)
+    assert int(state.skipped) == 10 and int(state.step) == 40
+    assert float(state.params[0]) == pytest.approx(-3.0)
