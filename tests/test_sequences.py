@@ -529,15 +529,23 @@ def test_a_file_of_ones_own_runs_to_a_report(tmp_path, fasta):
 
 
 def test_the_factorised_prior_needs_no_training_and_svdd_may_have_the_exact_value(tmp_path, fasta):
-    learned = ["reward=oracle", "reward.steps=60", "reward.width=8", "reward.kernel=3", "reward.dilations=[1]"]
-    options = ["prior=factorised", "domain.measurement=y", "method=svdd_exact", "method.temperature=0.02"]
-    assert run(tmp_path, f"domain.source={fasta}", *options, *learned, "samples=128", "method.candidates=64") == 0
+    options = [f"domain.source={fasta}", "prior=factorised", "reward=gc", "method=svdd_exact", "method.temperature=0.2"]
+    assert run(tmp_path, *options, "samples=128", "method.candidates=64") == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     row = {name: summary[f"svdd_exact/{name}"] for name in ("reward_mean", "reward_se", "exact_reward_mean")}
     assert abs(row["reward_mean"] - row["exact_reward_mean"]) < 4 * row["reward_se"] + 0.02
-    assert row["exact_reward_mean"] > summary["prior/exact_reward_mean"] + 0.03
+    assert row["exact_reward_mean"] > summary["prior/exact_reward_mean"] + 0.1
     assert not (tmp_path / "run" / "checkpoints" / "prior").exists()
-    assert summary["svdd_exact/heldout_reward_mean"] != summary["svdd_exact/reward_mean"]
+
+
+@pytest.mark.slow
+def test_a_learned_oracle_is_judged_by_its_twin(tmp_path, fasta):
+    learned = ["reward=oracle", "reward.steps=60", "reward.width=8", "reward.kernel=3", "reward.dilations=[1]"]
+    options = [f"domain.source={fasta}", "domain.measurement=y", "prior=factorised", "method.temperature=0.02"]
+    assert run(tmp_path, *options, *learned, "samples=64") == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["svdd/reward_mean"] > summary["prior/reward_mean"]
+    assert summary["svdd/heldout_reward_mean"] != summary["svdd/reward_mean"]
     assert "disjoint halves" in (tmp_path / "run" / "report.html").read_text()
 
 
