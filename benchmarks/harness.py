@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import TOLERANCE, Case
+from benchmarks.rows import Case
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -98,7 +98,7 @@ def measure(
     """Compare the results of all sides of a case, then time `repeats` rounds of them in turn.
 
     Raises:
-        Failed: when our side fails, or a PyTorch side's result differs by more than `TOLERANCE`.
+        Failed: when our side fails, or a PyTorch side's result differs by more than the case's tolerance.
     """
     with tempfile.TemporaryDirectory() as folder:
         given = Path(folder) / "given.npz"
@@ -119,9 +119,9 @@ def measure(
                     problems.append(str(failure))
                     continue
                 workers[side] = worker
-                if not errors[side] < TOLERANCE:
+                if not errors[side] < case.tolerance:
                     raise Failed(
-                        f"{case.name}, {side}: results differ by {errors[side]:.1e}, more than {TOLERANCE:.0e}"
+                        f"{case.name}, {side}: results differ by {errors[side]:.1e}, more than {case.tolerance:.0e}"
                     )
                 if memory:
                     fresh = start(side)

@@ -3,7 +3,8 @@
 A side is built inside its own process (`benchmarks.worker`), so JAX and PyTorch are imported lazily. `export` of our
 side hands over parameters, coefficients, the random numbers of one run and its result; `check` of the other side
 repeats that run with them and returns the largest relative error. `block` is what is timed: one whole sampling run or
-one training step, from its random numbers to a finished (synchronised) result.
+one training step, from its random numbers to a finished (synchronised) result. Here are the cases and the sides of images;
+`benchmarks.sequence_rows` has those of sequences.
 """
 
 from __future__ import annotations
@@ -14,47 +15,73 @@ from typing import Any
 
 import numpy as np
 
-BATCH, SIDE, STEPS, SEED = 16, 16, 50, 0
+from benchmarks.measures import SEED, flat, forward_flops, nested, planned_memory, ready_torch, torch_memory, weights
+
+BATCH, SIDE, STEPS = 16, 16, 50
 CHANNELS = (32, 64, 64)
 CANDIDATES, TEMPERATURE = 8, 0.1
 OPTIMIZER: dict[str, Any] = {"learning_rate": 1e-4, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
-TOLERANCE = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One line of the table. `live`: network calls with gradients (DRaFT); `remat`: recompute activations."""
+    """One line of the table.
+
+    Args:
+      live, remat: network calls with gradients (DRaFT); whether activations are computed again.
+      reuse, loop, channels_last: other ways to write the PyTorch side, against the same of ours. The winner's
+        prediction is kept; one call of the networks per candidate; the layout of convolutions (sequences).
+      value, length, batch, moves: of sequences: `pm` or `mc`, L, B, T.
+      distinct: of sequences: whether ours evaluates one of each kind of candidate only.
+      tolerance: the largest difference of results with which a case is measured.
+    """
 
     row: str
     name: str
     live: int = 0
     remat: bool = False
     reuse: bool = True
-    torch_only: bool = False  # another way to write the PyTorch side, measured against the same of ours
+    loop: bool = False
+    channels_last: bool = False
+    value: str = ""
+    length: int = 0
+    batch: int = 0
+    moves: int = 0
+    distinct: bool = True
+    tolerance: float = 1e-4
+
+
+def _sequences(length: int, batch: int, moves: int) -> tuple[Case, ...]:
+    """The lines of one shape. Differences are the fraction of positions that are chosen otherwise, over all moves."""
+    shape = f"L={length} B={batch} T={moves}"
+    case = functools.partial(
+        Case, "svdd-sequences", length=length, batch=batch, moves=moves, reuse=False, tolerance=0.01
+    )
+    return (
+        case(f"PM {shape}", value="pm", reuse=True),
+        case(f"PM {shape}, channels last", value="pm", reuse=True, channels_last=True),
+        case(f"PM {shape}, M + 1 calls", value="pm"),
+        case(f"PM {shape}, candidate loop", value="pm", loop=True),
+        case(f"MC {shape}", value="mc"),
+        case(f"MC {shape}, channels last", value="mc", channels_last=True),
+        case(f"MC {shape}, candidate loop", value="mc", loop=True),
+    )
 
 
 CASES = (
     Case("ancestral", "ancestral"),
     Case("svdd", "svdd"),
-    Case("svdd", "svdd, M + 1 calls", reuse=False, torch_only=True),
+    Case("svdd", "svdd, M + 1 calls", reuse=False),
     Case("draft", "draft K=1", live=1),
     Case("draft", "draft K=5", live=5),
     Case("draft", "draft K=5, recomputed", live=5, remat=True),
     Case("draft", "draft K=50", live=50),
     Case("draft", "draft K=50, recomputed", live=50, remat=True),
+    *_sequences(50, 16, 32),
+    dataclasses.replace(_sequences(50, 16, 32)[0], name="PM L=50 B=16 T=32, every candidate", distinct=False),
+    *_sequences(200, 8, 32),
+    *_sequences(50, 16, 128),
 )
-
-
-def calls(case: Case) -> int:
-    """Forward passes over a batch of BATCH images, recomputation and gradients not counted."""
-    if case.row == "svdd":
-        return (STEPS - 1) * CANDIDATES + 1 + (0 if case.reuse else STEPS - 1)
-    return STEPS
-
-
-def forward_equivalents(case: Case) -> int:
-    """The same with gradients: a backward pass is two forward passes, a recomputation one."""
-    return calls(case) + case.live * (2 + case.remat)
 
 
 def reward(x0: Any, cond: Any = None) -> Any:
@@ -65,6 +92,8 @@ def reward(x0: Any, cond: Any = None) -> Any:
 
 class Ours:
     """Our side of a case, on JAX's default device."""
+
+    note = ""
 
     def __init__(self, case: Case):
         import jax
@@ -82,7 +111,7 @@ class Ours:
         net = UNet(channels=CHANNELS)
         image = jnp.zeros((BATCH, SIDE, SIDE, 1))
         shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), image, jnp.float32(1))["params"])
-        self.params = jax.tree.map(jnp.asarray, _weights(shapes))
+        self.params = jax.tree.map(jnp.asarray, weights(shapes))
         self.net = net
         self.denoiser = denoisers.predicts("eps", denoisers.from_linen(net, self.params), schedule)
         if case.live:
@@ -115,14 +144,13 @@ class Ours:
 
     @functools.cached_property
     def flops(self) -> float:
-        """Of one forward pass, as XLA counts them."""
-        import jax
+        """Of one block: forward passes as XLA counts them; a gradient is two of them, a recomputation one."""
         import jax.numpy as jnp
 
-        forward = jax.jit(lambda p, x, t: self.net.apply({"params": p}, x, t))
-        cost = forward.lower(self.params, jnp.zeros((BATCH, SIDE, SIDE, 1)), jnp.float32(1)).compile().cost_analysis()
-        cost = cost[0] if isinstance(cost, list) else cost
-        return float((cost or {}).get("flops", float("nan")))
+        case, image = self.case, jnp.zeros((BATCH, SIDE, SIDE, 1))
+        calls = (STEPS - 1) * CANDIDATES + 1 if case.row == "svdd" else STEPS
+        forward = lambda p, x, t: self.net.apply({"params": p}, x, t)  # noqa: E731
+        return (calls + case.live * (2 + case.remat)) * forward_flops(forward, self.params, image, jnp.float32(1))
 
     def block(self, seed: int) -> None:
         key = self.jax.random.key(seed)
@@ -133,12 +161,7 @@ class Ours:
             self.jax.block_until_ready(self.program(self.sampler, key, self.times))
 
     def memory(self) -> dict[str, float]:
-        """Bytes beyond the arguments: XLA's plan for temporaries, and on an accelerator its peak."""
-        out = {"temporaries": float(self.program.memory_analysis().temp_size_in_bytes)}
-        stats = self.jax.devices()[0].memory_stats()
-        if stats and "peak_bytes_in_use" in stats:
-            out["device peak"] = float(stats["peak_bytes_in_use"])
-        return out
+        return planned_memory(self.program)
 
     def export(self) -> dict[str, Any]:
         """Everything the other side needs to repeat one run: see the module."""
@@ -155,8 +178,7 @@ class Ours:
             std = sigma_s * fraction
         direction = jnp.sqrt(jnp.maximum(sigma_s**2 - std**2, 0.0)) if self.process.stochastic else sigma_s
         table = jnp.stack([t, schedule.alpha(t), schedule.sigma(t), alpha_s, std, direction], 1)
-        out: dict[str, Any] = {"table": table}
-        out |= {f"params/{'/'.join(k.key for k in path)}": leaf for path, leaf in _leaves(self.params)}
+        out: dict[str, Any] = {"table": table} | flat(self.params)
         key, shape = jax.random.key(SEED + 2), (BATCH, SIDE, SIDE, 1)
         key_chain = jax.random.split(key)[0] if case.live else key
         init = jax.random.fold_in(key_chain, 0)
@@ -179,48 +201,15 @@ class Ours:
         return {name: np.asarray(value) for name, value in out.items()}
 
 
-def _weights(shapes: Any) -> Any:
-    """Random numbers of the usual size, off zero (and scales off one) everywhere, or a wrong transplant could pass."""
-    import jax
-
-    random = np.random.default_rng(SEED)
-
-    def draw(path: Any, leaf: Any) -> np.ndarray:
-        z = random.standard_normal(leaf.shape, np.float32)
-        if path[-1].key == "kernel":
-            return z / np.float32(np.sqrt(np.prod(leaf.shape[:-1])))
-        return np.float32(path[-1].key == "scale") + np.float32(0.1) * z
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
-
-
-def _leaves(tree: Any) -> Any:
-    import jax
-
-    return jax.tree_util.tree_flatten_with_path(tree)[0]
-
-
 class Torch:
     """PyTorch's side of a case, eager or compiled, on CUDA where there is one."""
 
     def __init__(self, case: Case, given: dict[str, Any], compiled: bool, threads: int, mode: str | None):
-        import torch
-
         from benchmarks import torch_twins
 
-        torch.set_num_threads(threads)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cudnn.benchmark = True
-        torch.manual_seed(SEED)
+        torch = ready_torch(threads)
         self.case, self.torch, self.twins, self.given = case, torch, torch_twins, given
-        self.params: dict[str, Any] = {}
-        for name, value in given.items():
-            if name.startswith("params/"):
-                *path, leaf = name.split("/")[1:]
-                node = self.params
-                for part in path:
-                    node = node.setdefault(part, {})
-                node[leaf] = value
+        self.params = nested(given)
         self.net = torch_twins.load_linen(torch_twins.UNet(CHANNELS).to(torch_twins.device()), self.params)
         self.chain = torch_twins.Chain(self.net, given["table"], compiled, mode)
         o = OPTIMIZER
@@ -268,38 +257,8 @@ class Torch:
             self.torch.cuda.synchronize()
 
     def memory(self) -> dict[str, float]:
-        """Bytes a block needs beyond parameters and optimiser state.
-
-        On a CPU in a fresh process: the peak of the resident set over its size after a block of one image, which has
-        loaded libraries and made the optimiser's state; and the peak of what the allocator held, from the profiler.
-        """
-        torch = self.torch
-        if torch.cuda.is_available():
-            self.block(0)
-            torch.cuda.synchronize()
-            self.optimizer.zero_grad(set_to_none=True)
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            self.block(1)
-            return {"allocator": float(torch.cuda.max_memory_allocated() - before)}
-        self.block(0, batch=1)
-        self.optimizer.zero_grad(set_to_none=True)
-        before = _status("VmRSS")
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-        self.block(1)
-        out = {"resident": _status("VmHWM") - before}
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            self.block(2)
-        held = np.cumsum([e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"])
-        return out | {"allocator": float(held.max(initial=0))}
+        return torch_memory(self.block, lambda: self.optimizer.zero_grad(set_to_none=True))
 
 
 def _relative(got: np.ndarray, want: np.ndarray) -> float:
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
-
-
-def _status(field: str) -> float:
-    with open("/proc/self/status") as file:
-        return next(float(line.split()[1]) * 1024 for line in file if line.startswith(field))

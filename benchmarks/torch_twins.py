@@ -106,7 +106,7 @@ class UNet(nn.Module):
 
 
 def _names(params: dict[str, Any]) -> Iterator[tuple[str, np.ndarray, str]]:
-    """Yield (PyTorch name, our array, our name) for every leaf of a Linen U-Net."""
+    """Yield (PyTorch name, our array, our name) for every leaf of a Linen network."""
 
     def walk(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
         if isinstance(tree, dict):
@@ -123,14 +123,14 @@ def _names(params: dict[str, Any]) -> Iterator[tuple[str, np.ndarray, str]]:
 
 
 def _to_torch(leaf: np.ndarray, shape: torch.Size) -> np.ndarray:
-    if leaf.ndim == 4:
-        return leaf.transpose(3, 2, 0, 1)  # HWIO -> OIHW
+    if leaf.ndim > 2:
+        return np.moveaxis(leaf, (-1, -2), (0, 1))  # HWIO -> OIHW, WIO -> OIW
     return leaf.T.reshape(shape) if leaf.ndim == 2 else leaf  # Dense [I, O] -> Linear [O, I] or 1x1 convolution
 
 
 @torch.no_grad()
 def load_linen(net: nn.Module, params: dict[str, Any]) -> nn.Module:
-    """Copy the parameters of a Linen U-Net; every parameter on both sides must find its partner."""
+    """Copy the parameters of a Linen network; every parameter on both sides must find its partner."""
     own = dict(net.named_parameters())
     for name, leaf, ours in _names(params):
         if name not in own:

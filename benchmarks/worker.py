@@ -36,21 +36,23 @@ def main() -> None:
 def _build(options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     import numpy as np
 
-    from benchmarks import rows
+    from benchmarks import rows, sequence_rows
 
     case = rows.Case(**options["case"])
+    sides = sequence_rows if case.row == "svdd-sequences" else rows
     start = time.perf_counter()
     if options["side"] == "ours":
         import jax
 
-        side = rows.Ours(case)
+        side = sides.Ours(case)
         assert side.program is not None  # compile now: this is the time reported
-        about = {"version": f"jax {jax.__version__}", "device": jax.devices()[0].device_kind, "flops": side.flops}
+        about = {"version": f"jax {jax.__version__}", "device": jax.devices()[0].device_kind}
+        about |= {"flops": side.flops, "note": side.note}
     else:
         import torch
 
         with np.load(options["given"]) as given:
-            side = rows.Torch(case, dict(given), options["side"] == "compile", options["threads"], options["mode"])
+            side = sides.Torch(case, dict(given), options["side"] == "compile", options["threads"], options["mode"])
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         about = {"version": f"torch {torch.__version__}", "device": name}
     return side, about | {"seconds": time.perf_counter() - start}

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from benchmarks import rows
+from benchmarks import rows, sequence_rows
 
 pytest.importorskip("torch", reason="the twins need PyTorch, which the library never does: pip install torch")
 
@@ -18,6 +18,11 @@ def short(monkeypatch):
     monkeypatch.setattr(rows, "SIDE", 8)
     monkeypatch.setattr(rows, "CHANNELS", (8, 16))
     monkeypatch.setattr(rows, "CANDIDATES", 2)
+    monkeypatch.setattr(sequence_rows, "CANDIDATES", 4)
+    monkeypatch.setattr(sequence_rows, "SHARPNESS", 1.0)  # a denoiser that matters
+    for name in ("DENOISER", "SCORER"):
+        small = {"width": 8, "dilations": (1, 4), "kernel": 5}
+        monkeypatch.setattr(sequence_rows, name, getattr(sequence_rows, name) | small)
 
 
 CASES = (
@@ -43,3 +48,45 @@ def test_a_wrong_transplant_is_seen():
     assert rows.Torch(case, given | {name: -given[name]}, compiled=False, threads=1, mode=None).check() > 1e-4
     with pytest.raises(ValueError, match="without a partner"):
         rows.Torch(case, {k: v for k, v in given.items() if k != name}, compiled=False, threads=1, mode=None)
+
+
+def sequences(given, case, **changes):
+    case = dataclasses.replace(case, **changes)
+    return sequence_rows.Torch(case, given, compiled=False, threads=1, mode=None).check()
+
+
+SEQUENCES = rows.Case("svdd-sequences", "tiny", value="pm", length=16, batch=4, moves=5)
+OTHERS = ({"reuse": False}, {"reuse": False, "loop": True}, {"channels_last": True})
+
+
+@pytest.mark.parametrize("value", ["pm", "mc"])
+def test_both_sides_choose_the_same_sequences(value):
+    case = dataclasses.replace(SEQUENCES, value=value)
+    ours = sequence_rows.Ours(case)
+    given = ours.export()
+    # Two candidates may be filled to one sequence: which of them is then the better decides rounding (2 of 320 positions).
+    for changes in ({}, *(OTHERS if value == "pm" else OTHERS[1:])):
+        assert sequences(given, case, **changes) < 0.01
+    # Every part of it counts: each network, each random number, which value selects.
+    assert sequences(given, case, value="mc" if value == "pm" else "pm") > 0.02
+    for name in ("params/scorer/conv1/kernel", "params/denoiser/conv1/kernel", "uniform", "gumbel"):
+        assert sequences(given | {name: given[name][..., ::-1].copy()}, case) > 0.02, name
+    # Copies were not evaluated again.
+    assert ours.compared[1].sum() < case.moves * case.batch * sequence_rows.CANDIDATES
+
+
+def test_sequence_networks_have_the_published_sizes(monkeypatch):
+    monkeypatch.undo()
+    import jax
+    import jax.numpy as jnp
+
+    from rgdiff.nets import ConvNet1D
+
+    def size(options, channels):
+        net = ConvNet1D(**options)
+        shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), jnp.zeros((1, 50, channels)), 0.0)["params"])
+        return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+    # The authors' CNN and ConvGRU: 3.33 M and 0.18 M (research: svdd_drakes.md, 2.1 and 2.2, counted there).
+    assert round(size(sequence_rows.DENOISER, 5) / 1e6, 2) == 3.33
+    assert round(size(sequence_rows.SCORER, 4) / 1e6, 2) == 0.18
