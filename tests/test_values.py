@@ -215,10 +215,12 @@ def test_backups_are_means_and_log_mean_exps():
 def test_a_tabular_value_becomes_the_soft_value_or_the_mean(data):
     """On chains of a correlated law (whose values are the chain's own) and on noised samples of a factorised one."""
     w, rows = rolled("correlated" if data == "rollouts" else "factorised")
-    if data == "noised":
+    exact: dict = {w.temperature: soft_table(w)}
+    if data == "noised":  # the mean on noised samples: tests/test_pretraining.py
         rows = {name: rows[name] for name in ("x0", "reward")}
-    exact = {None: mean_table(w), w.temperature: soft_table(w)}
-    apart = rms(exact[None], exact[w.temperature], w)
+    else:
+        exact[None] = mean_table(w)
+    apart = rms(mean_table(w), soft_table(w), w)
     optimizer = optax.adam(optax.exponential_decay(0.1, 50, 0.4))
     for tau, table in exact.items():
         tuner = tuners.value_regression(
@@ -289,7 +291,7 @@ def test_a_log_mean_exp_of_m_next_states_is_biased_by_one_over_m_and_its_exponen
 
 
 def test_temporal_differences_have_the_exact_value_as_their_fixed_point():
-    """For every M with the soft loss; with the squared one the target is too low, at M = 1 by all of soft - mean."""
+    """With the soft loss, at M = 2; with the squared one and M = 1 the target is too low by all of soft - mean."""
     w, data = rolled("balanced")
     exact, table = f32(soft_table(w)), soft_table(w)
 
@@ -302,9 +304,8 @@ def test_temporal_differences_have_the_exact_value_as_their_fixed_point():
     g = at("soft", 2)
     assert_mean(g, np.zeros(g.shape[1:]), errors=5, slack=1e-5)
     low = table[0][-1] - w.transition(w.grid[0], w.grid[1])[-1] @ table[1]
-    g = {m: at("squared", m)[:, 0, -1] for m in (1, 4)}
-    assert_mean(g[1], 2 * low / 4, errors=4.5)
-    np.testing.assert_allclose(g[4].mean(), g[1].mean() / 4, rtol=0.25)
+    assert low > 0.1
+    assert_mean(at("squared", 1)[:, 0, -1], 2 * low / 4, errors=4.5)
 
 
 def test_temporal_differences_converge_to_the_exact_soft_value_at_the_rate_of_averages():

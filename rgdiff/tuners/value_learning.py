@@ -79,7 +79,8 @@ class ValueLearning:
 
         Independent of an example's own goal, they leave the minimiser where it is; near it they are 1, as E e^z is.
         """
-        size = jnp.where(feasible, jnp.exp(jnp.minimum((goal - value) / self.temperature, self.bound)), 0.0)
+        z = (goal - value) / self.temperature  # type: ignore[operator]
+        size = jnp.where(feasible, jnp.exp(jnp.minimum(z, self.bound)), 0.0)
         others = (jnp.sum(size) - size) / jnp.maximum(jnp.sum(feasible) - 1, 1)
         return jax.lax.stop_gradient(1 / jnp.maximum(others, 1.0))
 
