@@ -256,8 +256,10 @@ def test_samplers_with_one_network_call():
     """steps = 1 is the smallest chain: no move and a projection, or one move to data."""
     for make in (ancestral_gaussian, svdd_pm_gaussian, svdd_pm_masked):
         sampler = make()
-        x0 = samplers.sample(sampler, jax.random.key(0), B, sampler.process.times(1), keep=keep_state).x0
+        times = sampler.process.times(1)
+        x0 = samplers.sample(sampler, jax.random.key(0), B, times, keep=keep_state).x0
         assert x0.shape[0] == B and np.all(np.isfinite(x0))
+        equal(samplers.sample(sampler, jax.random.key(0), B, times, keep=keep_state, chunk=1).x0, x0)
 
 
 # ---------------------------------------------------------------- tuners

@@ -127,7 +127,7 @@ def sample(
     for leaf in jax.tree.leaves(cond):
         if jnp.ndim(leaf) < 1 or jnp.shape(leaf)[0] != batch:
             raise ValueError(f"cond must have a leading axis of {batch} examples, got shape {list(jnp.shape(leaf))}")
-    if chunk is None:
+    if chunk is None or times.shape[0] == 1:  # a chain of one network call has no moves to cut
         return Samples(*_whole(sampler, key, times, cond, batch, keep, mesh))
     chunk = checks.at_least("chunk", chunk, 1)
     carry = _begin(sampler, key, times[0], cond, batch, mesh)
