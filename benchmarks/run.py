@@ -57,6 +57,27 @@ HEAD = (
 )
 
 
+def facts(measured: harness.Measured, options: argparse.Namespace) -> dict[str, str]:
+    """What a table's numbers depend on besides the machine."""
+    return {side: f"{about['version']} on {about['device']}" for side, about in measured.about.items()} | {
+        "command": shlex.join(["python", "-m", "benchmarks.run", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "rounds": f"{options.repeats} after one to warm up; {options.threads} threads on {options.threads} cores",
+        "seeds": f"weights {rows.SEED}; comparison {rows.SEED + 2}; rounds 1, 2, ...",
+    }
+
+
+def file_name(row: str, measured: harness.Measured, threads: int) -> str:
+    device = re.sub("[^a-z0-9]+", "-", measured.about["ours"]["device"].lower()).strip("-")
+    return f"{row}-{device}-{threads}threads.md"
+
+
+def table(row: str, about: dict[str, str], body: list[str], problems: list[str]) -> str:
+    text = [f"# {row}", "", *(f"- {name}: {value}" for name, value in about.items()), "", *HEAD, *body]
+    text += ["", *(f"- not measured: {problem}" for problem in problems)] if problems else []
+    return "\n".join(text) + "\n"
+
+
 def main() -> None:
     names = list(dict.fromkeys(case.row for case in rows.CASES))
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=(__doc__ or "").splitlines()[0])
@@ -98,25 +119,15 @@ def main() -> None:
                 failed = True
                 problems.append(f"{case.name}: {failure}")
                 print(problems[-1], file=sys.stderr, flush=True)
-                continue
-            problems += [f"{case.name}: {problem}" for problem in last.problems]
-            body += lines(last)
-            print("\n".join([*HEAD, *lines(last)]), flush=True)
-        if last is None:
-            continue
-        device = last.about["ours"]["device"]
-        facts = about | {side: f"{a['version']} on {a['device']}" for side, a in last.about.items()}
-        facts |= {
-            "command": shlex.join(["python", "-m", "benchmarks.run", *sys.argv[1:]]),
-            "date": datetime.date.today().isoformat(),
-            "rounds": f"{options.repeats} after one to warm up; {options.threads} threads on {options.threads} cores",
-            "seeds": f"weights {rows.SEED}; comparison {rows.SEED + 2}; rounds 1, 2, ...",
-        }
-        text = [f"# {row}", "", *(f"- {name}: {value}" for name, value in facts.items()), "", *HEAD, *body]
-        text += ["", *(f"- not measured: {problem}" for problem in problems)] if problems else []
-        where = f"{row}-{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}-{options.threads}threads.md"
-        (options.out / where).write_text("\n".join(text) + "\n")
-        print(f"wrote {options.out / where}", flush=True)
+            else:
+                problems += [f"{case.name}: {problem}" for problem in last.problems]
+                body += lines(last)
+                print("\n".join([*HEAD, *lines(last)]), flush=True)
+            if last is not None:  # after every case: a row can take an hour
+                where = options.out / file_name(row, last, options.threads)
+                where.write_text(table(row, about | facts(last, options), body, problems))
+        if last is not None:
+            print(f"wrote {options.out / file_name(row, last, options.threads)}", flush=True)
     sys.exit(failed)
 
 
