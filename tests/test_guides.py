@@ -198,19 +198,19 @@ def test_reward_guidance_is_the_gradient_through_the_denoiser():
 
 def test_lgd_tends_to_the_smoothed_gradient_as_one_over_root_n():
     """For a linear measurement E exp(log p(y | x0hat + r_t e)) is Gaussian: the limit is PiGDM."""
-    world, x, t = GaussianWorld(M3, C3), states(256), 0.5
+    world, x, t = GaussianWorld(M3, C3), states(128), 0.5
     measurement = guides.linear(A23, Y2, 0.8)
     limit = guides.pigdm(world.denoiser, world.process, measurement, prior_variance=0.6)
     limit = apply(limit, x, t)
     size = float(jnp.sqrt(jnp.mean((limit - apply(world.denoiser, x, t)) ** 2)))
-    counts, errors = [16, 64, 256], []
+    counts, errors = [8, 32, 128], []
     for n in counts:
         guided = guides.lgd_mc(
             world.denoiser, world.process, measurement, jax.random.key(1), draws=n, prior_variance=0.6
         )
         errors.append(float(jnp.sqrt(jnp.mean((apply(guided, x, t) - limit) ** 2))) / size)
     assert -0.6 < slope(counts, errors) < -0.4, errors
-    assert errors[-1] < 0.12, errors  # of the guide's own size
+    assert errors[-1] < 0.2, errors  # of the guide's own size
     once = guides.lgd_mc(world.denoiser, world.process, measurement, jax.random.key(1), draws=1, prior_variance=1e-9)
     close(apply(once, x, t), apply(guides.dps(world.denoiser, world.process, measurement), x, t), rtol=1e-3, atol=1e-3)
 
