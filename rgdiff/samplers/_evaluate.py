@@ -75,3 +75,12 @@ def distinct(
 
     calls_made, out = jax.lax.while_loop(lambda carry: carry[0] < calls, some, (jnp.int32(0), blank))
     return take(out, source), calls_made
+
+
+def refresh(denoiser: Denoiser, prediction: Any, x: State, t: Array, cond: Cond, stale: Array, rows: int) -> Any:
+    """Return the denoiser's predictions at x [B, ...], calling it only for the stale [B], `rows` of them at a time."""
+    batch = stale.shape[0]
+    run = lambda x, cond: denoiser(x, t, cond)  # noqa: E731
+    new, _ = distinct(run, x, cond, jnp.arange(batch), stale, rows)
+    keep = lambda new, old: jnp.where(stale.reshape(batch, *(1,) * (new.ndim - 1)), new, old)  # noqa: E731
+    return jax.tree.map(keep, new, prediction)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from rgdiff import checks
 from rgdiff.processes import MaskedProcess
-from rgdiff.samplers._evaluate import distinct
+from rgdiff.samplers._evaluate import refresh
 from rgdiff.typing import Array, Cond, Denoiser, Info, Key, Process, State, callable_pytree, pytree, static
 
 
@@ -43,10 +42,8 @@ class EventDriven:
         unfinished = x[..., -1].reshape(batch, -1).any(-1)
         needed = changed & unfinished
         rows = min(self.rows or max(1, -(-batch // 4)), batch)
-        run = lambda x, cond: self.denoiser(x, s, cond)  # noqa: E731
-        prediction, _ = distinct(run, x, cond, jnp.arange(batch), needed, rows)
-        keep = lambda new, old: jnp.where(needed.reshape(batch, *(1,) * (new.ndim - 1)), new, old)  # noqa: E731
-        carry = Carry(x, jax.tree.map(keep, prediction, carry.prediction))
+        prediction = refresh(self.denoiser, carry.prediction, x, s, cond, needed, rows)
+        carry = Carry(x, prediction)
         return carry, {"evaluations": needed.astype(jnp.int32)}
 
     def final(self, carry: Carry, t: Array, cond: Cond = None) -> tuple[State, Info]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from rgdiff import checks
 from rgdiff.processes import MaskedProcess
 from rgdiff.resampling import multinomial
-from rgdiff.samplers._evaluate import distinct, evaluate, first_equal, shares
+from rgdiff.samplers._evaluate import distinct, evaluate, first_equal, refresh, shares
 from rgdiff.typing import (
     Array,
     Cond,
@@ -36,11 +36,15 @@ SELECTIONS = ("soft", "argmax")
 
 
 class Carry(NamedTuple):
-    """The state x_t; the denoiser's prediction there when the value has already computed it; its value where copies reuse it."""
+    """The state x_t; the denoiser's prediction there, where it is known; where copies reuse them, its value and what is out of date.
+
+    `stale` [B] marks the examples whose prediction is of an earlier state (`timeless`, with a value of its own network).
+    """
 
     x: State
     prediction: Any
     value: Any
+    stale: Any
 
 
 @pytree
@@ -67,14 +71,17 @@ class Svdd:
         if self.select_initial:
             return self._choose(key_select, self._draw(key_draw, prior), None, t, cond)[0]
         x = prior.sample(key_draw)
-        if self.timeless:
-            value, prediction = evaluate(self.process, self.value, self.shared, x, t, cond)
-            return Carry(x, prediction, value)
-        return Carry(x, self.denoiser(x, t, cond) if self.shared else None, None)
+        if not self.timeless:
+            return Carry(x, self.denoiser(x, t, cond) if self.shared else None, None, None)
+        value, prediction = evaluate(self.process, self.value, self.shared, x, t, cond)
+        if self.shared:
+            return Carry(x, prediction, value, None)
+        return Carry(x, self.denoiser(x, t, cond), value, jnp.zeros(batch, bool))
 
     def step(self, key: Key, carry: Carry, t: Array, s: Array, cond: Cond = None) -> tuple[Carry, Info]:
         key_draw, key_select = jax.random.split(key)
-        prediction = carry.prediction if self.shared else self.denoiser(carry.x, t, cond)
+        prediction = self._predict(carry, t, cond)
+        carry = carry._replace(prediction=prediction)
         kernel = self.process.reverse(carry.x, t, s, prediction)
         if self.proposal is None:
             return self._choose(key_select, self._draw(key_draw, kernel), carry, s, cond)
@@ -102,6 +109,14 @@ class Svdd:
     def value_calls(self, moves: int) -> int:
         """Evaluations of the value per sample, at most."""
         return self.candidates * (moves + self.select_initial)
+
+    def _predict(self, carry: Carry, t: Array, cond: Cond) -> Any:
+        if self.shared:
+            return carry.prediction
+        if carry.stale is None:
+            return self.denoiser(carry.x, t, cond)
+        rows = max(1, -(-carry.stale.shape[0] // 4))
+        return refresh(self.denoiser, carry.prediction, carry.x, t, cond, carry.stale, rows)
 
     def _draw(self, key: Key, kernel: Any) -> State:
         return jax.vmap(kernel.sample)(jax.random.split(key, self.candidates))
@@ -137,10 +152,19 @@ class Svdd:
         if self.distinct:
             info["evaluations"] = evaluations
         x, prediction = jax.tree.map(pick, (candidates, predictions))
-        carry = Carry(x, prediction, info["value"] if self.timeless else None)
+        carry = Carry(x, prediction, info["value"] if self.timeless else None, None)
+        if self.timeless and not self.shared:
+            carry = self._keep_prediction(carry, parent, t, cond)
         if self.replace:
             carry, info["value"] = self._resample(jax.random.fold_in(key, 1), carry, info["value"])
         return carry, info
+
+    def _keep_prediction(self, carry: Carry, parent: Carry | None, t: Array, cond: Cond) -> Carry:
+        """Hand the parent's prediction on, marked where the state has changed."""
+        if parent is None:
+            return carry._replace(prediction=self.denoiser(carry.x, t, cond), stale=jnp.zeros(carry.x.shape[0], bool))
+        changed = (carry.x != parent.x).reshape(carry.x.shape[0], -1).any(-1)
+        return carry._replace(prediction=parent.prediction, stale=changed)
 
     def _resample(self, key: Key, carry: Carry, values: Array) -> tuple[Carry, Array]:
         """Replace the lowest of the batch by draws in proportion to exp(v/tau) from all of it (SVDD-R)."""
@@ -201,7 +225,7 @@ class Svdd:
         out = jax.tree.map(lambda leaf: leaf.reshape(many, batch, *leaf.shape[1:]), out)
         if self.timeless and parent is not None:
             reuse = lambda new, old: jnp.where(known.reshape(many, batch, *(1,) * (new.ndim - 2)), old[None], new)  # noqa: E731
-            out = jax.tree.map(reuse, out, (parent.value, parent.prediction))
+            out = jax.tree.map(reuse, out, (parent.value, parent.prediction if self.shared else None))
         return *out, jnp.sum(needed & ~known, axis=0)
 
 

@@ -1,0 +1,265 @@
+"""How far each sampler is from its exact target on TFBind8: `python -m benchmarks.exact_tfbind8 --data-dir DIR`.
+
+All 65,536 DNA 8-mers and their reward are known, so the law p(x) exp(r(x)/tau)/Z that a sampler aims at, its mean
+reward and log Z are enumerated: for a uniform prior, a prior with independent letters, and a *trained* masked prior
+whose own chain's law is enumerated. Every sampler is run with the exact soft value (what is missing is the sampler's
+fault) and with plug-in and learned ones (the rest is the value's). Writes benchmarks/results/exact-tfbind8.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.harness import machine
+from rgdiff import denoisers, guides, processes, samplers, schedules, tuners, values
+from rgdiff.domains import enumeration, sequences
+from rgdiff.nets import ConvNet1D, ValueMLP
+from rgdiff.samplers.smc import Smc
+
+RESULTS = Path(__file__).parent / "results" / "exact-tfbind8.md"
+BINS = 50
+COUNTS = (2, 4, 8, 16, 32, 64)
+
+
+class World(NamedTuple):
+    """A prior and everything exact about it: the law of its chain of x0, and the reward of every sequence."""
+
+    name: str
+    process: Any
+    denoiser: Any
+    times: Any
+    law: np.ndarray
+    rewards: np.ndarray
+    reward: Any
+    samples: int
+    particles: int
+    candidates: tuple[int, ...]
+
+
+class Row(NamedTuple):
+    world: str
+    temperature: float
+    method: str
+    mean: float
+    error: float
+    exact: float
+    variation: float
+    log_z: float | None
+    exact_log_z: float
+    calls: float
+    seconds: float
+
+
+def priors(data_dir: str | None, steps: int, quick: bool) -> list[World]:
+    """The uniform, the factorised and the trained prior."""
+    from rgdiff.domains.sequence_rewards import table
+
+    domain = sequences.tfbind8(data_dir, visible=0.5)
+    scores = domain.table
+    reward = table(scores, 8, 4)
+    process = processes.masked(schedules.log_linear_mask(), 8, 4)
+    times = process.times(steps)
+    out = []
+    skewed = np.random.default_rng(0).dirichlet(np.full(4, 3.0), 8)
+    for name, p in (("uniform", np.full((8, 4), 0.25)), ("factorised", skewed)):
+        denoiser = enumeration.Factorised(jnp.log(jnp.asarray(p, jnp.float32)))
+        law = enumeration.product_law(p)
+        out.append(World(name, process, denoiser, times, law, scores, reward, 2048, 4096, (16, 64)))
+    net = ConvNet1D(4, width=48, dilations=(1, 1, 1), kernel=5)
+    model = lambda params: denoisers.from_linen(net, params)  # noqa: E731
+    tuner = tuners.pretraining(model, process, tuners.adamw(3e-3, warmup=50, decay_steps=1500), ema_decay=0.995)
+    key = jax.random.key(1)
+    params = net.init(key, jnp.zeros((1, 8, 5)), jnp.ones(1))["params"]
+    data = {"x0": jnp.asarray(domain.train_x, jnp.float32)}
+    state = tuners.fit(tuner, key, tuner.init(params), 300 if quick else 1500, data=data, batch=256)
+    trained = model(state.best)
+    law = enumeration.chain_law(process, trained, times)
+    out.append(World("trained on the weaker half", process, trained, times, law, scores, reward, 1024, 1024, (16,)))
+    return out
+
+
+def learned_value(world: World, temperature: float | None, quick: bool) -> Any:
+    """A small value network trained on noised samples of the prior."""
+    net = ValueMLP(features=(256, 256))
+    model = lambda params: values.learned(denoisers.from_linen(net, params), world.reward, world.process)  # noqa: E731
+    optimizer = tuners.adamw(2e-3, warmup=50, decay_steps=2000)
+    tuner = tuners.value_regression(model, world.process, optimizer, temperature=temperature, ema_decay=0.995)
+    x0 = samplers.sample(samplers.ancestral(world.process, world.denoiser), jax.random.key(5), 20_000, world.times).x0
+    key = jax.random.key(6)
+    params = net.init(key, jnp.zeros((1, 8, 5)), jnp.ones(1))["params"]
+    data = {"x0": x0, "reward": world.reward(x0)}
+    state = tuners.fit(tuner, key, tuner.init(params), 200 if quick else 2000, data=data, batch=256)
+    return model(state.best)
+
+
+def measure(world: World, temperature: float, method: str, sampler: Any, repeats: int = 1) -> Row:
+    """Run a sampler, from compiled code, and compare with the enumeration."""
+    exact = enumeration.tilted(world.law, world.rewards, temperature)
+    size = world.particles if isinstance(sampler, Smc) else world.samples
+    run = lambda seed: jax.block_until_ready(  # noqa: E731
+        samplers.sample(sampler, jax.random.key(seed), size, world.times)[::2]
+    )
+    run(0)  # compile
+    means, log_zs, histogram = [], [], 0.0
+    edges = np.linspace(world.rewards.min(), world.rewards.max() + 1e-6, BINS + 1)
+    start = time.perf_counter()
+    for seed in range(repeats):
+        x0, info = run(seed + 1)
+        rewards = world.rewards[np.asarray(enumeration.codes(x0))]
+        weights = np.full(len(rewards), 1 / len(rewards))
+        if "log_weights" in info:
+            weights = np.exp(np.asarray(info["log_weights"], float))
+            log_zs.append(float(info["log_z"]))
+        means.append(float(weights @ rewards))
+        histogram = histogram + np.histogram(rewards, edges, weights=weights)[0] / repeats
+        spread = float(np.sqrt(weights @ (rewards - means[-1]) ** 2 / len(rewards)))
+    seconds = (time.perf_counter() - start) / repeats
+    error = float(np.std(means) / np.sqrt(repeats)) if repeats > 2 else spread
+    target = np.histogram(world.rewards, edges, weights=exact.probabilities)[0]
+    variation = 0.5 * float(np.abs(histogram - target).sum())
+    calls = sampler.network_calls(len(world.times) - 1)
+    log_z = float(np.logaddexp.reduce(log_zs) - np.log(len(log_zs))) if log_zs else None
+    print(f"{world.name}, {temperature}, {method}: {np.mean(means):.4f} of {exact.reward_mean:.4f}", flush=True)
+    return Row(
+        world.name, temperature, method, float(np.mean(means)), error, exact.reward_mean, variation, log_z, exact.log_z,
+        calls, seconds,
+    )  # fmt: skip
+
+
+def rows_of(world: World, temperature: float, learnt: dict[str, Any], particles_repeats: int) -> list[Row]:
+    """Every method on one prior at one temperature."""
+    process, denoiser = world.process, world.denoiser
+    exact = enumeration.chain_value(process, denoiser, world.times, world.rewards, temperature)
+    mean = values.posterior_mean(world.reward, process, denoiser)
+    mode = values.posterior_mean(world.reward, process, denoiser, plug_in="mode")
+    plain = samplers.ancestral(process, denoiser)
+    out = [measure(world, temperature, "prior", plain)]
+    most = world.candidates[-1]
+    out.append(measure(world, temperature, f"best of {most}", samplers.best_of_n(plain, world.reward, most)))
+    for m in world.candidates:
+        choices = {"exact": exact, "plug-in mean": mean, "plug-in mode": mode, **learnt}
+        for name, value in choices.items() if m == world.candidates[0] else [("exact", exact), ("plug-in mean", mean)]:
+            sampler = samplers.svdd(process, denoiser, value, temperature=temperature, candidates=m)
+            out.append(measure(world, temperature, f"svdd, {name} value, M = {m}", sampler))
+    options: dict[str, Any] = {"temperature": temperature}
+    few = world.candidates[0]
+    argmax = samplers.svdd(process, denoiser, mean, candidates=few, selection="argmax", **options)
+    out.append(measure(world, temperature, f"svdd as released (argmax), M = {few}", argmax))
+    replaced = samplers.svdd(process, denoiser, mean, candidates=few, replace=0.04, **options)
+    out.append(measure(world, temperature, f"svdd-r 4 %, plug-in mean, M = {few}", replaced))
+    guide = guides.gradient_guide(mean, 1 / temperature)
+    out.append(
+        measure(world, temperature, "discrete guidance, token", samplers.ancestral(process, denoiser, guide=guide))
+    )
+    rate = guides.gradient_guide(mean, 1 / temperature, tilts="token_and_rate")
+    out.append(
+        measure(
+            world, temperature, "discrete guidance, token and rate", samplers.ancestral(process, denoiser, guide=rate)
+        )
+    )
+    particles = {
+        "smc, exact value": samplers.smc(process, denoiser, exact, reward=world.reward, **options),
+        "smc (fk difference), plug-in mean": samplers.smc(process, denoiser, mean, **options),
+        "fk steering (max), plug-in mean": samplers.fk_steering(process, denoiser, mean, **options),
+        "fk sum, plug-in mean": samplers.smc(process, denoiser, mean, potential="sum", **options),
+        "smc, terminal (importance sampling)": samplers.smc(process, denoiser, mean, potential="terminal", **options),
+        "tds, plug-in mean": samplers.tds(process, denoiser, mean, **options),
+        "das, plug-in mean": samplers.das(process, denoiser, mean, world.times, gamma=0.05, **options),
+        "adaptive tempering, plug-in mean": samplers.smc(process, denoiser, mean, adaptive=0.9, twist=1.0, **options),
+    }
+    for name, sampler in particles.items():
+        out.append(measure(world, temperature, name, sampler, repeats=particles_repeats))
+    return out
+
+
+def bias(world: World, temperature: float, samples: int) -> tuple[list[tuple[int, float, float]], float]:
+    """SVDD's bias with the exact value against M, its standard errors, and the fitted slope of the points above noise."""
+    exact = enumeration.tilted(world.law, world.rewards, temperature).reward_mean
+    value = enumeration.chain_value(world.process, world.denoiser, world.times, world.rewards, temperature)
+    points = []
+    for m in COUNTS:
+        sampler = samplers.svdd(world.process, world.denoiser, value, temperature=temperature, candidates=m)
+        rewards = []
+        for seed in range(max(1, samples // world.samples)):
+            x0 = samplers.sample(sampler, jax.random.key(100 + seed), world.samples, world.times).x0
+            rewards.append(world.rewards[np.asarray(enumeration.codes(x0))])
+        flat = np.concatenate(rewards)
+        points.append((m, exact - float(flat.mean()), float(flat.std() / np.sqrt(flat.size))))
+    clear = [(m, b) for m, b, e in points if b > 4 * e]
+    slope = float(np.polyfit(*np.log(np.asarray(clear, float).T), 1)[0]) if len(clear) > 1 else float("nan")
+    return points, slope
+
+
+def lines(rows: list[Row]) -> list[str]:
+    head = "| prior | tau | method | E[r] (se) | exact | gap | TV | log Z - exact | calls | seconds |"
+    out = [head, "|---|---|---|---|---|---|---|---|---|---|"]
+    for r in rows:
+        log_z = "" if r.log_z is None else f"{r.log_z - r.exact_log_z:+.3f}"
+        out.append(
+            f"| {r.world} | {r.temperature} | {r.method} | {r.mean:.4f} ({r.error:.4f}) | {r.exact:.4f} | "
+            f"{r.exact - r.mean:+.4f} | {r.variation:.3f} | {log_z} | {r.calls:.0f} | {r.seconds:.2f} |"
+        )
+    return out
+
+
+def parts(rows: list[Row]) -> list[str]:
+    """How much of a gap is the value's and how much the sampler's: the exact value's gap at the same M is the sampler's."""
+    gap = {(r.world, r.temperature, r.method): r.exact - r.mean for r in rows}
+    out = ["| prior | tau | M | value | gap | sampler's part | value's part |", "|---|---|---|---|---|---|---|"]
+    for (world, tau, method), total in gap.items():
+        if method.startswith("svdd, ") and "exact" not in method:
+            name, m = method.removeprefix("svdd, ").split(" value, M = ")
+            own = gap[world, tau, f"svdd, exact value, M = {m}"]
+            out.append(f"| {world} | {tau} | {m} | {name} | {total:+.4f} | {own:+.4f} | {total - own:+.4f} |")
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.exact_tfbind8", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--data-dir", default=os.environ.get("RGDIFF_DATA"))
+    parser.add_argument("--steps", type=int, default=16, help="moves of a chain")
+    parser.add_argument("--temperatures", default="0.2,0.1,0.05")
+    parser.add_argument("--quick", action="store_true", help="smaller, to see that it runs")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    rows: list[Row] = []
+    text: list[str] = []
+    for world in priors(options.data_dir, options.steps, options.quick):
+        learnt_mean = learned_value(world, None, options.quick)
+        for temperature in map(float, options.temperatures.split(",")):
+            learnt = {"learned mean": learnt_mean, "learned soft": learned_value(world, temperature, options.quick)}
+            rows += rows_of(world, temperature, learnt, 2 if options.quick else 8)
+        if world.name == "uniform":
+            points, slope = bias(world, 0.1, 4096 if options.quick else 32_768)
+            text += ["", f"## SVDD's bias against M (uniform prior, tau 0.1, exact value): slope {slope:.2f}", ""]
+            text += ["| M | bias of E[r] | standard error |", "|---|---|---|"]
+            text += [f"| {m} | {b:+.5f} | {e:.5f} |" for m, b, e in points]
+    facts = machine() | {
+        "command": f"python -m benchmarks.exact_tfbind8 --steps {options.steps} --temperatures {options.temperatures}"
+        + (" --quick" if options.quick else ""),
+        "date": datetime.date.today().isoformat(),
+        "jax": f"{jax.__version__} on {jax.devices()[0].device_kind}",
+        "samples": "2,048 (1,024 of the trained prior); particle methods 4,096 particles (1,024), 8 runs",
+        "gap": "exact minus sampled E[r]; TV: total variation between 50-bin histograms of rewards; calls: of the "
+        "denoiser per sample; seconds: compiled",
+    }
+    report = ["# TFBind8: samplers against the exact tilted law", "", *(f"- {k}: {v}" for k, v in facts.items()), ""]
+    report += [*lines(rows), *text, "", "## Whose gap it is (SVDD)", "", *parts(rows)]
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text("\n".join(report) + "\n")
+    print(f"wrote {options.out}")
+
+
+if __name__ == "__main__":
+    main()
