@@ -14,10 +14,12 @@ __version__ = "0.1.0"
 _MODULES = (
     "denoisers",
     "domains",
+    "guides",
     "kernels",
     "metrics",
     "nets",
     "processes",
+    "resampling",
     "rewards",
     "runtime",
     "samplers",
