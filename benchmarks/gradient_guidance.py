@@ -1,4 +1,4 @@
-"""The sides of `gradient-guidance`: rounds of algorithm 1 with the exact score, ours and PyTorch's, and how to run them alone.
+"""The sides of `gradient-guidance`: rounds of algorithm 1 with the exact score, ours and PyTorch's.
 
 As in `benchmarks.rows`: `export` hands over the random numbers of one round and its samples, `check` repeats it. A block
 is ROUNDS rounds of B = 32 chains of T = 200 DDPM steps on a 16-dimensional subspace of R^64, each round ending in the

@@ -4,7 +4,7 @@ A side is built inside its own process (`benchmarks.worker`), so JAX and PyTorch
 side hands over parameters, coefficients, the random numbers of one run and its result; `check` of the other side
 repeats that run with them and returns the largest relative error. `block` is what is timed: one whole sampling run or
 one training step, from its random numbers to a finished (synchronised) result. Here are the cases and the sides of images;
-`benchmarks.sequence_rows` has those of sequences.
+`benchmarks.sequence_rows` has those of sequences, `benchmarks.gradient_guidance` those of its rounds.
 """
 
 from __future__ import annotations
@@ -81,6 +81,8 @@ CASES = (
     dataclasses.replace(_sequences(50, 16, 32)[0], name="PM L=50 B=16 T=32, every candidate", distinct=False),
     *_sequences(200, 8, 32),
     *_sequences(50, 16, 128),
+    Case("gradient-guidance", "g"),
+    Case("gradient-guidance", "g_loss"),
 )
 
 

@@ -36,10 +36,10 @@ def main() -> None:
 def _build(options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     import numpy as np
 
-    from benchmarks import rows, sequence_rows
+    from benchmarks import gradient_guidance, rows, sequence_rows
 
     case = rows.Case(**options["case"])
-    sides = sequence_rows if case.row == "svdd-sequences" else rows
+    sides: Any = {"svdd-sequences": sequence_rows, "gradient-guidance": gradient_guidance}.get(case.row, rows)
     start = time.perf_counter()
     if options["side"] == "ours":
         import jax

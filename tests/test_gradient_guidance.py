@@ -17,6 +17,7 @@ import pytest
 
 from rgdiff import guides, processes, samplers, schedules, tuners
 from rgdiff.domains import subspace
+from rgdiff.keys import unrolled
 from rgdiff.typing import callable_pytree, pytree
 from tests.worlds import MixtureDenoiser
 
@@ -549,6 +550,21 @@ def test_algorithm_2_reproduces_the_published_simulation(guidance):
     else:
         assert off > 0.08 and 3.5 < reward < 6.5
         assert infos["theta_x"][-1] - infos["theta_x_inside"][-1] > infos["theta_x_inside"][-1]
+
+
+def test_unrolled_keys_give_jaxs_own_numbers():
+    key, states = jax.random.key(3), jnp.zeros((4, 5))
+    for draw in (
+        lambda k: jax.random.normal(k, (3, 5)),
+        lambda k: jax.random.categorical(k, states),
+        lambda k: jax.random.permutation(k, 50),
+        lambda k: jax.random.bits(k, (7,), "uint8"),
+        lambda k: jax.random.key_data(jax.random.split(k, (2, 3))),
+        lambda k: jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(k, i)))(jnp.arange(4)),
+    ):
+        np.testing.assert_array_equal(jax.jit(draw)(unrolled(key)), draw(key))
+    other = jax.random.key(0, impl="rbg")
+    assert unrolled(other) is other and unrolled(unrolled(key)).dtype == unrolled(key).dtype
 
 
 @pytest.mark.slow

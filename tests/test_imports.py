@@ -16,7 +16,7 @@ ROOT = Path(rgdiff.__file__).parent
 # DESIGN.md, section 3: a module imports only from rows above its own (or its own package). `checks` stands beside
 # `typing`; `metrics` is a leaf that only domains and the command line use.
 ORDER = [
-    {"typing", "checks"}, {"kernels"}, {"schedules"}, {"processes"}, {"denoisers"}, {"values", "rewards"}, {"guides"},
+    {"typing", "checks"}, {"keys"}, {"kernels"}, {"schedules"}, {"processes"}, {"denoisers"}, {"values", "rewards"}, {"guides"},
     {"resampling"}, {"samplers"}, {"tuners"}, {"nets"}, {"metrics"}, {"domains"}, {"runtime"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 RANK = {name: i for i, row in enumerate(ORDER) for name in row}

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from rgdiff import checks
 from rgdiff.guides.gradient import GradientGuided, increment, inner
+from rgdiff.keys import unrolled
 from rgdiff.processes import GaussianProcess
 from rgdiff.samplers import ancestral, sample
 from rgdiff.tuners._loop import TrainState, start
@@ -100,7 +101,7 @@ class GradientGuidance:
 
     def step(self, key: Key, state: GuidanceState, batch: Any = None) -> tuple[GuidanceState, Info]:
         """Refit (algorithm 2), sample under the last query, and query the reward at the new samples."""
-        key_refit, key_chain = jax.random.split(key)
+        key_refit, key_chain = jax.random.split(unrolled(key))
         train, info = state.train, {}
         if self.refit is not None:
             train, info["loss"] = self.refit(key_refit, state)
