@@ -32,7 +32,9 @@ CASES = (
 )
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.row)
+@pytest.mark.parametrize(
+    "case", [CASES[0], *(pytest.param(c, marks=pytest.mark.slow) for c in CASES[1:])], ids=lambda case: case.row
+)
 def test_both_sides_agree(case):
     given = rows.Ours(case).export()
     assert rows.Torch(case, given, compiled=False, threads=1, mode=None).check() < 1e-5

@@ -61,10 +61,22 @@ def failing(capsys, *argv):
     return error
 
 
-def test_every_method_reward_domain_and_prior_compose_and_check():
-    method_and_reward = itertools.product(recipe.names("method"), recipe.names("reward"), ["digits"], ["mlp"])
-    domain_and_prior = itertools.product(["svdd"], ["ink"], recipe.names("domain"), recipe.names("prior"))
-    for method, reward, domain, prior in [*method_and_reward, *domain_and_prior]:
+def choices(every):
+    """Every choice of each group beside the usual ones of the others, or every pair of method and reward, domain and prior."""
+    methods, rewards, domains, priors = (recipe.names(g) for g in ("method", "reward", "domain", "prior"))
+    if every:
+        yield from itertools.product(methods, rewards, ["digits"], ["mlp"])
+        yield from itertools.product(["svdd"], ["ink"], domains, priors)
+        return
+    yield from ((method, "ink", "digits", "mlp") for method in methods)
+    yield from (("svdd", reward, "digits", "mlp") for reward in rewards)
+    yield from (("svdd", "ink", domain, "mlp") for domain in domains)
+    yield from (("svdd", "ink", "digits", prior) for prior in priors)
+
+
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_every_method_reward_domain_and_prior_compose_and_check(every):
+    for method, reward, domain, prior in choices(every):
         overrides = [f"method={method}", f"reward={reward}", f"domain={domain}", f"prior={prior}"]
         overrides += ["reward.fn=tests.user_module.score"] * (reward == "custom")
         overrides += ["domain.fn=tests.user_module.load"] * (domain == "custom")

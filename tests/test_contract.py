@@ -125,6 +125,14 @@ INDEPENDENT = [
 ]  # fmt: skip
 SAMPLERS = [*INDEPENDENT, smc_gaussian, smc_masked, svdd_distinct]
 each_sampler = pytest.mark.parametrize("make", SAMPLERS, ids=lambda f: f.__name__)
+
+
+def samplers_of(makers, *first):
+    """All samplers; those named first in the default suite, the others among the slow tests."""
+    params = [m if m in first else pytest.param(m, marks=pytest.mark.slow) for m in makers]
+    return pytest.mark.parametrize("make", params, ids=lambda f: f.__name__)
+
+
 STEPS = 4
 
 
@@ -142,7 +150,7 @@ def equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@each_sampler
+@samplers_of(SAMPLERS, ancestral_gaussian, ancestral_masked, svdd_pm_gaussian, svdd_learned_masked)
 def test_sampler_jit_equals_no_jit(make):
     """`sample` is init, steps and final with keys folded by index, called one after another without jit."""
     sampler, key = make(), jax.random.key(0)
@@ -174,7 +182,7 @@ def test_sampler_compiles_once(make):
         assert TRACES
 
 
-@each_sampler
+@samplers_of(SAMPLERS, ancestral_gaussian, svdd_pm_masked, smc_gaussian)
 def test_sampler_in_chunks_is_the_same_to_the_bit(make):
     sampler, key, done = make(), jax.random.key(0), []
     times = sampler.process.times(STEPS)
@@ -189,7 +197,7 @@ def test_sampler_in_chunks_is_the_same_to_the_bit(make):
         assert done == [(min(i, moves), moves) for i in range(chunk, moves + chunk, chunk)]
 
 
-@each_sampler
+@samplers_of(SAMPLERS, ancestral_masked, svdd_pm_gaussian, svdd_distinct)
 def test_sampler_vmaps_over_keys(make):
     sampler, keys = make(), jax.random.split(jax.random.key(0), 3)
     times = sampler.process.times(STEPS)
@@ -198,7 +206,7 @@ def test_sampler_vmaps_over_keys(make):
         close(together[i], samplers.sample(sampler, key, B, times).x0)
 
 
-@pytest.mark.parametrize("make", INDEPENDENT, ids=lambda f: f.__name__)
+@samplers_of(INDEPENDENT, ancestral_gaussian, svdd_pm_masked, guided_gaussian, best_of_n_masked)
 def test_sampler_on_eight_devices_gives_the_numbers_of_one_without_collectives(make):
     """Examples do not interact: each device works on its own rows, and the numbers are those of one device."""
     assert len(jax.devices()) == 8

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from rgdiff import checks
 from rgdiff.guides.tilt import TILTS, scaled, tilt
@@ -279,7 +280,7 @@ def smc(
     for name, number in (("ess_threshold", ess_threshold), ("adaptive", adaptive)):
         if isinstance(number, (int, float)) and not 0 <= number <= 1:
             raise ValueError(f"{name} is a fraction of the particles in [0, 1], got {number!r}")
-    if tempering is not None and not isinstance(tempering, jax.core.Tracer):
+    if tempering is not None and not isinstance(tempering, Tracer):
         tempering = jnp.asarray(tempering, jnp.float32)
         if tempering.ndim != 1 or not bool(((tempering >= 0) & (tempering <= 1)).all()):
             raise ValueError(f"tempering is a vector of strengths in [0, 1], got {tempering}")
