@@ -22,14 +22,10 @@ TINY = [
 VALUE = [f"method.value.{o}" for o in ("samples=8", "steps=3", "batch=4", "network.features=[8]")]
 TUNED = ["method.steps=2", "method.batch=4"]
 PARTICLES = ["method.particles=8"]
-FEW = {
+FEW = {"draft_lv": TUNED, "smc": PARTICLES}
+MORE = {
     "best_of_n": ["method.candidates=2"],
     "classifier_guidance": VALUE,
-    "draft_lv": TUNED,
-    "smc": PARTICLES,
-    "svdd_mc": ["method.candidates=2", *VALUE],
-}
-MORE = {  # settings of the same classes
     "das": PARTICLES,
     "dps": [],
     "draft": TUNED,
@@ -38,6 +34,7 @@ MORE = {  # settings of the same classes
     "freedom": ["method.window=[0.0,1.0]"],
     "lgd_mc": ["method.draws=2"],
     "svdd": ["method.candidates=2", "method.proposal=1.0"],
+    "svdd_mc": ["method.candidates=2", *VALUE],
     "svdd_r": ["method.candidates=2"],
     "tds": PARTICLES,
     "tilt": [],

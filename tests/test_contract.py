@@ -127,8 +127,8 @@ SAMPLERS = [*INDEPENDENT, smc_gaussian, smc_masked, svdd_distinct]
 each_sampler = pytest.mark.parametrize("make", SAMPLERS, ids=lambda f: f.__name__)
 
 
-def samplers_of(makers, *first):
-    """All samplers; those named first in the default suite, the others among the slow tests."""
+def table_of(makers, *first):
+    """All of them; those named first in the default suite, the others among the slow tests."""
     params = [m if m in first else pytest.param(m, marks=pytest.mark.slow) for m in makers]
     return pytest.mark.parametrize("make", params, ids=lambda f: f.__name__)
 
@@ -150,7 +150,7 @@ def equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@samplers_of(SAMPLERS, ancestral_gaussian, ancestral_masked, svdd_pm_gaussian, svdd_learned_masked)
+@table_of(SAMPLERS, ancestral_gaussian, ancestral_masked, svdd_pm_gaussian, svdd_learned_masked)
 def test_sampler_jit_equals_no_jit(make):
     """`sample` is init, steps and final with keys folded by index, called one after another without jit."""
     sampler, key = make(), jax.random.key(0)
@@ -182,7 +182,7 @@ def test_sampler_compiles_once(make):
         assert TRACES
 
 
-@samplers_of(SAMPLERS, ancestral_gaussian, svdd_pm_masked, smc_gaussian)
+@table_of(SAMPLERS, ancestral_gaussian, svdd_pm_masked, smc_gaussian)
 def test_sampler_in_chunks_is_the_same_to_the_bit(make):
     sampler, key, done = make(), jax.random.key(0), []
     times = sampler.process.times(STEPS)
@@ -197,7 +197,7 @@ def test_sampler_in_chunks_is_the_same_to_the_bit(make):
         assert done == [(min(i, moves), moves) for i in range(chunk, moves + chunk, chunk)]
 
 
-@samplers_of(SAMPLERS, ancestral_masked, svdd_pm_gaussian, svdd_distinct)
+@table_of(SAMPLERS, ancestral_masked, svdd_pm_gaussian, svdd_distinct)
 def test_sampler_vmaps_over_keys(make):
     sampler, keys = make(), jax.random.split(jax.random.key(0), 3)
     times = sampler.process.times(STEPS)
@@ -206,7 +206,7 @@ def test_sampler_vmaps_over_keys(make):
         close(together[i], samplers.sample(sampler, key, B, times).x0)
 
 
-@samplers_of(INDEPENDENT, ancestral_gaussian, svdd_pm_masked, guided_gaussian, best_of_n_masked)
+@table_of(INDEPENDENT, ancestral_gaussian, svdd_pm_masked, guided_gaussian, best_of_n_masked)
 def test_sampler_on_eight_devices_gives_the_numbers_of_one_without_collectives(make):
     """Examples do not interact: each device works on its own rows, and the numbers are those of one device."""
     assert len(jax.devices()) == 8
@@ -371,7 +371,7 @@ def train(make, steps, state=None, number=None, key=0, **options):
     return tuners.fit(tuner, jax.random.key(key), state, steps, data=data, batch=batch, **options)
 
 
-@each_tuner
+@table_of(TUNERS, draft_lv, pretraining_masked, value_regression)
 def test_tuner_jit_equals_no_jit(make):
     tuner, params = make()
     data = data_of(make)

@@ -197,7 +197,7 @@ def run(net, params, x, t, cond=None):
     return jax.jit(net.apply)({"params": params}, x, t, cond)
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ("unet", "dit"))) for n in NETS])
 def test_net_contract(name):
     build, x, shape = NETS[name]
     net = build(classes=3)

@@ -513,6 +513,7 @@ def run(tmp_path, *overrides):
     return main(argv)
 
 
+@pytest.mark.slow
 def test_a_file_of_ones_own_runs_to_a_report(tmp_path, fasta):
     own = [f"domain.source={fasta}"]
     net = ["prior=conv1d", "prior.network.width=8", "prior.network.dilations=[1]", "prior.network.kernel=3"]
