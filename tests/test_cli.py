@@ -97,6 +97,7 @@ def test_methods_run(method, tmp_path, cache):
     assert "<img" in (folder / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_black_box_reward_guides_svdd(tmp_path, cache):
     assert run(tmp_path, cache, "reward=compress", "method=svdd", "method.candidates=4", "method.temperature=1.0") == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

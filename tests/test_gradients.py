@@ -182,7 +182,14 @@ def test_masked_reward_gradient_has_its_magnitude(moves):
     assert_magnitude(gradient(tuner, params, seeds=2).ravel(), np.ravel(exact), 0.03)
 
 
-@pytest.mark.parametrize(("moves", "relaxation"), [(8, "straight_through"), (32, "straight_through"), (8, "reinmax")])
+@pytest.mark.parametrize(
+    ("moves", "relaxation"),
+    [
+        (8, "straight_through"),
+        pytest.param(32, "straight_through", marks=pytest.mark.slow),
+        (8, "reinmax"),
+    ],
+)
 def test_masked_reward_gradient_through_the_network(moves, relaxation):
     """Two dependent tokens: gradients also flow from the second token's logits into the first. By enumeration of the chain.
 

@@ -161,7 +161,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("reward", BAD)
-@pytest.mark.parametrize("setting", ["max", "tempered and twisted"])
+@pytest.mark.parametrize("setting", [pytest.param("max", marks=pytest.mark.slow), "tempered and twisted"])
 def test_bad_rewards_end_in_finite_samples(reward, setting):
     world = gaussian()
     value = values.posterior_mean(BAD[reward], world.process, world.denoiser)
