@@ -245,6 +245,11 @@ def main() -> None:
             text += ["", f"## SVDD's bias against M (uniform prior, tau 0.1, exact value): slope {slope:.2f}", ""]
             text += ["| M | bias of E[r] | standard error |", "|---|---|---|"]
             text += [f"| {m} | {b:+.5f} | {e:.5f} |" for m, b, e in points]
+        write(options, rows, text)
+
+
+def write(options: argparse.Namespace, rows: list[Row], text: list[str]) -> None:
+    """Write what has been measured so far."""
     facts = machine() | {
         "command": f"python -m benchmarks.exact_tfbind8 --steps {options.steps} --temperatures {options.temperatures}"
         + (" --quick" if options.quick else ""),
