@@ -262,7 +262,7 @@ def smc(
       twist: propose from the kernel tilted by twist * gradient of v/tau (TDS, arXiv 2306.17775; DAS, 2501.05803); 1 is
         the twist of the target. One VJP of the value a move.
       proposal: any guide on the kernel, in place of or under the twist.
-      tempering: [T] strengths in [0, 1], one per time of the chain, that multiply v (DAS); see `das_tempering`.
+      tempering: [T + 1] strengths in [0, 1], one per time of the chain, that multiply v (DAS); see `das_tempering`.
       adaptive: the fraction of N at which the strength keeps the ESS, found by bisection; not with `tempering`.
       tilts: of a masked process, see `guides.gradient_guide`.
 
