@@ -80,7 +80,7 @@ def times(value: Any, process: Any) -> jax.Array:
     concrete = np.asarray(grid)
     if not ((concrete >= 0).all() and (concrete <= 1).all() and (np.diff(concrete) < 0).all()):
         raise ValueError("times must decrease strictly within [0, 1] (1 is noise); use process.times(steps)")
-    if not process.projects and concrete[-1] != 0:
+    if getattr(process, "ends_at_zero", not process.projects) and concrete[-1] != 0:
         raise ValueError(f"times of a masked process must end at 0, got {concrete[-1]:g}; use process.times(steps)")
     return grid
 

@@ -191,6 +191,28 @@ def classifier_free(denoiser: Denoiser, scale: float, null: Any) -> Denoiser:
 
 
 @pytree
+class Annealed:
+    """Goes from one denoiser to another along the chain: d(x, t) + t^power (base(x, t) - d(x, t))."""
+
+    denoiser: Denoiser
+    base: Denoiser
+    power: Array
+
+    def __call__(self, x: State, t: Array, cond: Cond = None) -> State:
+        out, base = self.denoiser(x, t, cond), self.base(x, t, cond)
+        return jax.tree.map(lambda d, b: d + along(jnp.asarray(t, jnp.float32) ** self.power, d) * (b - d), out, base)
+
+
+def annealed(denoiser: Denoiser, base: Denoiser, power: float = 1.0) -> Denoiser:
+    """Sample with the prior while noise is high and with the tuned denoiser at the end: annealed guidance (DRaFT+).
+
+    The weight of the prior is t^power, all of it at t = 1; power 0 is the prior throughout, a large one the tuned
+    denoiser. On predictions of x0 this equals the published interpolation of eps. Costs one call of each a step.
+    """
+    return Annealed(denoiser, base, checks.positive("power", power, zero=True))
+
+
+@pytree
 class ClipX0:
     """Clip the prediction of x0 to [low, high]."""
 

@@ -1,4 +1,4 @@
-"""Laws of the next state: `Gaussian`, `Categorical`, `Absorbing`, `Product`, and `PointMass`, which has no law.
+"""Laws of the next state: `Gaussian`, `Categorical`, `Absorbing`, `FirstHitting`, `Product`, and `PointMass` and `Drawn`, which have no density.
 
 A kernel is a pytree with leading axis B; log-probabilities, KL and entropy are in nats, summed over one example, and
 exact in log-space (no clamping of weights). Discrete states are one-hot; what a draw passes to a gradient is named by
@@ -6,6 +6,9 @@ exact in log-space (no clamping of weights). Discrete states are one-hot; what a
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +83,32 @@ class PointMass:
 
     def tilt(self, direction: State) -> PointMass:
         raise ValueError("a point mass cannot be tilted; build the process with eta > 0")
+
+
+@pytree
+class Drawn:
+    """The law of another chain's samples, draw(key, batch): it can be drawn from, and its density is not known."""
+
+    draw: Callable[..., Any]
+    batch: int = static()
+
+    def sample(self, key: Key) -> State:
+        return jax.lax.stop_gradient(self.draw(key, self.batch))
+
+    def rsample(self, key: Key) -> State:
+        return self.draw(key, self.batch)
+
+    def log_prob(self, x: State) -> Array:
+        raise ValueError("the law of another chain's samples has no log_prob")
+
+    def kl(self, other: object) -> Array:
+        raise ValueError("the law of another chain's samples has no KL")
+
+    def entropy(self) -> Array:
+        raise ValueError("the law of another chain's samples has no entropy")
+
+    def tilt(self, direction: State) -> Drawn:
+        raise ValueError("the law of another chain's samples cannot be tilted")
 
 
 def draw_token(key: Key, logits: Array, relaxation: str, temperature: Array | float) -> Array:
@@ -233,6 +262,95 @@ class Absorbing:
         )
 
 
+@pytree
+class FirstHitting:
+    """Masked diffusion seen from event to event: one masked position, drawn uniformly, takes a token of its own.
+
+    L such moves give the law of `Absorbing` chains of infinitely many moves: there is no discretisation gap
+    (arXiv 2409.02908). Which position moves is drawn exactly and carries no gradient; only the token is relaxed. A state
+    without a masked position is copied.
+
+    Args:
+      x: the state, one-hot [B, ..., K + 1] with the mask last.
+      logits: [B, ..., K], of the token given that the position moves.
+      log_where: [B, ...], unnormalised log-probability of each masked position to be the one; 0 is uniform.
+      relaxation, temperature: of the token (see `draw_token`).
+    """
+
+    x: Array
+    logits: Array
+    log_where: Array | float = 0.0
+    temperature: Array | float = 1.0
+    relaxation: str = static(default="straight_through")
+
+    @property
+    def log_p(self) -> Array:
+        return jax.nn.log_softmax(self.logits)
+
+    @property
+    def masked(self) -> Array:
+        return self.x[..., -1] > 0.5
+
+    @property
+    def log_position(self) -> Array:
+        """Log-probability of each position to be the one that moves, -inf where it is not masked: [B, ...]."""
+        masked = self.masked
+        scores = jnp.where(masked, self.log_where, -jnp.inf).reshape(masked.shape[0], -1)
+        some = masked.reshape(masked.shape[0], -1).any(-1, keepdims=True)
+        total = jax.nn.logsumexp(jnp.where(some, scores, 0.0), -1, keepdims=True)
+        return jnp.where(some, scores - total, -jnp.inf).reshape(masked.shape)
+
+    def sample(self, key: Key) -> Array:
+        key_where, key_token = jax.random.split(key)
+        token = jax.random.categorical(key_token, self.logits)
+        return self._place(key_where, jax.nn.one_hot(token, self.x.shape[-1], dtype=self.x.dtype))
+
+    def rsample(self, key: Key) -> Array:
+        key_where, key_token = jax.random.split(key)
+        token = draw_token(key_token, self.logits, self.relaxation, self.temperature)
+        return self._place(key_where, jnp.concatenate([token, jnp.zeros_like(token[..., :1])], -1))
+
+    def _place(self, key: Key, token: Array) -> Array:
+        scores = self.log_position + jax.random.gumbel(key, self.masked.shape)
+        flat = jax.lax.stop_gradient(scores).reshape(scores.shape[0], -1)
+        chosen = jax.nn.one_hot(jnp.argmax(flat, -1), flat.shape[-1], dtype=bool).reshape(scores.shape)
+        return jnp.where((self.masked & chosen)[..., None], token, self.x)
+
+    def log_prob(self, x: Array) -> Array:
+        """Log-probability of a one-hot state [B, ..., K + 1]; -inf unless exactly one masked position took a token."""
+        moved = jnp.any(x != self.x, -1) & self.masked
+        taken = jnp.where(moved, self.log_position + _cross(x[..., :-1], self.log_p), 0.0)
+        flat = lambda a: a.reshape(a.shape[0], -1)  # noqa: E731
+        count = flat(moved).sum(-1)
+        expected = jnp.minimum(flat(self.masked).sum(-1), 1)
+        copied = flat(moved | jnp.all(x == self.x, -1)).all(-1)
+        return jnp.where((count == expected) & copied, _total(taken), -jnp.inf)
+
+    def kl(self, other: FirstHitting) -> Array:
+        """KL in nats: the token's KL averaged over the position that moves, and the positions' KL."""
+        where = jnp.exp(self.log_position)
+        p = jnp.exp(self.log_p)
+        token = _cross(p, self.log_p) - _cross(p, other.log_p)
+        return _total(
+            jnp.where(self.masked, where * token, 0.0) + _expected(where, self.log_position, other.log_position)
+        )
+
+    def entropy(self) -> Array:
+        where = jnp.exp(self.log_position)
+        token = -_cross(jnp.exp(self.log_p), self.log_p)
+        return _total(jnp.where(self.masked, where * token, 0.0) - _expected(where, self.log_position, 0.0))
+
+    def tilt(self, direction: Array) -> FirstHitting:
+        """p(x) exp<direction, x>, renormalised, for a direction [B, ..., K + 1]: tilts the token *and* which position moves."""
+        tilted = self.log_p + direction[..., :-1]
+        where = self.log_where + jax.nn.logsumexp(tilted, -1) - direction[..., -1]
+        return FirstHitting(self.x, tilted, where, self.temperature, self.relaxation)
+
+    def tilt_token(self, direction: Array) -> FirstHitting:
+        """Tilt only the token's law by a direction [B, ..., K]; which position moves stays as it is."""
+        return FirstHitting(self.x, self.logits + direction, self.log_where, self.temperature, self.relaxation)
+
+
 def _expected(probability: Array, log_p: Array, log_q: Array | float) -> Array:
     """probability * (log_p - log_q), zero where the probability is."""
     some = probability > 0
@@ -243,7 +361,7 @@ def _expected(probability: Array, log_p: Array, log_q: Array | float) -> Array:
 class Product:
     """Independent laws of a mixed state, one kernel per name; states and directions are dicts with the same names."""
 
-    parts: dict[str, Gaussian | Categorical | Absorbing | PointMass]
+    parts: dict[str, Gaussian | Categorical | Absorbing | FirstHitting | PointMass]
 
     def _keys(self, key: Key) -> dict[str, Key]:
         names = sorted(self.parts)

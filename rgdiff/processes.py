@@ -1,4 +1,4 @@
-"""Noising processes: a schedule becomes kernels. `gaussian`, `masked` and `product` build them.
+"""Noising processes: a schedule becomes kernels. `gaussian`, `masked`, `first_hitting` and `product` build them.
 
 A process turns a network's prediction (E[x0 | x_t], or logits of p(x0 | x_t)) into the reverse law p(x_s | x_t), and
 knows the prior, the forward law and the time grid of a chain. Gaussian chains end at a small t > 0 and are projected
@@ -7,6 +7,8 @@ to data by `mean`; masked chains run to t = 0, where the last kernel unmasks eve
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -14,9 +16,9 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from rgdiff import checks
-from rgdiff.kernels import RELAXATIONS, Absorbing, Categorical, Gaussian, PointMass, Product
+from rgdiff.kernels import RELAXATIONS, Absorbing, Categorical, Drawn, FirstHitting, Gaussian, PointMass, Product
 from rgdiff.schedules import GaussianSchedule, MaskSchedule
-from rgdiff.typing import Array, Process, State, pytree, static
+from rgdiff.typing import Array, Process, State, callable_pytree, pytree, static
 
 
 def along(t: Array | float, x: Array) -> Array:
@@ -33,6 +35,7 @@ class GaussianProcess:
     eta: Array
     shape: tuple[int, ...] = static()
     stochastic: bool = static(default=True)
+    initial: Any = None
 
     @property
     def projects(self) -> bool:
@@ -42,7 +45,9 @@ class GaussianProcess:
         """Return the grid of `steps` network calls: steps - 1 moves and the projection. [steps]"""
         return self.schedule.times(steps)
 
-    def prior(self, batch: int) -> Gaussian:
+    def prior(self, batch: int) -> Gaussian | Drawn:
+        if self.initial is not None:
+            return Drawn(self.initial, batch)
         return Gaussian(jnp.zeros((batch, *self.shape), jnp.float32), self.schedule.prior_std)
 
     def forward(self, x0: Array, t: Array) -> Gaussian:
@@ -77,6 +82,33 @@ class GaussianProcess:
 
     def finalize(self, x: Array, t: Array, prediction: Array) -> Array:
         return prediction
+
+
+@pytree
+class InitialProcess(GaussianProcess):
+    """Chains that draw x_T: under the exact denoiser of N(0, 1), standard normal at every step. Build it with `initial_law`."""
+
+    std: Array = 1.0  # type: ignore[assignment]
+
+    @property
+    def projects(self) -> bool:
+        return False
+
+    @property
+    def ends_at_zero(self) -> bool:
+        return False
+
+    def times(self, steps: int) -> Array:
+        """Return the grid of `steps` moves, one network call each; nothing is projected. [steps + 1]"""
+        return self.schedule.times(checks.at_least("steps", steps, 1) + 1)
+
+    def reverse(self, x: Array, t: Array, s: Array, prediction: Array) -> Gaussian:
+        """DDPM's mean with its larger variance, 1 - (alpha_t / alpha_s)^2: exact for standard normal data (arXiv 2006.11239, §3.2)."""
+        ratio = self.schedule.alpha(t) / self.schedule.alpha(s)
+        return Gaussian(super().reverse(x, t, s, prediction).mean, along(jnp.sqrt(1 - ratio**2), x))  # type: ignore[union-attr]
+
+    def finalize(self, x: Array, t: Array, prediction: Array) -> Array:
+        return self.std * x
 
 
 @pytree
@@ -133,6 +165,25 @@ class MaskedProcess:
     def finalize(self, x: Array, t: Array, prediction: Array) -> Array:
         """Drop the mask: at t = 0 no position is masked."""
         return x[..., :-1]
+
+
+@pytree
+class FirstHittingProcess(MaskedProcess):
+    """Absorbing-state diffusion one event at a time: L moves, each unmasks one position. Build it with `first_hitting`."""
+
+    def times(self, steps: int | None = None) -> Array:
+        """Return the times at which L, L - 1, ..., 0 positions are masked on average. [L + 1]"""
+        positions = math.prod(self.shape)
+        if steps is not None and steps != positions:
+            raise ValueError(
+                f"one event at a time takes exactly {positions} moves (positions), got {steps}; use times()"
+            )
+        grid = jnp.linspace(0.0, 1.0, 4097)
+        return jnp.interp(jnp.linspace(1.0, 0.0, positions + 1), self.schedule.rate(grid), grid)
+
+    def reverse(self, x: Array, t: Array, s: Array, prediction: Array) -> FirstHitting:  # type: ignore[override]
+        """Law of the state after the next event: a uniformly drawn masked position takes a token; t, s do not enter."""
+        return FirstHitting(x, prediction, 0.0, self.temperature, self.relaxation)
 
 
 @pytree
@@ -197,6 +248,26 @@ def gaussian(schedule: GaussianSchedule, shape: tuple[int, ...], *, eta: float =
     return GaussianProcess(schedule, value, tuple(int(d) for d in shape), stochastic)
 
 
+def started_from(process: GaussianProcess, draw: Any) -> GaussianProcess:
+    """Return the process whose chains begin at draw(key, batch) [B, *shape] instead of its prior (see `tuners.elegant`)."""
+    if not isinstance(process, GaussianProcess):
+        raise ValueError(
+            f"started_from needs a Gaussian process, got {type(process).__name__}: masked chains begin at one point"
+        )
+    return dataclasses.replace(process, initial=callable_pytree(draw, "draw (key, batch) -> x_T"))
+
+
+def initial_law(process: GaussianProcess, schedule: GaussianSchedule) -> InitialProcess:
+    """Build the process of chains that draw x_T of another one: moves that leave N(0, std^2) as it is, to be tuned.
+
+    Args:
+      process: whose prior N(0, std^2) is to be learnt.
+      schedule: of the moves, variance-preserving (alpha^2 + sigma^2 = 1); x_T is the chain's last state times std.
+        Where alpha(1) is near 0 the chain forgets its own beginning, and its tuned law is the tilted one.
+    """
+    return InitialProcess(schedule, jnp.float32(1.0), process.shape, True, None, process.schedule.prior_std)
+
+
 def masked(
     schedule: MaskSchedule,
     shape: tuple[int, ...] | int,
@@ -217,6 +288,20 @@ def masked(
     checks.one_of("relaxation", relaxation, RELAXATIONS)
     return MaskedProcess(
         schedule, checks.positive("temperature", temperature), shape, checks.at_least("classes", classes, 2), relaxation
+    )
+
+
+def first_hitting(process: MaskedProcess) -> FirstHittingProcess:
+    """Build the masked process seen from event to event: its chains have L moves and no discretisation gap.
+
+    Every sampler and tuner takes it. The path KL of such a chain is sum over m of E[(1/m) sum over m masked positions
+    of KL], the limit of the masked process' own as steps shrink. A network sees the times of `times()`, at which as
+    many positions are masked on average.
+    """
+    if not isinstance(process, MaskedProcess):
+        raise ValueError(f"first_hitting needs a masked process, got {type(process).__name__}")
+    return FirstHittingProcess(
+        process.schedule, process.temperature, process.shape, process.classes, process.relaxation
     )
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rgdiff import checks
 from rgdiff.typing import Array, Cond, Reward, State, callable_pytree, pytree, static
 
 
@@ -65,6 +66,39 @@ def weighted_sum(rewards: list[Reward] | tuple[Reward, ...], weights: list[float
     if len(rewards) != len(weights) or not rewards:
         raise ValueError(f"weighted_sum expects as many weights as rewards, got {len(weights)} and {len(rewards)}")
     return WeightedSum(tuple(callable_pytree(r, "a reward") for r in rewards), jnp.asarray(weights, jnp.float32))
+
+
+@pytree
+class Ensemble:
+    """Several rewards of one thing, joined as named. Build it with `ensemble`."""
+
+    rewards: tuple[Reward, ...]
+    caution: Array
+    reduce: str = static()
+
+    def __call__(self, x0: State, cond: Cond = None) -> Array:
+        values = jnp.stack([reward(x0, cond) for reward in self.rewards])
+        if self.reduce == "min":
+            return jnp.min(values, 0)
+        mean = jnp.mean(values, 0)
+        if self.reduce == "mean":
+            return mean
+        spread = jnp.mean((values - mean) ** 2, 0)
+        return mean - self.caution * jnp.sqrt(jnp.where(spread > 0, spread, 1.0)) * (spread > 0)
+
+
+def ensemble(rewards: list[Reward] | tuple[Reward, ...], reduce: str = "mean", *, caution: float = 1.0) -> Reward:
+    """Join rewards that were learnt apart, so that a tuner exploits no single one's faults; infeasible for one is infeasible.
+
+    Args:
+      reduce: `mean`, `min`, or `lower`: mean - caution * standard deviation over the rewards.
+      caution: c of `lower`, dynamic.
+    """
+    if not rewards:
+        raise ValueError("ensemble needs at least one reward")
+    checks.one_of("reduce", reduce, ("mean", "min", "lower"))
+    rewards = tuple(callable_pytree(r, "a reward") for r in rewards)
+    return Ensemble(rewards, checks.positive("caution", caution, zero=True), reduce)
 
 
 class Task(NamedTuple):

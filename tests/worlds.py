@@ -207,6 +207,11 @@ class GaussianWorld:
             total += (shift @ shift + np.trace(dm @ cov @ dm.T)) / (2 * std**2)
             used = theta_states if i < frozen_before and theta_states is not None else theta
             mean, cov = self.push((mean, cov), i, i + 1, used)
+        # the projection: x0 and the reference's, noised back to the last time
+        alpha, sigma = self.reference.alpha(self.grid[-1]), self.reference.sigma(self.grid[-1])
+        (g, offset), (other_g, other_offset) = self.gain(self.grid[-1], theta), other.gain(self.grid[-1], other.theta)
+        dg, shift = g - other_g, (g - other_g) @ mean + offset - other_offset
+        total += 0.5 * (alpha / sigma) ** 2 * (shift @ shift + np.trace(dg @ cov @ dg.T))
         return float(total)
 
     def log_value(self) -> list[tuple[float, Array, Array]]:

@@ -227,7 +227,8 @@ class Guided:
         kl = float("nan")  # repeated moves and points have no path KL
         if self.recurrences == 1 and prior.process.stochastic:
             compared = dataclasses.replace(sampler, reference=denoiser)
-            kl = float(draw(run, f"{phase}_kl", compared, prior.times, count, keep=samplers.path_kl).kept.sum(0).mean())
+            out_kl = draw(run, f"{phase}_kl", compared, prior.times, count, keep=samplers.path_kl)
+            kl = float(samplers.total_path_kl(out_kl).mean())
         calls = sampler.network_calls(len(prior.times) - 1)
         return Outcome(
             np.asarray(out.x0),

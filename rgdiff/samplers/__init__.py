@@ -1,7 +1,7 @@
 """Sampling methods, one a page, driven by one loop: `sample(sampler, key, batch, times)`."""
 
-from rgdiff.samplers._loop import Samples, roll, sample
-from rgdiff.samplers.ancestral import ancestral, path_kl
+from rgdiff.samplers._loop import Samples, drawing, roll, sample
+from rgdiff.samplers.ancestral import ancestral, path_kl, projection_kl, total_path_kl
 from rgdiff.samplers.best_of_n import best_of_n
 from rgdiff.samplers.event_driven import event_driven
 from rgdiff.samplers.smc import das, das_tempering, fk_steering, smc, tds
@@ -13,12 +13,15 @@ __all__ = [
     "best_of_n",
     "das",
     "das_tempering",
+    "drawing",
     "event_driven",
     "fk_steering",
     "path_kl",
+    "projection_kl",
     "roll",
     "sample",
     "smc",
     "svdd",
     "tds",
+    "total_path_kl",
 ]

@@ -14,19 +14,27 @@ import jax
 import jax.numpy as jnp
 
 from rgdiff import checks
-from rgdiff.typing import Array, Cond, Info, Key, Sampler, State
+from rgdiff.typing import Array, Cond, Info, Key, Sampler, State, pytree
 
 Keep = Callable[[Any, Info], Any]
 
-REMAT = ("none", "everything", "dots")
+REMAT = ("none", "everything", "dots", "offload")
 
 
 def rematerialize(function: Callable[..., Any], remat: str) -> Callable[..., Any]:
-    """Wrap a function so that reverse mode recomputes it: `none`, `everything`, or all but matrix products (`dots`)."""
+    """Wrap a function so that reverse mode recomputes it: `none`, `everything`, or all but matrix products.
+
+    Those stay on the device (`dots`) or go to the host's pinned memory (`offload`).
+    """
     checks.one_of("remat", remat, REMAT)
     if remat == "none":
         return function
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    policies = jax.checkpoint_policies
+    policy = {
+        "everything": None,
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "offload": policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+    }[remat]
     return jax.checkpoint(function, policy=policy)  # type: ignore[return-value]
 
 
@@ -78,6 +86,24 @@ class Samples(NamedTuple):
     x0: State
     kept: Any
     info: Info
+
+
+@pytree
+class Drawing:
+    """A sampler on its grid as a function (key, batch) -> x0, for use inside another program. Build it with `drawing`."""
+
+    sampler: Sampler
+    times: Array
+
+    def __call__(self, key: Key, batch: int, cond: Cond = None) -> State:
+        carry = self.sampler.init(jax.random.fold_in(key, 0), batch, self.times[0], cond)
+        carry, _ = roll(self.sampler, key, carry, self.times, cond)
+        return self.sampler.final(carry, self.times[-1], cond)[0]
+
+
+def drawing(sampler: Sampler, times: Array) -> Drawing:
+    """Make a sampler the law of another chain's beginning (`processes.started_from`): the draws of `sample`, key for key."""
+    return Drawing(sampler, checks.times(times, sampler.process))  # type: ignore[attr-defined]
 
 
 def sample(

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from rgdiff import checks
+from rgdiff.samplers._loop import Samples
 from rgdiff.typing import Array, Cond, Denoiser, Guide, Info, Key, Move, Process, State, callable_pytree, pytree, static
 
 
@@ -60,8 +61,12 @@ class Ancestral:
         return jnp.where((self.window[0] <= t) & (t <= self.window[1]), self.recurrences, 1)
 
     def final(self, x: State, t: Array, cond: Cond = None) -> tuple[State, Info]:
-        prediction = self.denoiser(x, t, cond) if self.process.projects else None
-        return self.process.finalize(x, t, prediction), {}
+        if not self.process.projects:
+            return self.process.finalize(x, t, None), {}
+        prediction, info = self.denoiser(x, t, cond), {}
+        if self.reference is not None:
+            info["kl"] = projection_kl(self.process, x, t, prediction, self.reference(x, t, cond))
+        return self.process.finalize(x, t, prediction), info
 
     def network_calls(self, moves: int, times: Array | None = None) -> int:
         """Calls of the denoiser per sample over a chain of `moves` moves, on `times` if it is not the process' own grid.
@@ -89,7 +94,7 @@ def ancestral(
       process: its eta says how stochastic the steps are.
       denoiser: (x, t, cond) -> prediction.
       reference: another denoiser; info["kl"] [B] is then the KL in nats of each step to the reference's step, and its
-        sum over moves the path KL. Needs eta > 0.
+        sum over moves, with that of the projection in the info of `sample`, the path KL. Needs eta > 0.
       guide: (kernel, move) -> kernel, e.g. `rgdiff.guides.gradient_guide`; tilts each step's law. Needs eta > 0.
       recurrences: how often each move is made: before every repetition x_s is noised back to x_t. This is the time
         travel of FreeDoM (arXiv 2303.09833, algorithm 2) and the self-recurrence of universal guidance (2302.07121).
@@ -124,6 +129,21 @@ def ancestral(
     )
 
 
+def projection_kl(process: Process, x: State, t: Array, prediction: State, reference: State) -> Array:
+    """KL [B] in nats of two projections of x_t, noised back to t: in a Gaussian process 1/2 SNR(t) |x0 - x0'|^2.
+
+    A projection is no draw and has no law of its own. This is what a further move from t would pay; left out, the last
+    network call could be changed for free.
+    """
+    ours, theirs = (process.forward(process.mean(x, t, p), t) for p in (prediction, reference))
+    return ours.kl(theirs)
+
+
 def path_kl(carry: Any, info: Info) -> jax.Array:
-    """Keep function: the KL of every move to the reference, nats; sum over moves for the path KL."""
+    """Keep function: the KL of every move to the reference, nats (see `total_path_kl`)."""
     return info["kl"]
+
+
+def total_path_kl(samples: Samples) -> jax.Array:
+    """Path KL [B] to the reference of samples drawn with `keep=path_kl`, nats: all moves and the projection."""
+    return samples.kept.sum(0) + samples.info.get("kl", 0.0)

@@ -1,27 +1,60 @@
 """Training methods, driven by one loop: `fit(tuner, key, state, steps)`."""
 
+from rgdiff.tuners import advantages
 from rgdiff.tuners._loop import TrainState, fit, start, update
+from rgdiff.tuners.diagnostics import gradient_statistics
+from rgdiff.tuners.draft import alignprop, alignprop_subset, draft, draft_k, draft_lv, draft_plus, drtune, refl
+from rgdiff.tuners.drakes import drakes, drakes_published
+from rgdiff.tuners.elegant import elegant, initial_tuner, initial_value, standard_normal
 from rgdiff.tuners.ema import ema_update
 from rgdiff.tuners.gradient_guidance import GuidanceState, gradient_guidance
+from rgdiff.tuners.online import RewardFailure, as_tuner, fit_online
 from rgdiff.tuners.optimizers import adamw
+from rgdiff.tuners.policy_gradient import ddpo, dpok
 from rgdiff.tuners.pretraining import masked_bound, pretraining
-from rgdiff.tuners.reward_backprop import draft, draft_k, draft_lv, reward_backprop
+from rgdiff.tuners.reward_backprop import reward_backprop
+from rgdiff.tuners.sft_pg import sft_pg
+from rgdiff.tuners.stopping import StoppingState, early_stopping
 from rgdiff.tuners.value_learning import rollouts, temporal_difference, value_regression
+from rgdiff.tuners.weighted_regression import filtered, reward_weighted
 
 __all__ = [
     "GuidanceState",
+    "RewardFailure",
+    "StoppingState",
     "TrainState",
     "adamw",
+    "advantages",
+    "alignprop",
+    "alignprop_subset",
+    "as_tuner",
+    "ddpo",
+    "dpok",
     "draft",
     "draft_k",
     "draft_lv",
+    "draft_plus",
+    "drakes",
+    "drakes_published",
+    "drtune",
+    "early_stopping",
+    "elegant",
     "ema_update",
+    "filtered",
     "fit",
+    "fit_online",
     "gradient_guidance",
+    "gradient_statistics",
+    "initial_tuner",
+    "initial_value",
     "masked_bound",
     "pretraining",
+    "refl",
     "reward_backprop",
+    "reward_weighted",
     "rollouts",
+    "sft_pg",
+    "standard_normal",
     "start",
     "temporal_difference",
     "update",

@@ -18,13 +18,17 @@ from rgdiff.typing import Array, Info, Key, Params, Tuner
 
 
 class TrainState(NamedTuple):
-    """What the next step needs. `average` is the exponential moving average of the parameters, or None; counts are int32."""
+    """What the next step needs. `average` is the exponential moving average of the parameters, or None; counts are int32.
+
+    `extra` is what else a tuner carries from step to step: an adapted KL weight, running statistics, a critic.
+    """
 
     params: Params
     opt_state: Any
     average: Params | None
     step: Array
     skipped: Array
+    extra: Any = None
 
     @property
     def best(self) -> Params:
@@ -32,11 +36,11 @@ class TrainState(NamedTuple):
         return self.params if self.average is None else self.average
 
 
-def start(params: Params, optimizer: Any, *, average: bool = False) -> TrainState:
+def start(params: Params, optimizer: Any, *, average: bool = False, extra: Any = None) -> TrainState:
     """Begin training from `params`, which are copied (`fit` donates its state)."""
     copy = lambda tree: jax.tree.map(lambda p: jnp.array(p, copy=True), tree)  # noqa: E731
     return TrainState(
-        copy(params), optimizer.init(params), copy(params) if average else None, jnp.int32(0), jnp.int32(0)
+        copy(params), optimizer.init(params), copy(params) if average else None, jnp.int32(0), jnp.int32(0), copy(extra)
     )
 
 
@@ -61,7 +65,8 @@ def update(
     if average is not None and ema_decay is not None:
         average = keep(ema_update(average, params, ema_decay, state.step), average)
     skipped = state.skipped + jnp.where(finite, 0, 1).astype(jnp.int32)
-    return TrainState(params, opt_state, average, state.step + 1, skipped), {"gradient_norm": norm, "skipped": skipped}
+    state = TrainState(params, opt_state, average, state.step + 1, skipped, state.extra)
+    return state, {"gradient_norm": norm, "skipped": skipped}
 
 
 def fit(
@@ -75,7 +80,7 @@ def fit(
     chunk: int = 50,
     on_chunk: Callable[[Any, Info], None] | None = None,
 ) -> Any:
-    """Train until `state.step` is `steps`, `chunk` steps to a compiled call.
+    """Train until `state.step` is `steps`, or `state.stopped` (`early_stopping`), `chunk` steps to a compiled call.
 
     Args:
       tuner: from one of the constructors of `rgdiff.tuners`.
@@ -106,6 +111,8 @@ def fit(
         done += count
         if on_chunk is not None:
             on_chunk(state, jax.device_get(infos))
+        if getattr(state, "stopped", False):
+            break
     return state
 
 

@@ -1,12 +1,13 @@
-"""Reward gradients through sampling: one engine, with `draft`, `draft_k` and `draft_lv` as named settings of it.
+"""The engine of reward gradients: E[r(x0)] minus weighted penalties to references, maximised through the chain that samples.
 
-The objective is E[r(x0)] - kl_weight * path KL to a reference, and its gradient is pathwise: through the last
-`truncation` network calls of the chain, and, for DRaFT-LV, through extra one-step denoisings of the final samples.
-The chain is the ancestral sampler of `rgdiff.samplers`; for eta = 0 that is DDIM.
+Four knobs make the whole family (`rgdiff.tuners.draft`, `drakes`, `elegant`): where the reward is evaluated, which network
+calls keep their gradient, whether their input's gradient is kept, and what extra draws are added. Gradients are pathwise,
+or, for rewards and draws without a derivative, score-function with the batch's leave-one-out mean as the baseline.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 
 from rgdiff import checks
 from rgdiff.samplers._loop import REMAT, rematerialize, roll
-from rgdiff.samplers.ancestral import Ancestral, path_kl
+from rgdiff.tuners._chain import PENALTIES, Carry, Chain, hold
 from rgdiff.tuners._loop import TrainState, start, update
 from rgdiff.typing import (
     Array,
@@ -32,17 +33,24 @@ from rgdiff.typing import (
     static,
 )
 
+GRADIENTS = ("pathwise", "score_function")
+
 
 @pytree
 class RewardBackprop:
-    """Maximises a differentiable reward by gradients through sampling. Build it with `reward_backprop` or a named setting."""
+    """Maximises a reward by gradients through sampling. Build it with `reward_backprop` or a named setting."""
 
     model: Model
     process: Process
     reward: Reward
     times: Array
-    reference: Denoiser | None
-    kl_weight: Array | None
+    references: tuple[Denoiser, ...]
+    kl_weight: Array
+    kl_budget: Array | None
+    kl_rate: Array
+    heldout: Reward | None
+    plan: Any
+    ema_decay: Array | None
     optimizer: Any = static()
     batch: int = static()
     live: int = static()
@@ -50,66 +58,159 @@ class RewardBackprop:
     on_trajectory: bool = static(default=True)
     reduce: str = static(default="sum")
     remat: str = static(default="everything")
+    gradient: str = static(default="pathwise")
+    input_gradient: bool = static(default=True)
+    penalty: str = static(default="kl")
+    penalize_dead: bool = static(default=True)
+    micro_batches: int = static(default=1)
 
     def init(self, params: Params) -> TrainState:
-        return start(params, self.optimizer)
+        weight = None if self.kl_budget is None else self.kl_weight
+        return start(params, self.optimizer, average=self.ema_decay is not None, extra=weight)
 
     def step(self, key: Key, state: TrainState, batch: Cond = None) -> tuple[TrainState, Info]:
-        gradients, info = jax.grad(self.loss, has_aux=True)(state.params, key, batch)
-        state, more = update(state, gradients, self.optimizer)
+        weight = self.kl_weight if self.kl_budget is None else state.extra
+        gradients, info = self.gradients(state.params, key, batch, weight)
+        state, more = update(state, gradients, self.optimizer, self.ema_decay)
+        if self.kl_budget is not None:
+            info["kl_weight"] = weight[0]
+            excess = jnp.clip(info["kl"] / self.kl_budget - 1.0, -1.0, 1.0)
+            state = state._replace(extra=weight * jnp.exp(self.kl_rate * jnp.where(jnp.isfinite(excess), excess, 0.0)))
         return state, info | more
 
     def network_calls(self) -> int:
-        """Calls of the tuned denoiser per sample and step, forward passes only (the reference's not counted)."""
+        """Calls of the tuned denoiser per sample and step, forward passes only (references' not counted).
+
+        The most, where a plan may end the chain early.
+        """
         return self._calls + self.renoised
 
     @property
     def _calls(self) -> int:
         return self.times.shape[0] - 1 + self.process.projects
 
-    def loss(self, params: Params, key: Key, cond: Cond = None) -> tuple[Array, Info]:
-        """Return minus the objective, and info (reward, kl, infeasible), for one batch."""
+    def gradients(
+        self, params: Params, key: Key, cond: Cond = None, kl_weight: Array | None = None
+    ) -> tuple[Params, Info]:
+        """Return the gradient of `loss` and its info, one micro-batch at a time.
+
+        Micro-batches have keys of their own; every example of every one counts alike, infeasible ones not at all.
+        """
+        count = self.micro_batches
+        grad = jax.grad(self._total, has_aux=True)
+        if count == 1:
+            gradients, sums = grad(params, key, cond, kl_weight)
+        else:
+            keys = jax.random.split(key, count)
+            conds = jax.tree.map(lambda c: c.reshape(count, -1, *c.shape[1:]), cond)
+            first = grad(params, keys[0], jax.tree.map(lambda c: c[0], conds), kl_weight)
+            rest = (keys[1:], jax.tree.map(lambda c: c[1:], conds))
+            add = lambda total, where: (jax.tree.map(jnp.add, total, grad(params, *where, kl_weight)), None)  # noqa: E731
+            gradients, sums = jax.lax.scan(add, first, rest)[0]
+        feasible = jnp.maximum(sums["feasible"], 1)
+        return jax.tree.map(lambda g: g / feasible, gradients), self._info(sums)
+
+    def loss(self, params: Params, key: Key, cond: Cond = None, kl_weight: Array | None = None) -> tuple[Array, Info]:
+        """Return minus the objective for one batch, and info (reward, infeasible, kl).
+
+        The mean is over feasible examples. Under `score_function` it is a surrogate with the right gradient.
+        """
+        total, sums = self._total(params, key, cond, kl_weight, micro=False)
+        return total / jnp.maximum(sums["feasible"], 1), self._info(sums)
+
+    def _info(self, sums: dict[str, Array]) -> Info:
+        feasible = jnp.maximum(sums["feasible"], 1)
+        info = {"reward": sums["reward"] / feasible, "infeasible": sums["infeasible"]}
+        if self.references:
+            costs = sums["penalty"] / self.batch
+            info |= {self.penalty if i == 0 else f"{self.penalty}_{i + 1}": cost for i, cost in enumerate(costs)}
+        if self.heldout is not None:
+            info["heldout"] = sums["heldout"] / feasible
+        return info
+
+    def _total(
+        self, params: Params, key: Key, cond: Cond, kl_weight: Array | None, micro: bool = True
+    ) -> tuple[Array, dict[str, Array]]:
+        """Minus the sum of the objective over feasible examples of one (micro-)batch, and sums for the report."""
+        kl_weight = self.kl_weight if kl_weight is None else kl_weight
+        batch = self.batch // self.micro_batches if micro else self.batch
         key_chain, key_extra = jax.random.split(key)
         denoiser = callable_pytree(self.model(params), "a denoiser")
-        reference = None if self.kl_weight is None else self.reference
-        chain = Ancestral(self.process, denoiser, reference, differentiable=True)
-        cut = self._calls - self.live  # moves before the live tail: their states are constants
-
-        # A KL needs the parameters at every move; without it the head is free of gradients altogether.
-        constant = callable_pytree(self.model(jax.lax.stop_gradient(params)), "a denoiser")
-        head = Ancestral(self.process, constant if reference is None else denoiser, reference)
-        keep = None if reference is None else path_kl
-        x = head.init(jax.random.fold_in(key_chain, 0), self.batch, self.times[0], cond)
-        kl = jnp.zeros(self.batch)
-        if cut:
-            x, kept = roll(head, key_chain, x, self.times[: cut + 1], cond, keep=keep, remat=self.remat)
-            kl = kl if kept is None else kl + kept.sum(0)
-        x0, kept = self._tail(chain, key_chain, jax.lax.stop_gradient(x), cut, cond, keep)
-        kl = kl if kept is None else kl + kept.sum(0)
+        x0, log_prob, penalty = self._sample(denoiser, key_chain, batch, cond)
         rewards = self.reward(x0, cond)
-
-        objective, terms = jnp.float32(0), 0
-        if self.on_trajectory:
-            objective, terms = objective + _feasible_mean(rewards), 1
+        feasible = ~jnp.isnan(rewards)
+        count = jnp.sum(feasible)
+        safe = jnp.where(feasible, rewards, 0.0)
+        sums = {"reward": safe.sum(), "feasible": count, "infeasible": batch - count}
+        cost = jnp.float32(0)
+        if penalty is not None:
+            cost = jnp.tensordot(kl_weight, penalty, (0, 1))  # [calls, B]
+            sums["penalty"] = penalty.sum((0, 2))
+        if self.heldout is not None:
+            sums["heldout"] = jnp.sum(jnp.where(feasible, self.heldout(jax.lax.stop_gradient(x0), cond), 0.0))
+        if log_prob is not None:
+            return -jnp.sum(jnp.where(feasible, self._surrogate(safe, feasible, log_prob, cost), 0.0)), sums
+        total = safe.sum() if self.on_trajectory else jnp.float32(0)
         if self.renoised:
-            objective += self.renoised * _feasible_mean(self._renoise(chain, key_extra, x0, cond))
-            terms += self.renoised
+            again = self._renoise(denoiser, key_extra, x0, cond)
+            total += jnp.sum(jnp.where(jnp.isnan(again), 0.0, again))
         if self.reduce == "mean":
-            objective /= terms
-        info = {"reward": _feasible_mean(rewards), "infeasible": jnp.sum(jnp.isnan(rewards)), "kl": kl.mean()}
-        if self.kl_weight is not None:
-            objective -= self.kl_weight * kl.mean()
-        return -objective, info
+            total /= self.renoised + self.on_trajectory
+        if self.references:
+            total -= jnp.sum(jnp.where(feasible, cost.sum(0), 0.0))
+        return -total, sums
 
-    def _tail(
-        self, chain: Ancestral, key: Key, x: State, first: int, cond: Cond, keep: Any = None
-    ) -> tuple[State, Any]:
-        """From the state before move `first` to data, with gradients."""
-        x, kept = roll(chain, key, x, self.times[first:], cond, first=first, keep=keep, remat=self.remat)
-        final = rematerialize(lambda x: chain.final(x, self.times[-1], cond)[0], self.remat)
-        return final(x), kept
+    def _chain(self, denoiser: Denoiser, **options: Any) -> Chain:
+        return Chain(
+            self.process,
+            denoiser,
+            self.references,
+            pathwise=self.gradient == "pathwise",
+            input_gradient=self.input_gradient,
+            penalty=self.penalty,
+            penalize_dead=self.penalize_dead,
+            **options,
+        )
 
-    def _renoise(self, chain: Ancestral, key: Key, x0: State, cond: Cond) -> Array:
+    def _sample(self, denoiser: Denoiser, key: Key, batch: int, cond: Cond) -> tuple[State, Array | None, Array | None]:
+        """Run the chain: x0, log-probabilities [T, B] of its draws and penalties [calls, n, B] of its calls."""
+        cut, end = self._calls - self.live, self.times[-1]
+        if self.plan is None:
+            chain, head = self._chain(denoiser), self._chain(denoiser, live=False)
+        else:
+            plan = self.plan(jax.random.fold_in(key, self._calls + 1), self._calls)  # not a key of a move: see roll
+            chain = head = self._chain(denoiser, plan=plan, early=self.plan.early)
+            cut = 0
+            if self.plan.early:
+                end = self.times[plan.end]
+        carry, kept = chain.init(jax.random.fold_in(key, 0), batch, self.times[0], cond), []
+        if cut:
+            # A penalty needs the parameters at every move; without one the head is free of gradients altogether.
+            carry, info = roll(head, key, carry, self.times[: cut + 1], cond, keep=_info, remat=self.remat)
+            kept.append(info)
+            carry = hold(carry, False)
+        if self.times.shape[0] - 1 > cut:
+            tail = self.times[cut:]
+            carry, info = roll(chain, key, carry, tail, cond, first=cut, keep=_info, remat=self.remat)
+            kept.append(info)
+        last = chain if self.gradient == "pathwise" else head
+        x0, info = rematerialize(lambda carry: last.final(carry, end, cond), self.remat)(carry)
+        kept.append({"penalty": info["penalty"][None]} if info else {})
+        joined = lambda name: [part[name] for part in kept if name in part]  # noqa: E731
+        log_prob, penalty = joined("log_prob"), joined("penalty")
+        return x0, jnp.concatenate(log_prob) if log_prob else None, jnp.concatenate(penalty) if penalty else None
+
+    def _surrogate(self, rewards: Array, feasible: Array, log_prob: Array, cost: Array) -> Array:
+        """Whose gradient is the policy gradient of r - sum of costs: every draw is paid by what comes after it. [B]"""
+        moves = log_prob.shape[0]
+        cost = jnp.broadcast_to(cost, (moves + 1, rewards.shape[0]))
+        after = jnp.cumsum(cost[::-1], 0)[::-1][1:]
+        paid = jnp.where(feasible, rewards - after, 0.0)
+        others = jnp.maximum(jnp.sum(feasible) - 1, 1)
+        advantage = jax.lax.stop_gradient(paid - (paid.sum(-1, keepdims=True) - paid) / others)
+        return jnp.sum(advantage * log_prob, 0) - cost.sum(0)
+
+    def _renoise(self, denoiser: Denoiser, key: Key, x0: State, cond: Cond) -> Array:
         """Rewards [n * B] of one-call denoisings of the final samples, noised to the time of the last network call."""
         last = self._calls - 1
         key_noise, key_chain = jax.random.split(key)
@@ -117,14 +218,15 @@ class RewardBackprop:
         draws = jax.vmap(noised.sample)(jax.random.split(key_noise, self.renoised))
         x = jax.tree.map(lambda d: d.reshape(-1, *d.shape[2:]), draws)
         conds = jax.tree.map(lambda c: jnp.tile(c, (self.renoised,) + (1,) * (c.ndim - 1)), cond)
-        chain = Ancestral(chain.process, chain.denoiser, None, differentiable=True)
-        return self.reward(self._tail(chain, key_chain, x, last, conds)[0], conds)
+        chain, carry = Chain(self.process, denoiser), Carry(x, jnp.int32(last))
+        if self.times.shape[0] - 1 > last:
+            carry, _ = roll(chain, key_chain, carry, self.times[last:], conds, first=last, remat=self.remat)
+        final = rematerialize(lambda carry: chain.final(carry, self.times[-1], conds)[0], self.remat)
+        return self.reward(final(carry), conds)
 
 
-def _feasible_mean(rewards: Array) -> Array:
-    """Mean over the rewards that are numbers."""
-    feasible = ~jnp.isnan(rewards)
-    return jnp.sum(jnp.where(feasible, rewards, 0.0)) / jnp.maximum(jnp.sum(feasible), 1)
+def _info(carry: Any, info: Info) -> Info:
+    return info
 
 
 def reward_backprop(
@@ -135,38 +237,63 @@ def reward_backprop(
     optimizer: Any,
     *,
     batch: int,
-    truncation: int | None = None,
+    truncation: Any = None,
     renoised: int = 0,
     on_trajectory: bool = True,
     reduce: str = "sum",
-    reference: Denoiser | None = None,
-    kl_weight: float | None = None,
+    reference: Denoiser | Sequence[Denoiser] | None = None,
+    kl_weight: float | Sequence[float] | None = None,
+    kl_budget: float | None = None,
+    kl_rate: float = 0.1,
+    penalty: str = "kl",
+    penalize: str = "all",
+    heldout: Reward | None = None,
+    gradient: str = "pathwise",
+    input_gradient: bool = True,
+    ema_decay: float | None = None,
+    micro_batches: int = 1,
     remat: str = "everything",
 ) -> RewardBackprop:
-    """Build the engine of reward gradients; see `draft`, `draft_k`, `draft_lv` for the published settings.
+    """Build the engine of reward gradients; the published methods are settings of it (`draft`, `refl`, `drakes`, ...).
 
     Args:
       model: params -> denoiser; a plain function, or a callable pytree such as `nets.lora.LoRAModel`.
-      process: eta = 0 (DDIM, as in the paper) or eta > 0.
-      reward: differentiable, (x0, cond) -> [B].
+      process: eta = 0 (DDIM) or eta > 0.
+      reward: differentiable (unless gradient is "score_function"), (x0, cond) -> [B].
       times: [T + 1], from `process.times(steps)`.
-      optimizer: an optax gradient transformation.
+      optimizer: an optax gradient transformation; `optax.MultiSteps` accumulates over steps.
       batch: B, samples a step.
-      truncation: K, network calls at the end of the chain that keep their gradient; all by default. Static: the dead
-        head and the live tail are two scans.
+      truncation: an integer K, network calls at the end of the chain that keep their gradient, all by default: the dead
+        head and the live tail are two scans. Or a plan of `rgdiff.tuners.plans`: one program for every K and draw.
       renoised: n, extra noisings of the final samples per sample (DRaFT-LV).
-      on_trajectory: keep the term of the chain's own last call beside the renoised ones.
+      on_trajectory: keep the term of the chain's own samples beside the renoised ones.
       reduce: `sum` or `mean` over these terms.
-      reference, kl_weight: subtract kl_weight * path KL(tuned || reference), nats per sample, summed over all moves;
-        moves before the cut contribute through their kernels, not through their states. Needs eta > 0.
-      remat: `none`, `everything` (store only the states), `dots`.
+      reference, kl_weight: subtract kl_weight * path KL(tuned || reference), nats per sample, summed over all moves and
+        the last projection; several references have a weight each. Needs eta > 0. Infeasible samples do not pay.
+      kl_budget, kl_rate: nats. The weights begin at kl_weight and are multiplied at every step by exp(kl_rate * (kl /
+        kl_budget - 1)), clipped to exp(+-kl_rate), so that the KL settles at the budget (dual ascent).
+      penalty: `kl`, or `eps_mse`, the mean squared difference of the predicted noise, which eta = 0 has too (DRaFT+).
+      penalize: `all` calls, the dead ones through their kernels at constant states, or `live` calls alone.
+      heldout: another reward, reported as info["heldout"] and never differentiated (see `early_stopping`).
+      gradient: `pathwise`; or `score_function`: every draw's log-probability is weighted by its reward to go less the
+        leave-one-out mean of the batch, KL terms are differentiated exactly at constant states, and a final projection
+        is constant (nothing is drawn there).
+      input_gradient: keep the gradient of each call's output to its input.
+      ema_decay: keep an average of the parameters, `state.best`.
+      micro_batches: split the batch; only one part's states are held at a time.
+      remat: `none`, `everything` (store only the states), `dots`, `offload` (to the host's memory).
 
     Raises:
-      ValueError: for K outside 1..T calls, a KL without a law or a reference, LV with no terms at all.
+      ValueError: for K outside 1..T calls, a KL without a law or a reference, LV with no terms at all, a batch that does
+        not divide, settings that exclude each other.
     """
     times = checks.times(times, process)
     calls = times.shape[0] - 1 + process.projects
-    live = calls if truncation is None else checks.at_least("truncation", truncation, 1)
+    plan, live = None, calls
+    if callable(truncation):
+        plan = truncation
+    elif truncation is not None:
+        live = checks.at_least("truncation", truncation, 1)
     if live > calls:
         raise ValueError(f"truncation must be at most the chain's {calls} network calls, got {live}")
     renoised = checks.at_least("renoised", renoised, 0)
@@ -174,68 +301,59 @@ def reward_backprop(
         raise ValueError("on_trajectory=False needs renoised >= 1: nothing would be left to differentiate")
     if renoised and not (process.stochastic or process.projects):
         raise ValueError("renoised > 0 needs a process with a forward law")
-    if (kl_weight is None) != (reference is None):
-        raise ValueError("a KL term needs both reference= (a denoiser) and kl_weight=")
-    if kl_weight is not None:
+    references = _several(reference)
+    weights = [] if kl_weight is None else list(kl_weight) if isinstance(kl_weight, Sequence) else [kl_weight]
+    if len(references) != len(weights):
+        raise ValueError(
+            "a KL term needs both reference= (a denoiser) and kl_weight=, one for each; "
+            f"got {len(references)} and {len(weights)}"
+        )
+    checks.one_of("penalty", penalty, PENALTIES)
+    checks.one_of("penalize", penalize, ("all", "live"))
+    if references and penalty == "kl":
         checks.law(process, "a KL term")
+    if references and penalty == "eps_mse" and not hasattr(process, "eps"):
+        raise ValueError('penalty="eps_mse" compares predicted noise and needs a Gaussian process; use penalty="kl"')
+    if kl_budget is not None and not references:
+        raise ValueError("kl_budget needs a KL term: give reference= and kl_weight=")
+    if checks.one_of("gradient", gradient, GRADIENTS) == "score_function":
+        checks.law(process, "a score-function gradient")
+        if plan is not None or live < calls or renoised:
+            raise ValueError("a score-function gradient takes the whole chain: leave out truncation and renoised")
+    batch, micro_batches = checks.at_least("batch", batch, 1), checks.at_least("micro_batches", micro_batches, 1)
+    if batch % micro_batches:
+        raise ValueError(f"micro_batches must divide the batch of {batch}, got {micro_batches}")
+    if gradient == "score_function" and batch // micro_batches < 2:
+        raise ValueError("a leave-one-out baseline needs at least 2 samples in every micro-batch")
     return RewardBackprop(
         callable_pytree(model, "model (params -> denoiser)"),
         process,
         callable_pytree(reward, "a reward"),
         times,
-        None if reference is None else callable_pytree(reference, "a denoiser"),
-        None if kl_weight is None else checks.positive("kl_weight", kl_weight, zero=True),
+        references,
+        jnp.stack([checks.positive("kl_weight", w, zero=True) for w in weights]) if weights else jnp.zeros(0),
+        None if kl_budget is None else checks.positive("kl_budget", kl_budget),
+        checks.positive("kl_rate", kl_rate, zero=True),
+        None if heldout is None else callable_pytree(heldout, "a held-out reward"),
+        plan,
+        None if ema_decay is None else checks.positive("ema_decay", ema_decay, zero=True),
         optimizer,
-        checks.at_least("batch", batch, 1),
+        batch,
         live,
         renoised,
         bool(on_trajectory),
         checks.one_of("reduce", reduce, ("sum", "mean")),
         checks.one_of("remat", remat, REMAT),
+        gradient,
+        bool(input_gradient),
+        penalty,
+        penalize == "all",
+        micro_batches,
     )
 
 
-def draft(
-    model: Model, process: Process, reward: Reward, times: Array, optimizer: Any, **options: Any
-) -> RewardBackprop:
-    """DRaFT: the gradient through the whole chain (arXiv 2309.17400, algorithm 1)."""
-    return reward_backprop(model, process, reward, times, optimizer, truncation=None, **options)
-
-
-def draft_k(
-    model: Model, process: Process, reward: Reward, times: Array, optimizer: Any, *, k: int = 1, **options: Any
-) -> RewardBackprop:
-    """DRaFT-K: the gradient through the last k network calls, earlier states held constant (arXiv 2309.17400, §3)."""
-    return reward_backprop(model, process, reward, times, optimizer, truncation=k, **options)
-
-
-def draft_lv(
-    model: Model,
-    process: Process,
-    reward: Reward,
-    times: Array,
-    optimizer: Any,
-    *,
-    n: int = 2,
-    on_trajectory: bool = True,
-    reduce: str = "sum",
-    **options: Any,
-) -> RewardBackprop:
-    """DRaFT-LV: DRaFT-1 plus n noisings of the final sample to the last time, each denoised in one call (arXiv 2309.17400, §3.3).
-
-    Note:
-      Public re-implementations disagree: some replace the chain's own term (on_trajectory=False) or average
-      (reduce="mean"). The default is the paper's box: both, summed, with the final sample held constant.
-    """
-    return reward_backprop(
-        model,
-        process,
-        reward,
-        times,
-        optimizer,
-        truncation=1,
-        renoised=checks.at_least("n", n, 1),
-        on_trajectory=on_trajectory,
-        reduce=reduce,
-        **options,
-    )
+def _several(reference: Any) -> tuple[Denoiser, ...]:
+    if reference is None:
+        return ()
+    each = reference if isinstance(reference, (list, tuple)) and not hasattr(reference, "_fields") else (reference,)
+    return tuple(callable_pytree(one, "a denoiser") for one in each)

@@ -1,0 +1,181 @@
+"""One chain as a tuner sees it: which network calls keep their gradient, and what each move costs against references.
+
+`Chain` is a sampler for `rgdiff.samplers._loop.roll`; the carry holds the state and the index of the next network call.
+What a call may pass to a gradient is its `Plan`'s; what is done with the rewards and the costs is the tuners' business.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rgdiff.processes import GaussianProcess, ProductProcess, along
+from rgdiff.samplers.ancestral import projection_kl
+from rgdiff.typing import Array, Cond, Denoiser, Info, Key, Process, State, pytree, static
+
+PENALTIES = ("kl", "eps_mse")
+
+
+class Plan(NamedTuple):
+    """What one chain of n network calls passes to a gradient.
+
+    live [n]: calls that keep their gradient; the noise that the others predict is a constant, and gradients pass them
+    along the state alone. cut: the state before call `cut` is a constant. end: the call whose prediction of x0 ends the chain; n
+    where the chain runs to its own end.
+    """
+
+    live: Array
+    cut: Array
+    end: Array
+
+
+class Carry(NamedTuple):
+    """The state and the index of the next network call."""
+
+    x: State
+    call: Array
+
+
+def hold(tree: Any, live: Array | bool) -> Any:
+    """Return the tree where `live`, and a constant of the same value where not."""
+    if isinstance(live, bool):
+        return tree if live else jax.lax.stop_gradient(tree)
+    return jax.tree.map(lambda leaf: jnp.where(live, leaf, jax.lax.stop_gradient(leaf)), tree)
+
+
+def along_state(process: Process, x: State, t: Array, prediction: State) -> State:
+    """Return E[x0 | x_t] with the derivative it has for constant noise: (x - sigma eps)/alpha moves with x by 1/alpha."""
+    if isinstance(process, ProductProcess):
+        return {name: along_state(part, x[name], t, prediction[name]) for name, part in process.parts.items()}
+    if isinstance(process, GaussianProcess):
+        alpha = along(process.schedule.alpha(t), x)
+        some = alpha > 0  # at alpha = 0 the state says nothing of x0
+        return prediction + (x - jax.lax.stop_gradient(x)) * jnp.where(some, 1 / jnp.where(some, alpha, 1.0), 0.0)
+    return prediction
+
+
+@pytree
+class Chain:
+    """Draws y ~ p(x_s | x_t), with gradients as told.
+
+    Args:
+      plan: None where every call does as `live` says; otherwise `live` is ignored.
+      live: whether calls keep their gradient.
+      pathwise: draw with `rsample`; otherwise states are constants and info has the `log_prob` [B] of every draw.
+      early: the plan may end the chain before its time, with a prediction of x0 from wherever it is.
+      input_gradient: keep the gradient of each call's predicted noise to its input.
+      references, penalty: info["penalty"] [n, B] is the cost of every move to each reference: its KL in nats, or the mean
+        squared difference of the predicted noise.
+      penalize_dead: calls that are not live keep the gradient of their penalty, at constant states.
+    """
+
+    process: Process
+    denoiser: Denoiser
+    references: tuple[Denoiser, ...] = ()
+    plan: Plan | None = None
+    live: bool = static(default=True)
+    pathwise: bool = static(default=True)
+    input_gradient: bool = static(default=True)
+    early: bool = static(default=False)
+    penalty: str = static(default="kl")
+    penalize_dead: bool = static(default=True)
+
+    def init(self, key: Key, batch: int, t: Array, cond: Cond = None) -> Carry:
+        return Carry(self.process.prior(batch).sample(key), jnp.int32(0))
+
+    def step(self, key: Key, carry: Carry, t: Array, s: Array, cond: Cond = None) -> tuple[Carry, Info]:
+        x, call = carry
+        if self.plan is None:
+            y, info = self._move(key, x, t, s, cond, self.live)
+            return Carry(y, call + 1), info
+        cut, end, live = self.plan.cut, self.plan.end, self.plan.live[call]
+        x = hold(x, call != cut)
+        if self.references and self.penalize_dead:
+            go = lambda x: self._move(key, x, t, s, cond, live)  # noqa: E731
+        else:
+            go = lambda x: jax.lax.cond(  # noqa: E731
+                live,
+                lambda x: self._move(key, x, t, s, cond, True),
+                lambda x: self._move(key, x, t, s, cond, False),
+                x,
+            )
+        nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(go, x)[1])
+        y, info = jax.lax.cond(call < end, go, lambda x: (x, nothing), x)
+        return Carry(y, call + 1), info
+
+    def final(self, carry: Carry, t: Array, cond: Cond = None) -> tuple[State, Info]:
+        """Project to data where the process projects or the plan may end the chain early, else drop the mask.
+
+        The projection pays too (`samplers.projection_kl`), or a tuner would change the last call for free.
+        """
+        x, live = carry.x, self.live
+        if self.plan is not None:
+            end = jnp.minimum(self.plan.end, len(self.plan.live) - 1)
+            x, live = hold(x, end != self.plan.cut), self.plan.live[end]
+        if not self.early and not self.process.projects:
+            return self.process.finalize(x, t, None), self._priced(jnp.zeros((len(self.references), _rows(x))))
+        prediction = self._predict(self.denoiser, x, t, cond, live)
+        project = self.process.finalize if self.process.projects else self.process.mean
+        x0 = project(x, t, self._seen(x, t, prediction, live))
+
+        def kl(prediction: State, other: State, at: State) -> Array:
+            return projection_kl(self.process, at, t, prediction, other)
+
+        return x0, self._priced(self._penalties(kl, x, t, cond, prediction, live) if self.references else None)
+
+    def _move(
+        self, key: Key, x: State, t: Array, s: Array, cond: Cond, live: Array | bool
+    ) -> tuple[State, dict[str, Array]]:
+        """Return the next state, and the move's penalties and log-probability."""
+        x = hold(x, self.pathwise)
+        prediction = self._predict(self.denoiser, x, t, cond, live)
+        kernel = self.process.reverse(x, t, s, self._seen(x, t, prediction, live))
+        constant = not self.pathwise or (self.plan is None and not self.live)
+        y = kernel.sample(key) if constant else kernel.rsample(key)
+        info = {} if self.pathwise else {"log_prob": kernel.log_prob(y)}
+        if not self.references:
+            return y, info
+
+        def kl(prediction: State, other: State, at: State) -> Array:
+            return self.process.reverse(at, t, s, prediction).kl(self.process.reverse(at, t, s, other))
+
+        return y, info | self._priced(self._penalties(kl, x, t, cond, prediction, live))
+
+    def _predict(self, denoiser: Denoiser, x: State, t: Array, cond: Cond, live: Array | bool) -> State:
+        if live is False and not (self.references and self.penalize_dead):
+            denoiser = jax.lax.stop_gradient(denoiser)
+        return denoiser(hold(hold(x, self.input_gradient), live), t, cond)
+
+    def _seen(self, x: State, t: Array, prediction: State, live: Array | bool) -> State:
+        """The prediction as the chain differentiates it: where its input has no gradient, its *noise* is what stays constant."""
+        if live is True and self.input_gradient:
+            return prediction
+        if self.plan is None and live is False:  # the head: constants throughout
+            return hold(prediction, False)
+        held = along_state(self.process, x, t, hold(prediction, live))
+        if live is True or live is False or not self.input_gradient:
+            return held
+        return jax.tree.map(lambda a, b: jnp.where(live, a, b), prediction, held)
+
+    def _penalties(self, kl: Any, x: State, t: Array, cond: Cond, prediction: State, live: Array | bool) -> Array:
+        """Penalties [n, B]. At a live call the state keeps its gradient; at a dead one it is a constant, and the prediction pays if dead calls do."""
+        at = hold(x, live)
+        if not self.penalize_dead:
+            prediction = hold(prediction, live)
+
+        def eps_mse(prediction: Array, other: Array, at: Array) -> Array:
+            difference = self.process.eps(at, t, prediction) - self.process.eps(at, t, other)  # type: ignore[attr-defined]
+            return jnp.mean(difference.reshape(difference.shape[0], -1) ** 2, -1)
+
+        cost = kl if self.penalty == "kl" else eps_mse
+        others = (self._predict(reference, x, t, cond, live) for reference in self.references)
+        return jnp.stack([cost(prediction, other, at) for other in others])
+
+    def _priced(self, penalty: Array | None) -> dict[str, Array]:
+        return {} if penalty is None or not self.references else {"penalty": penalty}
+
+
+def _rows(x: State) -> int:
+    return jax.tree.leaves(x)[0].shape[0]

@@ -1,0 +1,130 @@
+"""Early stopping as part of the state: a tuner that watches one of its own figures and holds on to its best parameters.
+
+Everything is in the state, so a stopped, killed and resumed run is the same run; after the stop a step does nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rgdiff import checks
+from rgdiff.typing import Array, Info, Key, Params, Tuner, pytree, static
+
+
+class StoppingState(NamedTuple):
+    """The tuner's own state, the best parameters so far and what they were worth, and where the watch stands."""
+
+    inner: Any
+    best: Params
+    best_value: Array
+    total: Array
+    count: Array
+    stale: Array
+    stopped: Array
+
+    @property
+    def step(self) -> Array:
+        return self.inner.step
+
+    @property
+    def skipped(self) -> Array:
+        return self.inner.skipped
+
+    @property
+    def params(self) -> Params:
+        return self.inner.params
+
+
+@pytree
+class EarlyStopping:
+    """Stops a tuner. Build it with `early_stopping`."""
+
+    tuner: Any
+    limit: Array
+    metric: str = static()
+    limited: str = static()
+    window: int = static()
+    patience: int = static()
+
+    def init(self, params: Params) -> StoppingState:
+        inner, low = self.tuner.init(params), jnp.float32(-jnp.inf)
+        best = jax.tree.map(lambda p: jnp.array(p, copy=True), inner.best)
+        return StoppingState(inner, best, low, jnp.float32(0), jnp.int32(0), jnp.int32(0), jnp.bool_(False))
+
+    def step(self, key: Key, state: StoppingState, batch: Any = None) -> tuple[StoppingState, Info]:
+        go = lambda: self._go(key, state, batch)  # noqa: E731
+        empty = jax.tree.map(
+            lambda a: (
+                jnp.full(a.shape, jnp.nan, a.dtype)
+                if jnp.issubdtype(a.dtype, jnp.floating)
+                else jnp.zeros(a.shape, a.dtype)
+            ),
+            jax.eval_shape(go)[1],
+        )
+        stay = state._replace(inner=state.inner._replace(step=state.inner.step + 1))
+        return jax.lax.cond(
+            state.stopped, lambda: (stay, empty | {"skipped": state.skipped, "stopped": jnp.int32(1)}), go
+        )
+
+    def network_calls(self) -> int:
+        return self.tuner.network_calls()
+
+    def _go(self, key: Key, state: StoppingState, batch: Any) -> tuple[StoppingState, Info]:
+        inner, info = self.tuner.step(key, state.inner, batch)
+        if missing := {self.metric, self.limited} - {*info, ""}:
+            raise ValueError(f"the tuner reports {sorted(info)}; early_stopping asks for {sorted(missing)}")
+        value = info[self.metric]
+        total = state.total + jnp.where(jnp.isfinite(value), value, 0.0)
+        count = state.count + 1
+        full = count == self.window
+        mean = total / self.window
+        better = full & (mean > state.best_value)
+        # The parameters of before this step made this window's last figure.
+        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), state.inner.best, state.best)
+        stale = jnp.where(better, 0, state.stale + full)
+        over = jnp.bool_(False) if not self.limited else full & (info[self.limited] > self.limit)
+        stopped = (stale >= self.patience) | over
+        state = StoppingState(
+            inner,
+            best,
+            jnp.where(better, mean, state.best_value),
+            jnp.where(full, 0.0, total),
+            jnp.where(full, 0, count),
+            stale,
+            stopped,
+        )
+        return state, info | {"stopped": stopped.astype(jnp.int32)}
+
+
+def early_stopping(
+    tuner: Tuner,
+    metric: str = "heldout",
+    *,
+    window: int = 10,
+    patience: int = 3,
+    limited: str = "",
+    limit: float = float("inf"),
+) -> EarlyStopping:
+    """Stop a tuner when a figure it reports no longer rises, and give back the parameters at which it was highest.
+
+    Args:
+      tuner: whose info has `metric`; give `reward_backprop(heldout=...)` for the held-out reward.
+      window: steps over which the figure is averaged.
+      patience: windows without a new best before the stop.
+      limited, limit: stop also when this figure exceeds the limit at the end of a window, e.g. limited="kl".
+
+    Returns:
+      A tuner whose `state.best` are the best parameters (averaged ones where the tuner averages) and `state.stopped` says
+      whether it has stopped; `fit` ends there.
+    """
+    return EarlyStopping(
+        tuner,
+        jnp.float32(limit),
+        metric,
+        limited,
+        checks.at_least("window", window, 1),
+        checks.at_least("patience", patience, 1),
+    )
