@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rgdiff import denoisers, processes, tuners
+from rgdiff import checks, denoisers, processes, tuners
 from rgdiff.domains.enumeration import Factorised
 from rgdiff.runtime.checkpoint import load_params, save_params
 from rgdiff.runtime.run import Run
@@ -148,9 +148,11 @@ class GaussianPrior(TrainedPrior):
 class MaskedPrior(TrainedPrior):
     """The settings of a masked prior with a network. Build it with `masked_prior`."""
 
+    order: str = "independent"
+
     def process(self, shape: tuple[int, ...], eta: float | None = None) -> Process:
         """Return the process on one-hot examples of this shape, (L, K)."""
-        return _masked(self.schedule, shape, eta)
+        return _masked(self.schedule, shape, eta, self.order)
 
     def obtain(self, run: Run, domain: Any, identity: Any) -> Prior:
         """Make the prior ready; `identity` as in `parameters`."""
@@ -175,10 +177,11 @@ class FactorisedPrior:
     steps: int
     pseudocount: float
     uniform: bool
+    order: str = "independent"
 
     def process(self, shape: tuple[int, ...], eta: float | None = None) -> Process:
         """Return the process on one-hot examples of this shape, (L, K)."""
-        return _masked(self.schedule, shape, eta)
+        return _masked(self.schedule, shape, eta, self.order)
 
     def obtain(self, run: Run, domain: Any, identity: Any) -> Prior:
         """Count the letters of the training sequences; nothing is trained."""
@@ -189,10 +192,12 @@ class FactorisedPrior:
         return Prior(process, process.times(self.steps), FactorisedModel(), logits, self, domain.shape)
 
 
-def _masked(schedule: Any, shape: tuple[int, ...], eta: float | None) -> Process:
+def _masked(schedule: Any, shape: tuple[int, ...], eta: float | None, order: str) -> Process:
     if eta is not None:
         raise ValueError(f"eta is for Gaussian priors, and this one is masked; give method.eta=null instead of {eta}")
-    return processes.masked(schedule, shape[:-1], shape[-1])
+    process = processes.masked(schedule, shape[:-1], shape[-1])
+    first = checks.one_of("prior.order", order, ("independent", "first_hitting")) == "first_hitting"
+    return processes.first_hitting(process) if first else process
 
 
 def gaussian_prior(
@@ -226,6 +231,7 @@ def masked_prior(
     train: dict[str, Any],
     steps: int = 32,
     checkpoint: str | None = None,
+    order: str = "independent",
 ) -> MaskedPrior:
     """Describe a masked prior of sequences (MDLM, arXiv 2406.07524).
 
@@ -235,12 +241,13 @@ def masked_prior(
       train: steps, batch and the arguments of `rgdiff.tuners.pretraining`.
       steps: network calls of a sampling chain.
       checkpoint: parameters of your own, an Orbax folder or a .safetensors file, in place of training.
+      order: `independent` positions in `steps` moves, or `first_hitting`, one position a move (`processes.first_hitting`).
     """
-    return MaskedPrior(network, schedule, steps, checkpoint, train)
+    return MaskedPrior(network, schedule, steps, checkpoint, train, order)
 
 
 def factorised_prior(
-    schedule: Any, steps: int = 16, pseudocount: float = 1.0, uniform: bool = False
+    schedule: Any, steps: int = 16, pseudocount: float = 1.0, uniform: bool = False, order: str = "independent"
 ) -> FactorisedPrior:
     """Describe a masked prior of independent positions, whose exact denoiser is known: letter frequencies of the training data.
 
@@ -248,10 +255,11 @@ def factorised_prior(
       steps: of a sampling chain.
       pseudocount: added to the count of every letter at every position.
       uniform: all letters alike, whatever the data.
+      order: as in `masked_prior`.
     """
     if not uniform and not pseudocount > 0:
         raise ValueError(f"pseudocount must be > 0, so that no letter is impossible, got {pseudocount!r}")
-    return FactorisedPrior(schedule, steps, pseudocount, uniform)
+    return FactorisedPrior(schedule, steps, pseudocount, uniform, order)
 
 
 def default_cache() -> Path:

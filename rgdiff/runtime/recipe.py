@@ -27,6 +27,7 @@ CONSTRUCTORS = tuple(  # modules whose public classes and functions a recipe may
         "runtime.priors",
         "runtime.methods",
         "runtime.steering",
+        "runtime.tuning",
         "runtime.values",
         "runtime.gradient_guidance",
     )

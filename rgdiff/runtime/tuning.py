@@ -1,0 +1,237 @@
+"""Methods of recipes that fine-tune a prior by reward gradients, and what is done with the result: adapters scaled and mixed.
+
+Each names a setting of `rgdiff.tuners`; a method here only assembles the library's own parts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rgdiff import checks, metrics, samplers, tuners
+from rgdiff.nets import LoRAModel, lora_init, lora_sum
+from rgdiff.rewards import Task
+from rgdiff.runtime.methods import Curves, Outcome, draw, nothing
+from rgdiff.runtime.priors import Prior
+from rgdiff.runtime.run import Run
+from rgdiff.typing import Array, Params, Process
+
+SETTINGS = {
+    name: getattr(tuners, name)
+    for name in (
+        "draft",
+        "draft_k",
+        "draft_lv",
+        "draft_plus",
+        "refl",
+        "alignprop",
+        "alignprop_subset",
+        "drtune",
+        "drakes",
+        "drakes_published",
+    )
+}
+SHOWN = {"reward": "reward while tuning", "heldout": "held-out reward while tuning", "kl": "path KL while tuning"}
+
+
+def path_kl(run: Run, phase: str, prior: Prior, tuned: Any, count: int) -> float:
+    """Return the mean path KL in nats of a tuned model's ancestral chain to the prior's, whatever eta it was tuned with."""
+    law = prior.process if prior.process.stochastic else prior.with_eta(1.0)
+    compared = samplers.ancestral(law, tuned, reference=prior.denoiser)
+    out = draw(run, f"{phase}_kl", compared, prior.times, count, keep=samplers.path_kl)
+    return float(samplers.total_path_kl(out).mean())
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardGradient:
+    """A setting of `rgdiff.tuners.reward_backprop`, for all weights or a LoRA adapter.
+
+    Args:
+      setting: its name; `options` are its own arguments and the engine's.
+      eta: of the tuned chain; null for a masked prior.
+      kl_weight: of the path KL to the prior, nats; null for none.
+      adapter: rank of a LoRA adapter, or null for all weights.
+      heldout: report the held-out reward while tuning.
+      stopping: window, patience, metric, limited, limit of `tuners.early_stopping`, or null; it watches the held-out reward.
+      scales: of the adapter at sampling time, at which reward, held-out reward, diversity and KL are shown.
+      diagnose: number of batches from which the gradient's noise is estimated at the start, or 0.
+    """
+
+    setting: str
+    optimizer: Any
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    steps: int = 200
+    batch: int = 32
+    eta: float | None = 0.0
+    kl_weight: float | None = None
+    remat: str = "none"
+    adapter: int | None = None
+    heldout: bool = False
+    stopping: dict[str, Any] | None = None
+    scales: Sequence[float] = ()
+    diagnose: int = 0
+    chunk: int = 10
+
+    def check(self, prior: Any, shape: tuple[int, ...]) -> None:
+        """Refuse settings that do not fit each other or the prior, before anything is trained."""
+        process = prior.process(shape, self.eta)
+        self.tuner(nothing, process, Task(nothing, nothing), process.times(prior.steps), nothing)
+        if self.scales and self.adapter is None:
+            raise ValueError("scales are of a LoRA adapter; give method.adapter=RANK as well")
+
+    def tuner(self, model: Any, process: Process, task: Task, times: Array, reference: Any) -> Any:
+        """Build the tuner."""
+        kl = {} if self.kl_weight is None else {"reference": reference, "kl_weight": self.kl_weight}
+        watched = self.heldout or self.stopping is not None
+        tuner = SETTINGS[checks.one_of("setting", self.setting, SETTINGS)](
+            model,
+            process,
+            task.reward,
+            times,
+            self.optimizer,
+            batch=self.batch,
+            remat=self.remat,
+            heldout=task.heldout if watched else None,
+            **kl,
+            **self.options,
+        )
+        return tuner if self.stopping is None else tuners.early_stopping(tuner, **self.stopping)
+
+    def tune(self, run: Run, phase: str, prior: Prior, task: Task) -> tuple[Any, Any, Params, Process]:
+        """Return the tuner, the model, its tuned parameters and the process they were tuned on."""
+        process, key = prior.with_eta(self.eta), run.key(phase)
+        model: Any = prior.model
+        params = prior.params
+        if self.adapter is not None:
+            params = lora_init(jax.random.fold_in(key, 1), prior.params, self.adapter)
+            model = LoRAModel(prior.params, prior.model)
+        tuner = self.tuner(model, process, task, prior.times, prior.denoiser)
+        state = run.fit(phase, tuner, key, params, self.steps, chunk=self.chunk)
+        return tuner, model, state.best, process
+
+    def run(self, run: Run, phase: str, prior: Prior, task: Task, count: int) -> Outcome:
+        with run.clock() as clock:
+            tuner, model, params, process = self.tune(run, phase, prior, task)
+            tuned = model(params)
+            sampler = samplers.ancestral(process, tuned)
+            out = draw(run, phase, sampler, prior.times, count)
+        rows = [row for row in run.log.rows if row["phase"] == phase and not row.get("stopped")]
+        curves: Curves = {
+            title: ([row["step"] for row in rows], [row[name] for row in rows])
+            for name, title in SHOWN.items()
+            if rows and name in rows[0]
+        }
+        figures = {"steps": float(len(rows))}
+        if self.diagnose:
+            noise = tuners.gradient_statistics(
+                tuner if self.stopping is None else tuner.tuner,
+                run.key(f"{phase}_noise"),
+                self.start(prior, run, phase),
+                self.diagnose,
+            )
+            figures |= {"gradient_snr": float(noise.snr), "gradient_variance": float(noise.variance_per_example)}
+        if self.scales:
+            by_scale = [
+                self.measured(
+                    run,
+                    f"{phase}_scale_{scale}",
+                    prior,
+                    task,
+                    LoRAModel(prior.params, prior.model, scale)(params),
+                    process,
+                    count,
+                )
+                for scale in self.scales
+            ]
+            curves |= {
+                f"{name}, by the adapter's scale": (list(self.scales), [m[name] for m in by_scale])
+                for name in by_scale[0]
+            }
+        return Outcome(
+            np.asarray(out.x0),
+            sampler.network_calls(len(prior.times) - 1),
+            path_kl(run, phase, prior, tuned, count),
+            clock.seconds,
+            clock.compile_seconds,
+            tuning_network_calls=len(rows) * self.batch * tuner.network_calls(),
+            curves=curves,
+            figures=figures,
+            temperature=self.kl_weight if self.eta is None else None,
+        )
+
+    def start(self, prior: Prior, run: Run, phase: str) -> Params:
+        """Return the parameters that tuning begins with."""
+        if self.adapter is None:
+            return prior.params
+        return lora_init(jax.random.fold_in(run.key(phase), 1), prior.params, self.adapter)
+
+    def measured(
+        self, run: Run, phase: str, prior: Prior, task: Task, denoiser: Any, process: Process, count: int
+    ) -> dict[str, float]:
+        """Return reward, held-out reward, diversity and path KL of a denoiser's samples."""
+        x0 = draw(run, phase, samplers.ancestral(process, denoiser), prior.times, count).x0
+        mean = lambda reward: float(jnp.nanmean(jax.jit(lambda r, x: r(x))(reward, x0)))  # noqa: E731
+        return {
+            "reward": mean(task.reward),
+            "held-out reward": mean(task.heldout),
+            "diversity": metrics.diversity(np.asarray(x0)),
+            "path KL": path_kl(run, phase, prior, denoiser, count),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class MixedAdapters:
+    """Two adapters tuned apart, one to the recipe's reward and one to `second`, and their weighted sums without more training.
+
+    Args:
+      tuning: a `RewardGradient` with an adapter.
+      second: the other task, e.g. `rgdiff.domains.image_tasks.inked`.
+      weights: of the second adapter, each in [0, 1]; the first has the rest. The samples reported are those of the middle one.
+    """
+
+    tuning: RewardGradient
+    second: Task
+    weights: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+    def check(self, prior: Any, shape: tuple[int, ...]) -> None:
+        """Refuse settings that do not fit each other or the prior, before anything is trained."""
+        self.tuning.check(prior, shape)
+        if self.tuning.adapter is None or not self.weights:
+            raise ValueError(
+                "mixing needs adapters and weights; give method.tuning.adapter=RANK and method.weights=[...]"
+            )
+
+    def run(self, run: Run, phase: str, prior: Prior, task: Task, count: int) -> Outcome:
+        with run.clock() as clock:
+            first = self.tuning.tune(run, f"{phase}_first", prior, task)
+            second = self.tuning.tune(run, f"{phase}_second", prior, self.second)
+            tuner, model, process = first[0], first[1], first[3]
+            mixed = [lora_sum([(first[2], 1 - w), (second[2], w)]) for w in self.weights]
+            middle = model(mixed[len(mixed) // 2])
+            sampler = samplers.ancestral(process, middle)
+            out = draw(run, phase, sampler, prior.times, count)
+        rows = []
+        for weight, adapter in zip(self.weights, mixed, strict=True):
+            part = f"{phase}_weight_{weight}"
+            row = self.tuning.measured(run, part, prior, task, model(adapter), process, count)
+            other = self.tuning.measured(run, part, prior, self.second, model(adapter), process, count)
+            rows.append(row | {"second reward": other["reward"]})
+        curves: Curves = {
+            f"{name}, by the weight of the second adapter": (list(self.weights), [row[name] for row in rows])
+            for name in rows[0]
+        }
+        return Outcome(
+            np.asarray(out.x0),
+            sampler.network_calls(len(prior.times) - 1),
+            path_kl(run, phase, prior, middle, count),
+            clock.seconds,
+            clock.compile_seconds,
+            tuning_network_calls=2 * self.tuning.steps * self.tuning.batch * tuner.network_calls(),
+            curves=curves,
+            figures={"second_reward": rows[len(rows) // 2]["second reward"]},
+        )
