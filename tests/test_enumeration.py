@@ -12,7 +12,7 @@ import pytest
 
 from rgdiff import processes, samplers, schedules
 from rgdiff.domains import enumeration, sequences
-from tests.worlds import MASK_SCHEDULES, CategoricalWorld, TableDenoiser, correlated, factorised, slope
+from tests.worlds import MASK_SCHEDULES, CategoricalWorld, TableDenoiser, assert_mean, correlated, factorised, slope
 
 DATA = os.environ.get("RGDIFF_DATA", "")
 needs_six6 = pytest.mark.skipif(
@@ -61,6 +61,125 @@ def test_a_denoiser_that_reads_the_time_is_asked_at_every_move():
     law = enumeration.chain_law(world.process, jax.tree_util.Partial(denoiser), world.times)
     np.testing.assert_allclose(law, world.law(), rtol=2e-6, atol=1e-9)
     assert np.abs(law - correlated(steps=3).law()).max() > 1e-3
+
+
+# ---------------------------------------------------------------- one event at a time, and path KL
+
+
+def one_event_at_a_time(world, table, other):
+    """Law of x0 and path KL of L moves, each unmasking one uniformly drawn position: state by state, letter by letter."""
+    place = {tuple(state): n for n, state in enumerate(world.states)}
+    law, kl = {tuple(world.states[-1]): 1.0}, 0.0
+    for _ in range(world.length):
+        new = {}
+        for state, mass in law.items():
+            masked = [i for i in range(world.length) if state[i] == world.classes]
+            for i in masked:
+                p, q = table[place[state], i], other[place[state], i]
+                kl += mass / len(masked) * float(p @ np.log(p / q))
+                for letter in range(world.classes):
+                    to = (*state[:i], letter, *state[i + 1 :])
+                    new[to] = new.get(to, 0.0) + mass / len(masked) * p[letter]
+        law = new
+    return np.array([law[tuple(x)] for x in world.data]), kl
+
+
+def random_table(world, seed=5):
+    table = np.random.default_rng(seed).dirichlet(np.full(world.classes, 1.5), world.table.shape[:2])
+    return table, TableDenoiser(jnp.asarray(np.log(table), jnp.float32), world.classes)
+
+
+@pytest.mark.parametrize(("length", "classes"), [(3, 3), (4, 2)])
+def test_first_hitting_law_and_path_kl_equal_brute_force(length, classes):
+    world = correlated(length, classes)
+    process, (other, reference) = processes.first_hitting(world.process), random_table(world)
+    law, kl = enumeration.chain_law_and_kl(process, world.denoiser, process.times(), reference, batch=17)
+    expected, expected_kl = one_event_at_a_time(world, world.table, other)
+    np.testing.assert_allclose(law, expected, rtol=2e-6)
+    assert kl == pytest.approx(expected_kl, rel=1e-5) and kl > 0.3
+    np.testing.assert_allclose(law, world.joint.reshape(-1), rtol=2e-6)  # of an exact denoiser: the data's, no gap
+    law, kl = enumeration.chain_law_and_kl(process, reference, process.times(), world.denoiser)
+    expected, expected_kl = one_event_at_a_time(world, other, world.table)
+    np.testing.assert_allclose(law, expected, rtol=2e-6)
+    assert kl == pytest.approx(expected_kl, rel=1e-5)
+    assert np.abs(law - world.joint.reshape(-1)).max() > 1e-2
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_path_kl_of_a_masked_chain_equals_brute_force(steps):
+    world = correlated(schedule="cosine", steps=steps)
+    other, reference = random_table(world)
+    law, kl = enumeration.chain_law_and_kl(world.process, world.denoiser, world.times, reference, batch=17)
+    np.testing.assert_allclose(law, world.law(), rtol=2e-6, atol=1e-9)
+    assert kl == pytest.approx(world.path_kl(other), rel=1e-5)
+
+
+def test_chains_of_many_moves_tend_to_one_event_at_a_time():
+    """Law and path KL, both of order 1/T, for a denoiser that is not exact (whose limit is not the data's law)."""
+    world = correlated()
+    process, (_, tuned) = processes.first_hitting(world.process), random_table(world)
+    limit, limit_kl = enumeration.chain_law_and_kl(process, tuned, process.times(), world.denoiser)
+    laws, kls = [], []
+    for steps in (8, 16, 32):
+        law, kl = enumeration.chain_law_and_kl(world.process, tuned, world.process.times(steps), world.denoiser)
+        laws.append(np.abs(law - limit).sum())
+        kls.append(abs(kl - limit_kl))
+    assert -1.15 < slope([8, 16, 32], laws) < -0.85
+    assert -1.15 < slope([8, 16, 32], kls) < -0.85
+
+
+@pytest.mark.parametrize("one_event", [True, False])
+def test_law_and_path_kl_are_what_sampling_gives(one_event):
+    world = correlated()
+    _, tuned = random_table(world)
+    process = processes.first_hitting(world.process) if one_event else world.process
+    times = process.times() if one_event else world.times
+    law, kl = enumeration.chain_law_and_kl(process, tuned, times, world.denoiser)
+    sampler = samplers.ancestral(process, tuned, reference=world.denoiser)
+    out = samplers.sample(sampler, jax.random.key(0), 40_000, times, keep=samplers.path_kl)
+    assert_mean(out.kept.sum(0), kl)
+    frequencies = world.frequencies(out.x0)
+    assert np.all(np.abs(frequencies - law) <= 4.5 * np.sqrt(law / 40_000) + 1e-6)
+
+
+def test_the_tilted_prior_is_the_first_hitting_optimum():
+    """E[r] - alpha * path KL of the tilted law's own conditionals is alpha log Z, and any other policy has less."""
+    world = correlated(temperature=0.5)
+    process = processes.first_hitting(world.process)
+    prior = enumeration.chain_law(process, world.denoiser, process.times())
+    tilt = enumeration.tilted(prior, world.rewards, 0.5)
+    best = CategoricalWorld(tilt.probabilities.reshape(world.joint.shape))
+    worth = {}
+    for name, denoiser in (("best", best.denoiser), ("prior", world.denoiser), ("other", random_table(best)[1])):
+        law, kl = enumeration.chain_law_and_kl(process, denoiser, process.times(), world.denoiser)
+        worth[name] = law @ world.rewards - 0.5 * kl
+    assert worth["best"] == pytest.approx(0.5 * tilt.log_z, rel=1e-5)
+    assert worth["prior"] < worth["best"] - 0.05 and worth["other"] < worth["best"] - 0.05
+    value = enumeration.chain_value(process, world.denoiser, process.times(), world.rewards, 0.5)
+    for n in (len(world.states) - 1, 5, 40):  # log E[exp(r/tau) | x] from the definition
+        known = world.states[n] < world.classes
+        fits = (world.data[:, known] == world.states[n][known]).all(1) * world.joint.reshape(-1)
+        expected = np.log(fits @ np.exp(world.rewards / 0.5) / fits.sum())
+        np.testing.assert_allclose(value.table[0][n] / 0.5, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_first_hitting_chain_reads_each_state_at_its_own_time():
+    world = correlated()
+    process = processes.first_hitting(world.process)
+    times = process.times()
+    base = TableDenoiser(jnp.asarray(np.log(world.table), jnp.float32), world.classes)
+    powers = {round(float(t), 4): 1 - float(t) / 2 for t in times}
+    denoiser = jax.tree_util.Partial(lambda x, t, cond=None: base(x, t) * (1 - t / 2))
+    masks = (world.states == world.classes).sum(1)
+    power = np.array([powers[round(m / world.length, 4)] for m in masks])  # log-linear: m of L masks at t = m / L
+    table = world.table ** power[:, None, None]
+    table /= table.sum(-1, keepdims=True)
+    expected, kl = one_event_at_a_time(world, table, world.table)
+    law, got = enumeration.chain_law_and_kl(process, denoiser, times, world.denoiser)
+    np.testing.assert_allclose(law, expected, rtol=2e-6)
+    assert got == pytest.approx(kl, rel=1e-4)
+    with pytest.raises(ValueError, match="3 moves"):
+        enumeration.chain_law(process, denoiser, jnp.array([1.0, 0.5, 0.0]))
 
 
 @pytest.mark.parametrize("temperature", [0.05, 1.0])

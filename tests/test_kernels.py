@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rgdiff.kernels import RELAXATIONS, Absorbing, Categorical, Gaussian, PointMass, Product, draw_token
+from rgdiff.kernels import (
+    RELAXATIONS,
+    Absorbing,
+    Categorical,
+    Drawn,
+    FirstHitting,
+    Gaussian,
+    PointMass,
+    Product,
+    draw_token,
+)
 from tests.worlds import assert_mean
 
 KEY = jax.random.key(0)
@@ -63,6 +73,24 @@ def test_point_mass_has_no_law():
             call()
 
 
+def test_a_law_of_samples_can_only_be_drawn_from():
+    """Its draws are those of the function, `rsample` with its gradient; it has no density, and says so."""
+
+    def law(scale):
+        return Drawn(jax.tree_util.Partial(lambda key, batch: scale * jax.random.normal(key, (batch, 2))), 5)
+
+    expected = 3.0 * jax.random.normal(KEY, (5, 2))
+    np.testing.assert_array_equal(law(3.0).sample(KEY), expected)
+    np.testing.assert_array_equal(law(3.0).rsample(KEY), expected)
+    assert jax.grad(lambda s: law(s).sample(KEY).sum())(3.0) == 0
+    np.testing.assert_allclose(jax.grad(lambda s: law(s).rsample(KEY).sum())(3.0), expected.sum() / 3, rtol=1e-5)
+    for call in (law(1.0).log_prob, law(1.0).kl, law(1.0).tilt):
+        with pytest.raises(ValueError, match="another chain's samples"):
+            call(expected)
+    with pytest.raises(ValueError, match="another chain's samples"):
+        law(1.0).entropy()
+
+
 # ---------------------------------------------------------------- discrete: everything by enumeration
 
 
@@ -87,6 +115,13 @@ def absorbing_case(masked=(True, True), move=0.3, other_move=0.45):
         return make(LOGITS, np.float64(move)), make(OTHER, np.float64(other_move)), DIRECTION, 4
 
 
+def first_hitting_case(masked=(True, True), where=(0.3, -0.9)):
+    """One of the masked positions takes a token; which one is not uniform, unless `where` is 0."""
+    x = np.where(np.array(masked)[None, :, None], np.eye(4)[3], np.eye(4)[1])
+    where, other = (f32([where]), f32([[-0.2, 0.5]])) if isinstance(where, tuple) else (0.0, 0.0)
+    return FirstHitting(f32(x), f32(LOGITS), where), FirstHitting(f32(x), f32(OTHER), other), DIRECTION, 4
+
+
 def probabilities(kernel, classes):
     """States [N, L, K'] and the kernel's probabilities of them [N]."""
     states = one_hot(list(itertools.product(range(classes), repeat=2)), classes)
@@ -98,6 +133,10 @@ CASES = {
     "absorbing": absorbing_case,
     "absorbing, one unmasked": lambda: absorbing_case((True, False)),
     "absorbing, all move": lambda: absorbing_case(move=1.0),
+    "first hitting": first_hitting_case,
+    "first hitting, uniform": lambda: first_hitting_case(where=0.0),
+    "first hitting, one unmasked": lambda: first_hitting_case((False, True)),
+    "first hitting, none masked": lambda: first_hitting_case((False, False)),
     "absorbing, none moves": lambda: absorbing_case(move=0.0, other_move=0.0),
 }
 
@@ -129,6 +168,32 @@ def test_absorbing_probabilities_from_the_definition():
         expected = 0.7 if first == 3 else 0.3 * token[first]
         np.testing.assert_allclose(np.exp(kernel.log_prob(one_hot([[first, 1]], 4))[0]), expected, rtol=1e-5)
     assert kernel.log_prob(one_hot([[0, 2]], 4))[0] == -jnp.inf  # an unmasked token never changes
+
+
+def test_first_hitting_probabilities_from_the_definition():
+    kernel, _, _, _ = first_hitting_case()
+    where = np.exp([0.3, -0.9]) / np.exp([0.3, -0.9]).sum()
+    token = np.exp(LOGITS[0]) / np.exp(LOGITS[0]).sum(-1, keepdims=True)
+    for i, letter in itertools.product(range(2), range(3)):
+        state = [3, 3]
+        state[i] = letter
+        np.testing.assert_allclose(
+            np.exp(kernel.log_prob(one_hot([state], 4))[0]), where[i] * token[i, letter], rtol=1e-5, atol=1e-7
+        )
+    for state in ([3, 3], [0, 1]):  # none moved, two moved
+        assert kernel.log_prob(one_hot([state], 4))[0] == -jnp.inf
+
+
+def test_first_hitting_tilt_of_the_token_keeps_which_position_moves():
+    kernel, _, direction, _ = first_hitting_case()
+    tilted = kernel.tilt_token(f32(direction[..., :3]))
+    np.testing.assert_allclose(tilted.log_position, kernel.log_position, rtol=1e-6)
+    states, p = probabilities(kernel, 4)
+    q = probabilities(tilted, 4)[1]
+    for i in range(2):  # the states in which position i has moved
+        moved = (np.asarray(states)[:, 1 - i, 3] == 1) & (np.asarray(states)[:, i, 3] == 0)
+        weight = p[moved] * np.exp((np.asarray(states)[moved, i, :3] * direction[0, i, :3]).sum(1))
+        np.testing.assert_allclose(q[moved], weight / weight.sum() * p[moved].sum(), rtol=1e-4, atol=1e-7)
 
 
 def test_tilt_of_the_token_keeps_the_rate_of_unmasking():
@@ -196,6 +261,18 @@ def test_absorbing_copies_carry_the_whole_gradient():
     place = lambda x: Absorbing(x, kernel.logits, kernel.log_move, kernel.log_stay).rsample(KEY)  # noqa: E731
     gradient = jax.grad(lambda x: (w * place(x)).sum())(kernel.x)
     np.testing.assert_array_equal(gradient, w * np.array([0, 1])[None, :, None])
+
+
+def test_first_hitting_copies_carry_the_whole_gradient():
+    """d<w, y>/dx is w on unmasked positions and 0 on the one that moves; the token's is the straight-through one."""
+    kernel, _, _, _ = first_hitting_case((True, False))
+    w = f32(np.arange(1.0, 9.0).reshape(1, 2, 4))
+    draw = lambda x, z: (w * FirstHitting(x, z).rsample(KEY)).sum()  # noqa: E731
+    gradient, token = jax.grad(draw, (0, 1))(kernel.x, kernel.logits)
+    np.testing.assert_array_equal(gradient, w * np.array([0, 1])[None, :, None])
+    p = np.exp(LOGITS[0, 0]) / np.exp(LOGITS[0, 0]).sum()
+    np.testing.assert_allclose(token[0, 0], p * ([1, 2, 3] - p @ [1, 2, 3]), rtol=1e-5)
+    np.testing.assert_array_equal(token[0, 1], 0)
 
 
 # ---------------------------------------------------------------- Product

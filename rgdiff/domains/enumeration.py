@@ -1,9 +1,9 @@
-"""Exact laws of small discrete worlds by enumeration: the law of a masked prior's own chain, tilted laws, soft values.
+"""Exact laws of small discrete worlds by enumeration: the law and the path KL of a masked chain, tilted laws, soft values.
 
 K letters at L positions make K^L sequences and (K + 1)^L partly masked states, both in C order (the last position runs
-fastest; the mask is the last class). Laws are NumPy float64 on the host, exact for the chain of the given time grid,
-whose moves may unmask several positions at once from one prediction. It assumes one process on sequences [L] and as
-many states as fit: 5^8 = 390,625 for DNA 8-mers.
+fastest; the mask is the last class). Laws are NumPy float64 on the host, exact for the chain of the given time grid:
+one event at a time (`processes.first_hitting`), or moves that may unmask several positions at once from one prediction.
+It assumes one process on sequences [L] and as many states as fit: 5^8 = 390,625 for DNA 8-mers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rgdiff import checks
-from rgdiff.processes import MaskedProcess
+from rgdiff.processes import FirstHittingProcess, MaskedProcess
 from rgdiff.typing import Array, Cond, Denoiser, Reward, pytree
 
 LARGEST = 2_000_000  # states that are still enumerated
@@ -106,20 +106,34 @@ def chain_law(process: MaskedProcess, denoiser: Denoiser, times: Array, *, batch
     p_s(y) = sum_x p_t(x) prod_i k_i(y_i | x), pushed forward over all (K + 1)^L states; k_i copies an unmasked letter,
     and a masked one moves with probability (rate_t - rate_s)/rate_t. The cost is (2K + 1)^L products a move (4.3e7 for
     DNA 8-mers), and one network call a state where the denoiser ignores t, a move and state where it reads it.
+
+    Of a first-hitting process p(y) = sum_x p(x) p_i(y_i | x) / m over the m masked positions i of x. A state is met at one
+    move alone, so all moves together cost one network call a state and L K (K + 1)^(L - 1) products.
     """
-    length, classes = sizes(process)
-    law = np.zeros((classes + 1,) * length)
-    law[(classes,) * length] = 1.0
-    for stay, table in _moves(process, denoiser, times, batch):
-        new = np.zeros_like(law)
-        for mask, here, reached in _patterns(length, classes):
-            mass = law[here]
-            if mass.any():
-                for i in mask:
-                    mass = mass * _position(table, here, i, stay)
-                new[reached] += mass
-        law = new
-    return law[(slice(0, classes),) * length].reshape(-1)
+    return _push(process, denoiser, times, None, batch).probabilities
+
+
+class ChainLaw(NamedTuple):
+    """The law [K^L] of a chain's x0, and the chain's path KL to a reference's, nats (0 without a reference)."""
+
+    probabilities: np.ndarray
+    path_kl: float
+
+
+def chain_law_and_kl(
+    process: MaskedProcess, denoiser: Denoiser, times: Array, reference: Denoiser, *, batch: int = 8192
+) -> ChainLaw:
+    """Return the law of x0 and the path KL of a tuned chain to the chain of the prior, both exact, in one pass.
+
+    KL = sum over moves of E[P(move) * sum over masked positions of KL(p_i(. | x_t) || q_i(. | x_t))], P(move) the probability
+    (rate_t - rate_s)/rate_t of a masked position to move, or 1/m where one of m moves (first-hitting). It is at least
+    KL(law of x0 || the prior's), and equal to it for the prior's own path given x0. E[r] - alpha * path_kl is what
+    `tuners.drakes` maximises; of a first-hitting chain of the exact prior its maximum is alpha * log Z of `tilted`.
+
+    Args:
+      denoiser, reference: the tuned one and the prior's.
+    """
+    return _push(process, denoiser, times, reference, batch)
 
 
 @pytree
@@ -166,12 +180,20 @@ def chain_value(
     """Return the exact soft value of a prior's own chain over `times`, by dynamic programming from its end.
 
     exp(v_t(x)/tau) = sum_y p(x_s = y | x_t = x) exp(v_s(y)/tau), v_0 = r (arXiv 2408.08252, soft Bellman equations). With it
-    SVDD and SMC tend to `tilted(chain_law(...))`. Costs as `chain_law`; holds one table of states for each time.
+    SVDD and SMC tend to `tilted(chain_law(...))`. Costs as `chain_law`; holds one table of states for each time. Of a
+    first-hitting process the value depends on the state alone, and one table serves all times.
     """
     length, classes = sizes(process)
     weights, highest = _weights(rewards, temperature)
     value = np.zeros((classes + 1,) * length)
     value[(slice(0, classes),) * length] = weights.reshape((classes,) * length)
+    if isinstance(process, FirstHittingProcess):
+        table = _events(process, denoiser, times, batch)
+        for mask, here, _ in sorted(_patterns(length, classes), key=lambda pattern: len(pattern[0])):
+            for i in mask:
+                known = (*here[:i], slice(0, classes), *here[i + 1 :])
+                value[here] += (value[known] * _token(table, here, i)).sum(i, keepdims=True) / len(mask)
+        return _soft_value(np.zeros(1), value[None], highest, temperature)
     tables = [value]
     for stay, table in reversed(list(_moves(process, denoiser, times, batch))):
         new = np.zeros_like(value)
@@ -220,11 +242,68 @@ def _patterns(length: int, classes: int) -> Iterator[tuple[tuple[int, ...], tupl
         yield tuple(i for i, m in enumerate(masked) if m), here, reached
 
 
+def _push(process: Any, denoiser: Denoiser, times: Array, reference: Denoiser | None, batch: int) -> ChainLaw:
+    """Push the law of the state, and the path KL to a reference where there is one, through the chain."""
+    length, classes = sizes(process)
+    law, path_kl = np.zeros((classes + 1,) * length), 0.0
+    law[(classes,) * length] = 1.0
+    sequences = (slice(0, classes),) * length
+    if isinstance(process, FirstHittingProcess):
+        table = _events(process, denoiser, times, batch)
+        other = None if reference is None else _events(process, reference, times, batch)
+        for mask, here, _ in sorted(_patterns(length, classes), key=lambda pattern: -len(pattern[0])):
+            for i in mask:
+                mass = law[here] / len(mask)
+                law[(*here[:i], slice(0, classes), *here[i + 1 :])] += mass * _token(table, here, i)
+                path_kl += 0.0 if other is None else _divergence(mass, table, other, here, i)
+        return ChainLaw(law[sequences].reshape(-1), path_kl)
+    others = itertools.repeat((0.0, None)) if reference is None else _moves(process, reference, times, batch)
+    for (stay, table), (_, other) in zip(_moves(process, denoiser, times, batch), others, strict=False):
+        new = np.zeros_like(law)
+        for mask, here, reached in _patterns(length, classes):
+            mass = law[here]
+            if mass.any():
+                for i in mask:
+                    path_kl += 0.0 if other is None else (1 - stay) * _divergence(law[here], table, other, here, i)
+                    mass = mass * _position(table, here, i, stay)
+                new[reached] += mass
+        law = new
+    return ChainLaw(law[sequences].reshape(-1), path_kl)
+
+
+def _token(table: np.ndarray, here: tuple, i: int) -> np.ndarray:
+    """Law of the letter that masked position i of the states `here` takes, along axis i."""
+    return np.swapaxes(table[here][..., i, :], i, -1)[..., 0]
+
+
 def _position(table: np.ndarray, here: tuple, i: int, stay: float) -> np.ndarray:
     """Law of the letter at masked position i of the states `here`: K moves and staying masked, along axis i."""
-    p = table[here][..., i, :]
-    kernel = np.concatenate([(1 - stay) * p, np.full((*p.shape[:-1], 1), stay)], -1)
-    return np.swapaxes(kernel, i, -1)[..., 0]
+    p = _token(table, here, i)
+    return np.concatenate([(1 - stay) * p, np.full(p.take([0], i).shape, stay)], i)
+
+
+def _divergence(mass: np.ndarray, table: np.ndarray, other: np.ndarray, here: tuple, i: int) -> float:
+    """sum over the states `here` of mass * KL(p_i || q_i), nats."""
+    p, q = (np.asarray(one[here][..., i, :], np.float64) for one in (table, other))
+    some = (p > 0) & (mass > 0)[..., None]
+    with np.errstate(divide="ignore"):  # q = 0 < p: infinitely far apart
+        ratio = np.log(np.where(some, p, 1.0)) - np.log(np.where(some, q, 1.0))
+    return float((mass[..., None] * p * ratio).sum())
+
+
+def _events(process: Any, denoiser: Denoiser, times: Array, batch: int) -> np.ndarray:
+    """p(x0_i | x) as [K + 1] * L + [L, K], float32, every state at the one time at which a first-hitting chain meets it."""
+    length, classes = sizes(process)
+    grid = checks.times(times, process)
+    if grid.shape[0] != length + 1:
+        raise ValueError(f"one event at a time takes {length} moves (positions), got {grid.shape[0] - 1}; use times()")
+    every = tokens(length, classes + 1)
+    masked = (every == classes).sum(1)
+    logits = np.zeros((len(every), length, classes), np.float32)  # nothing is asked of sequences without a mask
+    for count in range(1, length + 1):
+        at, t = masked == count, grid[length - count]
+        logits[at] = _in_batches(lambda x: _predict(denoiser, x, t), every[at], classes + 1, batch)  # noqa: B023
+    return np.exp(logits).reshape(*(classes + 1,) * length, length, classes)
 
 
 def _moves(process: MaskedProcess, denoiser: Denoiser, times: Array, batch: int) -> Iterator[tuple[float, np.ndarray]]:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from rgdiff import checks
-from rgdiff.kernels import Absorbing, PointMass, Product
+from rgdiff.kernels import Absorbing, FirstHitting, PointMass, Product
 from rgdiff.typing import Array, Cond, Guide, Kernel, Move, State, Value, callable_pytree, pytree, static
 
 TILTS = ("token", "token_and_rate")
@@ -64,7 +64,7 @@ def tilt(kernel: Any, direction: State, tilts: str = "token") -> Any:
         return Product({name: tilt(part, direction[name], tilts) for name, part in kernel.parts.items()})
     if isinstance(kernel, PointMass):
         raise ValueError("a guide tilts a law, but the process has eta = 0; build it with eta > 0")
-    if isinstance(kernel, Absorbing) and tilts == "token":
+    if isinstance(kernel, (Absorbing, FirstHitting)) and tilts == "token":
         return kernel.tilt_token(direction[..., :-1])
     return kernel.tilt(direction)
 
