@@ -167,3 +167,18 @@ class Tuner(Protocol):
     def init(self, params: Params) -> Any: ...
 
     def step(self, key: Key, state: Any, batch: Any) -> tuple[Any, Info]: ...
+
+
+class Online(Protocol):
+    """A tuner cut where the reward is called, so that the reward may be slow or live on the host, without a callback.
+
+    rollout(key, state, cond) -> experience, a NamedTuple with `x0` and `cond` (what the reward is called with, B rows)
+    and all that `update` needs of the draws; update(key, state, experience, rewards [B]) -> (state, info). Drivers:
+    `rgdiff.tuners.as_tuner` and `rgdiff.tuners.fit_online`.
+    """
+
+    def init(self, params: Params) -> Any: ...
+
+    def rollout(self, key: Key, state: Any, cond: Cond = None) -> Any: ...
+
+    def update(self, key: Key, state: Any, experience: Any, rewards: Array) -> tuple[Any, Info]: ...

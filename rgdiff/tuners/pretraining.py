@@ -63,8 +63,11 @@ class Pretraining:
         state, info = update(state, gradients, self.optimizer, self.ema_decay)
         return state, {"loss": loss} | info
 
-    def loss(self, params: Params, key: Key, x0: State, cond: Cond = None) -> Array:
-        """The training loss: a weighted squared error per dimension, or the bound on -log p(x0) in nats per example."""
+    def loss(self, params: Params, key: Key, x0: State, cond: Cond = None, weights: Array | None = None) -> Array:
+        """The training loss: a weighted squared error per dimension, or the bound on -log p(x0) in nats per example.
+
+        The mean over examples, or their sum with `weights` [B].
+        """
         key_time, key_noise, key_drop = jax.random.split(key, 3)
         batch = x0.shape[0]
         if cond is not None and self.null is not None:
@@ -75,12 +78,14 @@ class Pretraining:
         if isinstance(self.process, MaskedProcess):
             t = stratified_times(key_time, batch)
             x = self.process.forward(x0, t).sample(key_noise)
-            return jnp.mean(self.process.schedule.hazard(t) * masked_cross_entropy(denoiser(x, t, cond), x, x0))
+            bound = self.process.schedule.hazard(t) * masked_cross_entropy(denoiser(x, t, cond), x, x0)
+            return jnp.mean(bound) if weights is None else jnp.sum(weights * bound)
         process: GaussianProcess = self.process  # type: ignore[assignment]
         t = self._draw_times(key_time, batch)
         x = process.forward(x0, t).sample(key_noise)
         error = jnp.mean((denoiser(x, t, cond) - x0).reshape(batch, -1) ** 2, -1)
-        return jnp.mean(self._weight(process, t) * error)
+        error = self._weight(process, t) * error
+        return jnp.mean(error) if weights is None else jnp.sum(weights * error)
 
     def _draw_times(self, key: Key, batch: int) -> Array:
         if self.grid is None:

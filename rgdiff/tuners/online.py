@@ -1,0 +1,194 @@
+"""Two drivers of one cut: an `Online` method with its reward in the same program, or with its reward on the host.
+
+Given a JAX reward they make the same run: keys and rows of data depend on the key and the step's index alone, as in
+`fit`, so a run that is interrupted and continued from its state is the same run too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rgdiff import checks
+from rgdiff.typing import Array, Cond, Info, Key, Online, Params, Reward, callable_pytree, pytree
+
+
+class RewardFailure(RuntimeError):
+    """A host reward raised. `state` is that of before the failed step: `fit_online` continues from it; `step` its index."""
+
+    def __init__(self, message: str, state: Any, step: int):
+        super().__init__(message)
+        self.state, self.step = state, step
+
+
+@pytree
+class OnlineTuner:
+    """A tuner for `fit`: rollout, reward and update in one program. Build it with `as_tuner`."""
+
+    online: Any
+    reward: Reward
+    heldout: Reward | None = None
+
+    @property
+    def batch(self) -> int:
+        return self.online.batch
+
+    @property
+    def process(self) -> Any:
+        return self.online.process
+
+    def init(self, params: Params) -> Any:
+        return self.online.init(params)
+
+    def step(self, key: Key, state: Any, batch: Cond = None) -> tuple[Any, Info]:
+        """Take one step; `batch` are the conditions, or None."""
+        key_rollout, key_update = jax.random.split(key)
+        experience = self.online.rollout(key_rollout, state, batch)
+        rewards = self.reward(experience.x0, experience.cond)
+        state, info = self.online.update(key_update, state, experience, rewards)
+        if self.heldout is not None:
+            info = info | {"heldout": feasible_mean(self.heldout(experience.x0, experience.cond), rewards)}
+        return state, info
+
+    def gradients(self, params: Params, key: Key, cond: Cond = None) -> tuple[Params, Info]:
+        """Return the gradient of a first step from `params` (see `gradient_statistics`)."""
+        key_rollout, key_update = jax.random.split(key)
+        state = self.online.init(params)
+        experience = self.online.rollout(key_rollout, state, cond)
+        rewards = self.reward(experience.x0, experience.cond)
+        return self.online.gradients(key_update, state, experience, rewards)
+
+    def network_calls(self) -> int:
+        """Calls of the tuned denoiser per sample and step, forward passes only."""
+        return self.online.network_calls()
+
+
+def as_tuner(online: Online, reward: Reward, *, heldout: Reward | None = None) -> OnlineTuner:
+    """Make an online method a tuner for `fit`, with a JAX reward (or `rewards.from_host`) in the same program.
+
+    Args:
+      reward: (x0, cond) -> [B]; NaN marks an infeasible sample.
+      heldout: another reward, reported as info["heldout"] (see `early_stopping`).
+    """
+    _three_parts(online)
+    heldout = None if heldout is None else callable_pytree(heldout, "a held-out reward")
+    return OnlineTuner(online, callable_pytree(reward, "a reward"), heldout)
+
+
+def fit_online(
+    online: Online,
+    key: Key,
+    state: Any,
+    steps: int,
+    reward: Callable[..., Any],
+    *,
+    data: Any = None,
+    batch: int | None = None,
+    heldout: Callable[..., Any] | None = None,
+    on_step: Callable[[Any, Info], None] | None = None,
+) -> Any:
+    """Train until `state.step` is `steps`, calling the reward on the host between a compiled rollout and a compiled update.
+
+    Args:
+      online: from `ddpo`, `dpok`, `reward_weighted`, `filtered`.
+      key: a typed PRNG key; the same key must be given when a run is continued.
+      state: from `online.init(params)` or a checkpoint; its buffers are donated.
+      steps: the total number, so that continuing an interrupted run is the same call.
+      reward: any Python function (x0 as NumPy [B, ...], cond as NumPy [B, ...] or None) -> B numbers; NaN marks an
+        infeasible sample. It may be as slow as it likes.
+      data: conditions, a pytree of arrays [N, ...]; every step gets `batch` rows of it, drawn uniformly, as in `fit`.
+      batch: rows per step, where there are data.
+      heldout: another such function, reported as info["heldout"].
+      on_step: called as (state, info) after every step, info on the host. Copy what you keep of the state: the next
+        step donates it.
+
+    Returns:
+      The final state.
+
+    Raises:
+      RewardFailure: where the reward raises, or returns something else than B numbers; its `state` is that of before
+        the step, from which the same call continues.
+    """
+    checks.key(key)
+    _three_parts(online)
+    steps = checks.at_least("steps", steps, 0)
+    if data is not None:
+        if batch is None:
+            raise ValueError("fit_online(data=...) needs batch=, the rows per step")
+        checks.at_least("batch", batch, 1)
+    for step in range(int(state.step), steps):
+        experience = _rollout(online, key, state, data, batch)
+        x0, cond = jax.device_get((experience.x0, experience.cond))
+        rewards = _on_host(reward, x0, cond, state, step)
+        judged = None if heldout is None else _on_host(heldout, x0, cond, state, step)
+        state, info = _update(online, key, state, experience, rewards)
+        info = jax.device_get(info)
+        if judged is not None:
+            info["heldout"] = jax.device_get(feasible_mean(jnp.asarray(judged), jnp.asarray(rewards)))
+        if on_step is not None:
+            on_step(state, info)
+    return state
+
+
+def feasible_mean(values: Array, rewards: Array) -> Array:
+    """Mean of values over examples whose reward is finite; NaN where none is."""
+    feasible = jnp.isfinite(rewards)
+    mean = jnp.sum(jnp.where(feasible, values, 0.0)) / jnp.maximum(feasible.sum(), 1)
+    return jnp.where(feasible.any(), mean, jnp.nan)
+
+
+def minibatch_rows(key: Key, batch: int, epochs: int, minibatches: int) -> Array:
+    """Rows [epochs * minibatches, batch / minibatches] of every optimiser step: a new order in every epoch."""
+    if minibatches == 1:
+        return jnp.broadcast_to(jnp.arange(batch), (epochs, batch))
+    orders = jax.vmap(lambda k: jax.random.permutation(k, batch))(jax.random.split(key, epochs))
+    return orders.reshape(epochs * minibatches, batch // minibatches)
+
+
+def _on_host(reward: Callable[..., Any], x0: Any, cond: Any, state: Any, step: int) -> np.ndarray:
+    size = jax.tree.leaves(x0)[0].shape[0]
+    try:
+        values = np.asarray(reward(x0, cond), np.float32)
+    except Exception as error:
+        raise RewardFailure(
+            f"the reward raised {type(error).__name__} at step {step}: {error}; "
+            "mark infeasible samples by NaN, and continue from the state of this exception",
+            state,
+            step,
+        ) from error
+    if values.shape != (size,):
+        message = f"the reward must return one number per sample, [{size}], got {list(values.shape)} at step {step}"
+        raise RewardFailure(message, state, step)
+    return values
+
+
+def _keys(key: Key, step: Array) -> tuple[Key, Key, Key]:
+    """The keys of a step's rows, rollout and update: those of `fit` with `OnlineTuner`."""
+    key_batch, key_step = jax.random.split(jax.random.fold_in(key, step))
+    return key_batch, *jax.random.split(key_step)
+
+
+def _roll_out(online: Any, key: Key, state: Any, data: Any, batch: int | None) -> Any:
+    key_batch, key_rollout, _ = _keys(key, state.step)
+    cond = None
+    if data is not None and batch is not None:
+        chosen = jax.random.randint(key_batch, (batch,), 0, jax.tree.leaves(data)[0].shape[0])
+        cond = jax.tree.map(lambda leaf: jnp.asarray(leaf)[chosen], data)
+    return online.rollout(key_rollout, state, cond)
+
+
+def _improve(online: Any, key: Key, state: Any, experience: Any, rewards: Array) -> tuple[Any, Info]:
+    return online.update(_keys(key, state.step)[2], state, experience, rewards)
+
+
+def _three_parts(online: Any) -> None:
+    if missing := [name for name in ("init", "rollout", "update") if not callable(getattr(online, name, None))]:
+        raise ValueError(f"an online method has init, rollout and update; {type(online).__name__} has no {missing}")
+
+
+_rollout = jax.jit(_roll_out, static_argnames=("batch",))
+_update = jax.jit(_improve, donate_argnames=("state",))

@@ -1,0 +1,350 @@
+"""Policy gradients: every draw of the chain is an action, weighed by an advantage; rewards may be black boxes.
+
+`ddpo` in its score-function and importance-sampled forms and `dpok` are settings of one `Online` method. The moves of a
+chain are independent given its states, so their gradients are summed in a scan that holds one move at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rgdiff import checks
+from rgdiff.processes import ProductProcess
+from rgdiff.samplers._loop import roll
+from rgdiff.tuners import advantages
+from rgdiff.tuners._chain import Carry, Chain
+from rgdiff.tuners._loop import TrainState, start, update
+from rgdiff.tuners.advantages import Advantage, Returns, summed
+from rgdiff.tuners.online import feasible_mean, minibatch_rows
+from rgdiff.tuners.reward_backprop import _several
+from rgdiff.typing import (
+    Array,
+    Cond,
+    Denoiser,
+    Info,
+    Key,
+    Model,
+    Params,
+    Process,
+    Reward,
+    State,
+    callable_pytree,
+    pytree,
+    static,
+)
+
+KL_GRADIENTS = ("full", "direct")
+
+
+class Experience(NamedTuple):
+    """Chains as the policy drew them: x0 and cond [B, ...], the states path [T + 1, B, ...] and log_prob [T, B] in nats.
+
+    penalty [T + 1, n, B]: the KL of every move, and of the projection, to each of n references, nats; None without.
+    """
+
+    x0: State
+    cond: Cond
+    path: State
+    log_prob: Array
+    penalty: Array | None
+
+
+class Rows(NamedTuple):
+    """What an update needs of some of the chains: leaves with the batch on axis 1 (path, log_prob, advantage) or 0."""
+
+    path: State
+    log_prob: Array
+    advantage: Array
+    weight: Array
+    scale: Array
+    cond: Cond
+
+    def take(self, index: Array) -> Rows:
+        second = lambda leaf: leaf[:, index]  # noqa: E731
+        moves = (jax.tree.map(second, self.path), self.log_prob[:, index], self.advantage[:, index])
+        return Rows(*moves, *jax.tree.map(lambda leaf: leaf[index], (self.weight, self.scale, self.cond)))
+
+
+@pytree
+class PolicyGradient:
+    """An `Online` method. Build it with `ddpo` or `dpok`; drive it with `as_tuner` and `fit`, or with `fit_online`."""
+
+    model: Model
+    process: Process
+    times: Array
+    references: tuple[Denoiser, ...]
+    kl_weight: Array
+    clip: Array | None
+    advantage: Any
+    ema_decay: Array | None
+    optimizer: Any = static()
+    batch: int = static()
+    repeats: int = static(default=1)
+    epochs: int = static(default=1)
+    minibatches: int = static(default=1)
+    per_dim: bool = static(default=False)
+    kl_gradient: str = static(default="full")
+
+    def init(self, params: Params) -> TrainState:
+        """Return a state; its `extra` is the advantage's."""
+        return start(params, self.optimizer, average=self.ema_decay is not None, extra=self.advantage.init())
+
+    def rollout(self, key: Key, state: TrainState, cond: Cond = None) -> Experience:
+        """Draw B chains, `repeats` consecutive ones for every row of cond."""
+        for leaf in jax.tree.leaves(cond):
+            if jnp.ndim(leaf) < 1 or jnp.shape(leaf)[0] * self.repeats != self.batch:
+                raise ValueError(
+                    f"conditions must have {self.batch // self.repeats} rows (batch / repeats), got shape {list(jnp.shape(leaf))}"
+                )
+        cond = jax.tree.map(lambda leaf: jnp.repeat(leaf, self.repeats, 0), cond)
+        chain = self._chain(state.params)
+        first = chain.init(jax.random.fold_in(key, 0), self.batch, self.times[0], cond)
+        last, (later, info) = roll(chain, key, first, self.times, cond, keep=lambda carry, info: (carry.x, info))
+        x0, end = chain.final(last, self.times[-1], cond)
+        path = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first.x, later)
+        penalty = jnp.concatenate([info["penalty"], end["penalty"][None]]) if self.references else None
+        return Experience(x0, cond, path, info["log_prob"], penalty)
+
+    def update(
+        self, key: Key, state: TrainState, experience: Experience, rewards: Array, terminal: Reward | None = None
+    ) -> tuple[TrainState, Info]:
+        """Take epochs * minibatches optimiser steps. `terminal`: the reward as a function, see `gradients`."""
+        rows, extra, info = self._weigh(state.extra, experience, rewards)
+
+        def one(state: TrainState, index: Array) -> tuple[TrainState, Info]:
+            part = rows if self.minibatches == 1 else rows.take(index)
+            gradients, sums = self._gradients(state.params, part, terminal)
+            scaled = jax.tree.map(lambda g: g * self.minibatches, gradients)
+            new, more = update(state, scaled, self.optimizer, self.ema_decay)
+            return new._replace(step=state.step), sums | {"gradient_norm": more["gradient_norm"]}
+
+        if self.epochs * self.minibatches == 1:
+            new, sums = one(state, jnp.arange(self.batch))
+        else:
+            new, sums = jax.lax.scan(one, state, minibatch_rows(key, self.batch, self.epochs, self.minibatches))
+            sums = jax.tree.map(lambda leaf: leaf.mean(0), sums)
+        state = new._replace(step=state.step + 1, extra=extra)
+        return state, info | sums | {"skipped": state.skipped}
+
+    def gradients(
+        self, key: Key, state: TrainState, experience: Experience, rewards: Array, terminal: Reward | None = None
+    ) -> tuple[Params, Info]:
+        """Return the gradient of the loss over the whole batch at state.params, and info.
+
+        Where the chain ends with a projection, which is no draw, the policy gradient holds it constant. With `terminal`,
+        the reward as a differentiable function (x0, cond) -> [B], its gradient through the projection is added.
+        """
+        rows, _, info = self._weigh(state.extra, experience, rewards)
+        gradients, sums = self._gradients(state.params, rows, terminal)
+        return gradients, info | sums
+
+    def network_calls(self) -> int:
+        """Calls of the tuned denoiser per sample and step, forward passes only: of the rollout and of every epoch."""
+        moves = self.times.shape[0] - 1
+        return moves * (1 + self.epochs) + self.process.projects * (1 + bool(self.references) * self.epochs)
+
+    def _chain(self, params: Params) -> Chain:
+        denoiser = callable_pytree(self.model(params), "a denoiser")
+        return Chain(self.process, denoiser, self.references, pathwise=False)
+
+    def _weigh(self, extra: Any, experience: Experience, rewards: Array) -> tuple[Rows, Any, Info]:
+        """Advantages and weights of all chains; none is feasible: NaN, so that the step is skipped and counted."""
+        feasible = jnp.isfinite(rewards)
+        reward = jnp.where(feasible, rewards, 0.0).astype(jnp.float32)
+        info = {"reward": feasible_mean(reward, rewards), "infeasible": jnp.sum(~feasible)}
+        togo = jnp.broadcast_to(reward, experience.log_prob.shape)
+        if experience.penalty is not None:
+            kl = experience.penalty.sum(0).mean(-1)
+            info |= {"kl" if i == 0 else f"kl_{i + 1}": value for i, value in enumerate(kl)}
+            if self.kl_gradient == "full":
+                cost = jnp.einsum("n,tnb->tb", self.kl_weight, experience.penalty)
+                togo = togo - jnp.cumsum(cost[::-1], 0)[::-1][1:]
+        returns = Returns(togo, reward, feasible, experience.path, self.times, experience.cond)
+        estimate, extra, more = self.advantage(extra, returns)
+        weight = jnp.where(feasible.any(), feasible / jnp.maximum(feasible.sum(), 1), jnp.nan)
+        moves = experience.path, experience.log_prob, estimate.advantage
+        return Rows(*moves, weight, estimate.scale, experience.cond), extra, info | more
+
+    def _gradients(self, params: Params, rows: Rows, terminal: Reward | None) -> tuple[Params, Info]:
+        """Gradient of minus the weighted sum of surrogates, less KL costs: summed over moves, one at a time."""
+        ahead = lambda leaf: (leaf[:-1], leaf[1:])  # noqa: E731
+        x = jax.tree.map(lambda leaf: ahead(leaf)[0], rows.path)
+        y = jax.tree.map(lambda leaf: ahead(leaf)[1], rows.path)
+        grad = jax.grad(self._move, has_aux=True)
+        where = (x, y, *ahead(self.times), rows.log_prob, rows.advantage)
+        gradients, sums = summed(lambda *move: grad(params, rows, *move), where)
+        if self.process.projects and (self.references or terminal is not None):
+            end = jax.grad(self._end)(params, rows, terminal)
+            gradients = jax.tree.map(jnp.add, gradients, end)
+        info = {} if self.clip is None else {"clipped": sums / rows.log_prob.size}
+        return gradients, info
+
+    def _move(
+        self, params: Params, rows: Rows, x: State, y: State, t: Array, s: Array, old: Array, advantage: Array
+    ) -> tuple[Array, Array]:
+        """Loss of one move over some chains, and how many of them are clipped."""
+        denoiser = callable_pytree(self.model(params), "a denoiser")
+        kernel = self.process.reverse(x, t, s, denoiser(x, t, rows.cond))
+        log_ratio = (kernel.log_prob(y) - old) / self._per
+        if self.clip is None:
+            gain, outside = advantage * log_ratio, jnp.float32(0)
+        else:
+            ratio = jnp.exp(log_ratio)
+            held = jnp.clip(ratio, 1 - self.clip, 1 + self.clip)
+            gain = jnp.minimum(ratio * advantage, held * advantage)
+            outside = jnp.sum(held * advantage < ratio * advantage).astype(jnp.float32)
+        if self.references:
+            others = [self.process.reverse(x, t, s, other(x, t, rows.cond)) for other in self.references]
+            gain = gain - self.kl_weight @ jnp.stack([kernel.kl(other) for other in others]) / (rows.scale * self._per)
+        return -jnp.sum(rows.weight * gain), outside
+
+    def _end(self, params: Params, rows: Rows, terminal: Reward | None) -> Array:
+        """Loss of the projection: its KL costs, and the reward through it where it is given as a function."""
+        last = jax.tree.map(lambda leaf: leaf[-1], rows.path)
+        x0, info = self._chain(params).final(Carry(last, jnp.int32(0)), self.times[-1], rows.cond)
+        gain = jnp.float32(0) if terminal is None else terminal(x0, rows.cond)
+        if self.references:
+            gain = gain - self.kl_weight @ info["penalty"]
+        return -jnp.sum(rows.weight * gain / (rows.scale * self._per))
+
+    @property
+    def _per(self) -> int:
+        return dimensions(self.process) if self.per_dim else 1
+
+
+def dimensions(process: Any) -> int:
+    """D, numbers and tokens of one example."""
+    if isinstance(process, ProductProcess):
+        return sum(dimensions(part) for part in process.parts.values())
+    return math.prod(process.shape)
+
+
+def ddpo(
+    model: Model,
+    process: Process,
+    times: Array,
+    optimizer: Any,
+    *,
+    batch: int,
+    clip: float | None = None,
+    epochs: int = 1,
+    minibatches: int = 1,
+    advantage: Advantage | None = None,
+    repeats: int = 1,
+    per_dim: bool = False,
+    reference: Denoiser | Sequence[Denoiser] | None = None,
+    kl_weight: float | Sequence[float] | None = None,
+    kl_gradient: str = "full",
+    ema_decay: float | None = None,
+) -> PolicyGradient:
+    """DDPO: E[sum over moves of grad log p(x_s | x_t) A], by score function or by clipped importance ratios (arXiv 2305.13301).
+
+    With clip=None it is DDPO-SF: one optimiser step a batch, exactly on policy. With a clip it is DDPO-IS: every move
+    gains min(ratio A, clip(ratio, 1 - clip, 1 + clip) A), ratio = p(x_s | x_t) / p_old(x_s | x_t).
+
+    Args:
+      model: params -> denoiser.
+      process: Gaussian with eta > 0, masked, first-hitting or mixed. Their projection to data is no draw and no action.
+      times: [T + 1], from `process.times(steps)`; T >= 1.
+      optimizer: an optax transformation; one step a minibatch, its gradient summed over all moves.
+      batch: B, chains a step.
+      clip: of the ratio, dynamic.
+      epochs, minibatches: passes over a batch, and parts of it in each; more than one of either needs a clip.
+      advantage: from `rgdiff.tuners.advantages`; leave-one-out by default, which is unbiased and unscaled.
+      repeats: consecutive chains for each row of the conditions, as `group_relative` needs them.
+      per_dim: divide log-ratios, and KL terms with them, by D, the dimensions of an example: the published setting.
+      reference, kl_weight: subtract kl_weight * path KL(tuned || reference), nats per sample, over all moves and the
+        projection; in the reward's unit per nat, also where advantages are scaled. Several references have a weight each.
+      kl_gradient: `full`, each draw also pays for the KL of later moves, so that the optimum is the regularised one;
+        or `direct`, only each move's own KL is differentiated.
+      ema_decay: keep an average of the parameters, `state.best`.
+
+    Returns:
+      An online method. info: reward, infeasible, kl, clipped (share of ratios whose gradient is cut), gradient_norm.
+
+    Raises:
+      ValueError: for eta = 0, a chain without a move, several updates without a clip, parts that do not divide the batch.
+
+    Note:
+      The released code takes the mean of log-probabilities over dimensions, so that its clip of 1e-4 is on the ratio's
+      D-th root, takes the mean over moves (a factor for the optimiser), and steps on moves shuffled in time. It is
+      ddpo(clip=1e-4, per_dim=True, advantage=per_condition(C, clip=10)). In nats a clip of 0.2 is usual.
+    """
+    checks.law(process, "a policy gradient")
+    times = checks.times(times, process)
+    if times.shape[0] < 2:
+        raise ValueError(
+            "a policy gradient needs a chain of at least one move: its projection is no draw; use more steps"
+        )
+    batch, epochs = checks.at_least("batch", batch, 2), checks.at_least("epochs", epochs, 1)
+    minibatches, repeats = checks.at_least("minibatches", minibatches, 1), checks.at_least("repeats", repeats, 1)
+    advantage = advantages.leave_one_out() if advantage is None else advantage
+    group = getattr(advantage, "size", 0) or 1
+    for name, parts in (("minibatches", minibatches), ("repeats", repeats), ("the advantage's groups", group)):
+        if batch % parts:
+            raise ValueError(f"{name} must divide the batch of {batch}, got {parts}")
+    if clip is None and epochs * minibatches > 1:
+        raise ValueError(
+            "several updates a batch need importance ratios: give clip=, e.g. 0.2 (or 1e-4 with per_dim=True)"
+        )
+    references = _several(reference)
+    weights = [] if kl_weight is None else list(kl_weight) if isinstance(kl_weight, Sequence) else [kl_weight]
+    if len(references) != len(weights):
+        raise ValueError(
+            "a KL term needs both reference= (a denoiser) and kl_weight=, one for each; "
+            f"got {len(references)} and {len(weights)}"
+        )
+    return PolicyGradient(
+        callable_pytree(model, "model (params -> denoiser)"),
+        process,
+        times,
+        references,
+        jnp.stack([checks.positive("kl_weight", w, zero=True) for w in weights]) if weights else jnp.zeros(0),
+        None if clip is None else checks.positive("clip", clip),
+        advantage,
+        None if ema_decay is None else checks.positive("ema_decay", ema_decay, zero=True),
+        optimizer,
+        batch,
+        repeats,
+        epochs,
+        minibatches,
+        bool(per_dim),
+        checks.one_of("kl_gradient", kl_gradient, KL_GRADIENTS),
+    )
+
+
+def dpok(
+    model: Model,
+    process: Process,
+    times: Array,
+    optimizer: Any,
+    *,
+    reference: Denoiser | Sequence[Denoiser],
+    kl_weight: float | Sequence[float],
+    value: Any,
+    value_params: Params,
+    value_optimizer: Any,
+    value_steps: int = 5,
+    clip: float | None = None,
+    **options: Any,
+) -> PolicyGradient:
+    """DPOK: the policy gradient of E[r] - kl_weight * path KL with a learnt baseline V(x_t, t) (arXiv 2305.16381).
+
+    Args:
+      value: params -> V(x, t, cond) -> [B], regressed on the return by its own optimiser, `value_steps` a batch.
+      options: of `ddpo`.
+
+    Note:
+      The released code differentiates each move's own KL alone (kl_gradient="direct"), as a mean square of predicted
+      noise; weighs rewards by 100 and the KL by 0.01; clamps ratios to 1 +- 1e-4 per dimension on both sides, whatever
+      the advantage's sign; draws from a buffer of 1,000 transitions; and fits V to it before V is used. Here KL weights
+      are per nat, every draw pays for the KL of later moves, and V is that of before the batch.
+    """
+    baseline = advantages.learnt_baseline(value, value_params, value_optimizer, steps=value_steps)
+    options = {"advantage": baseline, "clip": clip, **options}
+    return ddpo(model, process, times, optimizer, reference=reference, kl_weight=kl_weight, **options)
