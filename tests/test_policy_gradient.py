@@ -280,6 +280,7 @@ def test_the_clip_cuts_exactly_the_moves_it_should():
     np.testing.assert_allclose(info["clipped"], 2 / 6, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_minibatches_share_the_gradient_and_step_once_each():
     """With a vanishing step size, 3 epochs of 4 minibatches move by 12 times the whole batch's gradient."""
     w = world()

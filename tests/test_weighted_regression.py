@@ -46,25 +46,33 @@ def gaussian(make=tuners.reward_weighted, **options):
     return online, params, lambda x0, cond: x0[:, 0] - 0.2 * x0[:, 1] ** 2
 
 
-def test_groups_and_minibatches():
-    """Weights sum to 1, each group with a feasible sample alike; minibatches share the weighted gradient."""
-    online, params, _ = gaussian(tuners.filtered, group=4, fraction=0.5)
-    r = np.array([1, 2, 3, 4, np.nan, np.nan, np.nan, 7, np.nan, np.nan, np.nan, np.nan])
+GROUPED = np.array([1, 2, 3, 4, np.nan, np.nan, np.nan, 7, np.nan, np.nan, np.nan, np.nan])
+
+
+def test_groups_count_alike():
+    """Weights sum to 1, each group with a feasible sample alike; without any sample they are NaN."""
+    online, _, _ = gaussian(tuners.filtered, group=4, fraction=0.5)
+    weights = jax.jit(lambda online, r: online.weights(r))
     expected = np.array([0, 0, 0.25, 0.25, 0, 0, 0, 0.5, 0, 0, 0, 0])
-    np.testing.assert_allclose(online.weights(f32(r)), expected)
-    assert np.isnan(online.weights(jnp.full(12, jnp.nan))).all()
-    cond = jnp.zeros(12, jnp.int32)
+    np.testing.assert_allclose(weights(online, f32(GROUPED)), expected)
+    assert np.isnan(weights(online, jnp.full(12, jnp.nan))).all()
+
+
+@pytest.mark.slow
+def test_a_step_without_feasible_samples_is_skipped_and_counted():
+    online, params, _ = gaussian(tuners.filtered, group=4, fraction=0.5)
     state = online.init(params)
-    experience = jax.jit(online.rollout)(jax.random.key(0), state, cond)
+    experience = jax.jit(online.rollout)(jax.random.key(0), state, jnp.zeros(12, jnp.int32))
     update = jax.jit(online.update)
     new, info = update(jax.random.key(1), state, experience, jnp.full(12, jnp.nan))
     assert int(new.skipped) == 1 and int(new.step) == 1 and int(info["infeasible"]) == 12
     jax.tree.map(np.testing.assert_array_equal, new.params, state.params)
-    _, info = update(jax.random.key(1), state, experience, f32(r))
+    _, info = update(jax.random.key(1), state, experience, f32(GROUPED))
     np.testing.assert_allclose(info["ess"], 1 / (2 * 0.25**2 + 0.5**2), rtol=1e-5)
     np.testing.assert_allclose(info["reward"], (1 + 2 + 3 + 4 + 7) / 5, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_weighted_loss_is_the_mean_loss_with_equal_weights_and_linear_in_them():
     online, params, _ = gaussian()
     loss = jax.jit(lambda weights: online.training.loss(params, jax.random.key(0), x0, cond, weights))
