@@ -300,6 +300,50 @@ def draft_masked(number=0.5):
     return tuners.draft_k(gaussian_model, process, masked_reward, process.times(4), ADAM, k=3, batch=B), net(4, 3)
 
 
+def refl_stopped(number=0.5):
+    process = gaussian(number)
+    tuner = tuners.refl(
+        gaussian_model, process, gaussian_reward, process.times(4), ADAM, m=2, batch=B, heldout=gaussian_reward
+    )
+    return tuners.early_stopping(tuner, window=2, patience=9), net(2, 2)
+
+
+def alignprop(number=0.5):
+    process = gaussian()
+    return tuners.alignprop(
+        gaussian_model, process, gaussian_reward, process.times(4), ADAM, std=10 * number, batch=B, ema_decay=number
+    ), net(2, 2)
+
+
+def drtune_budget(number=0.5):
+    process = gaussian(number)
+    return tuners.drtune(
+        gaussian_model, process, gaussian_reward, process.times(4), ADAM, k=2, m=2, batch=B, micro_batches=2,
+        reference=Net(net(2, 2, 5)), kl_weight=number, kl_budget=number,
+    ), net(2, 2)  # fmt: skip
+
+
+def drakes(number=0.5):
+    process = processes.first_hitting(masked())
+    return tuners.drakes(
+        gaussian_model, process, masked_reward, process.times(), ADAM, batch=B, reference=Net(net(4, 3, 5)), kl_weight=number
+    ), net(4, 3)  # fmt: skip
+
+
+def drakes_score_function(number=0.5):
+    return tuners.drakes(
+        gaussian_model, masked(), masked_reward, masked().times(4), ADAM, batch=B, reference=Net(net(4, 3, 5)),
+        kl_weight=number, estimator="score_function",
+    ), net(4, 3)  # fmt: skip
+
+
+def drakes_published(number=0.5):
+    return tuners.drakes_published(
+        gaussian_model, masked(), masked_reward, masked().times(4), ADAM, batch=B, reference=Net(net(4, 3, 5)),
+        kl_weight=number, truncation=2, temperature=number,
+    ), net(4, 3)  # fmt: skip
+
+
 def pretraining_gaussian(number=0.9):
     return tuners.pretraining(gaussian_model, gaussian(), ADAM, ema_decay=number), net(2, 2)
 
@@ -344,9 +388,10 @@ def _masked_value(params, x, t, cond=None):
 ADAM = optax.adam(1e-2)
 TUNERS = [
     draft, draft_k, draft_lv, draft_masked, pretraining_gaussian, pretraining_masked, value_regression,
-    value_soft_rollouts, value_temporal_difference,
+    value_soft_rollouts, value_temporal_difference, refl_stopped, alignprop, drtune_budget, drakes,
+    drakes_score_function, drakes_published,
 ]  # fmt: skip
-each_tuner = pytest.mark.parametrize("make", TUNERS, ids=lambda f: f.__name__)
+each_tuner = table_of(TUNERS, *TUNERS[:9], refl_stopped, drakes)
 
 
 def data_of(make):
@@ -383,7 +428,8 @@ def test_tuner_jit_equals_no_jit(make):
     close(info, jitted_info, rtol=1e-4, atol=1e-5)
     shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)  # noqa: E731
     assert shapes(plain) == shapes(state)
-    assert {leaf.dtype.name for leaf in jax.tree.leaves((plain.params, plain.average, info))} <= {"float32", "int32"}
+    numbers = (plain.params, getattr(plain, "average", None), info)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(numbers)} <= {"float32", "int32"}
 
 
 @each_tuner
@@ -466,6 +512,11 @@ def test_infeasible_rewards_are_left_out_and_counted():
     np.testing.assert_allclose(-loss, np.asarray(x0[:, 1])[ok].mean(), rtol=1e-5)
     state, info = tuner.step(key, tuner.init(params))
     assert int(info["skipped"]) == 0 and np.all(np.isfinite(state.params))
+    never = lambda x0, cond=None: jnp.full(x0.shape[0], jnp.nan)  # noqa: E731
+    tuner = tuners.draft(gaussian_model, process, never, process.times(3), ADAM, batch=4)
+    state, info = tuner.step(key, tuner.init(params))
+    assert int(info["skipped"]) == 1 and int(info["infeasible"]) == 4 and np.isnan(info["reward"])
+    equal(state.params, params)
 
 
 def test_tracers_do_not_outlive_a_step():

@@ -48,6 +48,7 @@ class RewardBackprop:
     kl_weight: Array
     kl_budget: Array | None
     kl_rate: Array
+    projection: Array
     heldout: Reward | None
     plan: Any
     ema_decay: Array | None
@@ -94,7 +95,8 @@ class RewardBackprop:
     ) -> tuple[Params, Info]:
         """Return the gradient of `loss` and its info, one micro-batch at a time.
 
-        Micro-batches have keys of their own; every example of every one counts alike, infeasible ones not at all.
+        Micro-batches have keys of their own; every example of every one counts alike, infeasible ones not at all. Without
+        a feasible one the gradient is NaN, so that the step is skipped and counted.
         """
         count = self.micro_batches
         grad = jax.grad(self._total, has_aux=True)
@@ -107,8 +109,7 @@ class RewardBackprop:
             rest = (keys[1:], jax.tree.map(lambda c: c[1:], conds))
             add = lambda total, where: (jax.tree.map(jnp.add, total, grad(params, *where, kl_weight)), None)  # noqa: E731
             gradients, sums = jax.lax.scan(add, first, rest)[0]
-        feasible = jnp.maximum(sums["feasible"], 1)
-        return jax.tree.map(lambda g: g / feasible, gradients), self._info(sums)
+        return jax.tree.map(lambda g: g / _number(sums["feasible"]), gradients), self._info(sums)
 
     def loss(self, params: Params, key: Key, cond: Cond = None, kl_weight: Array | None = None) -> tuple[Array, Info]:
         """Return minus the objective for one batch, and info (reward, infeasible, kl).
@@ -116,10 +117,10 @@ class RewardBackprop:
         The mean is over feasible examples. Under `score_function` it is a surrogate with the right gradient.
         """
         total, sums = self._total(params, key, cond, kl_weight, micro=False)
-        return total / jnp.maximum(sums["feasible"], 1), self._info(sums)
+        return total / _number(sums["feasible"]), self._info(sums)
 
     def _info(self, sums: dict[str, Array]) -> Info:
-        feasible = jnp.maximum(sums["feasible"], 1)
+        feasible = _number(sums["feasible"])
         info = {"reward": sums["reward"] / feasible, "infeasible": sums["infeasible"]}
         if self.references:
             costs = sums["penalty"] / self.batch
@@ -144,7 +145,8 @@ class RewardBackprop:
         sums = {"reward": safe.sum(), "feasible": count, "infeasible": batch - count}
         cost = jnp.float32(0)
         if penalty is not None:
-            cost = jnp.tensordot(kl_weight, penalty, (0, 1))  # [calls, B]
+            cost = jnp.tensordot(kl_weight, penalty, (0, 1))  # [T + 1, B]: moves, and the projection
+            cost = cost.at[-1].multiply(self.projection)
             sums["penalty"] = penalty.sum((0, 2))
         if self.heldout is not None:
             sums["heldout"] = jnp.sum(jnp.where(feasible, self.heldout(jax.lax.stop_gradient(x0), cond), 0.0))
@@ -225,6 +227,11 @@ class RewardBackprop:
         return self.reward(final(carry), conds)
 
 
+def _number(count: Array) -> Array:
+    """The count as a divisor: NaN where it is 0."""
+    return jnp.where(count > 0, count, jnp.nan)
+
+
 def _info(carry: Any, info: Info) -> Info:
     return info
 
@@ -247,6 +254,7 @@ def reward_backprop(
     kl_rate: float = 0.1,
     penalty: str = "kl",
     penalize: str = "all",
+    projection: float = 1.0,
     heldout: Reward | None = None,
     gradient: str = "pathwise",
     input_gradient: bool = True,
@@ -274,6 +282,8 @@ def reward_backprop(
         kl_budget - 1)), clipped to exp(+-kl_rate), so that the KL settles at the budget (dual ascent).
       penalty: `kl`, or `eps_mse`, the mean squared difference of the predicted noise, which eta = 0 has too (DRaFT+).
       penalize: `all` calls, the dead ones through their kernels at constant states, or `live` calls alone.
+      projection: factor on the penalty of the last projection (`samplers.projection_kl`). It weighs 1/2 SNR at the end of
+        the chain and holds a gradient truncated to the last call fast; less lets that call move, at the cost of details.
       heldout: another reward, reported as info["heldout"] and never differentiated (see `early_stopping`).
       gradient: `pathwise`; or `score_function`: every draw's log-probability is weighted by its reward to go less the
         leave-one-out mean of the batch, KL terms are differentiated exactly at constant states, and a final projection
@@ -334,6 +344,7 @@ def reward_backprop(
         jnp.stack([checks.positive("kl_weight", w, zero=True) for w in weights]) if weights else jnp.zeros(0),
         None if kl_budget is None else checks.positive("kl_budget", kl_budget),
         checks.positive("kl_rate", kl_rate, zero=True),
+        checks.positive("projection", projection, zero=True),
         None if heldout is None else callable_pytree(heldout, "a held-out reward"),
         plan,
         None if ema_decay is None else checks.positive("ema_decay", ema_decay, zero=True),
