@@ -141,7 +141,8 @@ class MaskedProcess:
         """Law of x_t [B, ..., K + 1] given x0 one-hot [B, ..., K]: masked with probability rate(t)."""
         rate = along(self.schedule.rate(t), x0)
         mask = jnp.broadcast_to(rate, (*x0.shape[:-1], 1))
-        return Categorical(jnp.log(jnp.concatenate([(1 - rate) * x0, mask], -1)))
+        p = jnp.concatenate([(1 - rate) * x0, mask], -1)
+        return Categorical(jnp.where(p > 0, jnp.log(jnp.where(p > 0, p, 1.0)), -jnp.inf))  # no NaN gradient at p = 0
 
     def renoise(self, x: Array, s: Array, t: Array) -> Categorical:
         """p(x_t | x_s), s < t: an unmasked position is masked with probability (rate_t - rate_s) / (1 - rate_s)."""

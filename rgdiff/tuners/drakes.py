@@ -50,7 +50,7 @@ def drakes(
     Args:
       process: masked, or a product with a masked part. Of `processes.first_hitting(...)` the optimum is the tilted prior
         itself; a chain of T independent steps has an optimum of its own, short of it by its factorisation.
-      reward: takes tokens [B, ..., K]; differentiable but for estimator "score_function".
+      reward: takes tokens [B, ..., K]; differentiable but for the last two estimators.
       estimator: of the token's gradient: `reinmax` (second order, arXiv 2304.08612), `straight_through`, `gumbel`
         (straight-through, with `temperature`), or, unbiased and for any reward, `score_function` (leave-one-out) and
         `log_variance` (see `LogVariance`: less noise the nearer the optimum; masked processes alone). The score
