@@ -579,6 +579,7 @@ def test_what_cannot_work_is_refused_when_it_is_built():
         ("minibatches must divide", {"minibatches": 3, "clip": 0.2}),
         ("groups must divide", {"advantage": advantages.group_relative(3)}),
         ("one for each", {"kl_weight": 0.1}),
+        ("batch_normalised\\(\\), got <function", {"advantage": advantages.batch_normalised}),
         ("kl_gradient must be one of", {"kl_gradient": "ful"}),
         ("clip must be", {"clip": -1.0}),
     ]:
@@ -588,6 +589,8 @@ def test_what_cannot_work_is_refused_when_it_is_built():
         advantages.per_condition(3, buffer=4, minimum=5)
     with pytest.raises(ValueError, match="has no"):
         tuners.as_tuner(tuners.draft(w.model, w.process, w.reward, w.times, SGD, batch=2), w.reward)
+    with pytest.raises(ValueError, match="give index="):
+        advantages.per_condition(3)(advantages.per_condition(3).init(), returned([1.0, 2.0]))
     online, params, _ = conditional()
     with pytest.raises(ValueError, match="must have 4 rows"):
         online.rollout(jax.random.key(0), online.init(params), jnp.arange(8))

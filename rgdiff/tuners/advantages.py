@@ -151,7 +151,15 @@ class PerCondition:
         return Buffers(jnp.zeros((self.conditions, self.buffer)), jnp.zeros(self.conditions, jnp.int32))
 
     def __call__(self, state: Buffers, returns: Returns) -> tuple[Estimate, Buffers, Info]:
-        index = jnp.asarray(self.index(returns.cond), jnp.int32)
+        index = self.index(returns.cond)
+        if (
+            not hasattr(index, "dtype")
+            or index.shape != returns.reward.shape
+            or not jnp.issubdtype(index.dtype, jnp.integer)
+        ):
+            raise ValueError(
+                "per_condition needs the number of each sample's condition, integers [B]: give index= (cond -> [B])"
+            )
         state = push(state, index, returns.reward, returns.feasible)
         filled = jnp.arange(self.buffer) < jnp.minimum(state.count, self.buffer)[:, None]
         own = [m[:, 0][index] for m in moments(state.values, filled)]

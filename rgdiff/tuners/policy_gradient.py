@@ -285,6 +285,10 @@ def ddpo(
     batch, epochs = checks.at_least("batch", batch, 2), checks.at_least("epochs", epochs, 1)
     minibatches, repeats = checks.at_least("minibatches", minibatches, 1), checks.at_least("repeats", repeats, 1)
     advantage = advantages.leave_one_out() if advantage is None else advantage
+    if not callable(advantage) or not hasattr(advantage, "init"):
+        raise ValueError(
+            f"advantage must come from rgdiff.tuners.advantages, e.g. batch_normalised(), got {advantage!r}"
+        )
     group = getattr(advantage, "size", 0) or 1
     for name, parts in (("minibatches", minibatches), ("repeats", repeats), ("the advantage's groups", group)):
         if batch % parts:
