@@ -22,6 +22,7 @@ TINY = [
 VALUE = [f"method.value.{o}" for o in ("samples=8", "steps=3", "batch=4", "network.features=[8]")]
 TUNED = ["method.steps=2", "method.batch=4"]
 PARTICLES = ["method.particles=8"]
+POLICY = [*TUNED, "method.heldout=true"]
 FEW = {"draft_lv": TUNED, "smc": PARTICLES}
 MORE = {
     "best_of_n": ["method.candidates=2"],
@@ -29,7 +30,17 @@ MORE = {
     "das": PARTICLES,
     "dps": [],
     "draft": TUNED,
-    "draft_k": TUNED,
+    "draft_k": [*TUNED, "method.adapter=2", "method.scales=[0.0,2.0]", "method.diagnose=4"],
+    "draft_plus": TUNED,
+    "refl": [*TUNED, "method.stopping={window: 1, patience: 1}"],
+    "alignprop": TUNED,
+    "alignprop_subset": TUNED,
+    "drtune": TUNED,
+    "mixed_adapters": ["method.tuning.steps=2", "method.tuning.batch=4", "method.tuning.adapter=2"],
+    "ddpo": [*POLICY, "reward=compress"],
+    "dpok": POLICY,
+    "reward_weighted": POLICY,
+    "filtered": POLICY,
     "fk_steering": PARTICLES,
     "freedom": ["method.window=[0.0,1.0]"],
     "lgd_mc": ["method.draws=2"],

@@ -124,7 +124,9 @@ def load_peft(
         up = tensors.get(key.replace("lora_A", "lora_B"))
         a = np.moveaxis(down, (0, 1), (-1, -2))
         if up is None or a.shape[:-1] != shape[:-1] or up.shape[:2] != (shape[-1], down.shape[0]):
-            raise ValueError(f"{folder}: {module!r} has lora_A {list(down.shape)}, which does not fit a kernel {list(shape)}")
+            raise ValueError(
+                f"{folder}: {module!r} has lora_A {list(down.shape)}, which does not fit a kernel {list(shape)}"
+            )
         adapter[path] = {
             "a": jax.numpy.asarray(a.reshape(-1, down.shape[0])),
             "b": jax.numpy.asarray(up.reshape(shape[-1], -1).T),

@@ -18,10 +18,12 @@ import jax
 import numpy as np
 
 from rgdiff import tuners
+from rgdiff.rewards import HostReward
 from rgdiff.runtime.checkpoint import Checkpoints
 from rgdiff.runtime.folder import RunFolder
 from rgdiff.runtime.metrics import MetricsLog
 from rgdiff.runtime.progress import progress
+from rgdiff.tuners.online import OnlineTuner, RewardFailure
 
 PATIENCE = 20  # a phase stops after more skipped updates than this since it began or was resumed
 
@@ -125,7 +127,27 @@ class Run:
                         checkpoints.save(done, state)
                         saved = time.monotonic()
 
-                return tuners.fit(tuner, key, state, steps, data=data, batch=batch, chunk=chunk, on_chunk=on_chunk)
+                if not isinstance(tuner, OnlineTuner) or not isinstance(tuner.reward, HostReward):
+                    return tuners.fit(tuner, key, state, steps, data=data, batch=batch, chunk=chunk, on_chunk=on_chunk)
+
+                def on_step(state: Any, info: dict[str, np.ndarray]) -> None:
+                    on_chunk(state, {name: np.asarray(value)[None] for name, value in info.items()})
+
+                try:  # a black box is called between two programs, not inside one
+                    return tuners.fit_online(
+                        tuner.online, key, state, steps, tuner.reward.function, data=data, batch=batch,
+                        heldout=None if tuner.heldout is None else _judged(tuner.heldout), on_step=on_step,
+                    )  # fmt: skip
+                except RewardFailure as failure:
+                    checkpoints.save(failure.step, failure.state)
+                    raise ValueError(
+                        f"{phase}: {failure} (saved before step {failure.step}; resume=true goes on)"
+                    ) from None
+
+
+def _judged(heldout: Any) -> Any:
+    """A held-out reward as a host function."""
+    return heldout.function if isinstance(heldout, HostReward) else jax.jit(lambda x0, cond: heldout(x0, cond))
 
 
 def use_compilation_cache(cache: Path) -> None:

@@ -1,6 +1,7 @@
-"""Methods of recipes that fine-tune a prior by reward gradients, and what is done with the result: adapters scaled and mixed.
+"""Methods of recipes that fine-tune a prior by a reward, and what is done with the result: adapters scaled and mixed.
 
-Each names a setting of `rgdiff.tuners`; a method here only assembles the library's own parts.
+Each names a setting of `rgdiff.tuners`: a reward gradient, or an online method, which takes black boxes too. A method here
+only assembles the library's own parts.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from rgdiff import checks, metrics, samplers, tuners
 from rgdiff.nets import LoRAModel, lora_init, lora_sum
 from rgdiff.rewards import Task
 from rgdiff.runtime.methods import Curves, Outcome, draw, nothing
-from rgdiff.runtime.priors import Prior
+from rgdiff.runtime.priors import Prior, initial, state_shape
 from rgdiff.runtime.run import Run
+from rgdiff.runtime.values import LearnedModel
 from rgdiff.typing import Array, Params, Process
 
-SETTINGS = {
+GRADIENTS = {
     name: getattr(tuners, name)
     for name in (
         "draft",
@@ -36,6 +38,8 @@ SETTINGS = {
         "drakes_published",
     )
 }
+ONLINE = {name: getattr(tuners, name) for name in ("ddpo", "dpok", "reward_weighted", "filtered")}
+SETTINGS = GRADIENTS | ONLINE
 SHOWN = {"reward": "reward while tuning", "heldout": "held-out reward while tuning", "kl": "path KL while tuning"}
 
 
@@ -48,11 +52,11 @@ def path_kl(run: Run, phase: str, prior: Prior, tuned: Any, count: int) -> float
 
 
 @dataclasses.dataclass(frozen=True)
-class RewardGradient:
-    """A setting of `rgdiff.tuners.reward_backprop`, for all weights or a LoRA adapter.
+class FineTuning:
+    """A setting of `rgdiff.tuners`, for all weights or a LoRA adapter.
 
     Args:
-      setting: its name; `options` are its own arguments and the engine's.
+      setting: its name, of a reward gradient or an online method; `options` are its own arguments.
       eta: of the tuned chain; null for a masked prior.
       kl_weight: of the path KL to the prior, nats; null for none.
       adapter: rank of a LoRA adapter, or null for all weights.
@@ -60,6 +64,8 @@ class RewardGradient:
       stopping: window, patience, metric, limited, limit of `tuners.early_stopping`, or null; it watches the held-out reward.
       scales: of the adapter at sampling time, at which reward, held-out reward, diversity and KL are shown.
       diagnose: number of batches from which the gradient's noise is estimated at the start, or 0.
+      value: a network (x, t, cond) -> [B], the baseline of dpok.
+      value_optimizer: for it; the same as the policy's by default.
     """
 
     setting: str
@@ -75,32 +81,41 @@ class RewardGradient:
     stopping: dict[str, Any] | None = None
     scales: Sequence[float] = ()
     diagnose: int = 0
+    value: Any = None
+    value_optimizer: Any = None
     chunk: int = 10
 
     def check(self, prior: Any, shape: tuple[int, ...]) -> None:
         """Refuse settings that do not fit each other or the prior, before anything is trained."""
         process = prior.process(shape, self.eta)
-        self.tuner(nothing, process, Task(nothing, nothing), process.times(prior.steps), nothing)
+        blank: Any = nothing
+        self.tuner(blank, process, Task(blank, blank), process.times(prior.steps), blank)
         if self.scales and self.adapter is None:
             raise ValueError("scales are of a LoRA adapter; give method.adapter=RANK as well")
 
-    def tuner(self, model: Any, process: Process, task: Task, times: Array, reference: Any) -> Any:
-        """Build the tuner."""
+    def tuner(self, model: Any, process: Process, task: Task, times: Array, reference: Any, key: Any = None) -> Any:
+        """Build the tuner; an online one has the reward of `task` in its program."""
+        checks.one_of("setting", self.setting, SETTINGS)
         kl = {} if self.kl_weight is None else {"reference": reference, "kl_weight": self.kl_weight}
-        watched = self.heldout or self.stopping is not None
-        tuner = SETTINGS[checks.one_of("setting", self.setting, SETTINGS)](
-            model,
-            process,
-            task.reward,
-            times,
-            self.optimizer,
-            batch=self.batch,
-            remat=self.remat,
-            heldout=task.heldout if watched else None,
-            **kl,
-            **self.options,
-        )
+        heldout = task.heldout if self.heldout or self.stopping is not None else None
+        if self.setting in GRADIENTS:
+            options = {"batch": self.batch, "remat": self.remat, "heldout": heldout, **kl, **self.options}
+            tuner = GRADIENTS[self.setting](model, process, task.reward, times, self.optimizer, **options)
+        else:
+            options = {"batch": self.batch, **kl, **self.baseline(process, key), **self.options}
+            online = ONLINE[self.setting](model, process, times, self.optimizer, **options)
+            tuner = tuners.as_tuner(online, task.reward, heldout=heldout)
         return tuner if self.stopping is None else tuners.early_stopping(tuner, **self.stopping)
+
+    def baseline(self, process: Process, key: Any) -> dict[str, Any]:
+        """Return dpok's value, its parameters and optimizer."""
+        if self.setting != "dpok":
+            return {}
+        if self.value is None:
+            raise ValueError("dpok learns a baseline; give method.value, a network such as rgdiff.nets.ValueMLP")
+        params = initial(self.value, jax.random.key(0) if key is None else key, state_shape(process))
+        optimizer = self.optimizer if self.value_optimizer is None else self.value_optimizer
+        return {"value": LearnedModel(self.value), "value_params": params, "value_optimizer": optimizer}
 
     def tune(self, run: Run, phase: str, prior: Prior, task: Task) -> tuple[Any, Any, Params, Process]:
         """Return the tuner, the model, its tuned parameters and the process they were tuned on."""
@@ -110,7 +125,7 @@ class RewardGradient:
         if self.adapter is not None:
             params = lora_init(jax.random.fold_in(key, 1), prior.params, self.adapter)
             model = LoRAModel(prior.params, prior.model)
-        tuner = self.tuner(model, process, task, prior.times, prior.denoiser)
+        tuner = self.tuner(model, process, task, prior.times, prior.denoiser, jax.random.fold_in(key, 2))
         state = run.fit(phase, tuner, key, params, self.steps, chunk=self.chunk)
         return tuner, model, state.best, process
 
@@ -126,7 +141,8 @@ class RewardGradient:
             for name, title in SHOWN.items()
             if rows and name in rows[0]
         }
-        figures = {"steps": float(len(rows))}
+        queries = len(rows) * self.batch * (1 + getattr(tuner, "renoised", 0))
+        figures = {"tuning_steps": float(len(rows)), "reward_queries": float(queries)}
         if self.diagnose:
             noise = tuners.gradient_statistics(
                 tuner if self.stopping is None else tuner.tuner,
@@ -189,12 +205,12 @@ class MixedAdapters:
     """Two adapters tuned apart, one to the recipe's reward and one to `second`, and their weighted sums without more training.
 
     Args:
-      tuning: a `RewardGradient` with an adapter.
+      tuning: a `FineTuning` with an adapter.
       second: the other task, e.g. `rgdiff.domains.image_tasks.inked`.
       weights: of the second adapter, each in [0, 1]; the first has the rest. The samples reported are those of the middle one.
     """
 
-    tuning: RewardGradient
+    tuning: FineTuning
     second: Task
     weights: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0)
 
