@@ -4,7 +4,8 @@ A side is built inside its own process (`benchmarks.worker`), so JAX and PyTorch
 side hands over parameters, coefficients, the random numbers of one run and its result; `check` of the other side
 repeats that run with them and returns the largest relative error. `block` is what is timed: one whole sampling run or
 one training step, from its random numbers to a finished (synchronised) result. Here are the cases and the sides of images;
-`benchmarks.sequence_rows` has those of sequences, `benchmarks.gradient_guidance` those of its rounds.
+`benchmarks.tuner_rows` extends them to more tuners; `benchmarks.sequence_rows` and `benchmarks.drakes_rows` have the sides
+of sequences, `benchmarks.gradient_guidance` those of its rounds.
 """
 
 from __future__ import annotations
@@ -28,16 +29,19 @@ class Case:
     """One line of the table.
 
     Args:
-      live, remat: network calls with gradients (DRaFT); whether activations are computed again.
+      method: of `tuners`: draft_lv, alignprop, refl or ddpo.
+      live, remat: network calls with gradients (DRaFT; 1 where the method says); whether activations are computed again.
       reuse, loop, channels_last: other ways to write the PyTorch side, against the same of ours. The winner's
         prediction is kept; one call of the networks per candidate; the layout of convolutions (sequences).
       value, length, batch, moves: of sequences: `pm` or `mc`, L, B, T.
+      released: of `drakes`: the PyTorch side evaluates the KL at every move, in a loop of its own.
       distinct: of sequences: whether ours evaluates one of each kind of candidate only.
       tolerance: the largest difference of results with which a case is measured.
     """
 
     row: str
     name: str
+    method: str = ""
     live: int = 0
     remat: bool = False
     reuse: bool = True
@@ -47,6 +51,7 @@ class Case:
     length: int = 0
     batch: int = 0
     moves: int = 0
+    released: bool = False
     distinct: bool = True
     tolerance: float = 1e-4
 
@@ -68,6 +73,17 @@ def _sequences(length: int, batch: int, moves: int) -> tuple[Case, ...]:
     )
 
 
+def _drakes(length: int, batch: int, moves: int, live: int) -> tuple[Case, ...]:
+    shape = f"L={length} B={batch} T={moves} K={live}"
+    case = functools.partial(Case, "drakes", live=live, length=length, batch=batch, moves=moves)
+    return (
+        case(shape),
+        case(f"{shape}, channels last", channels_last=True),
+        case(f"{shape}, recomputed", remat=True),
+        case(f"{shape}, as released", released=True),
+    )
+
+
 CASES = (
     Case("ancestral", "ancestral"),
     Case("svdd", "svdd"),
@@ -81,6 +97,11 @@ CASES = (
     dataclasses.replace(_sequences(50, 16, 32)[0], name="PM L=50 B=16 T=32, every candidate", distinct=False),
     *_sequences(200, 8, 32),
     *_sequences(50, 16, 128),
+    Case("tuners", "draft_lv n=2", "draft_lv", live=1),
+    Case("tuners", "alignprop K=9, recomputed", "alignprop", live=9, remat=True),
+    Case("tuners", "refl", "refl", live=1),
+    Case("tuners", "ddpo", "ddpo", live=1),
+    *_drakes(50, 16, 32, 12),
     Case("gradient-guidance", "g"),
     Case("gradient-guidance", "g_loss"),
 )
@@ -102,13 +123,13 @@ class Ours:
         import jax.numpy as jnp
         import optax
 
-        from rgdiff import denoisers, processes, samplers, schedules, tuners, values
+        from rgdiff import denoisers, processes, samplers, schedules, values
         from rgdiff.nets import UNet
 
         jax.config.update("jax_default_matmul_precision", "highest")  # float32 on both sides, on every device
         self.case, self.jax = case, jax
         schedule = schedules.linear_vp()
-        self.process = processes.gaussian(schedule, (SIDE, SIDE, 1), eta=0.0 if case.live else 1.0)
+        self.process = processes.gaussian(schedule, (SIDE, SIDE, 1), eta=self.eta)
         self.times = self.process.times(STEPS)
         net = UNet(channels=CHANNELS)
         image = jnp.zeros((BATCH, SIDE, SIDE, 1))
@@ -118,10 +139,7 @@ class Ours:
         self.denoiser = denoisers.predicts("eps", denoisers.from_linen(net, self.params), schedule)
         if case.live:
             model = lambda params: denoisers.predicts("eps", denoisers.from_linen(net, params), schedule)  # noqa: E731
-            options = {"batch": BATCH, "remat": "everything" if case.remat else "none"}
-            self.tuner = tuners.draft_k(
-                model, self.process, reward, self.times, optax.adamw(**OPTIMIZER), k=case.live, **options
-            )
+            self.tuner = self._tuner(model, optax.adamw(**OPTIMIZER))
             self.state = self.tuner.init(self.params)
         elif case.row == "svdd":
             value = values.posterior_mean(reward, self.process, self.denoiser)
@@ -129,6 +147,21 @@ class Ours:
             self.sampler = samplers.svdd(self.process, self.denoiser, value, **options)
         else:
             self.sampler = samplers.ancestral(self.process, self.denoiser)
+
+    @property
+    def eta(self) -> float:
+        return 0.0 if self.case.live else 1.0
+
+    def _tuner(self, model: Any, optimizer: Any) -> Any:
+        from rgdiff import tuners
+
+        options = {"batch": BATCH, "remat": "everything" if self.case.remat else "none"}
+        return tuners.draft_k(model, self.process, reward, self.times, optimizer, k=self.case.live, **options)
+
+    def _loss_and_gradient(self, key: Any) -> tuple[Any, Any]:
+        import jax
+
+        return jax.jit(jax.value_and_grad(lambda p: self.tuner.loss(p, key)[0]))(self.params)
 
     @functools.cached_property
     def program(self) -> Any:
@@ -149,10 +182,14 @@ class Ours:
         """Of one block: forward passes as XLA counts them; a gradient is two of them, a recomputation one."""
         import jax.numpy as jnp
 
-        case, image = self.case, jnp.zeros((BATCH, SIDE, SIDE, 1))
-        calls = (STEPS - 1) * CANDIDATES + 1 if case.row == "svdd" else STEPS
+        image = jnp.zeros((BATCH, SIDE, SIDE, 1))
         forward = lambda p, x, t: self.net.apply({"params": p}, x, t)  # noqa: E731
-        return (calls + case.live * (2 + case.remat)) * forward_flops(forward, self.params, image, jnp.float32(1))
+        calls, live = self._calls()
+        return (calls + live * (2 + self.case.remat)) * forward_flops(forward, self.params, image, jnp.float32(1))
+
+    def _calls(self) -> tuple[int, int]:
+        """Network calls of a batch, forward, and how many of them have a gradient."""
+        return (STEPS - 1) * CANDIDATES + 1 if self.case.row == "svdd" else STEPS, self.case.live
 
     def block(self, seed: int) -> None:
         key = self.jax.random.key(seed)
@@ -188,8 +225,7 @@ class Ours:
         out["x"] = schedule.prior_std * jax.random.normal(init, shape)
         moves = [jax.random.fold_in(key_chain, 1 + i) for i in range(STEPS - 1)]
         if case.live:
-            grad = jax.jit(jax.value_and_grad(lambda p: self.tuner.loss(p, key)[0]))
-            out["loss"], gradients = grad(self.params)
+            out["loss"], gradients = self._loss_and_gradient(key)
             out |= {f"gradient/{i:04d}": g for i, g in enumerate(jax.tree.leaves(gradients))}
         elif case.row == "svdd":
             pairs = [jax.random.split(k) for k in moves]
@@ -225,19 +261,21 @@ class Torch:
     def _svdd(self, x: Any, **given: Any) -> Any:
         return self.chain.svdd(x, self.twins.reward, CANDIDATES, TEMPERATURE, self.case.reuse, **given)
 
+    def _backward(self, x: Any, noise: Any = None) -> float:
+        """Add up the gradients of one batch and return its loss."""
+        loss = self.chain.draft_loss(x, self.twins.reward, self.case.live, self.case.remat)
+        loss.backward()
+        return loss.item()
+
     def check(self) -> float:
         """Repeat our run with our random numbers; the largest relative error of samples, or of loss and gradients."""
         given, images = self.given, self.twins.images
         x = images(given["x"])
         if self.case.live:
-            loss = self.chain.draft_loss(x, self.twins.reward, self.case.live, self.case.remat)
-            loss.backward()
+            loss = self._backward(x, images(given["noise"]) if "noise" in given else None)
             got = self.twins.in_our_order(self.net, self.params, lambda p: p.grad)
-            want = [given[name] for name in sorted(given) if name.startswith("gradient/")]
             self.optimizer.zero_grad()
-            flat = lambda leaves: np.concatenate([np.ravel(leaf) for leaf in leaves])  # noqa: E731
-            loss_error = abs(loss.item() / float(given["loss"]) - 1)
-            return max(loss_error, _relative(flat(got), flat(want)))
+            return gradient_error(loss, got, given)
         if self.case.row == "svdd":
             gumbel = self.torch.tensor(given["gumbel"], device=x.device)
             x0 = self._svdd(x, noise=images(given["noise"]), gumbel=gumbel)
@@ -249,7 +287,7 @@ class Torch:
         x = self._start(batch)
         if self.case.live:
             self.optimizer.zero_grad(set_to_none=True)
-            self.chain.draft_loss(x, self.twins.reward, self.case.live, self.case.remat).backward()
+            self._backward(x)
             self.optimizer.step()
         elif self.case.row == "svdd":
             self._svdd(x)
@@ -260,6 +298,13 @@ class Torch:
 
     def memory(self) -> dict[str, float]:
         return torch_memory(self.block, lambda: self.optimizer.zero_grad(set_to_none=True))
+
+
+def gradient_error(loss: float, got: list[np.ndarray], given: dict[str, Any]) -> float:
+    """The larger of the relative errors of the loss and of the whole gradient; leaves in the order of ours."""
+    want = [given[name] for name in sorted(given) if name.startswith("gradient/")]
+    flat = lambda leaves: np.concatenate([np.ravel(leaf) for leaf in leaves])  # noqa: E731
+    return max(abs(loss / float(given["loss"]) - 1), _relative(flat(got), flat(want)))
 
 
 def _relative(got: np.ndarray, want: np.ndarray) -> float:

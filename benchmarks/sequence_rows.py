@@ -21,6 +21,15 @@ SCORER: dict[str, Any] = {"out": 1, "width": 64, "dilations": (1,) * 4, "kernel"
 SHARPNESS = 0.1  # scale of the last layer: as in DNA's priors, tokens are nearly uniform and copies are no commoner
 
 
+def draw(net: Any, x: Any) -> Any:
+    """Random parameters of a network for inputs like x."""
+    import jax
+    import jax.numpy as jnp
+
+    shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), x, jnp.float32(0))["params"])
+    return jax.tree.map(jnp.asarray, weights(shapes))
+
+
 class Ours:
     """Our side of a case, on JAX's default device."""
 
@@ -36,7 +45,7 @@ class Ours:
         self.process = processes.masked(schedules.log_linear_mask(), case.length, CLASSES)
         self.times = self.process.times(case.moves)
         self.x = jnp.zeros((case.batch, case.length, CLASSES + 1))
-        self.params = {"denoiser": self._draw(self.net, self.x), "scorer": self._draw(self.scorer, self.x[..., :-1])}
+        self.params = {"denoiser": draw(self.net, self.x), "scorer": draw(self.scorer, self.x[..., :-1])}
         self.params["denoiser"]["out"]["kernel"] *= SHARPNESS
         denoiser = denoisers.from_linen(self.net, self.params["denoiser"])
         reward = jax.tree_util.Partial(self._score, self.params["scorer"])
@@ -49,14 +58,6 @@ class Ours:
         self.sampler = samplers.svdd(
             self.process, denoiser, value, candidates=CANDIDATES, selection="argmax", **options
         )
-
-    @staticmethod
-    def _draw(net: Any, x: Any) -> Any:
-        import jax
-        import jax.numpy as jnp
-
-        shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), x, jnp.float32(0))["params"])
-        return jax.tree.map(jnp.asarray, weights(shapes))
 
     def _score(self, params: Any, x: Any, cond: Any = None) -> Any:
         """One number a sequence; the mask, if there is one, is a row of zeros."""

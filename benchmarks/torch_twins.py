@@ -150,8 +150,8 @@ def in_our_order(net: nn.Module, params: dict[str, Any], read: Callable[[Tensor]
     own, out = dict(net.named_parameters()), []
     for name, leaf, _ in _names(params):
         value = read(own[name]).detach().cpu().numpy()
-        if leaf.ndim == 4:
-            value = value.transpose(2, 3, 1, 0)
+        if leaf.ndim > 2:
+            value = np.moveaxis(value, (0, 1), (-1, -2))  # OIHW -> HWIO, OIW -> WIO
         elif leaf.ndim == 2:
             value = value.reshape(value.shape[:2]).T
         out.append(value.reshape(leaf.shape))

@@ -36,10 +36,11 @@ def main() -> None:
 def _build(options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     import numpy as np
 
-    from benchmarks import gradient_guidance, rows, sequence_rows
+    from benchmarks import drakes_rows, gradient_guidance, rows, sequence_rows, tuner_rows
 
     case = rows.Case(**options["case"])
-    sides: Any = {"svdd-sequences": sequence_rows, "gradient-guidance": gradient_guidance}.get(case.row, rows)
+    others = {"tuners": tuner_rows, "drakes": drakes_rows, "svdd-sequences": sequence_rows}
+    sides: Any = (others | {"gradient-guidance": gradient_guidance}).get(case.row, rows)
     start = time.perf_counter()
     if options["side"] == "ours":
         import jax

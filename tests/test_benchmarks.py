@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from benchmarks import rows, sequence_rows
+from benchmarks import drakes_rows, rows, sequence_rows, tuner_rows
 
 pytest.importorskip("torch", reason="the twins need PyTorch, which the library never does: pip install torch")
 
@@ -50,6 +50,50 @@ def test_a_wrong_transplant_is_seen():
     assert rows.Torch(case, given | {name: -given[name]}, compiled=False, threads=1, mode=None).check() > 1e-4
     with pytest.raises(ValueError, match="without a partner"):
         rows.Torch(case, {k: v for k, v in given.items() if k != name}, compiled=False, threads=1, mode=None)
+
+
+TUNERS = (
+    rows.Case("tuners", "draft_lv", "draft_lv", live=1),
+    rows.Case("tuners", "alignprop", "alignprop", live=2, remat=True),
+    rows.Case("tuners", "refl", "refl", live=1),
+    rows.Case("tuners", "ddpo", "ddpo", live=1),
+)
+
+
+@pytest.mark.parametrize(
+    "case", [*(pytest.param(c, marks=pytest.mark.slow) for c in TUNERS[:3]), TUNERS[3]], ids=lambda case: case.method
+)
+def test_tuners_have_the_same_gradient(case):
+    given = tuner_rows.Ours(case).export()
+    error = lambda given: tuner_rows.Torch(case, given, compiled=False, threads=1, mode=None).check()  # noqa: E731
+    assert error(given) < 1e-5
+    if "noise" in given:  # every draw counts
+        assert error(given | {"noise": given["noise"][..., ::-1, :].copy()}) > 1e-2
+    assert error(given | {"x": given["x"][::-1].copy() * 0.9}) > 1e-2
+
+
+DRAKES = rows.Case("drakes", "tiny", live=3, length=16, batch=4, moves=5)
+
+
+def test_both_sides_of_drakes_have_the_same_gradient(monkeypatch):
+    monkeypatch.setattr(drakes_rows, "KL_WEIGHT", 1.0)
+    given = drakes_rows.Ours(DRAKES).export()
+
+    def error(given, **changes):
+        case = dataclasses.replace(DRAKES, **changes)
+        return drakes_rows.Torch(case, given, compiled=False, threads=1, mode=None).check()
+
+    for changes in ({}, {"channels_last": True}, {"remat": True}, {"released": True}):
+        assert error(given, **changes) < 1e-5, changes
+    # Every part of it counts: each network (the reference in the KL alone), the random numbers, what is relaxed.
+    for name in (
+        "params/denoiser/conv1/kernel",
+        "params/reference/conv1/kernel",
+        "params/scorer/conv1/kernel",
+        "gumbel",
+    ):
+        assert error(given | {name: given[name][..., ::-1].copy()}) > 1e-3, name
+    assert error(given, live=4) > 1e-3
 
 
 def sequences(given, case, **changes):
