@@ -18,7 +18,6 @@ from rgdiff.rewards import Task
 from rgdiff.runtime.priors import Prior
 from rgdiff.runtime.progress import progress
 from rgdiff.runtime.run import Run
-from rgdiff.typing import Array
 
 Curves = dict[str, tuple[Sequence[float], Sequence[float]]]
 
@@ -52,10 +51,13 @@ def shown(phase: str, moves: int) -> Iterator[dict[str, Any]]:
         yield {"chunk": max(1, -(-moves // 4)), "on_chunk": on_chunk}
 
 
-def draw(run: Run, phase: str, sampler: Any, times: Array, count: int, keep: Any = None) -> Any:
-    """Draw `count` samples with progress; the keys are the phase's."""
-    with shown(phase, times.shape[0] - 1) as options:
-        return jax.block_until_ready(samplers.sample(sampler, run.key(phase), count, times, keep=keep, **options))
+def draw(run: Run, phase: str, sampler: Any, prior: Prior, count: int, keep: Any = None) -> Any:
+    """Draw `count` samples on the prior's times, and under its conditions, with progress; the keys are the phase's."""
+    with shown(phase, prior.times.shape[0] - 1) as options:
+        out = samplers.sample(
+            sampler, run.key(phase), count, prior.times, prior.conditions(count), keep=keep, **options
+        )
+        return jax.block_until_ready(out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Ancestral:
     def run(self, run: Run, phase: str, prior: Prior, task: Task, count: int) -> Outcome:
         sampler = samplers.ancestral(prior.process, prior.denoiser)
         with run.clock() as clock:
-            out = draw(run, phase, sampler, prior.times, count)
+            out = draw(run, phase, sampler, prior, count)
         calls = sampler.network_calls(len(prior.times) - 1)
         return Outcome(np.asarray(out.x0), calls, 0.0, clock.seconds, clock.compile_seconds)
 

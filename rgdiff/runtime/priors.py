@@ -32,10 +32,14 @@ class PriorModel:
     network: Any = static()
     prediction: str = static()
     value_range: tuple[float, float] | None = static(default=None)
+    classes: int | None = static(default=None)
+    guidance: float = 1.0
 
     def __call__(self, params: Params) -> Denoiser:
         network = denoisers.from_linen(self.network, params)
         denoiser = denoisers.predicts(self.prediction, network, self.schedule)
+        if self.classes is not None:
+            denoiser = denoisers.classifier_free(denoiser, self.guidance, self.classes)
         return denoiser if self.value_range is None else denoisers.clip_x0(denoiser, *self.value_range)
 
 
@@ -67,6 +71,11 @@ class Prior:
     params: Params
     settings: Any
     shape: tuple[int, ...]
+    classes: int | None = None
+
+    def conditions(self, count: int) -> jax.Array | None:
+        """Return the labels [count] that samples of a conditional prior are drawn with, every class in turn."""
+        return None if self.classes is None else jnp.arange(count) % self.classes
 
     @property
     def denoiser(self) -> Denoiser:
@@ -117,7 +126,10 @@ class TrainedPrior:
         options = dict(self.train)
         steps, batch = options.pop("steps"), options.pop("batch")
         tuner = tuners.pretraining(model, process, **options)
-        params = run.fit("prior", tuner, key, like, steps, data={"x0": jnp.asarray(domain.train_x)}, batch=batch).best
+        data = {"x0": jnp.asarray(domain.train_x)}
+        if options.get("null") is not None:
+            data["cond"] = jnp.asarray(domain.train_y)
+        params = run.fit("prior", tuner, key, like, steps, data=data, batch=batch).best
         cached.parent.mkdir(parents=True, exist_ok=True)
         save_params(cached, params, meta={"identity": identity})
         return params
@@ -130,6 +142,7 @@ class GaussianPrior(TrainedPrior):
     prediction: str
     eta: float
     clip: bool
+    guidance: float | None = None
 
     def process(self, shape: tuple[int, ...], eta: float | None = None) -> Process:
         """Return the process on examples of this shape, with the prior's own eta or another."""
@@ -139,9 +152,20 @@ class GaussianPrior(TrainedPrior):
         """Make the prior ready; `identity` as in `parameters`."""
         model = PriorModel(self.schedule, self.network, self.prediction)
         process = self.process(domain.shape)
-        params = self.parameters(run, model, process, domain, identity)
+        settings, classes = self, None
+        if self.guidance is not None:
+            classes = getattr(domain, "classes", None)
+            if classes is None or getattr(self.network, "classes", classes) != classes:
+                raise ValueError(
+                    f"a conditional prior needs a domain with labels and a network for its {classes} classes, "
+                    f"got prior.network.classes={getattr(self.network, 'classes', None)}"
+                )
+            settings = dataclasses.replace(self, train={**self.train, "null": classes})
+        params = settings.parameters(run, model, process, domain, identity)
         clipped = dataclasses.replace(model, value_range=domain.value_range) if self.clip else model
-        return Prior(process, process.times(self.steps), clipped, params, self, domain.shape)
+        if classes is not None:
+            clipped = dataclasses.replace(clipped, classes=classes, guidance=self.guidance)
+        return Prior(process, process.times(self.steps), clipped, params, self, domain.shape, classes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +233,7 @@ def gaussian_prior(
     eta: float = 1.0,
     clip: bool = True,
     checkpoint: str | None = None,
+    guidance: float | None = None,
 ) -> GaussianPrior:
     """Describe a Gaussian prior.
 
@@ -221,8 +246,9 @@ def gaussian_prior(
       eta: of sampling.
       clip: clip predictions of x0 to the data's range when sampling.
       checkpoint: parameters of your own, an Orbax folder or a .safetensors file, in place of training.
+      guidance: scale of classifier-free guidance by the domain's labels, which then condition the prior; null for none.
     """
-    return GaussianPrior(network, schedule, steps, checkpoint, train, prediction, eta, clip)
+    return GaussianPrior(network, schedule, steps, checkpoint, train, prediction, eta, clip, guidance)
 
 
 def masked_prior(

@@ -76,7 +76,7 @@ class Svdd:
         with run.clock() as clock:
             value, curves = self.value.obtain(run, phase, prior, task, denoiser, self.temperature)
             sampler = self.sampler(prior.process, denoiser, value, task.reward)
-            out = draw(run, phase, sampler, prior.times, count, keep=_value_and_kl)
+            out = draw(run, phase, sampler, prior, count, keep=_value_and_kl)
         chosen, kl = (np.asarray(k) for k in out.kept)
         moves = len(prior.times) - 1
         return Outcome(
@@ -109,6 +109,10 @@ class Smc:
 
     def check(self, prior: Any, shape: tuple[int, ...]) -> None:
         """Refuse settings that do not fit each other or the prior, before anything is trained."""
+        if getattr(prior, "guidance", None) is not None:
+            raise ValueError(
+                "the particles of one problem share their condition; choose a prior without prior.guidance"
+            )
         process = prior.process(shape)
         times = process.times(prior.steps)
         self.sampler(process, nothing, nothing, times)
@@ -133,7 +137,7 @@ class Smc:
             sampler = self.sampler(prior.process, denoiser, value, prior.times)
             if not isinstance(value, values.PosteriorMean):  # the last potential is the reward's own
                 sampler = dataclasses.replace(sampler, reward=task.reward)
-            out = draw(run, phase, sampler, prior.times, self.particles, keep=_particles)
+            out = draw(run, phase, sampler, prior, self.particles, keep=_particles)
             log_weights = out.info["log_weights"]
             chosen = np.asarray(multinomial(run.key(f"{phase}_chosen"), log_weights, count))
             x0 = jax.tree.map(lambda leaf: np.asarray(leaf)[chosen], out.x0)
@@ -170,7 +174,7 @@ class BestOfN:
         plain = samplers.ancestral(prior.process, prior.denoiser)
         sampler = samplers.best_of_n(plain, task.reward, self.candidates)
         with run.clock() as clock:
-            out = draw(run, phase, sampler, prior.times, count)
+            out = draw(run, phase, sampler, prior, count)
         kl = np.log(self.candidates) - (self.candidates - 1) / self.candidates
         calls = sampler.network_calls(len(prior.times) - 1)
         return Outcome(np.asarray(out.x0), calls, float(kl), clock.seconds, clock.compile_seconds)
@@ -223,11 +227,11 @@ class Guided:
             if self.guide != "lgd_mc":
                 value, curves = self.value.obtain(run, phase, prior, task, denoiser, self.temperature)
             sampler = self.sampler(prior.process, denoiser, value, task.reward, run.key(f"{phase}_guide"))
-            out = draw(run, phase, sampler, prior.times, count)
+            out = draw(run, phase, sampler, prior, count)
         kl = float("nan")  # repeated moves and points have no path KL
         if self.recurrences == 1 and prior.process.stochastic:
             compared = dataclasses.replace(sampler, reference=denoiser)
-            out_kl = draw(run, f"{phase}_kl", compared, prior.times, count, keep=samplers.path_kl)
+            out_kl = draw(run, f"{phase}_kl", compared, prior, count, keep=samplers.path_kl)
             kl = float(samplers.total_path_kl(out_kl).mean())
         calls = sampler.network_calls(len(prior.times) - 1)
         return Outcome(

@@ -47,7 +47,7 @@ def path_kl(run: Run, phase: str, prior: Prior, tuned: Any, count: int) -> float
     """Return the mean path KL in nats of a tuned model's ancestral chain to the prior's, whatever eta it was tuned with."""
     law = prior.process if prior.process.stochastic else prior.with_eta(1.0)
     compared = samplers.ancestral(law, tuned, reference=prior.denoiser)
-    out = draw(run, f"{phase}_kl", compared, prior.times, count, keep=samplers.path_kl)
+    out = draw(run, f"{phase}_kl", compared, prior, count, keep=samplers.path_kl)
     return float(samplers.total_path_kl(out).mean())
 
 
@@ -126,7 +126,10 @@ class FineTuning:
             params = lora_init(jax.random.fold_in(key, 1), prior.params, self.adapter)
             model = LoRAModel(prior.params, prior.model)
         tuner = self.tuner(model, process, task, prior.times, prior.denoiser, jax.random.fold_in(key, 2))
-        state = run.fit(phase, tuner, key, params, self.steps, chunk=self.chunk)
+        labels, batch = prior.conditions(prior.classes or 0), None
+        if labels is not None:
+            batch = self.batch // self.options.get("repeats", 1)
+        state = run.fit(phase, tuner, key, params, self.steps, data=labels, batch=batch, chunk=self.chunk)
         return tuner, model, state.best, process
 
     def run(self, run: Run, phase: str, prior: Prior, task: Task, count: int) -> Outcome:
@@ -134,7 +137,7 @@ class FineTuning:
             tuner, model, params, process = self.tune(run, phase, prior, task)
             tuned = model(params)
             sampler = samplers.ancestral(process, tuned)
-            out = draw(run, phase, sampler, prior.times, count)
+            out = draw(run, phase, sampler, prior, count)
         rows = [row for row in run.log.rows if row["phase"] == phase and not row.get("stopped")]
         curves: Curves = {
             title: ([row["step"] for row in rows], [row[name] for row in rows])
@@ -149,6 +152,7 @@ class FineTuning:
                 run.key(f"{phase}_noise"),
                 self.start(prior, run, phase),
                 self.diagnose,
+                prior.conditions(self.batch),
             )
             figures |= {"gradient_snr": float(noise.snr), "gradient_variance": float(noise.variance_per_example)}
         if self.scales:
@@ -190,8 +194,9 @@ class FineTuning:
         self, run: Run, phase: str, prior: Prior, task: Task, denoiser: Any, process: Process, count: int
     ) -> dict[str, float]:
         """Return reward, held-out reward, diversity and path KL of a denoiser's samples."""
-        x0 = draw(run, phase, samplers.ancestral(process, denoiser), prior.times, count).x0
-        mean = lambda reward: float(jnp.nanmean(jax.jit(lambda r, x: r(x))(reward, x0)))  # noqa: E731
+        x0 = draw(run, phase, samplers.ancestral(process, denoiser), prior, count).x0
+        cond = prior.conditions(count)
+        mean = lambda reward: float(jnp.nanmean(jax.jit(lambda r, x, c: r(x, c))(reward, x0, cond)))  # noqa: E731
         return {
             "reward": mean(task.reward),
             "held-out reward": mean(task.heldout),
@@ -230,7 +235,7 @@ class MixedAdapters:
             mixed = [lora_sum([(first[2], 1 - w), (second[2], w)]) for w in self.weights]
             middle = model(mixed[len(mixed) // 2])
             sampler = samplers.ancestral(process, middle)
-            out = draw(run, phase, sampler, prior.times, count)
+            out = draw(run, phase, sampler, prior, count)
         rows = []
         for weight, adapter in zip(self.weights, mixed, strict=True):
             part = f"{phase}_weight_{weight}"

@@ -81,11 +81,15 @@ class Learned:
         self, run: Run, phase: str, prior: Prior, task: Task, denoiser: Any, temperature: float
     ) -> tuple[Any, Curves]:
         """Train the value, or go on with it, and measure it on chains held out."""
+        if prior.classes is not None:
+            raise ValueError(
+                "a value learnt for a conditional prior is not offered; give value@method.value=posterior_mean"
+            )
         process, times = prior.process, prior.times
         if self.data == "rollouts":
             data = self._rollouts(run, f"{phase}_data", prior, task, denoiser, self.samples)
         else:
-            x0 = draw(run, f"{phase}_data", samplers.ancestral(process, denoiser), times, self.samples).x0
+            x0 = draw(run, f"{phase}_data", samplers.ancestral(process, denoiser), prior, self.samples).x0
             data = {"x0": x0, "reward": jax.jit(lambda r, x: r(x))(task.reward, x0)}
         model, key = LearnedModel(self.network), run.key(f"{phase}_value")
         tuner = self.tuner(model, process, denoiser, times, temperature)

@@ -11,11 +11,28 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rgdiff import checks
 from rgdiff.processes import GaussianProcess, ProductProcess, along
 from rgdiff.samplers.ancestral import projection_kl
-from rgdiff.typing import Array, Cond, Denoiser, Info, Key, Process, State, pytree, static
+from rgdiff.typing import Array, Cond, Denoiser, Info, Key, Process, State, callable_pytree, pytree, static
 
 PENALTIES = ("kl", "eps_mse")
+
+
+def weighed_references(reference: Any, kl_weight: Any) -> tuple[tuple[Denoiser, ...], Array]:
+    """Return references as a tuple and their weights [n], of one reference, several, or None."""
+    plain = lambda value: isinstance(value, (list, tuple)) and not hasattr(value, "_fields")  # noqa: E731
+    each = lambda value: [] if value is None else list(value) if plain(value) else [value]  # noqa: E731
+    references, weights = each(reference), each(kl_weight)
+    if len(references) != len(weights):
+        raise ValueError(
+            "a KL term needs both reference= (a denoiser) and kl_weight=, one for each; "
+            f"got {len(references)} and {len(weights)}"
+        )
+    numbers = [checks.positive("kl_weight", weight, zero=True) for weight in weights]
+    return tuple(callable_pytree(one, "a denoiser") for one in references), jnp.stack(
+        numbers
+    ) if numbers else jnp.zeros(0)
 
 
 class Plan(NamedTuple):

@@ -116,15 +116,18 @@ def fit(
     return state
 
 
+def draw_rows(key: Key, data: Any, batch: int | None) -> Any:
+    """Draw `batch` rows of the data [N, ...], uniformly with replacement; None where there are none."""
+    if data is None or batch is None:
+        return None
+    chosen = jax.random.randint(key, (batch,), 0, jax.tree.leaves(data)[0].shape[0])
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[chosen], data)
+
+
 def _steps(tuner: Tuner, key: Key, state: Any, data: Any, count: int, batch: int | None) -> tuple[Any, Info]:
     def one(state: Any, _: None) -> tuple[Any, Info]:
         key_batch, key_step = jax.random.split(jax.random.fold_in(key, state.step))
-        rows = None
-        if data is not None and batch is not None:
-            total = jax.tree.leaves(data)[0].shape[0]
-            chosen = jax.random.randint(key_batch, (batch,), 0, total)
-            rows = jax.tree.map(lambda leaf: leaf[chosen], data)
-        return tuner.step(key_step, state, rows)
+        return tuner.step(key_step, state, draw_rows(key_batch, data, batch))
 
     if count == 1:  # see samplers._loop.roll
         state, info = one(state, None)

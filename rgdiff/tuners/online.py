@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rgdiff import checks
+from rgdiff.tuners._loop import draw_rows
 from rgdiff.typing import Array, Cond, Info, Key, Online, Params, Reward, callable_pytree, pytree
 
 
@@ -174,10 +175,7 @@ def _keys(key: Key, step: Array) -> tuple[Key, Key, Key]:
 
 def _roll_out(online: Any, key: Key, state: Any, data: Any, batch: int | None) -> Any:
     key_batch, key_rollout, _ = _keys(key, state.step)
-    cond = None
-    if data is not None and batch is not None:
-        chosen = jax.random.randint(key_batch, (batch,), 0, jax.tree.leaves(data)[0].shape[0])
-        cond = jax.tree.map(lambda leaf: jnp.asarray(leaf)[chosen], data)
+    cond = draw_rows(key_batch, data, batch)
     return online.rollout(key_rollout, state, cond)
 
 

@@ -17,11 +17,10 @@ from rgdiff import checks
 from rgdiff.processes import ProductProcess
 from rgdiff.samplers._loop import roll
 from rgdiff.tuners import advantages
-from rgdiff.tuners._chain import Carry, Chain
+from rgdiff.tuners._chain import Carry, Chain, weighed_references
 from rgdiff.tuners._loop import TrainState, start, update
 from rgdiff.tuners.advantages import Advantage, Returns, summed
 from rgdiff.tuners.online import feasible_mean, minibatch_rows
-from rgdiff.tuners.reward_backprop import _several
 from rgdiff.typing import (
     Array,
     Cond,
@@ -297,19 +296,13 @@ def ddpo(
         raise ValueError(
             "several updates a batch need importance ratios: give clip=, e.g. 0.2 (or 1e-4 with per_dim=True)"
         )
-    references = _several(reference)
-    weights = [] if kl_weight is None else list(kl_weight) if isinstance(kl_weight, Sequence) else [kl_weight]
-    if len(references) != len(weights):
-        raise ValueError(
-            "a KL term needs both reference= (a denoiser) and kl_weight=, one for each; "
-            f"got {len(references)} and {len(weights)}"
-        )
+    references, weights = weighed_references(reference, kl_weight)
     return PolicyGradient(
         callable_pytree(model, "model (params -> denoiser)"),
         process,
         times,
         references,
-        jnp.stack([checks.positive("kl_weight", w, zero=True) for w in weights]) if weights else jnp.zeros(0),
+        weights,
         None if clip is None else checks.positive("clip", clip),
         advantage,
         None if ema_decay is None else checks.positive("ema_decay", ema_decay, zero=True),

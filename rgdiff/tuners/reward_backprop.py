@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from rgdiff import checks
 from rgdiff.samplers._loop import REMAT, rematerialize, roll
-from rgdiff.tuners._chain import PENALTIES, Carry, Chain, hold
+from rgdiff.tuners._chain import PENALTIES, Carry, Chain, hold, weighed_references
 from rgdiff.tuners._loop import TrainState, start, update
 from rgdiff.typing import (
     Array,
@@ -311,13 +311,7 @@ def reward_backprop(
         raise ValueError("on_trajectory=False needs renoised >= 1: nothing would be left to differentiate")
     if renoised and not (process.stochastic or process.projects):
         raise ValueError("renoised > 0 needs a process with a forward law")
-    references = _several(reference)
-    weights = [] if kl_weight is None else list(kl_weight) if isinstance(kl_weight, Sequence) else [kl_weight]
-    if len(references) != len(weights):
-        raise ValueError(
-            "a KL term needs both reference= (a denoiser) and kl_weight=, one for each; "
-            f"got {len(references)} and {len(weights)}"
-        )
+    references, weights = weighed_references(reference, kl_weight)
     checks.one_of("penalty", penalty, PENALTIES)
     checks.one_of("penalize", penalize, ("all", "live"))
     if references and penalty == "kl":
@@ -341,7 +335,7 @@ def reward_backprop(
         callable_pytree(reward, "a reward"),
         times,
         references,
-        jnp.stack([checks.positive("kl_weight", w, zero=True) for w in weights]) if weights else jnp.zeros(0),
+        weights,
         None if kl_budget is None else checks.positive("kl_budget", kl_budget),
         checks.positive("kl_rate", kl_rate, zero=True),
         checks.positive("projection", projection, zero=True),
@@ -361,10 +355,3 @@ def reward_backprop(
         penalize == "all",
         micro_batches,
     )
-
-
-def _several(reference: Any) -> tuple[Denoiser, ...]:
-    if reference is None:
-        return ()
-    each = reference if isinstance(reference, (list, tuple)) and not hasattr(reference, "_fields") else (reference,)
-    return tuple(callable_pytree(one, "a denoiser") for one in each)
