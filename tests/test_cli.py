@@ -217,3 +217,22 @@ def test_sweeps_expand_to_all_combinations():
     assert {tuple(r[1:3]) for r in runs} == set(
         itertools.product(["method.temperature=0.5", "method.temperature=1"], ["seed=1", "seed=2"])
     )
+
+
+@pytest.mark.slow
+def test_a_failing_oracle_stops_the_run_which_resumes(tmp_path, cache, monkeypatch, capsys):
+    """A black box that raises is no NaN: one line, and the run goes on from before the step that failed."""
+    (tmp_path / "my_oracle.py").write_text(
+        "import pathlib\n"
+        "def score(x0, cond=None):\n"
+        "    if pathlib.Path('broken').exists():\n        raise OSError('the laboratory is closed')\n"
+        "    return x0.mean((1, 2, 3))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    own = ["reward=custom", "reward.fn=my_oracle.score", "reward.host=true", "method=ddpo", "method.batch=4", "samples=4"]
+    argv = ["run", "steer", *TINY, f"cache_dir={cache}", f"out={tmp_path / 'run'}", *own, "method.steps=3"]
+    (tmp_path / "broken").touch()
+    error = failing(capsys, *argv)
+    assert "the laboratory is closed" in error and "resume=true" in error
+    (tmp_path / "broken").unlink()
+    assert main([*argv, "resume=true"]) == 0

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from rgdiff import checks
-from rgdiff.processes import MaskedProcess
+from rgdiff.processes import FirstHittingProcess, MaskedProcess
 from rgdiff.samplers._evaluate import refresh
 from rgdiff.typing import Array, Cond, Denoiser, Info, Key, Process, State, callable_pytree, pytree, static
 
@@ -65,10 +65,15 @@ def event_driven(process: Process, denoiser: Denoiser, *, rows: int | None = Non
       denoiser: (x, t, cond) -> logits, which must not depend on t (MDLM's `time_conditioning: False`, arXiv 2406.07524).
       rows: examples per network call, a quarter of the batch by default: small wastes less, large runs faster per row.
 
+    Raises:
+      ValueError: for a process that is not masked, or whose moves are events already (`processes.first_hitting`).
+
     Note:
       Examples share their network calls, so a batch split over devices is better served by `ancestral`.
     """
     if not isinstance(process, MaskedProcess):
         raise ValueError("event_driven needs a masked process: every move of a continuous one changes the state")
+    if isinstance(process, FirstHittingProcess):
+        raise ValueError("a first-hitting chain has an event at every move; use ancestral")
     rows = None if rows is None else checks.at_least("rows", rows, 1)
     return EventDriven(process, callable_pytree(denoiser, "a denoiser"), rows)
