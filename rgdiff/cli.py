@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     show.add_argument("recipe")
     show.add_argument("overrides", nargs="*", metavar="key=value")
     commands.add_parser("list", help="list recipes, methods, rewards, priors and domains")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(options_first(sys.argv[1:] if argv is None else argv))
     logging.basicConfig(format="rgdiff: %(message)s", level=logging.WARNING)
     try:
         if arguments.command == "list":
@@ -45,8 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif arguments.command == "show":
             print(shown(arguments.recipe, arguments.overrides), end="")
         else:
-            for overrides in expand(arguments.overrides) if arguments.multirun else [arguments.overrides]:
-                run_recipe(arguments.recipe, overrides)
+            if arguments.multirun:
+                sweep(arguments.recipe, arguments.overrides)
+            else:
+                run_recipe(arguments.recipe, arguments.overrides)
     except (ValueError, FileNotFoundError, PermissionError) as error:
         print(f"rgdiff: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -56,6 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 141
     return 0
+
+
+def options_first(argv: Sequence[str]) -> list[str]:
+    """Move --options before the arguments of a command: argparse takes no key=value after an option among them."""
+    return [*argv[:1], *(a for a in argv[1:] if a.startswith("-")), *(a for a in argv[1:] if not a.startswith("-"))]
 
 
 def listing() -> str:
@@ -92,6 +99,25 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
         else:
             choices.append([override])
     return [[*combination, f"out={out}/{i}"] for i, combination in enumerate(itertools.product(*choices))]
+
+
+def sweep(name: str, overrides: Sequence[str]) -> None:
+    """Run all combinations, one after the other, and write sweep.csv above their folders: what was swept, and every figure."""
+    import csv
+    import io
+
+    from rgdiff.runtime.folder import write_atomic
+
+    combinations = expand(overrides)
+    swept = [{o.partition("=")[0]: o.partition("=")[2] for o in combination} for combination in combinations]
+    rows: list[dict[str, Any]] = []
+    for combination, settings in zip(combinations, swept, strict=True):
+        rows.append(settings | run_recipe(name, combination))
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomic(Path(settings["out"]).parent / "sweep.csv", buffer.getvalue().encode())
 
 
 def run_recipe(name: str, overrides: Sequence[str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ exact in log-space (no clamping of weights). Discrete states are one-hot; what a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -60,9 +60,31 @@ class Gaussian:
         return Gaussian(self.mean + self.std**2 * direction, self.std)
 
 
+class _NoDensity:
+    """What has no density says so."""
+
+    what: ClassVar[str]
+    advice: ClassVar[str] = ""
+
+    def log_prob(self, x: State) -> Array:
+        raise ValueError(f"{self.what} has no log_prob{self.advice}")
+
+    def kl(self, other: object) -> Array:
+        raise ValueError(f"{self.what} has no KL{self.advice}")
+
+    def entropy(self) -> Array:
+        raise ValueError(f"{self.what} has no entropy{self.advice}")
+
+    def tilt(self, direction: State) -> Any:
+        raise ValueError(f"{self.what} cannot be tilted{self.advice}")
+
+
 @pytree
-class PointMass:
+class PointMass(_NoDensity):
     """A deterministic step (eta = 0) or a fixed prior: it can be drawn from, and has no density."""
+
+    what = "a point mass"
+    advice = "; build the process with eta > 0"
 
     point: State
 
@@ -72,22 +94,12 @@ class PointMass:
     def rsample(self, key: Key) -> State:
         return self.point
 
-    def log_prob(self, x: State) -> Array:
-        raise ValueError("a point mass has no log_prob; build the process with eta > 0")
-
-    def kl(self, other: object) -> Array:
-        raise ValueError("a point mass has no KL; build the process with eta > 0")
-
-    def entropy(self) -> Array:
-        raise ValueError("a point mass has no entropy; build the process with eta > 0")
-
-    def tilt(self, direction: State) -> PointMass:
-        raise ValueError("a point mass cannot be tilted; build the process with eta > 0")
-
 
 @pytree
-class Drawn:
+class Drawn(_NoDensity):
     """The law of another chain's samples, draw(key, batch): it can be drawn from, and its density is not known."""
+
+    what = "the law of another chain's samples"
 
     draw: Callable[..., Any]
     batch: int = static()
@@ -97,18 +109,6 @@ class Drawn:
 
     def rsample(self, key: Key) -> State:
         return self.draw(key, self.batch)
-
-    def log_prob(self, x: State) -> Array:
-        raise ValueError("the law of another chain's samples has no log_prob")
-
-    def kl(self, other: object) -> Array:
-        raise ValueError("the law of another chain's samples has no KL")
-
-    def entropy(self) -> Array:
-        raise ValueError("the law of another chain's samples has no entropy")
-
-    def tilt(self, direction: State) -> Drawn:
-        raise ValueError("the law of another chain's samples cannot be tilted")
 
 
 def draw_token(key: Key, logits: Array, relaxation: str, temperature: Array | float) -> Array:

@@ -1,5 +1,6 @@
 """The command line: recipes compose and run for every method x reward, bad input ends in one line, nothing is overwritten."""
 
+import csv
 import itertools
 import json
 import sys
@@ -7,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from rgdiff.cli import expand, main
+from rgdiff.cli import expand, main, options_first
 from rgdiff.runtime import recipe
 
 TINY = [
@@ -219,6 +220,23 @@ def test_sweeps_expand_to_all_combinations():
     )
 
 
+def test_options_stand_anywhere():
+    assert options_first(["run", "steer", "--multirun", "a=1,2"]) == ["run", "--multirun", "steer", "a=1,2"]
+    assert options_first(["--version"]) == ["--version"] and options_first([]) == []
+
+
+@pytest.mark.slow
+def test_a_sweep_leaves_a_table(tmp_path, cache):
+    argv = ["run", "steer", "--multirun", *TINY, "method=dps", "method.temperature=0.5,1", f"out={tmp_path / 'sweep'}"]
+    assert main([*argv, f"cache_dir={cache}"]) == 0
+    with open(tmp_path / "sweep" / "sweep.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["method.temperature"] for row in rows] == ["0.5", "1"]
+    for i, row in enumerate(rows):
+        summary = json.loads((tmp_path / "sweep" / str(i) / "summary.json").read_text())
+        assert float(row["dps/reward_mean"]) == summary["dps/reward_mean"]
+
+
 @pytest.mark.slow
 def test_a_failing_oracle_stops_the_run_which_resumes(tmp_path, cache, monkeypatch, capsys):
     """A black box that raises is no NaN: one line, and the run goes on from before the step that failed."""
@@ -229,7 +247,14 @@ def test_a_failing_oracle_stops_the_run_which_resumes(tmp_path, cache, monkeypat
         "    return x0.mean((1, 2, 3))\n"
     )
     monkeypatch.chdir(tmp_path)
-    own = ["reward=custom", "reward.fn=my_oracle.score", "reward.host=true", "method=ddpo", "method.batch=4", "samples=4"]
+    own = [
+        "reward=custom",
+        "reward.fn=my_oracle.score",
+        "reward.host=true",
+        "method=ddpo",
+        "method.batch=4",
+        "samples=4",
+    ]
     argv = ["run", "steer", *TINY, f"cache_dir={cache}", f"out={tmp_path / 'run'}", *own, "method.steps=3"]
     (tmp_path / "broken").touch()
     error = failing(capsys, *argv)
