@@ -101,7 +101,7 @@ CASES = (
     Case("tuners", "alignprop K=9, recomputed", "alignprop", live=9, remat=True),
     Case("tuners", "refl", "refl", live=1),
     Case("tuners", "ddpo", "ddpo", live=1),
-    *_drakes(50, 16, 32, 12),
+    *_drakes(50, 8, 32, 12),
     Case("gradient-guidance", "g"),
     Case("gradient-guidance", "g_loss"),
 )
@@ -117,6 +117,7 @@ class Ours:
     """Our side of a case, on JAX's default device."""
 
     note = ""
+    prediction = "eps"
 
     def __init__(self, case: Case):
         import jax
@@ -136,9 +137,9 @@ class Ours:
         shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), image, jnp.float32(1))["params"])
         self.params = jax.tree.map(jnp.asarray, weights(shapes))
         self.net = net
-        self.denoiser = denoisers.predicts("eps", denoisers.from_linen(net, self.params), schedule)
+        self.denoiser = denoisers.predicts(self.prediction, denoisers.from_linen(net, self.params), schedule)
         if case.live:
-            model = lambda params: denoisers.predicts("eps", denoisers.from_linen(net, params), schedule)  # noqa: E731
+            model = lambda params: denoisers.predicts(self.prediction, denoisers.from_linen(net, params), schedule)  # noqa: E731
             self.tuner = self._tuner(model, optax.adamw(**OPTIMIZER))
             self.state = self.tuner.init(self.params)
         elif case.row == "svdd":
@@ -242,6 +243,8 @@ class Ours:
 class Torch:
     """PyTorch's side of a case, eager or compiled, on CUDA where there is one."""
 
+    prediction = "eps"
+
     def __init__(self, case: Case, given: dict[str, Any], compiled: bool, threads: int, mode: str | None):
         from benchmarks import torch_twins
 
@@ -249,7 +252,7 @@ class Torch:
         self.case, self.torch, self.twins, self.given = case, torch, torch_twins, given
         self.params = nested(given)
         self.net = torch_twins.load_linen(torch_twins.UNet(CHANNELS).to(torch_twins.device()), self.params)
-        self.chain = torch_twins.Chain(self.net, given["table"], compiled, mode)
+        self.chain = torch_twins.Chain(self.net, given["table"], compiled, mode, self.prediction)
         o = OPTIMIZER
         self.optimizer = torch.optim.AdamW(
             self.net.parameters(), o["learning_rate"], (o["b1"], o["b2"]), o["eps"], o["weight_decay"], fused=True

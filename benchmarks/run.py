@@ -1,4 +1,4 @@
-"""Measure rgdiff against PyTorch: `python -m benchmarks.run [--rows ancestral,svdd,draft,svdd-sequences] [--repeats N] [--threads 2]`.
+"""Measure rgdiff against PyTorch: `python -m benchmarks.run [--rows ancestral,svdd,draft,tuners,drakes] [--repeats N] [--threads 2]`.
 
 Prints a table and writes it to benchmarks/results/<row>-<device>.md. See benchmarks/README.md for what is compared.
 """

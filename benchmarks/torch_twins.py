@@ -159,24 +159,32 @@ def in_our_order(net: nn.Module, params: dict[str, Any], read: Callable[[Tensor]
 
 
 class Chain:
-    """The moves of a Gaussian chain for a network that predicts eps; images are [B, C, H, W].
+    """The moves of a Gaussian chain for a network that predicts eps or v; images are [B, C, H, W].
 
     Args:
-      net: (x, t) -> eps.
+      net: (x, t) -> eps, or v where `prediction` says so (variance-preserving schedules).
       table: [T, 6], one row a network call: t, alpha_t, sigma_t, then alpha_s, std of the step and what is left of
         sigma_s for the direction; the last row projects to data and its three last numbers are not used.
       compiled: compile one whole step, network and kernel, with torch.compile.
     """
 
-    def __init__(self, net: nn.Module, table: np.ndarray, compiled: bool = False, mode: str | None = None):
-        self.net = net
+    def __init__(
+        self,
+        net: nn.Module,
+        table: np.ndarray,
+        compiled: bool = False,
+        mode: str | None = None,
+        prediction: str = "eps",
+    ):
+        self.net, self.prediction = net, prediction
         self.rows = [row.unbind() for row in torch.tensor(table, dtype=torch.float32, device=device())]
         wrap = (lambda f: torch.compile(f, mode=mode, dynamic=False)) if compiled else (lambda f: f)
         self.predict, self.move, self.move_ode = wrap(self._predict), wrap(self._move), wrap(self._move_ode)
         self.kernel = self._kernel  # a dozen elementwise operations on one state
 
     def _predict(self, x: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return (x - sigma * self.net(x, t.expand(x.shape[0]))) / alpha
+        out = self.net(x, t.expand(x.shape[0]))
+        return (x - sigma * out) / alpha if self.prediction == "eps" else alpha * x - sigma * out
 
     def _kernel(self, x: Tensor, x0: Tensor, row: tuple[Tensor, ...]) -> Tensor:
         _, alpha, sigma, alpha_s, _, direction = row

@@ -22,8 +22,18 @@ def late() -> int:
     return rows.STEPS - max(rows.STEPS // 5, 2)
 
 
+def prediction(case: Case) -> str:
+    """What the network is taken to predict: from random weights as eps chains grow to x0 of some 300, and z = (y - mean) / std
+    of a draw, which DDPO's gradient is made of, loses three digits; as v they stay small."""
+    return "v" if case.method == "ddpo" else "eps"
+
+
 class Ours(rows.Ours):
     """Our side of a case, on JAX's default device."""
+
+    @property
+    def prediction(self) -> str:
+        return prediction(self.case)
 
     @property
     def eta(self) -> float:
@@ -98,6 +108,10 @@ def _only(call: int, calls: int) -> Any:
 
 class Torch(rows.Torch):
     """PyTorch's side of a case, eager or compiled, on CUDA where there is one."""
+
+    @property
+    def prediction(self) -> str:
+        return prediction(self.case)
 
     def __init__(self, case: Case, given: dict[str, Any], compiled: bool, threads: int, mode: str | None):
         from benchmarks import torch_tuners
