@@ -68,7 +68,7 @@ def test_tuners_have_the_same_gradient(case):
     error = lambda given: tuner_rows.Torch(case, given, compiled=False, threads=1, mode=None).check()  # noqa: E731
     assert error(given) < 1e-5
     if "noise" in given:  # every draw counts
-        assert error(given | {"noise": 1e4 * given["noise"]}) > 1e-2
+        assert error(given | {"noise": -given["noise"]}) > 1e-3
     assert error(given | {"x": given["x"][::-1].copy() * 0.9}) > 1e-2
 
 
