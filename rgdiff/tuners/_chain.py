@@ -85,7 +85,7 @@ class Chain:
       input_gradient: keep the gradient of each call's predicted noise to its input.
       references, penalty: info["penalty"] [n, B] is the cost of every move to each reference: its KL in nats, or the mean
         squared difference of the predicted noise.
-      penalize_dead: calls that are not live keep the gradient of their penalty, at constant states.
+      penalize_dead: calls that are not live keep the gradient of their penalty, at constant states; else theirs is 0.
     """
 
     process: Process
@@ -180,6 +180,8 @@ class Chain:
         """Penalties [n, B]. At a live call the state keeps its gradient; at a dead one it is a constant, and the prediction pays if dead calls do."""
         at = hold(x, live)
         if not self.penalize_dead:
+            if live is False:  # no work for what does not count
+                return jnp.zeros((len(self.references), _rows(x)))
             prediction = hold(prediction, live)
 
         def eps_mse(prediction: Array, other: Array, at: Array) -> Array:

@@ -281,7 +281,8 @@ def reward_backprop(
       kl_budget, kl_rate: nats. The weights begin at kl_weight and are multiplied at every step by exp(kl_rate * (kl /
         kl_budget - 1)), clipped to exp(+-kl_rate), so that the KL settles at the budget (dual ascent).
       penalty: `kl`, or `eps_mse`, the mean squared difference of the predicted noise, which eta = 0 has too (DRaFT+).
-      penalize: `all` calls, the dead ones through their kernels at constant states, or `live` calls alone.
+      penalize: `all` calls, the dead ones through their kernels at constant states, or `live` calls alone, which
+        are then the only ones whose penalty is computed and reported.
       projection: factor on the penalty of the last projection (`samplers.projection_kl`). It weighs 1/2 SNR at the end of
         the chain and holds a gradient truncated to the last call fast; less lets that call move, at the cost of details.
       heldout: another reward, reported as info["heldout"] and never differentiated (see `early_stopping`).
