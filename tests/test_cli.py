@@ -24,7 +24,7 @@ VALUE = [f"method.value.{o}" for o in ("samples=8", "steps=3", "batch=4", "netwo
 TUNED = ["method.steps=2", "method.batch=4"]
 PARTICLES = ["method.particles=8"]
 POLICY = [*TUNED, "method.heldout=true"]
-FEW = {"draft_lv": TUNED, "smc": PARTICLES}
+FEW = {"draft_lv": TUNED}
 MORE = {
     "best_of_n": ["method.candidates=2"],
     "classifier_guidance": VALUE,
@@ -41,6 +41,7 @@ MORE = {
     "ddpo": [*POLICY, "reward=compress"],
     "dpok": POLICY,
     "reward_weighted": POLICY,
+    "smc": PARTICLES,
     "filtered": POLICY,
     "fk_steering": PARTICLES,
     "freedom": ["method.window=[0.0,1.0]"],
@@ -144,6 +145,7 @@ def test_users_own_parts(tmp_path, cache, monkeypatch):
     assert run(tmp_path, cache, *own, "reward.host=true", "method=svdd", "method.candidates=2", out="host") == 0
 
 
+@pytest.mark.slow
 def test_resume_of_a_finished_run_changes_nothing(tmp_path, cache):
     arguments = ("reward=symmetry", "method=draft_k", *MORE["draft_k"])
     assert run(tmp_path, cache, *arguments) == 0
@@ -204,6 +206,7 @@ def test_another_run_is_not_overwritten(tmp_path, cache, capsys):
     assert (tmp_path / "run" / "samples.npz").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_foreign_and_truncated_prior_checkpoints(tmp_path, cache, capsys):
     foreign = tmp_path / "foreign"
     foreign.mkdir()

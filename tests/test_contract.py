@@ -391,7 +391,9 @@ TUNERS = [
     value_soft_rollouts, value_temporal_difference, refl_stopped, alignprop, drtune_budget, drakes,
     drakes_score_function, drakes_published,
 ]  # fmt: skip
-each_tuner = table_of(TUNERS, *TUNERS[:9], refl_stopped, drakes)
+each_tuner = table_of(
+    TUNERS, draft, draft_k, draft_lv, draft_masked, pretraining_masked, value_regression, refl_stopped, drakes
+)
 
 
 def data_of(make):

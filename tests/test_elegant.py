@@ -83,6 +83,7 @@ def test_the_tuned_chain_has_the_predicted_bias_with_a_frozen_start():
     assert float(info["kl"]) == pytest.approx(exact, rel=0.05)
 
 
+@pytest.mark.slow
 def test_elegant_removes_it():
     w = gaussian()
     draw, _, alphas = tune_initial(w, affine(w))
