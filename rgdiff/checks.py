@@ -42,6 +42,13 @@ def at_least(name: str, value: Any, least: int) -> int:
     return int(value)
 
 
+def divides(name: str, parts: Any, batch: int) -> int:
+    """Return `parts` as an int of at least 1; refuse one that does not divide the batch."""
+    if batch % at_least(name, parts, 1):
+        raise ValueError(f"{name} must divide the batch of {batch}, got {parts}")
+    return int(parts)
+
+
 def positive(name: str, value: Any, *, zero: bool = False) -> jax.Array:
     """Return `value` as a float32 scalar; refuse a concrete one that is not positive and finite."""
     number = jnp.asarray(value, jnp.float32)

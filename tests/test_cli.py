@@ -37,7 +37,12 @@ MORE = {
     "alignprop": TUNED,
     "alignprop_subset": TUNED,
     "drtune": TUNED,
-    "mixed_adapters": ["method.tuning.steps=2", "method.tuning.batch=4", "method.tuning.adapter=2"],
+    "mixed_adapters": [
+        "method.tuning.steps=2",
+        "method.tuning.batch=4",
+        "method.tuning.adapter=2",
+        "method.tuning.options.k=2",
+    ],
     "ddpo": [*POLICY, "reward=compress"],
     "dpok": POLICY,
     "reward_weighted": POLICY,
@@ -108,6 +113,9 @@ def test_methods_run(method, tmp_path, cache):
     for name in ("config.yaml", "versions.json", "metrics.jsonl", "report.html"):
         assert (folder / name).stat().st_size > 0
     assert "<img" in (folder / "report.html").read_text()
+    if method == "draft_k":
+        for file in ("adapter_model.safetensors", "adapter_config.json"):
+            assert (folder / "adapters" / method / file).stat().st_size > 0
 
 
 @pytest.mark.slow

@@ -17,11 +17,12 @@ import numpy as np
 from rgdiff import checks, metrics, samplers, tuners
 from rgdiff.nets import LoRAModel, lora_init, lora_sum
 from rgdiff.rewards import Task
+from rgdiff.runtime.adapters import save_peft
 from rgdiff.runtime.methods import Curves, Outcome, draw, nothing
 from rgdiff.runtime.priors import Prior, initial, state_shape
 from rgdiff.runtime.run import Run
 from rgdiff.runtime.values import LearnedModel
-from rgdiff.typing import Array, Params, Process
+from rgdiff.typing import Array, Params, Process, Reward
 
 GRADIENTS = {
     name: getattr(tuners, name)
@@ -51,6 +52,25 @@ def path_kl(run: Run, phase: str, prior: Prior, tuned: Any, count: int) -> float
     return float(samplers.total_path_kl(out).mean())
 
 
+def measured(
+    run: Run, phase: str, prior: Prior, rewards: dict[str, Reward], denoiser: Any, process: Process, count: int
+) -> dict[str, float]:
+    """Return mean rewards, diversity and path KL of a denoiser's samples; of one chain where the process has a law."""
+    if process.stochastic:
+        sampler = samplers.ancestral(process, denoiser, reference=prior.denoiser)
+        out = draw(run, phase, sampler, prior, count, keep=samplers.path_kl)
+        kl = float(samplers.total_path_kl(out).mean())
+    else:
+        out = draw(run, phase, samplers.ancestral(process, denoiser), prior, count)
+        kl = path_kl(run, phase, prior, denoiser, count)
+    cond = prior.conditions(count)
+    means = {name: float(jnp.nanmean(_rewards(reward, out.x0, cond))) for name, reward in rewards.items()}
+    return means | {"diversity": metrics.diversity(np.asarray(out.x0)), "path KL": kl}
+
+
+_rewards = jax.jit(lambda reward, x0, cond: reward(x0, cond))
+
+
 @dataclasses.dataclass(frozen=True)
 class FineTuning:
     """A setting of `rgdiff.tuners`, for all weights or a LoRA adapter.
@@ -59,7 +79,7 @@ class FineTuning:
       setting: its name, of a reward gradient or an online method; `options` are its own arguments.
       eta: of the tuned chain; null for a masked prior.
       kl_weight: of the path KL to the prior, nats; null for none.
-      adapter: rank of a LoRA adapter, or null for all weights.
+      adapter: rank of a LoRA adapter, which is saved in PEFT's files under adapters/, or null for all weights.
       heldout: report the held-out reward while tuning.
       stopping: window, patience, metric, limited, limit of `tuners.early_stopping`, or null; it watches the held-out reward.
       scales: of the adapter at sampling time, at which reward, held-out reward, diversity and KL are shown.
@@ -120,17 +140,16 @@ class FineTuning:
     def tune(self, run: Run, phase: str, prior: Prior, task: Task) -> tuple[Any, Any, Params, Process]:
         """Return the tuner, the model, its tuned parameters and the process they were tuned on."""
         process, key = prior.with_eta(self.eta), run.key(phase)
-        model: Any = prior.model
-        params = prior.params
-        if self.adapter is not None:
-            params = lora_init(jax.random.fold_in(key, 1), prior.params, self.adapter)
-            model = LoRAModel(prior.params, prior.model)
+        model: Any = prior.model if self.adapter is None else LoRAModel(prior.params, prior.model)
         tuner = self.tuner(model, process, task, prior.times, prior.denoiser, jax.random.fold_in(key, 2))
-        labels, batch = prior.conditions(prior.classes or 0), None
-        if labels is not None:
-            batch = self.batch // self.options.get("repeats", 1)
-        state = run.fit(phase, tuner, key, params, self.steps, data=labels, batch=batch, chunk=self.chunk)
-        return tuner, model, state.best, process
+        labels = batch = None
+        if prior.classes is not None:
+            labels, batch = jnp.arange(prior.classes), self.batch // self.options.get("repeats", 1)
+        params = self.start(run, phase, prior)
+        params = run.fit(phase, tuner, key, params, self.steps, data=labels, batch=batch, chunk=self.chunk).best
+        if self.adapter is not None:
+            save_peft(run.folder.path / "adapters" / phase, params, prior.params)
+        return tuner, model, params, process
 
     def run(self, run: Run, phase: str, prior: Prior, task: Task, count: int) -> Outcome:
         with run.clock() as clock:
@@ -144,29 +163,19 @@ class FineTuning:
             for name, title in SHOWN.items()
             if rows and name in rows[0]
         }
-        queries = len(rows) * self.batch * (1 + getattr(tuner, "renoised", 0))
+        inner = tuner if self.stopping is None else tuner.tuner
+        queries = len(rows) * self.batch * (1 + getattr(inner, "renoised", 0))
         figures = {"tuning_steps": float(len(rows)), "reward_queries": float(queries)}
         if self.diagnose:
-            noise = tuners.gradient_statistics(
-                tuner if self.stopping is None else tuner.tuner,
-                run.key(f"{phase}_noise"),
-                self.start(prior, run, phase),
-                self.diagnose,
-                prior.conditions(self.batch),
-            )
+            key, params_then = run.key(f"{phase}_noise"), self.start(run, phase, prior)
+            noise = tuners.gradient_statistics(inner, key, params_then, self.diagnose, prior.conditions(self.batch))
             figures |= {"gradient_snr": float(noise.snr), "gradient_variance": float(noise.variance_per_example)}
         if self.scales:
+            rewards = {"reward": task.reward, "held-out reward": task.heldout}
+            scaled = {scale: LoRAModel(prior.params, prior.model, scale)(params) for scale in self.scales}
             by_scale = [
-                self.measured(
-                    run,
-                    f"{phase}_scale_{scale}",
-                    prior,
-                    task,
-                    LoRAModel(prior.params, prior.model, scale)(params),
-                    process,
-                    count,
-                )
-                for scale in self.scales
+                measured(run, f"{phase}_scale_{scale}", prior, rewards, denoiser, process, count)
+                for scale, denoiser in scaled.items()
             ]
             curves |= {
                 f"{name}, by the adapter's scale": (list(self.scales), [m[name] for m in by_scale])
@@ -184,25 +193,11 @@ class FineTuning:
             temperature=self.kl_weight if self.eta is None else None,
         )
 
-    def start(self, prior: Prior, run: Run, phase: str) -> Params:
+    def start(self, run: Run, phase: str, prior: Prior) -> Params:
         """Return the parameters that tuning begins with."""
         if self.adapter is None:
             return prior.params
         return lora_init(jax.random.fold_in(run.key(phase), 1), prior.params, self.adapter)
-
-    def measured(
-        self, run: Run, phase: str, prior: Prior, task: Task, denoiser: Any, process: Process, count: int
-    ) -> dict[str, float]:
-        """Return reward, held-out reward, diversity and path KL of a denoiser's samples."""
-        x0 = draw(run, phase, samplers.ancestral(process, denoiser), prior, count).x0
-        cond = prior.conditions(count)
-        mean = lambda reward: float(jnp.nanmean(jax.jit(lambda r, x, c: r(x, c))(reward, x0, cond)))  # noqa: E731
-        return {
-            "reward": mean(task.reward),
-            "held-out reward": mean(task.heldout),
-            "diversity": metrics.diversity(np.asarray(x0)),
-            "path KL": path_kl(run, phase, prior, denoiser, count),
-        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,12 +231,11 @@ class MixedAdapters:
             middle = model(mixed[len(mixed) // 2])
             sampler = samplers.ancestral(process, middle)
             out = draw(run, phase, sampler, prior, count)
-        rows = []
-        for weight, adapter in zip(self.weights, mixed, strict=True):
-            part = f"{phase}_weight_{weight}"
-            row = self.tuning.measured(run, part, prior, task, model(adapter), process, count)
-            other = self.tuning.measured(run, part, prior, self.second, model(adapter), process, count)
-            rows.append(row | {"second reward": other["reward"]})
+        rewards = {"reward": task.reward, "held-out reward": task.heldout, "second reward": self.second.reward}
+        rows = [
+            measured(run, f"{phase}_weight_{weight}", prior, rewards, model(adapter), process, count)
+            for weight, adapter in zip(self.weights, mixed, strict=True)
+        ]
         curves: Curves = {
             f"{name}, by the weight of the second adapter": (list(self.weights), [row[name] for row in rows])
             for name in rows[0]

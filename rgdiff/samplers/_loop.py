@@ -96,9 +96,7 @@ class Drawing:
     times: Array
 
     def __call__(self, key: Key, batch: int, cond: Cond = None) -> State:
-        carry = self.sampler.init(jax.random.fold_in(key, 0), batch, self.times[0], cond)
-        carry, _ = roll(self.sampler, key, carry, self.times, cond)
-        return self.sampler.final(carry, self.times[-1], cond)[0]
+        return _run(self.sampler, key, self.times, cond, batch, None, None)[0]
 
 
 def drawing(sampler: Sampler, times: Array) -> Drawing:

@@ -30,9 +30,8 @@ def weighed_references(reference: Any, kl_weight: Any) -> tuple[tuple[Denoiser, 
             f"got {len(references)} and {len(weights)}"
         )
     numbers = [checks.positive("kl_weight", weight, zero=True) for weight in weights]
-    return tuple(callable_pytree(one, "a denoiser") for one in references), jnp.stack(
-        numbers
-    ) if numbers else jnp.zeros(0)
+    denoisers = tuple(callable_pytree(one, "a denoiser") for one in references)
+    return denoisers, jnp.stack(numbers) if numbers else jnp.zeros(0)
 
 
 class Plan(NamedTuple):
@@ -118,8 +117,11 @@ class Chain:
                 lambda x: self._move(key, x, t, s, cond, False),
                 x,
             )
-        nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(go, x)[1])
-        y, info = jax.lax.cond(call < end, go, lambda x: (x, nothing), x)
+        if self.early:
+            nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(go, x)[1])
+            y, info = jax.lax.cond(call < end, go, lambda x: (x, nothing), x)
+        else:
+            y, info = go(x)
         return Carry(y, call + 1), info
 
     def final(self, carry: Carry, t: Array, cond: Cond = None) -> tuple[State, Info]:

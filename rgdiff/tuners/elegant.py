@@ -11,12 +11,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from rgdiff.processes import GaussianProcess, InitialProcess, along, initial_law, started_from
+from rgdiff.processes import GaussianProcess, InitialProcess, along, started_from
 from rgdiff.tuners.reward_backprop import RewardBackprop, reward_backprop
 from rgdiff.tuners.value_learning import ValueLearning, value_regression
 from rgdiff.typing import Array, Cond, Denoiser, Model, Params, Process, Reward, State, Value, callable_pytree, pytree
-
-__all__ = ["elegant", "initial_law", "initial_tuner", "initial_value", "standard_normal"]
 
 
 @pytree
@@ -91,7 +89,7 @@ def initial_tuner(
 
     Args:
       model: params -> network whose output is added to the exact denoiser of the prior; begin with one that returns zeros.
-      initial: from `initial_law`.
+      initial: from `processes.initial_law`.
       value: v(x_T, t, cond), from `initial_value`.
       times: of `initial.times(steps)`.
       time: the first time of the main chain, at which the value is taken.

@@ -282,7 +282,6 @@ def ddpo(
             "a policy gradient needs a chain of at least one move: its projection is no draw; use more steps"
         )
     batch, epochs = checks.at_least("batch", batch, 2), checks.at_least("epochs", epochs, 1)
-    minibatches, repeats = checks.at_least("minibatches", minibatches, 1), checks.at_least("repeats", repeats, 1)
     advantage = advantages.leave_one_out() if advantage is None else advantage
     if not callable(advantage) or not hasattr(advantage, "init"):
         raise ValueError(
@@ -290,8 +289,7 @@ def ddpo(
         )
     group = getattr(advantage, "size", 0) or 1
     for name, parts in (("minibatches", minibatches), ("repeats", repeats), ("the advantage's groups", group)):
-        if batch % parts:
-            raise ValueError(f"{name} must divide the batch of {batch}, got {parts}")
+        checks.divides(name, parts, batch)
     if clip is None and epochs * minibatches > 1:
         raise ValueError(
             "several updates a batch need importance ratios: give clip=, e.g. 0.2 (or 1e-4 with per_dim=True)"

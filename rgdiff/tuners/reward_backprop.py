@@ -325,9 +325,8 @@ def reward_backprop(
         checks.law(process, "a score-function gradient")
         if plan is not None or live < calls or renoised:
             raise ValueError("a score-function gradient takes the whole chain: leave out truncation and renoised")
-    batch, micro_batches = checks.at_least("batch", batch, 1), checks.at_least("micro_batches", micro_batches, 1)
-    if batch % micro_batches:
-        raise ValueError(f"micro_batches must divide the batch of {batch}, got {micro_batches}")
+    batch = checks.at_least("batch", batch, 1)
+    micro_batches = checks.divides("micro_batches", micro_batches, batch)
     if gradient == "score_function" and batch // micro_batches < 2:
         raise ValueError("a leave-one-out baseline needs at least 2 samples in every micro-batch")
     return RewardBackprop(

@@ -214,11 +214,8 @@ def _build(
     **options: Any,
 ) -> WeightedRegression:
     batch = checks.at_least("batch", batch, 1)
-    group, repeats = checks.at_least("group", group, 0), checks.at_least("repeats", repeats, 1)
-    minibatches = checks.at_least("minibatches", minibatches, 1)
     for name, parts in (("group", group or 1), ("repeats", repeats), ("minibatches", minibatches)):
-        if batch % parts:
-            raise ValueError(f"{name} must divide the batch of {batch}, got {parts}")
+        checks.divides(name, parts, batch)
     training = pretraining(model, process, optimizer, **options)
     epochs = checks.at_least("epochs", epochs, 1)
     return WeightedRegression(
