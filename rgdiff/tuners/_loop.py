@@ -124,7 +124,9 @@ def draw_rows(key: Key, data: Any, batch: int | None) -> Any:
     return jax.tree.map(lambda leaf: jnp.asarray(leaf)[chosen], data)
 
 
-def _steps(tuner: Tuner, key: Key, state: Any, data: Any, count: int, batch: int | None) -> tuple[Any, Info]:
+def train(tuner: Tuner, key: Key, state: Any, data: Any, count: int, batch: int | None) -> tuple[Any, Info]:
+    """Take `count` steps, inside another program or as `fit`'s; returns the state and infos with one value per step."""
+
     def one(state: Any, _: None) -> tuple[Any, Info]:
         key_batch, key_step = jax.random.split(jax.random.fold_in(key, state.step))
         return tuner.step(key_step, state, draw_rows(key_batch, data, batch))
@@ -135,4 +137,4 @@ def _steps(tuner: Tuner, key: Key, state: Any, data: Any, count: int, batch: int
     return jax.lax.scan(one, state, None, length=count)
 
 
-_advance = jax.jit(_steps, static_argnames=("count", "batch"), donate_argnames=("state",))
+_advance = jax.jit(train, static_argnames=("count", "batch"), donate_argnames=("state",))
