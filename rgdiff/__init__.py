@@ -24,6 +24,7 @@ _MODULES = (
     "runtime",
     "samplers",
     "schedules",
+    "surrogates",
     "tuners",
     "typing",
     "values",

@@ -16,8 +16,9 @@ ROOT = Path(rgdiff.__file__).parent
 # DESIGN.md, section 3: a module imports only from rows above its own (or its own package). `checks` stands beside
 # `typing`; `metrics` is a leaf that only domains and the command line use.
 ORDER = [
-    {"typing", "checks"}, {"keys"}, {"kernels"}, {"schedules"}, {"processes"}, {"denoisers"}, {"values", "rewards"}, {"guides"},
-    {"resampling"}, {"samplers"}, {"tuners"}, {"nets"}, {"metrics"}, {"domains"}, {"runtime"}, {"cli"}, {"__main__"},
+    {"typing", "checks"}, {"keys"}, {"kernels"}, {"schedules"}, {"processes"}, {"denoisers"}, {"policies"}, {"values", "rewards"}, {"guides"},
+    {"resampling"}, {"samplers"}, {"tuners"}, {"surrogates"}, {"nets"}, {"metrics"}, {"domains"}, {"runtime"}, {"cli"},
+    {"__main__"},
 ]  # fmt: skip
 RANK = {name: i for i, row in enumerate(ORDER) for name in row}
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py") if "__pycache__" not in path.parts)
