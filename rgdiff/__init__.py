@@ -18,6 +18,7 @@ _MODULES = (
     "kernels",
     "metrics",
     "nets",
+    "policies",
     "processes",
     "resampling",
     "rewards",

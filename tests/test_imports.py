@@ -17,7 +17,7 @@ ROOT = Path(rgdiff.__file__).parent
 # `typing`; `metrics` is a leaf that only domains and the command line use.
 ORDER = [
     {"typing", "checks"}, {"keys"}, {"kernels"}, {"schedules"}, {"processes"}, {"denoisers"}, {"policies"}, {"values", "rewards"}, {"guides"},
-    {"resampling"}, {"samplers"}, {"tuners"}, {"surrogates"}, {"nets"}, {"metrics"}, {"domains"}, {"runtime"}, {"cli"},
+    {"resampling"}, {"samplers"}, {"tuners"}, {"surrogates"}, {"seiko"}, {"nets"}, {"metrics"}, {"domains"}, {"runtime"}, {"cli"},
     {"__main__"},
 ]  # fmt: skip
 RANK = {name: i for i, row in enumerate(ORDER) for name in row}

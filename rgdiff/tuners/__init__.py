@@ -5,6 +5,8 @@ from rgdiff.tuners._loop import TrainState, fit, start, update
 from rgdiff.tuners.diagnostics import gradient_statistics
 from rgdiff.tuners.draft import alignprop, alignprop_subset, draft, draft_k, draft_lv, draft_plus, drtune, refl
 from rgdiff.tuners.drakes import drakes, drakes_published
+from rgdiff.tuners.dxdp import dxdp, sigmoid_time_cost
+from rgdiff.tuners.dxmi import dxmi, dxmi_released
 from rgdiff.tuners.elegant import elegant, initial_tuner, initial_value, standard_normal
 from rgdiff.tuners.ema import ema_update
 from rgdiff.tuners.gradient_guidance import GuidanceState, gradient_guidance
@@ -37,6 +39,9 @@ __all__ = [
     "drakes",
     "drakes_published",
     "drtune",
+    "dxdp",
+    "dxmi",
+    "dxmi_released",
     "early_stopping",
     "elegant",
     "ema_update",
@@ -54,6 +59,7 @@ __all__ = [
     "reward_weighted",
     "rollouts",
     "sft_pg",
+    "sigmoid_time_cost",
     "standard_normal",
     "start",
     "temporal_difference",

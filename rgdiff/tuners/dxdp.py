@@ -1,0 +1,171 @@
+"""DxDP, diffusion by dynamic programming: a few-step sampler tuned to a known reward without backprop through time.
+
+The engine is `_max_ent`; here are its options with their meaning, which `dxmi` shares, and the costs of time.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rgdiff import checks
+from rgdiff.tuners._max_ent import SWEEPS, MaximumEntropy, Rates
+from rgdiff.typing import Array, Process, Reward, callable_pytree
+
+
+@functools.cache
+def adam(b1: float = 0.9, b2: float = 0.999) -> Any:
+    """Adam without its learning rate, which is a number of the tuner: changing it does not compile again."""
+    import optax
+
+    return optax.scale_by_adam(b1, b2)
+
+
+def sigmoid_time_cost(steps: int, scale: float = 1.0) -> Array:
+    """The released cost of move i of T: scale [sig(T // 2 - i) - sig(T // 2 - i - 1)], about `scale` in all. [T]"""
+    i = checks.at_least("steps", steps, 1) // 2 - jnp.arange(steps)
+    return scale * (jax.nn.sigmoid(i * 1.0) - jax.nn.sigmoid(i - 1.0))
+
+
+def settings(
+    model: Any,
+    process: Process,
+    value: Any,
+    times: Array | None = None,
+    *,
+    batch: int = 256,
+    tau: float = 0.05,
+    velocity_tau: float | None = None,
+    rate: float = 1e-3,
+    sigma_rate: float | None = None,
+    value_rate: float | None = None,
+    energy_rate: float | None = None,
+    decay_steps: float = float("inf"),
+    warmup: int = 0,
+    clip: float = 0.1,
+    time_cost: float | Array = 0.0,
+    velocity_decay: float = 0.99,
+    speed: Array | None = None,
+    sweep: str = "gauss_seidel",
+    sweeps: int = 1,
+    expectation: str = "exact",
+    resample: bool = True,
+    regularized_values: bool = True,
+    timeless: bool = False,
+    every_move: bool = False,
+    ema_decay: float | None = 0.999,
+    target_decay: float | None = None,
+    limit: float = 10.0,
+    optimizer: Any = None,
+) -> dict[str, Any]:
+    """Check the options of `dxdp`, which says what they are, and return the fields of the engine."""
+    checks.law(process, "maximum-entropy policy improvement")
+    if process.projects:
+        raise ValueError(
+            "a chain that ends with a projection has no law of its last state; "
+            "make it a few-step process: policies.few_step(policies.levels(process.schedule, T), process.shape)"
+        )
+    grid = checks.times(process.times() if times is None else times, process)  # type: ignore[call-arg]
+    moves = grid.shape[0] - 1
+    costs = jnp.asarray(time_cost, jnp.float32)
+    if costs.shape not in ((), (moves,)):
+        raise ValueError(f"time_cost is one number or one per move, [{moves}], got shape {list(costs.shape)}")
+    if speed is not None:
+        checks.shape("speed", speed, (moves,))
+        speed = checks.positive("speed", speed)
+    checks.one_of("expectation", expectation, ("exact", "sampled"))
+    number = lambda name, given, default: checks.positive(name, default if given is None else given, zero=True)  # noqa: E731
+    decay = jnp.asarray(decay_steps, jnp.float32)
+    return {
+        "model": callable_pytree(model, "model (params -> denoiser)"),
+        "process": process,
+        "value": callable_pytree(value, "value (params -> cost to go)"),
+        "times": grid,
+        "tau": checks.positive("tau", tau, zero=True),
+        "velocity_tau": number("velocity_tau", velocity_tau, tau),
+        "time_cost": jnp.broadcast_to(costs, (moves,)),
+        "rates": Rates(
+            number("rate", rate, 0.0),
+            number("sigma_rate", sigma_rate, rate),
+            number("value_rate", value_rate, rate),
+            number("energy_rate", energy_rate, rate if value_rate is None else value_rate),
+        ),
+        "decay_steps": decay,
+        "warmup": checks.positive("warmup", warmup, zero=True),
+        "clip": checks.positive("clip", clip),
+        "velocity_decay": checks.positive("velocity_decay", velocity_decay, zero=True),
+        "speed": speed,
+        "ema_decay": None if ema_decay is None else checks.positive("ema_decay", ema_decay, zero=True),
+        "target_decay": None if target_decay is None else checks.positive("target_decay", target_decay, zero=True),
+        "limit": checks.positive("limit", limit),
+        "optimizer": adam() if optimizer is None else optimizer,
+        "batch": checks.at_least("batch", batch, 1),
+        "sweep": checks.one_of("sweep", sweep, SWEEPS),
+        "sweeps": checks.at_least("sweeps", sweeps, 1),
+        "exact": expectation == "exact",
+        "resample": bool(resample),
+        "regularized_values": bool(regularized_values),
+        "timeless": bool(timeless),
+        "every_move": bool(every_move),
+    }
+
+
+def dxdp(
+    model: Any, process: Process, reward: Reward, value: Any, times: Array | None = None, **options: Any
+) -> MaximumEntropy:
+    """Tune a few-step sampler to p(x) proportional to exp(r(x) / tau) by dynamic programming (arXiv 2407.00626, algorithm 1).
+
+    With the auxiliary law N(x_t, s_t^2) of x_t given x_{t+1}, the costs to go obey the soft Bellman equation
+
+        V_T = -r,   V_t(x) = min over pi of E[V_{t+1}(y) + tau (log pi(y | x) + |y - x|^2 / 2 s_t^2 + D/2 log 2 pi s_t^2)],
+
+    y ~ pi(. | x), t counting moves. An iteration draws chains; s_t^2 follows their mean squared move per dimension
+    (adaptive velocity: at rest the quadratic cost is tau/2 per dimension); every V_t takes one step towards the
+    right-hand side of the present policy; and the policy one down its gradient, through one move and V_{t+1} alone.
+
+    Args:
+      model: params -> denoiser of `process`: a `policies.policy`, or any model whose kernels are Gaussian.
+      process: a law at every step and none projected: from `policies.few_step`.
+      reward: (x0, cond) -> [B], differentiable, known.
+      value: params -> V (x, t, cond) -> [B], a cost in the reward's unit: `lambda p: from_linen(nets.ValueMLP(), p)`. It is
+        not asked at t = 0, where minus the reward is the cost.
+      times: the grid of moves, `process.times()` by default.
+      batch: B, chains an iteration.
+      tau: reward's unit per nat, for a whole example. All terms of the bound are kept, so that E V at the first time is an
+        upper bound of -tau log of the integral of exp(r / tau), up to the prior's entropy.
+      velocity_tau: of the quadratic part, tau by default.
+      rate, sigma_rate, value_rate, energy_rate: of Adam for the policy's network, its log sigma, V and a separate energy;
+        the first by default. They decay as a cosine to 0 at `decay_steps`.
+      warmup: iterations in which the policy stands still. A pre-trained one needs it: V knows nothing at first.
+      clip: largest norm of the policy's gradient.
+      time_cost: per move, or `sigmoid_time_cost(T)`; added to the targets of V.
+      velocity_decay: of s_t^2. speed: its first values [T]; by default those of 4,096 chains.
+      sweep: `gauss_seidel`, T steps of Adam from data to noise, each target with the values just learnt; or `jacobi`, one
+        step for all moves with targets of the old values. sweeps: how many of them an iteration.
+      expectation: `exact` takes the noise's out of |y - x|^2 in closed form, `sampled` does not.
+      resample: targets at fresh draws of y, not at the chain's own.
+      regularized_values: targets with the costs of steps; without, V_t is the expected end, as released.
+      timeless: V is asked at t = 0 throughout: one function of x.
+      every_move: the policy learns from all T B transitions, not from one move of each chain, moves in equal shares.
+      ema_decay: of averaged parameters (`state.best`), or None. target_decay: targets of V from an average; None: from V itself.
+      limit: an iteration in which a speed s_t exceeds `limit` times its first, or anything is not finite, is undone, and counted
+        (info `skipped`, `diverged`); `runtime.Run.fit` stops after 20 of them and keeps what was good.
+      optimizer: an Optax scaling of gradients without a rate; `adam()`.
+
+    Returns:
+      A tuner for `fit`; parameters are {"policy": ..., "value": ...}. `tuner.model(params["policy"])` is the denoiser to sample
+      with, `tuner.togo(params)` the cost to go; `state.extra.speed` is s_t^2.
+
+    Raises:
+      ValueError: for eta = 0, a process that projects, or options out of range.
+
+    Note:
+      Released code means both regularisers per dimension: its tau is D times ours. It draws B of the T B transitions at
+      random; one move of each chain has the same law of one transition, and independent ones.
+    """
+    return MaximumEntropy(
+        reward=callable_pytree(reward, "a reward"), **settings(model, process, value, times, **options)
+    )
