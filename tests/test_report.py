@@ -12,7 +12,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from rgdiff.runtime.report import Grid, Plot, Report, Series, plot_rows, png, render, write_report
+from rgdiff.runtime.report import Grid, Histogram, Plot, Report, Series, plot_rows, png, render, write_report
 
 EVIL = '<script>alert("x")</script> & "q"'
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -182,3 +182,14 @@ def test_empty_report_has_no_empty_sections():
 def test_wrong_shapes_are_refused(report, message):
     with pytest.raises(ValueError, match=message):
         render(report)
+
+
+def test_histograms_of_several_samples_and_laws():
+    """The legend has every name once, NaN is left out, and a law that does not fit is refused."""
+    values = {"one": np.array([0.5, 0.5, 1.5, np.nan]), "two": np.array([1.5, 1.5])}
+    laws = {"law": (np.array([0.5, 1.5]), np.array([0.25, 0.75])), "other": (np.array([0.5]), np.array([1.0]))}
+    page = render(Report("r", plots=[Histogram("h", values, laws, "x0", np.array([0.0, 1.0, 2.0]))]))
+    for name in ("one", "two", "law", "other", "x0"):
+        assert page.count(f">{name}</text>") == 1
+    with pytest.raises(ValueError, match="2 exact values with 1 probabilities"):
+        render(Report("r", plots=[Histogram("h", values, {"law": ([0.5, 1.5], [1.0])})]))

@@ -30,6 +30,7 @@ CONSTRUCTORS = tuple(  # modules whose public classes and functions a recipe may
         "runtime.tuning",
         "runtime.values",
         "runtime.gradient_guidance",
+        "runtime.elegant",
     )
 )
 GROUPS = ("domain", "method", "prior", "reward", "value")

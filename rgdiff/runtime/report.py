@@ -62,19 +62,22 @@ class Plot:
 
     title: str
     series: Sequence[Series]
-    xlabel: str = "step"
+    xlabel: str = ""
     ylabel: str = ""
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """How values are distributed, and optionally the exact law beside them: (values, probabilities). NaN is left out."""
+    """How values are distributed, and optionally the exact law beside them: (values, probabilities). NaN is left out.
+
+    Several samples, or several laws, are given by name. `bins` is their number, or their edges.
+    """
 
     title: str
     values: Any
-    exact: tuple[Any, Any] | None = None
+    exact: Any = None
     xlabel: str = "reward"
-    bins: int = 40
+    bins: Any = 40
 
 
 @dataclass(frozen=True)
@@ -306,21 +309,30 @@ def _lines(axes: Any, plot: Plot) -> None:
 
 
 def _bars(axes: Any, plot: Histogram) -> None:
-    values = np.asarray(plot.values, np.float64)
-    values = values[np.isfinite(values)]
-    laws = {"samples": (values, np.full(len(values), 1 / max(len(values), 1)))}
-    if plot.exact is not None:
-        exact, probabilities = (np.asarray(part, np.float64) for part in plot.exact)
-        if exact.shape != probabilities.shape:
+    samples = plot.values if isinstance(plot.values, Mapping) else {"samples": plot.values}
+    exact = plot.exact if isinstance(plot.exact, Mapping) else {} if plot.exact is None else {"exact law": plot.exact}
+    laws: dict[str, Any] = {k: (v, np.full(len(v), 1 / max(np.isfinite(v).sum(), 1))) for k, v in samples.items()}
+    laws.update(exact)
+    finite = {}
+    for name, law in laws.items():
+        values, probabilities = (np.asarray(part, np.float64) for part in law)
+        if values.shape != probabilities.shape:
             raise ValueError(
-                f"histogram {plot.title!r}: {len(exact)} exact values with {len(probabilities)} probabilities"
+                f"histogram {plot.title!r}: {len(values)} exact values with {len(probabilities)} probabilities"
             )
-        some = np.isfinite(exact)
-        laws["exact law"] = exact[some], probabilities[some]
-    edges = np.histogram_bin_edges(np.concatenate([v for v, _ in laws.values()]), plot.bins)
-    for index, (name, (v, weights)) in enumerate(laws.items()):
-        share = np.histogram(v, edges, weights=weights)[0]
-        axes.stairs(share, edges, fill=not index, color=_COLORS[index], alpha=1 if index else 0.45, label=name)
+        some = np.isfinite(values)
+        finite[name] = values[some], probabilities[some]
+    edges = np.histogram_bin_edges(np.concatenate([v for v, _ in finite.values()]), plot.bins)
+    for index, (name, (v, weights)) in enumerate(finite.items()):
+        share, known = np.histogram(v, edges, weights=weights)[0], index - len(samples)
+        look: dict[str, Any] = {
+            "fill": not index,
+            "color": _COLORS[index % len(_COLORS)],
+            "alpha": 1 if index else 0.45,
+        }
+        if known >= 0 and len(laws) > 2:  # thin lines of ink over several samples
+            look |= {"color": _INK, "linestyle": ("-", "--", ":")[known % 3], "linewidth": 0.9}
+        axes.stairs(share, edges, label=name, **look)
     axes.set_xlabel(plot.xlabel)
     axes.set_ylabel("share")
     axes.legend(frameon=False)

@@ -41,7 +41,11 @@ GRADIENTS = {
 }
 ONLINE = {name: getattr(tuners, name) for name in ("ddpo", "dpok", "reward_weighted", "filtered")}
 SETTINGS = GRADIENTS | ONLINE
-SHOWN = {"reward": "reward while tuning", "heldout": "held-out reward while tuning", "kl": "path KL while tuning"}
+SHOWN = {
+    "reward": "reward, by step of tuning",
+    "heldout": "held-out reward, by step of tuning",
+    "kl": "path KL, by step of tuning",
+}
 
 
 def path_kl(run: Run, phase: str, prior: Prior, tuned: Any, count: int) -> float:
@@ -190,7 +194,7 @@ class FineTuning:
             tuning_network_calls=len(rows) * self.batch * tuner.network_calls(),
             curves=curves,
             figures=figures,
-            temperature=self.kl_weight if self.eta is None else None,
+            temperature=self.kl_weight,
         )
 
     def start(self, run: Run, phase: str, prior: Prior) -> Params:
