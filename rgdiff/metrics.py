@@ -1,4 +1,4 @@
-"""Numbers about samples: distances between feature sets, coverage, diversity, accuracy, reward summaries; of sequences, k-mers.
+"""Numbers about samples: distances between sets, coverage, diversity, accuracy, AUROC, reward summaries; of sequences, k-mers.
 
 Everything is computed on the host in float64 from arrays whose first axis counts examples, and says how many of them
 were left out. Which features to take (raw pixels, a classifier's penultimate layer) is left to the caller.
@@ -79,6 +79,54 @@ def precision_recall(real: Any, fake: Any, k: int = 3) -> PrecisionRecall:
     precision = (across <= radius_real[:, None]).any(0).mean()
     recall = (across <= radius_fake[None, :]).any(1).mean()
     return PrecisionRecall(float(precision), float(recall))
+
+
+def sliced_wasserstein(a: Any, b: Any, projections: int = 1000, seed: int = 0) -> float:
+    """Compute the sliced 2-Wasserstein distance of two sets of examples.
+
+    d^2 = mean over random unit directions u of int_0^1 (F_a^-1(q) - F_b^-1(q))^2 dq, F the laws of u . x; each integral exact.
+
+    Args:
+      a, b: examples [N, ...], trailing axes flattened to D; N may differ, D may not.
+      projections: number of directions, the same for every call with one seed.
+
+    Raises:
+      ValueError: for no projection, differing D, or values that are not finite.
+
+    Note: of finite samples it is biased upwards: two sets of 10,000 points of one law of spread 3 are about .05 apart.
+    """
+    a, b = _features(a, "a", 1), _features(b, "b", 1)
+    if a.shape[1] != b.shape[1] or projections < 1:
+        raise ValueError(
+            f"expected examples of one size and at least one projection, got {a.shape[1]} and {b.shape[1]} dimensions, {projections} projections"
+        )
+    n, m = len(a), len(b)
+    levels = np.union1d(np.arange(1, n + 1) * m, np.arange(1, m + 1) * n)  # of the quantiles, in units of 1 / (n m)
+    weights, of_a, of_b = np.diff(levels, prepend=0) / (n * m), (levels - 1) // m, (levels - 1) // n
+    directions = np.random.default_rng(seed).normal(size=(projections, a.shape[1]))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    total = 0.0
+    for u in directions:
+        total += weights @ (np.sort(a @ u)[of_a] - np.sort(b @ u)[of_b]) ** 2
+    return float(np.sqrt(total / projections))
+
+
+def auroc(positive: Any, negative: Any) -> float:
+    """Compute the area under the ROC curve: how often a positive's score exceeds a negative's, ties counting half.
+
+    Args:
+      positive, negative: scores [N] and [M]; higher means positive. Infinite ones compare as usual.
+
+    Raises:
+      ValueError: for an empty set, or for NaN.
+    """
+    positive, negative = np.asarray(positive, np.float64).ravel(), np.sort(np.asarray(negative, np.float64).ravel())
+    if not len(positive) or not len(negative) or np.isnan(positive).any() or np.isnan(negative).any():
+        raise ValueError(
+            f"expected scores without NaN on both sides, got {len(positive)} positive and {len(negative)} negative ones"
+        )
+    below = sum(np.searchsorted(negative, positive, side).sum() for side in ("left", "right"))
+    return float(below / (2 * len(positive) * len(negative)))
 
 
 def diversity(x: Any) -> float:

@@ -1,0 +1,147 @@
+"""Tasks on the plane, and their judge: what `reward/*.yaml` name, and how samples are measured and shown.
+
+Samples stand beside fresh data of the domain: sliced Wasserstein-2 distance, mean log density, pictures as densities of
+points. A method may hand over pictures of its own, maps of functions on the plane (`field`), in `outcome.pictures`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rgdiff import checks, metrics
+from rgdiff.domains.judging import Judge
+from rgdiff.domains.planar import EXTENT, Curve, PlanarDomain, feasible
+from rgdiff.rewards import Task
+from rgdiff.typing import Array, Cond, Key, pytree
+
+PIXELS = 240  # of a picture's side
+HALF = 1.15 * EXTENT  # of the square that a picture shows
+COLORS = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]], np.float64)  # viridis
+_log_prob = jax.jit(lambda law, x: law.log_prob(x))
+
+
+@pytree
+class LogDensity:
+    """r(x) = log p(x) of a law, nats: with temperature 1 a sampler of exp(r) draws from the law."""
+
+    law: Any
+
+    def __call__(self, x0: Array, cond: Cond = None) -> Array:
+        return self.law.log_prob(x0)
+
+
+@pytree
+class Direction:
+    """r(x) = slope * u . x, u = (cos angle, sin angle)."""
+
+    angle: Array
+    slope: Array
+
+    def __call__(self, x0: Array, cond: Cond = None) -> Array:
+        return self.slope * (x0[..., 0] * jnp.cos(self.angle) + x0[..., 1] * jnp.sin(self.angle))
+
+
+class PlanarJudge(Judge):
+    """Measures samples of a planar domain against as many fresh points of its law."""
+
+    def __init__(self, domain: PlanarDomain, key: Key):
+        super().__init__(domain.shape)
+        self.domain = domain
+        self._key = key
+        self._maps: dict[str, np.ndarray] = {}
+
+    def fresh(self, count: int, again: int = 0) -> np.ndarray:
+        """Draw data [count, 2] that nothing was trained on."""
+        return np.asarray(self.domain.data(jax.random.fold_in(self._key, again), count))
+
+    def row(self, outcome: Any, task: Task, prior: Any = None) -> dict[str, Any]:
+        """Return the figures of one method: distance to the data, log density, rewards, cost; and keep its pictures."""
+        x0 = np.asarray(outcome.x0)
+        finite = x0[np.isfinite(x0).all(-1)]
+        self._maps |= getattr(outcome, "pictures", {})
+        row: dict[str, Any] = {"not_finite": len(x0) - len(finite)}
+        if len(finite):
+            row["sliced_w2"] = metrics.sliced_wasserstein(self.fresh(len(x0)), finite)
+            density = np.asarray(_log_prob(self.domain.law, jnp.asarray(finite)))
+            row["log_density"] = float(density.mean()) if np.isfinite(density).all() else float("nan")
+            row["in_support"] = float(np.mean(np.isfinite(density)))
+            if isinstance(self.domain.law, Curve):
+                row["off_curve"] = float(jnp.mean(self.domain.law.distance(jnp.asarray(finite))))
+        return row | self.reward_figures(x0, task) | self.costs(outcome)
+
+    def pictures(self, samples: Mapping[str, np.ndarray], task: Task) -> list[tuple[str, np.ndarray, Any]]:
+        """Return the data and every method's samples as densities of points, then the maps that methods handed over."""
+        shown = {f"data: {self.domain.name}": self.fresh(max(len(x0) for x0 in samples.values())), **samples}
+        points = [(name, dots(x0)[None], None) for name, x0 in shown.items()]
+        return points + [(name, images, None) for name, images in self._maps.items()]
+
+    def histograms(self, outcomes: Mapping[str, Any], task: Task, prior: Any) -> list[tuple[str, np.ndarray, Any]]:
+        return []
+
+    def notes(self, task: Task) -> list[str]:
+        """Return what a reader of the report should know."""
+        floor = metrics.sliced_wasserstein(self.fresh(10_000, 1), self.fresh(10_000, 2))
+        return [
+            "sliced_w2: sliced 2-Wasserstein distance to as many fresh points of the data, 1,000 projections; it does not "
+            f"reach 0: two sets of 10,000 points of the data themselves are {floor:.3f} apart (one draw). log_density: mean of log "
+            "p(x) over samples, nats; in_support: share of samples where p(x) > 0.",
+            f"Pictures: the square [-{HALF:.1f}, {HALF:.1f}]^2, the second coordinate upwards.",
+        ]
+
+
+def dots(x: np.ndarray) -> np.ndarray:
+    """Draw points [N, 2] as a gray picture [PIXELS, PIXELS, 1], darker where they are denser."""
+    x = np.asarray(x, np.float64)
+    edges = np.linspace(-HALF, HALF, PIXELS + 1)
+    x = x[np.isfinite(x).all(-1)]
+    counts = np.histogram2d(x[:, 0], x[:, 1], [edges, edges])[0].T[::-1]
+    ink = np.sqrt(counts / max(counts.max(), 1.0))
+    return np.rint(255 * (1 - ink)).astype(np.uint8)[..., None]
+
+
+def field(function: Callable[[Array], Array], low: float = 0.0, high: float = 0.9) -> np.ndarray:
+    """Draw a function [N, 2] -> [N] as a picture [PIXELS, PIXELS, 3]: its quantile `low` is dark, its quantile `high` is yellow."""
+    side = (np.arange(PIXELS) + 0.5) / PIXELS * 2 * HALF - HALF
+    x, y = np.meshgrid(side, side[::-1])
+    values = np.asarray(function(jnp.asarray(np.stack([x, y], -1).reshape(-1, 2), jnp.float32)), np.float64)
+    finite = values[np.isfinite(values)]
+    bottom, top = np.quantile(finite, [low, high]) if len(finite) else (0.0, 1.0)
+    level = np.clip(
+        (np.nan_to_num(values, nan=top, posinf=top, neginf=bottom) - bottom) / max(top - bottom, 1e-12), 0, 1
+    )
+    anchors = np.linspace(0, 1, len(COLORS))
+    rgb = np.stack([np.interp(level, anchors, COLORS[:, c]) for c in range(3)], -1)
+    return np.rint(rgb).astype(np.uint8).reshape(PIXELS, PIXELS, 3)
+
+
+def _plane(domain: Any, name: str) -> PlanarDomain:
+    if not isinstance(domain, PlanarDomain):
+        raise ValueError(f"reward={name} is for points in the plane; choose domain=planar or domain=curve")
+    return domain
+
+
+def log_density(domain: PlanarDomain) -> Task:
+    """Make the task log p(x) of the domain's own law: a sampler trained by it needs no data."""
+    reward = LogDensity(_plane(domain, "log_density").law)
+    return Task(reward, reward)
+
+
+def direction(domain: PlanarDomain, angle: float = 0.0, slope: float = 1.0) -> Task:
+    """Make the task slope * u . x; angle of u in radians."""
+    _plane(domain, "direction")
+    reward = Direction(jnp.float32(angle), checks.positive("slope", slope))
+    return Task(reward, reward)
+
+
+def leaving(domain: PlanarDomain, angle: float = 0.0, slope: float = 1.0, limit: float = 0.3) -> Task:
+    """Make the task slope * u . x of points within `limit` of a curve, infeasible (NaN) beyond; reported with the distance to it."""
+    law = _plane(domain, "leaving").law
+    if not isinstance(law, Curve):
+        raise ValueError("reward=leaving bounds a reward to the neighbourhood of a curve; choose domain=curve")
+    reward = feasible(Direction(jnp.float32(angle), checks.positive("slope", slope)), law, limit)
+    return Task(reward, reward, measure=lambda x0: {"off_curve": jnp.mean(law.distance(x0))})
