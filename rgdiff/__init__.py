@@ -25,6 +25,7 @@ _MODULES = (
     "runtime",
     "samplers",
     "schedules",
+    "seiko",
     "surrogates",
     "tuners",
     "typing",

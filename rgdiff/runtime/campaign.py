@@ -1,0 +1,297 @@
+"""Campaigns: rounds of queries whose answers come from outside, kept on disk between `ask` and `tell`.
+
+The laboratory may take a week and another process may go on: queries are on disk before anybody sees them, answers as
+soon as they are told, the model after every round. A query is a row of the observations and has its number for ever, so
+that no answer is counted twice, whatever order answers come in.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import math
+import os
+import zipfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rgdiff import checks, samplers
+from rgdiff.runtime.checkpoint import Checkpoints
+from rgdiff.runtime.folder import RunFolder, write_atomic
+from rgdiff.runtime.run import Run
+from rgdiff.seiko import Queries, Rounds, RoundState, Seiko
+from rgdiff.surrogates import Observations
+from rgdiff.typing import Params, State
+
+EMPTY, ANSWERED, INFEASIBLE = 0, 1, 2  # the status of an observation
+
+
+class Batch(NamedTuple):
+    """Queries that wait for an answer: their numbers [B] and samples x0, NumPy [B, ...]."""
+
+    ids: np.ndarray
+    x0: State
+
+
+class Campaign:
+    """Rounds of `ask` and `tell` of one method, in a folder of its own.
+
+    Args:
+      run: whose folder, seed, log and checkpoints it uses; `open_campaign` makes one for a plain script.
+      name: of the campaign within the run.
+      method: from `seiko.seiko` or `seiko.steered`; its capacity must hold all queries.
+      params: that the first round starts with.
+      queries: of every round.
+      steps: of tuning a round.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        name: str,
+        method: Rounds,
+        params: Params,
+        queries: Sequence[int],
+        *,
+        steps: int = 100,
+        chunk: int = 25,
+    ):
+        self.queries = [checks.at_least("queries", count, 1) for count in queries]
+        if sum(self.queries) > method.capacity:
+            raise ValueError(
+                f"{sum(self.queries)} queries need capacity={sum(self.queries)}, the method has {method.capacity}"
+            )
+        self.run, self.name, self.method = run, name, method
+        self.steps, self._chunk = checks.at_least("steps", steps, 1), chunk
+        self._folder = run.folder.path / "campaigns" / name
+        self._checkpoints = Checkpoints(self._folder / "rounds")
+        self.state: RoundState = method.init(params)
+        if self._checkpoints.latest() is not None:
+            self.state = self._checkpoints.restore(self.state)[0]
+
+    @property
+    def round(self) -> int:
+        """Rounds that are finished."""
+        return int(self.state.step)
+
+    @property
+    def done(self) -> bool:
+        """Whether all rounds are answered; the last is finished if need be."""
+        self._finish()
+        return self.round == len(self.queries)
+
+    def ask(self) -> Batch:
+        """Return the queries of this round that have no answer yet: the same ones until they are told or skipped.
+
+        When the round before is answered, it is finished first: refit and tuning, with progress and checkpoints.
+        """
+        self._finish()
+        if self.round == len(self.queries):
+            raise ValueError(f"{self.name}: all {len(self.queries)} rounds are done; sample from the campaign")
+        ids, x0 = self._queries(self.round)
+        waiting = np.array([i not in self._answers(self.round) for i in ids])
+        return Batch(ids[waiting], jax.tree.map(lambda leaf: leaf[waiting], x0))
+
+    def tell(self, ids: Iterable[int], values: Iterable[float]) -> None:
+        """Take answers in, in any order and in any number; they are on disk when this returns.
+
+        Args:
+          ids: numbers of queries that were asked, in this round or skipped in an earlier one.
+          values: one for each, in the reward's unit; NaN marks an infeasible query.
+
+        Raises:
+          ValueError: for a query that was never asked, a value that is no number or infinite, lengths that differ, or
+            another answer than one given before (the same once more is no error). Then nothing is taken in.
+        """
+        ids, values = list(ids), list(values)
+        if len(ids) != len(values):
+            raise ValueError(f"tell expects one value for each query, got {len(values)} for {len(ids)}")
+        new: dict[int, dict[int, float]] = {}
+        for one, value in zip(ids, values, strict=True):
+            number, value = self._number(one), self._value(one, value)
+            where = self._round_of(number)
+            known = self._answers(where) | new.get(where, {})
+            before = known.get(number)
+            if before is not None and not _same(before, value):
+                raise ValueError(f"query {number} was answered {before:g} before, now {value:g}; nothing was taken in")
+            if before is None:
+                new.setdefault(where, {})[number] = value
+        for where, answers in new.items():
+            self._write(where, self._answers(where) | answers)
+
+    def skip(self, ids: Iterable[int] | None = None) -> None:
+        """Give queries of this round up, all that wait by default; an answer that comes later still counts from then on."""
+        waiting = self.ask().ids
+        ids = waiting if ids is None else [self._number(one) for one in ids]
+        if unknown := sorted(set(map(int, ids)) - set(map(int, waiting))):
+            raise ValueError(f"query {unknown[0]} does not wait for an answer; {len(waiting)} of this round do")
+        self._write(self.round, self._answers(self.round) | {int(one): None for one in ids})
+
+    @property
+    def sampler(self) -> Any:
+        """The sampler of the current model."""
+        return self.method.sampler(self.state)
+
+    def sample(self, count: int, seed: int = 0) -> State:
+        """Draw samples of the current model; they are no queries."""
+        key = jax.random.fold_in(self.run.key(f"{self.name}_samples_{self.round}"), seed)
+        return samplers.sample(self.sampler, key, count, self.method.times).x0
+
+    def history(self) -> list[tuple[State, np.ndarray]]:
+        """Return queries x0 [B, ...] and rewards [B] of every round asked so far; NaN where infeasible or not answered."""
+        out = []
+        for where in range(len(self.queries)):
+            if self._path(where, "queries.npz").exists():
+                ids, x0 = self._queries(where)
+                out.append((x0, self._rewards(where, ids)))
+        return out
+
+    def _finish(self) -> None:
+        """Finish the round under way if all its queries are answered or given up."""
+        where = self.round
+        if where == len(self.queries) or not self._path(where, "queries.npz").exists():
+            return
+        ids, x0 = self._queries(where)
+        answers = self._answers(where)
+        if any(i not in answers for i in ids):
+            return
+        answered = np.array([answers[i] is not None for i in ids])
+        state, info = self.state, {}
+        if answered.any():
+            told = Queries(jax.tree.map(lambda leaf: jnp.asarray(leaf[answered]), x0))
+            info = jax.device_get(_figures(self.method, state, told, jnp.asarray(self._rewards(where, ids)[answered])))
+        state = state._replace(observations=self._observations(), asked=jnp.int32(sum(self.queries[: where + 1])))
+        state = _refit(self.method, self.run.key(f"{self.name}_refit_{where}"), state)
+        if isinstance(self.method, Seiko):
+            phase = f"{self.name}_round_{where + 1}"
+            tuner, key = self.method.tuner(state), self.run.key(phase)
+            tuned = self.run.fit(phase, tuner, key, state.params, self.steps, chunk=self._chunk)
+            state = state._replace(params=tuned.best, skipped=state.skipped + tuned.skipped)
+        self.state = state._replace(step=state.step + 1)
+        self.run.log.rewind(self.name, where)
+        self.run.log.write(self.name, where, {"queries": int(answered.sum())} | info)
+        self._checkpoints.save(self.round, self.state)
+        self._checkpoints.wait()
+
+    def _observations(self) -> Observations:
+        """All answers told so far, each in the row of its number."""
+        blank = jax.device_get(self.state.observations)
+        x0, y, status = jax.tree.map(np.array, blank.x0), np.array(blank.y), np.array(blank.status)
+        for where in range(self.round + 1):
+            ids, asked = self._queries(where)
+            rewards, answers = self._rewards(where, ids), self._answers(where)
+            jax.tree.map(lambda leaf, rows: leaf.__setitem__(ids, rows), x0, asked)  # noqa: B023
+            y[ids] = np.nan_to_num(rewards)
+            told = np.array([answers[i] is not None for i in ids])
+            status[ids] = np.where(told, np.where(np.isnan(rewards), INFEASIBLE, ANSWERED), EMPTY)
+        return Observations(jax.tree.map(jnp.asarray, x0), jnp.asarray(y), jnp.asarray(status))
+
+    def _queries(self, where: int) -> tuple[np.ndarray, State]:
+        """The queries of a round, from disk, drawn and written the first time."""
+        path, first = self._path(where, "queries.npz"), sum(self.queries[:where])
+        ids = np.arange(first, first + self.queries[where])
+        if not path.exists():
+            key = self.run.key(f"{self.name}_ask_{where}")
+            x0 = jax.device_get(_ask(self.method, key, self.state, self.queries[where]).x0)
+            arrays, buffer = [np.asarray(leaf) for leaf in jax.tree.leaves(x0)], io.BytesIO()
+            np.savez_compressed(buffer, allow_pickle=False, **{f"leaf_{i}": leaf for i, leaf in enumerate(arrays)})
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, buffer.getvalue())
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                leaves = [stored[f"leaf_{i}"] for i in range(len(stored.files))]
+            return ids, jax.tree.unflatten(jax.tree.structure(self.state.observations.x0), leaves)
+        except (ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is damaged ({error}); restore it from a copy, its answers belong to it") from None
+
+    def _answers(self, where: int) -> dict[int, float | None]:
+        """Answers of a round by number: NaN infeasible, None given up."""
+        path = self._path(where, "answers.json")
+        if not path.exists():
+            return {}
+        try:
+            stored = json.loads(path.read_text())
+            return {int(i): math.nan if value == "infeasible" else value for i, value in stored.items()}
+        except (ValueError, AttributeError) as error:
+            raise ValueError(
+                f'{path} is damaged ({error}); repair it: query number -> value, "infeasible" or null'
+            ) from None
+
+    def _write(self, where: int, answers: dict[int, float | None]) -> None:
+        plain = {
+            str(i): "infeasible" if value is not None and math.isnan(value) else value for i, value in answers.items()
+        }
+        write_atomic(self._path(where, "answers.json"), (json.dumps(plain) + "\n").encode())
+
+    def _rewards(self, where: int, ids: np.ndarray) -> np.ndarray:
+        answers = self._answers(where)
+        values = [answers.get(int(i)) for i in ids]
+        return np.array([math.nan if value is None else value for value in values], np.float32)
+
+    def _number(self, one: Any) -> int:
+        asked = sum(count for where, count in enumerate(self.queries) if self._path(where, "queries.npz").exists())
+        if isinstance(one, bool) or not isinstance(one, int | np.integer) or not 0 <= one < asked:
+            raise ValueError(f"query {one!r} was never asked; {asked} were, numbered from 0; nothing was taken in")
+        return int(one)
+
+    def _value(self, one: Any, value: Any) -> float:
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"query {one}: expected a number or NaN (infeasible), got {value!r}; nothing was taken in"
+            ) from None
+        if math.isinf(number):
+            raise ValueError(
+                f"query {one}: an answer must be finite, or NaN if infeasible, got {number}; nothing was taken in"
+            )
+        return number
+
+    def _round_of(self, number: int) -> int:
+        return int(np.searchsorted(np.cumsum(self.queries), number, side="right"))
+
+    def _path(self, where: int, name: str) -> Path:
+        return self._folder / f"round_{where + 1:03d}" / name
+
+
+def open_campaign(
+    folder: str | os.PathLike[str],
+    method: Rounds,
+    params: Params,
+    queries: Sequence[int],
+    *,
+    seed: int = 0,
+    steps: int = 100,
+) -> Campaign:
+    """Begin a campaign in `folder`, or go on with the one that is there.
+
+    Raises:
+      ValueError: if the folder holds another campaign (queries, seed, steps or the method's kind differ).
+    """
+    config = {
+        "method": type(method).__name__,
+        "queries": [int(count) for count in queries],
+        "steps": steps,
+        "seed": seed,
+    }
+    opened = RunFolder.create(folder, config, resume=True)
+    return Campaign(Run(opened, seed, opened.path / "cache"), "campaign", method, params, queries, steps=steps)
+
+
+def _same(a: float, b: float) -> bool:
+    return a == b or (math.isnan(a) and math.isnan(b))
+
+
+@functools.partial(jax.jit, static_argnames=("count",))
+def _ask(method: Rounds, key: Any, state: RoundState, count: int) -> Queries:
+    return method.ask(key, state, count)
+
+
+_refit = jax.jit(lambda method, key, state: method.refit(key, state))
+_figures = jax.jit(lambda method, state, queries, rewards: method.figures(state, queries, rewards))

@@ -1,0 +1,332 @@
+"""SEIKO: rounds of queries to an expensive oracle, a refit after each, and a better model for the next (arXiv 2402.16359).
+
+A round draws queries from the current model, learns a reward model with its uncertainty from all answers
+(`rgdiff.surrogates`), and improves the model under the *optimistic* reward: by tuning it with two KL anchors (`seiko`), or by
+steering the prior's chain alone (`steered`). Both are `Online` methods. A laboratory that answers next week goes through
+`rgdiff.runtime.campaign`, which keeps the same parts on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rgdiff import checks, samplers, surrogates
+from rgdiff.tuners._loop import train
+from rgdiff.typing import (
+    Array,
+    Cond,
+    Denoiser,
+    Info,
+    Key,
+    Model,
+    Params,
+    Process,
+    State,
+    callable_pytree,
+    pytree,
+    static,
+)
+
+
+class Queries(NamedTuple):
+    """Samples of the current model, whose rewards are asked for."""
+
+    x0: State
+    cond: Cond = None
+
+
+class RoundState(NamedTuple):
+    """What the next round needs.
+
+    params: of the current model p_i, i = `step` rounds done. observations: all answers so far, in their first `asked` rows.
+    belief, feasibility: of the last refit, zeros before the first.
+    """
+
+    params: Params
+    observations: surrogates.Observations
+    asked: Array
+    belief: Any
+    feasibility: Any
+    step: Array
+    skipped: Array
+
+    @property
+    def best(self) -> Params:
+        """The parameters to sample with."""
+        return self.params
+
+
+@pytree
+class Rounds:
+    """What all methods with a surrogate share: asking, telling, and refitting."""
+
+    process: Process
+    denoiser: Denoiser
+    times: Array
+    surrogate: Any
+    classifier: Any
+    feasibility_weight: Array
+    batch: int = static()
+    capacity: int = static()
+
+    def init(self, params: Params) -> RoundState:
+        """Begin with `params` and no observation."""
+        params = jax.tree.map(lambda p: jnp.array(p, copy=True), params)
+        blank = jax.eval_shape(lambda: self.process.finalize(*self._noise(1), self._prediction(1)))
+        observations = surrogates.empty(blank, self.capacity)
+        zeros = lambda fit: jax.tree.map(  # noqa: E731
+            lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(fit, jax.random.key(0), observations)
+        )
+        belief = zeros(self.surrogate.fit)
+        feasibility = None if self.classifier is None else zeros(self.classifier.fit)
+        counts = [jnp.int32(0) for _ in range(3)]  # buffers of their own: `fit` donates them
+        return RoundState(params, observations, counts[0], belief, feasibility, *counts[1:])
+
+    def sampler(self, state: RoundState) -> Any:
+        """Return the sampler of the current model."""
+        raise NotImplementedError
+
+    def improve(self, key: Key, state: RoundState) -> tuple[RoundState, Info]:
+        """Make the model of the next round from the last refit."""
+        raise NotImplementedError
+
+    def ask(self, key: Key, state: RoundState, count: int, cond: Cond = None) -> Queries:
+        """Draw `count` queries, a static number, from the current model; the prior's in the first round."""
+        return Queries(samplers.drawing(self.sampler(state), self.times)(key, count, cond), cond)
+
+    def rollout(self, key: Key, state: RoundState, cond: Cond = None) -> Queries:
+        return self.ask(key, state, self.batch, cond)
+
+    def tell(self, state: RoundState, queries: Queries, rewards: Array) -> tuple[RoundState, Info]:
+        """Take the answers [B] in; NaN marks an infeasible query. Info is that of `figures`."""
+        observations = surrogates.append(state.observations, state.asked, queries.x0, rewards)
+        told = state._replace(observations=observations, asked=state.asked + rewards.shape[0])
+        return told, self.figures(state, queries, rewards)
+
+    def figures(self, state: RoundState, queries: Queries, rewards: Array) -> Info:
+        """Return what a round's answers say: `reward` (mean over feasible ones), `best`, `infeasible` (a share).
+
+        And of the belief that proposed the queries, before it sees their answers: `bonus`, the mean of upper - mean, and
+        `covered`, the share of answers within 1.96 deviations of the mean; both NaN in the first round.
+        """
+        feasible = ~jnp.isnan(rewards)
+        count = jnp.sum(feasible)
+        over = lambda values: jnp.sum(jnp.where(feasible, values, 0.0)) / jnp.where(count > 0, count, jnp.nan)  # noqa: E731
+        mean = state.belief.mean(queries.x0, queries.cond)
+        upper = state.belief.upper(queries.x0, queries.cond)
+        near = jnp.abs(rewards - mean) <= 1.96 * state.belief.deviation(queries.x0, queries.cond)
+        known = lambda value: jnp.where(state.step > 0, value, jnp.nan)  # noqa: E731
+        return {
+            "reward": over(rewards),
+            "best": jnp.max(jnp.where(feasible, rewards, -jnp.inf)),
+            "infeasible": 1 - count / rewards.shape[0],
+            "bonus": known(jnp.mean(upper - mean)),
+            "covered": known(over(near.astype(jnp.float32))),
+        }
+
+    def refit(self, key: Key, state: RoundState) -> RoundState:
+        """Learn the reward, its uncertainty and the feasibility from all answers, anew."""
+        key_reward, key_feasible = jax.random.split(key)
+        belief = self.surrogate.fit(key_reward, state.observations)
+        if self.classifier is None:
+            return state._replace(belief=belief)
+        return state._replace(belief=belief, feasibility=self.classifier.fit(key_feasible, state.observations))
+
+    def reward(self, state: RoundState) -> Any:
+        """Return the optimistic reward of the last refit, r(x0) + g(x0), plus weight * log p(feasible | x0)."""
+        return surrogates.Optimistic(state.belief, state.feasibility, self.feasibility_weight)
+
+    def update(self, key: Key, state: RoundState, experience: Queries, rewards: Array) -> tuple[RoundState, Info]:
+        """Finish the round in one program: answers, refit, better model."""
+        key_fit, key_model = jax.random.split(key)
+        state, told = self.tell(state, experience, rewards)
+        state, info = self.improve(key_model, self.refit(key_fit, state))
+        return state._replace(step=state.step + 1), told | info
+
+    def network_calls(self) -> int:
+        """Calls of the denoiser per query."""
+        return self.times.shape[0] - 1 + self.process.projects
+
+    def _noise(self, count: int) -> tuple[State, Array]:
+        return self.process.prior(count).sample(jax.random.key(0)), self.times[0]
+
+    def _prediction(self, count: int) -> State:
+        return self.denoiser(*self._noise(count))
+
+
+@pytree
+class Seiko(Rounds):
+    """Tunes the model under two KL anchors. Build it with `seiko`."""
+
+    model: Model
+    alpha: Array
+    beta: Array
+    inner: Callable[..., Any] = static()
+    schedule: str = static()
+    steps: int = static()
+
+    def sampler(self, state: RoundState) -> Any:
+        return samplers.ancestral(self.process, self.model(state.params))
+
+    def weights(self, state: RoundState) -> tuple[Array, Array]:
+        """Return alpha and beta_{i-1} of the round under way, in the reward's unit per nat."""
+        growing = self.beta * state.step
+        return self.alpha, {"linear": growing, "constant": self.beta}[self.schedule]
+
+    def tuner(self, state: RoundState) -> Any:
+        """Return the tuner of the round under way, for `tuners.fit` from `state.params`.
+
+        Its structure is the same in every round, so that its step is compiled once.
+        """
+        references = [self.denoiser, self.model(state.params)]
+        return self.inner(self.reward(state), reference=references, kl_weight=list(self.weights(state)))
+
+    def improve(self, key: Key, state: RoundState) -> tuple[RoundState, Info]:
+        tuner = self.tuner(state)
+        tuned, infos = train(tuner, key, tuner.init(state.params), None, self.steps, None)
+        last = {f"tuning_{name}": value[-1] for name, value in infos.items()}
+        return state._replace(params=tuned.best, skipped=state.skipped + tuned.skipped), last
+
+
+@pytree
+class Steered(Rounds):
+    """Leaves the model as it is and steers its chain by the optimistic reward. Build it with `steered`."""
+
+    steer: Callable[..., Any] = static()
+
+    def sampler(self, state: RoundState) -> Any:
+        return self.steer(self.reward(state))
+
+    def ask(self, key: Key, state: RoundState, count: int, cond: Cond = None) -> Queries:
+        first = samplers.drawing(samplers.ancestral(self.process, self.denoiser), self.times)
+        later = samplers.drawing(self.sampler(state), self.times)
+        x0 = jax.lax.cond(state.step == 0, lambda: first(key, count, cond), lambda: later(key, count, cond))
+        return Queries(x0, cond)
+
+    def improve(self, key: Key, state: RoundState) -> tuple[RoundState, Info]:
+        return state, {}
+
+
+def _shared(
+    process: Process,
+    denoiser: Denoiser,
+    times: Array,
+    surrogate: Any,
+    classifier: Any,
+    feasibility_weight: float,
+    batch: int,
+    capacity: int,
+) -> dict[str, Any]:
+    for name, one in (("surrogate", surrogate), ("feasibility", classifier)):
+        if one is not None and not callable(getattr(one, "fit", None)):
+            raise ValueError(
+                f"{name} must have fit(key, observations), see rgdiff.surrogates; got {type(one).__name__}"
+            )
+    batch, capacity = checks.at_least("batch", batch, 1), checks.at_least("capacity", capacity, 1)
+    if capacity < batch:
+        raise ValueError(f"capacity must hold every answer of all rounds, at least a batch of {batch}; got {capacity}")
+    return {
+        "process": process,
+        "denoiser": callable_pytree(denoiser, "a denoiser"),
+        "times": checks.times(times, process),
+        "surrogate": surrogate,
+        "classifier": classifier,
+        "feasibility_weight": checks.positive("feasibility_weight", feasibility_weight, zero=True),
+        "batch": batch,
+        "capacity": capacity,
+    }
+
+
+def seiko(
+    model: Model,
+    process: Process,
+    times: Array,
+    surrogate: Any,
+    inner: Callable[..., Any],
+    *,
+    prior: Denoiser,
+    alpha: float,
+    batch: int,
+    capacity: int,
+    beta: float | None = None,
+    schedule: str = "linear",
+    steps: int = 100,
+    feasibility: Any = None,
+    feasibility_weight: float = 0.0,
+) -> Seiko:
+    """Feedback-efficient online fine-tuning (arXiv 2402.16359, algorithm 1).
+
+    Round i draws queries from p_{i-1}, learns the reward r_i and its bonus g_i from all answers, and tunes from p_{i-1}
+
+        p_i = argmax E[r_i + g_i] - alpha KL(p || prior) - beta_{i-1} KL(p || p_{i-1}),
+
+    whose optimum is proportional to exp((r_i + g_i)/(alpha + beta)) prior^(alpha/(alpha + beta)) p_{i-1}^(beta/(alpha + beta)).
+    With beta_{i-1} = alpha (i - 1), the default, that is prior * exp(sum_{j <= i} (r_j + g_j) / (alpha i)), and where
+    |r_j - r| <= g_j the regret of E[r] - alpha KL is at most 2 E_{p_i}[g_i], averaged over rounds.
+
+    Args:
+      model: params -> denoiser.
+      process: of the chain that is sampled, with a law (eta > 0).
+      times: [T + 1].
+      surrogate: from `rgdiff.surrogates`; `surrogates.greedy(...)` leaves the bonus out, `surrogates.thompson(...)` draws.
+      inner: (reward, reference=[two], kl_weight=[two]) -> tuner, a setting of the engine, bound once:
+        `lambda reward, **kl: tuners.drakes(model, process, reward, times, optimizer, batch=64, **kl)`.
+      prior: the pre-trained denoiser, the first anchor.
+      alpha: in the reward's unit per nat of path KL.
+      batch: queries a round; `ask` takes another number.
+      capacity: rows for the answers of all rounds.
+      beta, schedule: beta * (i - 1) under `linear`, beta under `constant`; beta = alpha by default.
+      steps: of the inner tuner in `update`; with `tuner(state)` and `tuners.fit` they may be any.
+      feasibility, feasibility_weight: a classifier of feasible queries from `rgdiff.surrogates`, and what a nat of its
+        log-probability is worth; infeasible queries never enter the fit of the reward.
+
+    Note:
+      The released code anchors to p_{i-1} alone, averages its KL over dimensions (6e-5 per nat), centres the covariance
+      of its bonus, which then does not shrink with data (`surrogates.ridge(centred=True)`), and keeps the law of x_T, as
+      we do unless `process` holds a learnt one (`tuners.elegant`).
+    """
+    checks.law(process, "seiko, whose anchors are KL terms,")
+    if not callable(inner):
+        raise ValueError(f"inner must map (reward, reference=, kl_weight=) to a tuner, got {type(inner).__name__}")
+    shared = _shared(process, prior, times, surrogate, feasibility, feasibility_weight, batch, capacity)
+    alpha_ = checks.positive("alpha", alpha, zero=True)
+    return Seiko(
+        **shared,
+        model=callable_pytree(model, "model (params -> denoiser)"),
+        alpha=alpha_,
+        beta=alpha_ if beta is None else checks.positive("beta", beta, zero=True),
+        inner=inner,
+        schedule=checks.one_of("schedule", schedule, ("linear", "constant")),
+        steps=checks.at_least("steps", steps, 1),
+    )
+
+
+def steered(
+    process: Process,
+    times: Array,
+    surrogate: Any,
+    steer: Callable[..., Any],
+    *,
+    prior: Denoiser,
+    batch: int,
+    capacity: int,
+    feasibility: Any = None,
+    feasibility_weight: float = 0.0,
+) -> Steered:
+    """The same rounds without any tuning: the prior's chain is steered by the optimistic reward.
+
+    With a sampler of the tilted law this is SEIKO with beta = 0: round i draws from prior * exp((r_i + g_i)/alpha)/Z.
+
+    Args:
+      steer: reward -> sampler, bound once: SVDD, SMC, classifier guidance or best-of-N with the reward it is given, e.g.
+        `lambda reward: samplers.svdd(process, prior, values.posterior_mean(reward, process, prior), temperature=0.1, candidates=16)`.
+      Others as in `seiko`. `params` of its state are not used; give None.
+    """
+    if not callable(steer):
+        raise ValueError(f"steer must map a reward to a sampler, got {type(steer).__name__}")
+    shared = _shared(process, prior, times, surrogate, feasibility, feasibility_weight, batch, capacity)
+    return Steered(**shared, steer=steer)
