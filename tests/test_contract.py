@@ -344,6 +344,41 @@ def drakes_published(number=0.5):
     ), net(4, 3)  # fmt: skip
 
 
+def ddpo(number=0.5):
+    process = gaussian(number)
+    online = tuners.ddpo(
+        gaussian_model, process, process.times(4), ADAM, batch=B, clip=number, epochs=2, minibatches=2,
+        advantage=tuners.advantages.batch_normalised(), reference=Net(net(2, 2, 5)), kl_weight=number, ema_decay=number,
+    )  # fmt: skip
+    return tuners.as_tuner(online, gaussian_reward, heldout=gaussian_reward), net(2, 2)
+
+
+def reward_weighted(number=0.5):
+    process = gaussian(number)
+    online = tuners.reward_weighted(gaussian_model, process, process.times(4), ADAM, batch=B, temperature=number)
+    return tuners.as_tuner(online, gaussian_reward), net(2, 2)
+
+
+def sft_pg(number=0.5):
+    process = gaussian(number)
+    return tuners.sft_pg(
+        gaussian_model, process, process.times(3), ADAM, batch=B, critic=critic_model, critic_params=net(2, 3, 4),
+        critic_optimizer=ADAM, critic_steps=2, penalty=number,
+    ), net(2, 2)  # fmt: skip
+
+
+def critic_model(params):
+    return lambda x0, cond=None: jnp.tanh(x0 @ params).sum(-1)
+
+
+def gradient_guidance(number=0.5):
+    refit = tuners.pretraining(gaussian_model, gaussian(), ADAM, ema_decay=number)
+    return tuners.gradient_guidance(
+        gaussian_model, gaussian(), gaussian_reward, gaussian().times(4), batch=B, target=guides.increment(number),
+        refit=refit, updates=2, memory=2,
+    ), net(2, 2)  # fmt: skip
+
+
 def pretraining_gaussian(number=0.9):
     return tuners.pretraining(gaussian_model, gaussian(), ADAM, ema_decay=number), net(2, 2)
 
@@ -389,15 +424,15 @@ ADAM = optax.adam(1e-2)
 TUNERS = [
     draft, draft_k, draft_lv, draft_masked, pretraining_gaussian, pretraining_masked, value_regression,
     value_soft_rollouts, value_temporal_difference, refl_stopped, alignprop, drtune_budget, drakes,
-    drakes_score_function, drakes_published,
+    drakes_score_function, drakes_published, ddpo, reward_weighted, sft_pg, gradient_guidance,
 ]  # fmt: skip
 each_tuner = table_of(
-    TUNERS, draft, draft_k, draft_lv, draft_masked, pretraining_masked, value_regression, refl_stopped, drakes
+    TUNERS, ddpo, draft, draft_k, draft_lv, draft_masked, pretraining_masked, value_regression, refl_stopped, drakes
 )
 
 
 def data_of(make):
-    if make is pretraining_gaussian:
+    if make in (pretraining_gaussian, sft_pg):
         return {"x0": jax.random.normal(jax.random.key(9), (50, 2))}
     if make is pretraining_masked:
         return {"x0": jax.nn.one_hot(jax.random.randint(jax.random.key(9), (50, 3), 0, 3), 3)}
@@ -430,7 +465,8 @@ def test_tuner_jit_equals_no_jit(make):
     close(info, jitted_info, rtol=1e-4, atol=1e-5)
     shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)  # noqa: E731
     assert shapes(plain) == shapes(state)
-    numbers = (plain.params, getattr(plain, "average", None), info)
+    trained = getattr(plain, "train", plain)  # rounds of gradient guidance hold a training state
+    numbers = (trained.params, getattr(trained, "average", None), info)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(numbers)} <= {"float32", "int32"}
 
 
