@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -264,33 +262,43 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the table")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    begin, facts = time.perf_counter(), machine()
-    facts |= {
-        "command": shlex.join(["python", "-m", "benchmarks.exact_gaussian", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "guides": f"{SAMPLES} samples, {MOVE} moves, ancestral (eta 1), linear VP, seed 1",
-        "particles": f"{MOVE} moves; root mean squares over {REPEATS} runs, SW and log Z at N={PARTICLES[-1]}",
-    }
-    pieces = [recursion_table()]
-    print(pieces[0], flush=True)
+    path, facts = options.out / "exact-gaussian.md", machine()
+    sections = earlier(path)
+    if "recursion" not in sections:
+        sections["recursion"] = recursion_table()
     for name, build in WORLDS.items():
         if options.worlds not in name:
             continue
-        world = build()
+        begin, world = time.perf_counter(), build()
         judge = Judge(world)
         head = f"## {name}: log p(y) = {world.log_evidence:.5f}, log Z of the reward = {world.log_z:.5f}"
-        pieces += [head, guides_table(world, judge), particles_table(world, judge)]
-        print("\n\n".join(["", *pieces[-3:]]), flush=True)
-        facts["seconds"] = f"{time.perf_counter() - begin:.0f}, compilation included"
-        text = ["# Exact Gaussian worlds", "\n".join(f"- {k}: {v}" for k, v in facts.items()), NOTE, *pieces]
-        (options.out / "exact-gaussian.md").write_text("\n\n".join(text) + "\n")
-    print(f"\nwrote {options.out / 'exact-gaussian.md'} in {facts['seconds']}")
+        tables = [guides_table(world, judge), particles_table(world, judge)]
+        run = (
+            f"{datetime.date.today()}, commit {facts['commit']}, load {facts['load at the start']}; {MOVE} moves; guides: {SAMPLES} samples; "
+            f"particles: {REPEATS} runs; {time.perf_counter() - begin:.0f} s, compilation included"
+        )
+        sections[name] = "\n\n".join([head, run, *tables])
+        print(sections[name], flush=True)
+        order = [key for key in ("recursion", *WORLDS) if key in sections]
+        about = [f"- {k}: {facts[k]}" for k in ("machine", "python")]
+        text = ["# Exact Gaussian worlds", "\n".join(about), NOTE, *(sections[key] for key in order)]
+        path.write_text("\n\n".join(text) + "\n")
+    print(f"wrote {path}")
+
+
+def earlier(path: Path) -> dict[str, str]:
+    """Return the sections of an earlier report by world: those that are not run again are kept."""
+    parts = path.read_text().split("\n## ")[1:] if path.exists() else []
+    heads = {"Gaussian (3-D), largest error of the posterior covariance, by recursion": "recursion"}
+    named = {part.partition(":")[0].partition("\n")[0]: "## " + part.rstrip() for part in parts}
+    return {heads.get(name, name): text for name, text in named.items()}
 
 
 NOTE = """Mean error: |E x0 - exact| over the square root of the exact covariance's trace. SW: sliced Wasserstein-1 to exact draws,
 100 directions; a first row says what as many exact draws show, below which nothing can be told apart. Slopes are of
 log error against log moves or log particles. The law of a chain of finitely many moves is not the data's: that part of the
-error of log Z and of the mean does not fall with the particles. Calls: of the network, per sample or particle; s: seconds of one
+error of log Z and of the mean does not fall with the particles. Chains are ancestral (eta 1), linear VP; means over particles are
+root mean squares over runs, SW and log Z at the most particles. Calls: of the network, per sample or particle; s: seconds of one
 run, compiled without XLA's costly optimisations."""
 
 

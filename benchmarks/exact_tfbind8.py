@@ -223,6 +223,19 @@ def parts(rows: list[Row]) -> list[str]:
     return out
 
 
+def parsed(line: str) -> Row | None:
+    """Read a row of an earlier table; its log Z becomes the difference from the exact one."""
+    cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    if len(cells) != 10 or not cells[1].startswith("0."):
+        return None
+    world, tau, method, mean, exact, _, variation, log_z, calls, seconds = cells
+    value, error = mean.rstrip(")").split(" (")
+    known = float(log_z) if log_z else None
+    return Row(
+        world, float(tau), method, float(value), float(error), float(exact), float(variation), known, 0.0, float(calls), float(seconds)
+    )  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.exact_tfbind8", description=(__doc__ or "").splitlines()[0]
@@ -230,12 +243,15 @@ def main() -> None:
     parser.add_argument("--data-dir", default=os.environ.get("RGDIFF_DATA"))
     parser.add_argument("--steps", type=int, default=16, help="moves of a chain")
     parser.add_argument("--temperatures", default="0.2,0.1,0.05")
+    parser.add_argument("--priors", default="", help="only priors whose name has this in it")
     parser.add_argument("--quick", action="store_true", help="smaller, to see that it runs")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     rows: list[Row] = []
     text: list[str] = []
     for world in priors(options.data_dir, options.steps, options.quick):
+        if options.priors not in world.name:
+            continue
         learnt_mean = learned_value(world, None, options.quick)
         for temperature in map(float, options.temperatures.split(",")):
             learnt = {"learned mean": learnt_mean, "learned soft": learned_value(world, temperature, options.quick)}
@@ -250,18 +266,27 @@ def main() -> None:
 
 
 def write(options: argparse.Namespace, rows: list[Row], text: list[str]) -> None:
-    """Write what has been measured so far."""
-    facts = machine() | {
-        "command": f"python -m benchmarks.exact_tfbind8 --steps {options.steps} --temperatures {options.temperatures}"
-        + (" --quick" if options.quick else ""),
-        "date": datetime.date.today().isoformat(),
-        "jax": f"{jax.__version__} on {jax.devices()[0].device_kind}",
+    """Write what has been measured so far, in place of the same priors and temperatures of earlier runs."""
+    old = options.out.read_text() if options.out.exists() else ""
+    done = {(row.world, row.temperature) for row in rows}
+    earlier = [row for row in map(parsed, old.splitlines()) if row and (row.world, row.temperature) not in done]
+    bias_section = old.partition("\n## SVDD's bias")[2].partition("\n## ")[0]
+    if not text and bias_section:
+        text = ["", "## SVDD's bias" + bias_section.rstrip()]
+    facts = machine()
+    about = {
+        "machine": facts.pop("machine"),
+        "python, jax": f"{facts.pop('python')}, {jax.__version__} on {jax.devices()[0].device_kind}",
         "samples": "2,048 (1,024 of the trained prior); particle methods 4,096 particles (1,024), 8 runs",
         "gap": "exact minus sampled E[r]; TV: total variation between 50-bin histograms of rewards; calls: of the "
         "denoiser per sample; seconds: compiled",
     }
-    report = ["# TFBind8: samplers against the exact tilted law", "", *(f"- {k}: {v}" for k, v in facts.items()), ""]
-    report += [*lines(rows), *text, "", "## Whose gap it is (SVDD)", "", *parts(rows)]
+    command = f"--steps {options.steps} --temperatures {options.temperatures} --priors '{options.priors}'"
+    run = f"{command}{' --quick' if options.quick else ''}: commit {facts['commit']}, {datetime.date.today()}, load"
+    runs = [line for line in old.splitlines() if line.startswith("- run ") and not line.startswith(f"- run {run}")]
+    report = ["# TFBind8: samplers against the exact tilted law", "", *(f"- {k}: {v}" for k, v in about.items())]
+    report += [*runs, f"- run {run} {facts['load at the start']}", "", *lines(earlier + rows), *text]
+    report += ["", "## Whose gap it is (SVDD)", "", *parts(earlier + rows)]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text("\n".join(report) + "\n")
     print(f"wrote {options.out}")
