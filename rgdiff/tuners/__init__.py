@@ -9,6 +9,8 @@ from rgdiff.tuners.dxdp import dxdp, sigmoid_time_cost
 from rgdiff.tuners.dxmi import dxmi, dxmi_released
 from rgdiff.tuners.elegant import elegant, initial_tuner, initial_value, standard_normal
 from rgdiff.tuners.ema import ema_update
+from rgdiff.tuners.energy_model import langevin_energy, log_partition
+from rgdiff.tuners.gcd import gcd
 from rgdiff.tuners.gradient_guidance import GuidanceState, gradient_guidance
 from rgdiff.tuners.online import RewardFailure, as_tuner, fit_online
 from rgdiff.tuners.optimizers import adamw
@@ -48,10 +50,13 @@ __all__ = [
     "filtered",
     "fit",
     "fit_online",
+    "gcd",
     "gradient_guidance",
     "gradient_statistics",
     "initial_tuner",
     "initial_value",
+    "langevin_energy",
+    "log_partition",
     "masked_bound",
     "pretraining",
     "refl",

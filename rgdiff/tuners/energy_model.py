@@ -1,0 +1,212 @@
+"""Energy models by themselves: trained with Langevin chains, and the constant that makes one a density.
+
+An energy is (x, cond) -> [B] in nats, exp(-energy) an unnormalised density; the one that `dxmi` learns with temperature tau
+is one after division by tau. `langevin_energy` is the classical way that DxMI does without, `log_partition` estimates log Z
+by the library's particle sampler.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rgdiff import checks, processes, samplers, schedules, values
+from rgdiff.resampling import log_mean_exp
+from rgdiff.samplers._loop import roll
+from rgdiff.tuners._loop import TrainState, start, update
+from rgdiff.tuners.elegant import standard_normal
+from rgdiff.typing import Array, Cond, Info, Key, Params, callable_pytree, pytree, static
+
+
+@pytree
+class Langevin:
+    """Moves x <- x - h grad E(x) + sqrt(2 h) z, one a call, whatever the times: a sampler's step for `roll`."""
+
+    energy: Any
+    step_size: Array
+
+    def step(self, key: Key, x: Array, t: Array, s: Array, cond: Cond = None) -> tuple[Array, Info]:
+        gradient = jax.grad(lambda x: jnp.sum(self.energy(x, cond)))(x)
+        return x - self.step_size * gradient + jnp.sqrt(2 * self.step_size) * jax.random.normal(key, x.shape), {}
+
+
+@pytree
+class LangevinEnergy:
+    """A tuner for `fit(data={"x0": ...})`. Build it with `langevin_energy`."""
+
+    model: Any
+    step_size: Array
+    restart: Array
+    spread: Array
+    gamma: Array
+    ema_decay: Array | None
+    optimizer: Any = static()
+    shape: tuple[int, ...] = static()
+    batch: int = static()
+    moves: int = static()
+    chains: int = static()
+
+    def init(self, params: Params) -> TrainState:
+        noise = self.spread * jax.random.normal(jax.random.key(0), (self.chains, *self.shape))
+        return start(params, self.optimizer, average=self.ema_decay is not None, extra=noise)
+
+    def energy(self, params: Params) -> Any:
+        """The energy (x, cond) -> [B] of parameters, e.g. `state.best`."""
+        return self.model(params)
+
+    def step(self, key: Key, state: TrainState, batch: Any) -> tuple[TrainState, Info]:
+        """Move some chains, raise the energy there and lower it on batch = {"x0": [B, ...]}."""
+        key_rows, key_restart, key_noise, key_move = jax.random.split(key, 4)
+        rows = jax.random.permutation(key_rows, self.chains)[: self.batch]
+        again = jax.random.bernoulli(key_restart, self.restart, (self.batch,) + (1,) * len(self.shape))
+        noise = self.spread * jax.random.normal(key_noise, (self.batch, *self.shape))
+        begin = jnp.where(again, noise, state.extra[rows])
+        sampler = Langevin(callable_pytree(self.model(state.params), "an energy"), self.step_size)
+        chains, _ = roll(sampler, key_move, begin, jnp.linspace(1.0, 0.0, self.moves + 1))  # type: ignore[arg-type]
+        chains = jax.lax.stop_gradient(chains)
+        (loss, info), gradients = jax.value_and_grad(self.loss, has_aux=True)(state.params, batch["x0"], chains)
+        lost = ~jnp.isfinite(chains).reshape(self.batch, -1).all(-1).reshape(again.shape)
+        state, more = update(state, gradients, self.optimizer, self.ema_decay)
+        state = state._replace(extra=state.extra.at[rows].set(jnp.where(lost, noise, chains)))
+        return state, {"loss": loss} | info | more
+
+    def loss(self, params: Params, data: Array, chains: Array) -> tuple[Array, Info]:
+        """mean E(data) - mean E(chains) + gamma (mean E(data)^2 + mean E(chains)^2), and the parts' means."""
+        energies = self.model(params)(jnp.concatenate([data, chains]), None)
+        low, high = energies[: len(data)], energies[len(data) :]
+        loss = jnp.mean(low) - jnp.mean(high) + self.gamma * (jnp.mean(low**2) + jnp.mean(high**2))
+        return loss, {"energy_data": jnp.mean(low), "energy_samples": jnp.mean(high)}
+
+
+def langevin_energy(
+    model: Any,
+    shape: tuple[int, ...],
+    optimizer: Any,
+    *,
+    batch: int = 256,
+    moves: int = 20,
+    step_size: float = 0.01,
+    chains: int = 8192,
+    restart: float = 0.05,
+    spread: float = 1.0,
+    gamma: float = 0.01,
+    ema_decay: float | None = 0.999,
+) -> LangevinEnergy:
+    """Train an energy model by maximum likelihood, its own samples drawn by persistent Langevin chains.
+
+        min over E of  E_data[E] - E_chains[E] + gamma (E_data[E^2] + E_chains[E^2])
+
+    Data come through `fit(data={"x0": [N, ...]}, batch=...)`.
+
+    Args:
+      model: params -> energy (x, cond) -> [B], nats.
+      shape: of one example.
+      batch: B, chains moved a step, out of `chains` that persist.
+      moves: Langevin moves a step; step_size: h, squared data units.
+      restart: probability with which a chain begins anew, at noise of standard deviation `spread`.
+      gamma: keeps energies near 0, per nat.
+
+    Raises:
+      ValueError: for fewer chains than the batch, or numbers out of range.
+
+    Note:
+      Du and Mordatch (arXiv 1903.08689, algorithm 1) move by a step of 10 with noise of .005, which samples no exp(-E), and
+      gamma is 1; here moves are Langevin's own, so that energies are in nats. Moves are not corrected: of a quadratic energy of
+      precision a the chains have variance 1 / (a (1 - h a / 2)).
+
+    References: persistent chains, Tieleman 2008; noise restarts and gamma, arXiv 1903.08689; Langevin moves, arXiv 1904.09770.
+    """
+    batch = checks.at_least("batch", batch, 1)
+    restart_, chains = checks.positive("restart", restart, zero=True), checks.at_least("chains", chains, batch)
+    if not 0 <= restart <= 1:
+        raise ValueError(f"restart is a probability, got {restart!r}")
+    return LangevinEnergy(
+        callable_pytree(model, "model (params -> energy)"),
+        checks.positive("step_size", step_size),
+        restart_,
+        checks.positive("spread", spread),
+        checks.positive("gamma", gamma, zero=True),
+        None if ema_decay is None else checks.positive("ema_decay", ema_decay, zero=True),
+        optimizer,
+        tuple(int(d) for d in shape),
+        batch,
+        checks.at_least("moves", moves, 1),
+        chains,
+    )
+
+
+class Partition(NamedTuple):
+    """log of the mean of independent estimates of Z = integral of exp(-E), nats; and the standard deviation of their logs."""
+
+    log_z: Array
+    spread: Array
+
+
+@pytree
+class Excess:
+    """log of exp(-E(x)) over N(x; 0, scale^2 I) dx, at x = scale x0: what particles of standard normal x0 are weighed by."""
+
+    energy: Any
+    scale: Array
+
+    def __call__(self, x0: Array, cond: Cond = None) -> Array:
+        size = math.prod(x0.shape[1:])
+        square = jnp.sum(x0.reshape(x0.shape[0], -1) ** 2, -1)
+        volume = size * (0.5 * math.log(2 * math.pi) + jnp.log(self.scale))
+        return -self.energy(self.scale * x0, cond) + 0.5 * square + volume
+
+
+def log_partition(
+    key: Key,
+    energy: Any,
+    shape: tuple[int, ...],
+    *,
+    scale: float = 1.0,
+    detail: float = 0.3,
+    particles: int = 1024,
+    steps: int = 50,
+    twist: float | None = 1.0,
+    runs: int = 4,
+) -> Partition:
+    """Estimate log Z of an energy by sequential Monte Carlo from N(0, scale^2 I); Z itself is estimated without bias.
+
+    Particles follow a diffusion that leaves the Gaussian as it is, drawn and resampled towards the energy at their posterior mean
+    (`samplers.smc`, twisted) at strengths detail^2 / (detail^2 + (scale^2 - detail^2) sigma_t^2), which rise evenly in their logarithms
+    to 1. For a Gaussian energy of standard deviation `detail` that is all that lies ahead of a particle: the estimate is
+    then exact as steps shrink, in any number of dimensions.
+
+    Args:
+      energy: (x, cond) -> [B], nats.
+      shape: of one example.
+      scale: standard deviation of the Gaussian, in data units; it must reach wherever exp(-E) is not small.
+      detail: standard deviation of the narrowest modes of exp(-E), data units, below `scale`.
+      particles, steps: of the sampler. twist: of its proposals, 1 is the whole gradient, None is none (an energy without one).
+      runs: independent estimates. Where their spread is not small against 1 nat the estimate is not to be trusted.
+
+    References: normalising constants by sequential Monte Carlo, Del Moral, Doucet and Jasra 2006.
+    """
+    shape = tuple(int(d) for d in shape)
+    schedule = schedules.cosine_vp()
+    process = processes.initial_law(processes.gaussian(schedule, shape), schedule)
+    excess = Excess(callable_pytree(energy, "an energy"), checks.positive("scale", scale))
+    if not 0 < detail <= scale:
+        raise ValueError(f"detail is a standard deviation of at most scale = {scale!r}, got {detail!r}")
+    denoiser = standard_normal(process)
+    narrow = max((scale / detail) ** 2 - 1, 1e-2)
+    rise = np.linspace(1.0, 0.0, checks.at_least("steps", steps, 1) + 1)
+    sigma2 = np.clip(
+        np.expm1(rise * np.log1p(narrow)) / narrow, 1e-8, 0.9998
+    )  # strengths fall evenly in their logarithms
+    times = jnp.asarray(2 / np.pi * np.arcsin(np.sqrt(sigma2)), jnp.float32)
+    strengths = jnp.asarray(1 / (1 + narrow * sigma2), jnp.float32)
+    value = values.posterior_mean(excess, process, denoiser)
+    sampler = samplers.smc(process, denoiser, value, reward=excess, tempering=strengths, twist=twist)
+    estimates = jnp.stack([
+        samplers.sample(sampler, one, particles, times).info["log_z"]
+        for one in jax.random.split(key, checks.at_least("runs", runs, 2))
+    ])  # fmt: skip
+    return Partition(log_mean_exp(estimates), jnp.std(estimates, ddof=1))
