@@ -91,9 +91,11 @@ class Ridge:
         return RidgeBelief(self.features, weights, factor, offset, self.noise, self.bonus)
 
     def _factor(self, rows: Array) -> tuple[Array, Array]:
-        """Return Q [N + d, d] and R [d, d] of the stacked rows, R^T R = rows^T rows + lambda I."""
+        """Return Q [N + d, d] and R [d, d], its diagonal positive, of the stacked rows: R^T R = rows^T rows + lambda I."""
         below = jnp.sqrt(self.regularization) * jnp.eye(rows.shape[1], dtype=rows.dtype)
-        return jnp.linalg.qr(jnp.concatenate([rows, below]))
+        q, factor = jnp.linalg.qr(jnp.concatenate([rows, below]))
+        sign = jnp.where(jnp.diagonal(factor) < 0, -1.0, 1.0)
+        return q * sign, factor * sign[:, None]
 
 
 def ridge(
