@@ -1,0 +1,161 @@
+"""Learned brightness of a protein's variants, in two copies that share no measurement, and the judge of protein sequences.
+
+Each copy is a small ensemble of bottleneck networks, additive effects of mutations through a narrow non-linear readout
+("global epistasis"), trained on one half of the measurements. What is predicted dark is infeasible: NaN.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rgdiff import checks, rewards, tuners
+from rgdiff.domains.oracle import Oracle, OracleTuner
+from rgdiff.domains.proteins import ProteinDomain
+from rgdiff.domains.sequence_tasks import SequenceJudge, correlation
+from rgdiff.rewards import Task
+from rgdiff.typing import Array, Cond, Key, Reward, pytree
+
+
+@pytree
+class Brightness:
+    """A learned measurement as a reward; NaN below `dark`."""
+
+    learned: Reward
+    dark: Array
+
+    def __call__(self, x0: Array, cond: Cond = None) -> Array:
+        value = self.learned(x0, cond)
+        return jnp.where(value < self.dark, jnp.nan, value)
+
+
+def train_brightness(
+    key: Key,
+    x: Array | np.ndarray,
+    y: Array | np.ndarray,
+    *,
+    heads: int = 3,
+    steps: int = 1500,
+    batch: int = 128,
+    rate: float = 3e-3,
+    width: int = 16,
+    readout: int = 32,
+    weight_decay: float = 1e-2,
+) -> Reward:
+    """Train an ensemble, the mean of `heads` networks, on standardised measurements by least squares.
+
+    A network is Dense(width) on the flattened sequence, then Dense(readout) and one number: mutations add up in a few
+    latent numbers, and what they do together is a function of those.
+
+    Args:
+      key: PRNG key; the result is a function of it.
+      x: one-hot sequences [N, L, 20].
+      y: measurements [N].
+      steps: optimiser steps (AdamW, cosine decay from `rate`) of every head; the average of the weights is kept.
+      batch: sequences a step.
+
+    Raises:
+      ValueError: for fewer than two measurements, or shapes that do not fit.
+    """
+    from rgdiff.nets import MLP
+
+    x, y = np.asarray(x), np.asarray(y, np.float32)
+    if x.ndim != 3 or y.shape != x.shape[:1] or len(y) < 2 or not np.isfinite(y).all():
+        raise ValueError(
+            f"expected sequences [N, L, K] with two or more finite measurements [N], got {list(x.shape)}, {list(y.shape)}"
+        )
+    network = MLP((width, readout), (1, 1))
+    optimizer = tuners.adamw(rate, decay_steps=steps, weight_decay=weight_decay)
+    mean, std = jnp.float32(y.mean()), jnp.float32(max(y.std(), 1e-6))
+    tuner = OracleTuner(mean, std, jnp.float32(0), network, optimizer)
+    data = {"x": jnp.asarray(x), "y": jnp.asarray(y)}
+    begin = jax.jit(lambda k: network.init(k, jnp.zeros((1, *x.shape[1:])), jnp.zeros(1))["params"])
+    oracles = []
+    for head in jax.random.split(key, checks.at_least("heads", heads, 1)):
+        key_init, key_fit = jax.random.split(head)
+        state = tuners.fit(tuner, key_fit, tuner.init(begin(key_init)), steps, data=data, batch=batch, chunk=steps)
+        oracles.append(Oracle(state.best, mean, std, network))
+    return rewards.ensemble(oracles, "mean")
+
+
+class ProteinJudge(SequenceJudge):
+    """Measures samples of a protein's variants; brightness is judged by networks of the other half of the measurements."""
+
+    domain: ProteinDomain
+
+    def brightness(self, **settings: Any) -> Reward:
+        """Train on the judge's half of the measurements; settings as `train_brightness`."""
+        return train_brightness(self._key, self.domain.judge_x, self.domain.judge_y, **settings)
+
+    def row(self, outcome: Any, task: Task, prior: Any = None) -> dict[str, Any]:
+        """Return the figures of `SequenceJudge`, and the mean number of mutations."""
+        tokens = np.asarray(outcome.x0).argmax(-1)
+        return {**super().row(outcome, task, prior), "mutations": float((tokens != self.domain.wild).sum(-1).mean())}
+
+    def notes(self, task: Task) -> list[str]:
+        """Return what a reader of the report should know."""
+        notes = [*super().notes(task), "mutations: mean number of letters that differ from the wild type."]
+        if isinstance(task.reward, Brightness) and isinstance(task.heldout, Brightness):
+            domain = self.domain
+            guide = self.quality(task.reward.learned, domain.judge_x, domain.judge_y)
+            judge = self.quality(task.heldout.learned, domain.guide_x, domain.guide_y)
+            told = "Spearman {spearman:.3f}, R2 {r2:.3f}, {right:.1%} on the right side of the dark threshold"
+            notes.append(
+                f"Infeasible: predicted below {domain.dark:.2f}. The guiding and the judging networks are trained on disjoint "
+                f"halves; on measurements they have not seen: {told.format(**guide)}; {told.format(**judge)}."
+            )
+        return notes
+
+    def quality(self, learned: Reward, x: np.ndarray, y: np.ndarray, batch: int = 1024) -> dict[str, float]:
+        """Return Spearman's correlation, R2 and the share on the right side of the threshold, on measurements not trained on."""
+        parts = [self.rewards(learned, x[i : i + batch].astype(np.float32)) for i in range(0, len(x), batch)]
+        guess = np.concatenate(parts).astype(np.float64)
+        return {
+            "spearman": correlation(ranks(guess), ranks(y)),
+            "r2": 1 - float(np.mean((guess - y) ** 2) / np.var(np.asarray(y, np.float64))),
+            "right": float(np.mean((guess < self.domain.dark) == (y < self.domain.dark))),
+        }
+
+
+def ranks(values: Array | np.ndarray) -> np.ndarray:
+    """Return ranks from 0 on, equal values sharing their mean rank."""
+    _, member, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts + 1) / 2)[member]
+
+
+def brightness(
+    domain: ProteinDomain,
+    judge: ProteinJudge,
+    key: Key,
+    heads: int = 3,
+    steps: int = 1500,
+    batch: int = 128,
+    rate: float = 3e-3,
+    width: int = 16,
+    readout: int = 32,
+    weight_decay: float = 1e-2,
+    infeasible: bool = True,
+) -> Task:
+    """Make the task: learned brightness of one half of the measurements, judged by that of the other half.
+
+    Args:
+      heads, steps, batch, rate, width, readout, weight_decay: of both, see `train_brightness`.
+      infeasible: whether what is predicted dark, below `domain.dark`, is NaN; else it has its predicted brightness.
+    """
+    if not isinstance(domain, ProteinDomain):
+        raise ValueError("reward=brightness is for measured variants of a protein; use domain=gfp")
+    settings: dict[str, Any] = {
+        "heads": heads,
+        "steps": steps,
+        "batch": batch,
+        "rate": rate,
+        "width": width,
+        "readout": readout,
+        "weight_decay": weight_decay,
+    }
+    dark = jnp.float32(domain.dark if infeasible else -jnp.inf)
+    guide = train_brightness(key, domain.guide_x, domain.guide_y, **settings)
+    return Task(Brightness(guide, dark), Brightness(judge.brightness(**settings), dark))
