@@ -116,9 +116,10 @@ class MaximumEntropy:
         """Begin from {"policy": ..., "value": ...}, copied; speeds are those of 4,096 chains where none were given."""
         params = jax.tree.map(lambda p: jnp.array(p, copy=True), params)
         copy = lambda: jax.tree.map(jnp.array, params)  # noqa: E731
-        speed = self.speed
-        if speed is None:
+        if self.speed is None:
             speed = self._squares(self.rollout(jax.random.key(0), params["policy"], 4096))
+        else:
+            speed = jnp.array(self.speed, copy=True)  # a training loop donates its state
         target = None if self.target_decay is None else copy()
         opt_state = {name: self.optimizer.init(part) for name, part in params.items()}
         average = None if self.ema_decay is None else copy()
@@ -236,15 +237,24 @@ class MaximumEntropy:
     def policy_loss(
         self, policy: Params, key: Key, params: Params, paths: Paths, speed: Array, shift: Array, cond: Cond = None
     ) -> Array:
-        """Mean over transitions of V_{t+1}(y) + the step's cost, y ~ pi reparameterised: of one move of every chain, or of all."""
+        """Mean over transitions of V_{t+1}(y) + the step's cost, y ~ pi reparameterised.
+
+        Every move takes its share of the chains, others at every iteration (`shift`), or all of them. One move at a time, so
+        that a network embeds its time once.
+        """
         moves, batch = self.times.shape[0] - 1, paths.x.shape[1]
-        chain = jnp.tile(jnp.arange(batch), moves if self.every_move else 1)
-        move = jnp.repeat(jnp.arange(moves), batch) if self.every_move else (chain + shift) % moves
-        x, t, s = paths.x[move, chain], self.times[move], self.times[move + 1]
-        cond = jax.tree.map(lambda leaf: leaf[chain], cond)
-        kernel = self.process.reverse(x, t, s, self.model(policy)(x, t, cond))
-        y = kernel.rsample(key)
-        return jnp.mean(self.togo(params)(y, s, cond) + self.cost(kernel, x, y, speed[move]))  # type: ignore[arg-type]
+        rows = batch if self.every_move else -(-batch // moves)
+        denoiser, togo = self.model(policy), self.togo(params)
+
+        def one(key: Key, move: Array, t: Array, s: Array, x: Array, speed: Array) -> Array:
+            chosen = (rows * move + jnp.arange(rows) + shift) % batch
+            x, some = x[chosen], jax.tree.map(lambda leaf: leaf[chosen], cond)
+            kernel = self.process.reverse(x, t, s, denoiser(x, t, some))
+            y = kernel.rsample(key)
+            return jnp.mean(togo(y, s, some) + self.cost(kernel, x, y, speed))  # type: ignore[arg-type]
+
+        where = (jax.random.split(key, moves), jnp.arange(moves), self.times[:-1], self.times[1:], paths.x[:-1], speed)
+        return jnp.mean(jax.vmap(one)(*where))
 
     def _improve(self, key: Key, carry: Any, step: Array, paths: Paths, speed: Array, cond: Cond) -> tuple[Any, Info]:
         """One step of the policy, its gradient clipped; none during the warm-up."""

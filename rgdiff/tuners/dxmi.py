@@ -34,6 +34,7 @@ class InverseLearning(MaximumEntropy):
 
     energy_model: Any = None
     gamma: Array = 1.0  # type: ignore[assignment]
+    last_gamma: Array = 1.0  # type: ignore[assignment]
     energy_limit: Array = 100.0  # type: ignore[assignment]
     energy_steps: int = static(default=1)
 
@@ -52,23 +53,26 @@ class InverseLearning(MaximumEntropy):
         """The energy of a state's parameters: V at t = 0, or the separate network."""
         return Energy(self.togo(params))
 
-    def energy_loss(self, params: Params, data: Array, samples: Array, cond: Cond = None) -> tuple[Array, Info]:
+    def energy_loss(
+        self, params: Params, data: Array, samples: Array, gamma: Array, cond: Cond = None
+    ) -> tuple[Array, Info]:
         """mean E(data) - mean E(samples) + gamma (mean E(data)^2 + mean E(samples)^2), and the parts' means."""
         energy, twice = self.energy(params), jax.tree.map(lambda c: jnp.concatenate([c, c]), cond)
         high = energy(jnp.concatenate([data, samples]), twice)
         data, samples = high[: data.shape[0]], high[data.shape[0] :]
         square = jnp.mean(data**2) + jnp.mean(samples**2)
         info = {"energy_data": jnp.mean(data), "energy_samples": jnp.mean(samples), "energy_square": square}
-        return jnp.mean(data) - jnp.mean(samples) + self.gamma * square, info
+        return jnp.mean(data) - jnp.mean(samples) + gamma * square, info
 
     def _learn_energy(self, carry: Any, step: Array, paths: Paths, batch: Any, cond: Cond) -> tuple[Any, Info, Array]:
         """One or more steps of the energy on data and the ends of the chains."""
         name = "value" if self.energy_model is None else "energy"
         samples = self.process.finalize(paths.x[-1], self.times[-1], None)
         rate = self._rate(self.rates.energy, step)
+        gamma = self.last_gamma + self._rate(self.gamma - self.last_gamma, step)
 
         def loss(part: Params, params: Params) -> tuple[Array, Info]:
-            return self.energy_loss(params | {name: part}, batch["x0"], samples, cond)
+            return self.energy_loss(params | {name: part}, batch["x0"], samples, gamma, cond)
 
         params, opt_state = carry
         first = None
@@ -101,6 +105,7 @@ def dxmi(
     energy: Any = None,
     energy_steps: int = 1,
     gamma: float = 1.0,
+    last_gamma: float | None = None,
     energy_limit: float = 100.0,
     **options: Any,
 ) -> InverseLearning:
@@ -118,6 +123,7 @@ def dxmi(
       energy_steps: of Adam an iteration; several for an energy of its own, which otherwise lags behind the sampler.
       gamma: keeps energies near 0, per unit of energy. At rest E = -(p - q) / (2 gamma (p + q)) for data p and samples q: the sampler is
         off by p/q = (1 - 2 gamma E) / (1 + 2 gamma E), so that gamma tau must be small against 1 over the range of log p. 0 diverges.
+      last_gamma: what gamma falls to with the rates, as their cosine does; gamma itself by default.
       energy_limit: an iteration with a root mean square energy above it is undone and counted, as in `dxdp`.
 
     Returns:
@@ -133,6 +139,7 @@ def dxmi(
         **settings(model, process, value, times, **options),
         energy_model=None if energy is None else callable_pytree(energy, "energy (params -> E)"),
         gamma=checks.positive("gamma", gamma, zero=True),
+        last_gamma=checks.positive("last_gamma", gamma if last_gamma is None else last_gamma, zero=True),
         energy_limit=checks.positive("energy_limit", energy_limit),
         energy_steps=checks.at_least("energy_steps", energy_steps, 1),
     )
