@@ -70,7 +70,10 @@ def listing() -> str:
     from rgdiff.runtime import recipe
 
     lines = []
-    for title, group in (("recipes", None), *((f"{g}s", g) for g in ("method", "value", "reward", "prior", "domain"))):
+    for title, group in (
+        ("recipes", None),
+        *((f"{g}s", g) for g in ("method", "value", "surrogate", "reward", "prior", "domain")),
+    ):
         lines.append(title + ("" if group is None else f" ({group}=…)"))
         lines += [f"  {name:<23} {recipe.summary_of(name, group)}" for name in recipe.names(group)]
     return "\n".join(lines)
@@ -197,7 +200,9 @@ def write_pages(
     ]
     if any(row["phase"] == "prior" for row in run.log.rows):
         plots.append(plot_rows(run.log.rows, ["loss"], title="prior: training loss", phase="prior"))
-    pictures = judge.pictures({key: outcome.x0 for key, outcome in outcomes.items()}, task)
+    samples = {key: outcome.x0 for key, outcome in outcomes.items()}
+    samples |= {f"{key}: {what}": x0 for key, outcome in outcomes.items() for what, x0 in outcome.shown.items()}
+    pictures = judge.pictures(samples, task)
     report = Report(
         title=config.get("title", name),
         command=" ".join(["rgdiff run", name, *overrides]),
@@ -232,6 +237,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     shown = (
         "reward_mean",
         "reward_se",
+        "infeasible",
         "heldout_reward_mean",
         "heldout_accuracy",
         "exact_reward_mean",

@@ -24,7 +24,10 @@ Curves = dict[str, tuple[Sequence[float], Sequence[float]]]
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Samples x0 [N, ...] of one method, its costs, curves for the report, name -> (x, y), and figures of its own for the table."""
+    """Samples x0 [N, ...] of one method, its costs, curves for the report, name -> (x, y), and figures of its own for the table.
+
+    `shown` are other samples that the report draws beside x0, by what they are.
+    """
 
     x0: np.ndarray
     network_calls: int
@@ -34,6 +37,7 @@ class Outcome:
     tuning_network_calls: int = 0
     curves: Curves = dataclasses.field(default_factory=dict)
     figures: dict[str, float] = dataclasses.field(default_factory=dict)
+    shown: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     temperature: float | None = None  # of the law that the method aims at, p(x) exp(r(x)/temperature)/Z, if it has one
 
 

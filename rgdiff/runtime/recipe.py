@@ -31,9 +31,11 @@ CONSTRUCTORS = tuple(  # modules whose public classes and functions a recipe may
         "runtime.values",
         "runtime.gradient_guidance",
         "runtime.elegant",
+        "runtime.seiko",
+        "surrogates",
     )
 )
-GROUPS = ("domain", "method", "prior", "reward", "value")
+GROUPS = ("domain", "method", "prior", "reward", "surrogate", "value")
 
 
 def config_dir() -> Path:
