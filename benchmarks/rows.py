@@ -5,7 +5,7 @@ side hands over parameters, coefficients, the random numbers of one run and its 
 repeats that run with them and returns the largest relative error. `block` is what is timed: one whole sampling run or
 one training step, from its random numbers to a finished (synchronised) result. Here are the cases and the sides of images;
 `benchmarks.tuner_rows` extends them to more tuners; `benchmarks.sequence_rows` and `benchmarks.drakes_rows` have the sides
-of sequences, `benchmarks.gradient_guidance` those of its rounds.
+of sequences, `benchmarks.gradient_guidance` those of its rounds, `benchmarks.surrogate_rows` those of refits.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Case:
     """One line of the table.
 
     Args:
-      method: of `tuners`: draft_lv, alignprop, refl or ddpo.
+      method: of `tuners`: draft_lv, alignprop, refl or ddpo; of `surrogates`, how ours fits its heads: vmap or loop.
       live, remat: network calls with gradients (DRaFT; 1 where the method says); whether activations are computed again.
       reuse, loop, channels_last: other ways to write the PyTorch side, against the same of ours. The winner's
-        prediction is kept; one call of the networks per candidate; the layout of convolutions (sequences).
+        prediction is kept; one call of the networks per candidate (or head); the layout of convolutions (sequences).
       value, length, batch, moves: of sequences: `pm` or `mc`, L, B, T.
       released: of `drakes`: the PyTorch side evaluates the KL at every move, in a loop of its own.
       distinct: of sequences: whether ours evaluates one of each kind of candidate only.
@@ -104,6 +104,11 @@ CASES = (
     *_drakes(50, 8, 32, 12),
     Case("gradient-guidance", "g"),
     Case("gradient-guidance", "g_loss"),
+    Case("dxmi", "T=5 B=256", reuse=False),
+    Case("dxmi", "T=5 B=256, one embedded time"),
+    Case("surrogates", "8 heads by vmap", "vmap", loop=True),
+    Case("surrogates", "8 heads by vmap, batched products", "vmap"),
+    Case("surrogates", "8 heads in a loop", "loop", loop=True),
 )
 
 

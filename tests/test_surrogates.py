@@ -616,6 +616,24 @@ def test_the_optimistic_reward_adds_the_feasible_log_probability():
     np.testing.assert_array_equal(surrogates.Optimistic(belief)(x), belief.upper(x))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "loop"), [("vmap", True), ("vmap", False), ("loop", True)])
+def test_the_benchmark_compares_the_same_refit(monkeypatch, method, loop):
+    pytest.importorskip("torch")
+    from benchmarks import surrogate_rows
+    from benchmarks.rows import Case
+
+    small = {"HEADS": 3, "STEPS": 2, "BATCH": 8, "OBSERVATIONS": 32, "FEATURES": (16, 16), "CHECKED": 3}
+    for name, value in small.items():
+        monkeypatch.setattr(surrogate_rows, name, value)
+    surrogate_rows.network.cache_clear()
+    case = Case("surrogates", "tiny", method, loop=loop)
+    given = surrogate_rows.Ours(case).export()
+    check = lambda given: surrogate_rows.Torch(case, given, False, 1, None).check()  # noqa: E731
+    assert check(given) < 1e-4 < check(given | {"rows": given["rows"][:, ::-1]})
+    surrogate_rows.network.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
