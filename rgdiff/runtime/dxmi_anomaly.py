@@ -112,10 +112,12 @@ class EnergyDetector:
 
     def run(self, run: Run, phase: str, prior: Any, task: Task, count: int) -> Outcome:
         drawn: list[np.ndarray] = []
+        size = min(len(problem.train) for problem in prior.problems(0))  # of all, so that one program trains them
 
         def auroc(problem: anomaly.OneClass, seed: int) -> float:
             name = f"{phase}_{problem.name}_{seed}"
-            learning = dataclasses.replace(prior, data=jnp.asarray(problem.train), fresh=jnp.asarray(problem.normal))
+            data, fresh = jnp.asarray(problem.train[:size]), jnp.asarray(problem.normal)
+            learning = dataclasses.replace(prior, data=data, fresh=fresh)
             outcome = self.training.run(run, name, learning, task, count)
             drawn.append(outcome.x0)
             return problem.auroc(lambda x: jax.device_get(outcome.energy(jnp.asarray(x))))
