@@ -94,7 +94,7 @@ def _optimizer(steps: int) -> Any:
 
 def build(start: str, iterations: int, **options: Any) -> Any:
     """The tuner of a run: DEFAULTS, the decay of its length, and the warm-up that a trained start needs."""
-    chosen = DEFAULTS | {"decay_steps": iterations, "warmup": 300 if start == "ddpm" else 0} | options
+    chosen: dict[str, Any] = DEFAULTS | {"decay_steps": iterations, "warmup": 300 if start == "ddpm" else 0} | options
     separate = {"energy": VALUE} if chosen.pop("separate", False) else {}
     return tuners.dxmi(POLICY, PROCESS, VALUE, **separate, **chosen)
 

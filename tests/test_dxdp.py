@@ -113,6 +113,7 @@ def test_values_and_policy_of_the_linear_quadratic_world(trained):
     np.testing.assert_allclose(POLICY.sigma(state.params["policy"]) ** 2, v, rtol=0.02)
 
 
+@pytest.mark.slow
 def test_one_optimal_step_of_values_is_a_fixed_point(trained):
     """At the exact optimum targets equal values: the regression's loss is the variance of V(y) alone, and the policy's gradient vanishes."""
     tuner, state = trained
@@ -133,7 +134,7 @@ def _inverse(sigma):
     return POLICY.start + POLICY.reach * jnp.arctanh((jnp.log(sigma) - POLICY.start) / POLICY.reach)
 
 
-@pytest.mark.parametrize("expectation", ["exact", "sampled"])
+@pytest.mark.parametrize("expectation", ["exact", pytest.param("sampled", marks=pytest.mark.slow)])
 def test_the_policys_gradient_in_magnitude(expectation):
     """Against the derivative of the loss written out for affine steps and parabolic values, away from the optimum."""
     tuner = build(expectation=expectation, every_move=True)
@@ -200,6 +201,7 @@ def test_speeds_follow_the_chain_and_the_running_cost_is_a_half():
     np.testing.assert_allclose(first, want, rtol=0.08)
 
 
+@pytest.mark.slow
 def test_where_gaussian_policies_contain_it_the_tilted_law_is_reached():
     """With tau / a + sum s^2 = 1 and m = 0 the auxiliary chain leads from exp(r / tau) back to the prior: no gap, and V_0 says log Z."""
     speed = np.array([0.3, 0.25, 0.15])
@@ -257,10 +259,11 @@ def test_jacobi_is_gauss_seidel_for_one_move():
     states = []
     for sweep in ("gauss_seidel", "jacobi"):
         tuner = tuners.dxdp(policy, process, REWARD, value_model, tau=TAU, sweep=sweep, batch=32)
-        states.append(tuners.fit(tuner, jax.random.key(0), tuner.init(params), 20))
+        states.append(tuners.fit(tuner, jax.random.key(0), tuner.init(params), 20, chunk=20))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *states)
 
 
+@pytest.mark.slow
 def test_target_network_and_averages():
     """Targets of a network that never moves leave V one step from the reward; the average is that of the library."""
     tuner = build(target_decay=1.0, ema_decay=0.5, rate=0.0, value_rate=0.05, tau=0.0, batch=512, decay_steps=400.0)
@@ -366,6 +369,7 @@ def test_numbers_change_without_another_program():
     assert not traces
 
 
+@pytest.mark.slow
 def test_jit_equals_no_jit_and_continued_equals_uninterrupted():
     tuner = build(batch=16, ema_decay=0.9, target_decay=0.9)
     state = tuner.init(blank())

@@ -70,7 +70,8 @@ def test_the_energys_gradient_in_magnitude():
     params = parabolas()
     params["value"]["p"] = params["value"]["p"].at[3].set(0.4)
     x, y = (np.random.default_rng(i).normal(i, 1 + i, (500, 1)).astype(np.float32) for i in (0, 1))
-    loss = lambda value: tuner.energy_loss(params | {"value": value}, x, y, jnp.float32(0.3))[0]  # noqa: E731
+    data, samples = jnp.asarray(x), jnp.asarray(y)
+    loss = lambda value: tuner.energy_loss(params | {"value": value}, data, samples, jnp.float32(0.3))[0]  # noqa: E731
     gradient = jax.grad(loss)(params["value"])
     mean = lambda k: (np.mean(x.astype(float) ** k), np.mean(y.astype(float) ** k))  # noqa: E731
     (a2, b2), (a4, b4), (a3, b3) = mean(2), mean(4), mean(3)
@@ -127,7 +128,7 @@ def test_without_gamma_the_game_diverges_is_stopped_and_what_was_good_is_kept(tm
     data = {"x0": 2 + np.random.default_rng(0).standard_normal((1000, 1)).astype(np.float32)}
     infos = []
     state = tuners.fit(
-        tuner, jax.random.key(0), tuner.init(parabolas()), 300, data=data, batch=64,
+        tuner, jax.random.key(0), tuner.init(parabolas()), 300, data=data, batch=64, chunk=25,
         on_chunk=lambda state, info: infos.append(info),
     )  # fmt: skip
     diverged = np.concatenate([i["diverged"] for i in infos])
@@ -140,6 +141,7 @@ def test_without_gamma_the_game_diverges_is_stopped_and_what_was_good_is_kept(tm
         run.fit("dxmi", tuner, jax.random.key(0), parabolas(), 300, data=data, batch=64)
 
 
+@pytest.mark.slow
 def test_an_iteration_that_is_undone_changes_nothing_but_the_counts():
     tuner = tuners.dxmi(POLICY, PROCESS, model, batch=16, target_decay=0.9)
     state = tuner.init(parabolas())
@@ -188,6 +190,7 @@ def test_the_released_units_and_what_its_settings_mean():
     assert float(seen[-1]) == 0.0
 
 
+@pytest.mark.slow
 def test_released_targets_are_values_of_the_drawn_states_and_time_costs_alone():
     """One iteration with plain gradient steps of a constant V: d/dc (c - y)^2 over the moves, with costs of time only."""
     cost = tuners.sigmoid_time_cost(3, 1.0)
@@ -214,6 +217,7 @@ def _constant(params):
     return denoisers.from_function(lambda p, x, t, cond=None: jnp.broadcast_to(p, x.shape[:1]), params)
 
 
+@pytest.mark.slow
 def test_seeds_in_one_program_are_seeds_one_after_another():
     """vmap over seeds: parameters, keys and data rows, the same numbers as each alone."""
     tuner = tuners.dxmi(POLICY, PROCESS, model, batch=16, decay_steps=10, warmup=1)
@@ -232,6 +236,7 @@ def test_seeds_in_one_program_are_seeds_one_after_another():
     assert float(jnp.std(together.params["value"]["p"], 0).min()) > 1e-3
 
 
+@pytest.mark.slow
 def test_numbers_change_without_another_program():
     traces = []
 
@@ -250,6 +255,7 @@ def test_numbers_change_without_another_program():
     assert not traces
 
 
+@pytest.mark.slow
 def test_gamma_falls_with_the_rates():
     """Half-way gamma is half-way to last_gamma: the gradient of a constant energy c is 4 gamma c."""
     tuner = tuners.dxmi(

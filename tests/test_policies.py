@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import optax
 import pytest
 
 from rgdiff import denoisers, policies, processes, samplers, schedules, tuners, values
+from rgdiff.typing import Move
 from tests.worlds import GaussianWorld
 
 
@@ -47,7 +49,7 @@ def law(params, sigma):
 
 def test_variances_are_those_of_ddpm():
     stds = np.array([0.8, 0.7, 0.6, 0.45, 0.3])
-    levels = policies.variances(stds)
+    levels = policies.variances(tuple(stds))
     kept = np.cumprod(1 - stds[::-1] ** 2)[::-1]
     np.testing.assert_allclose(levels.alphas[:-1] ** 2, kept, rtol=1e-6)
     np.testing.assert_allclose(levels.alphas**2 + levels.sigmas**2, 1.0, rtol=1e-6)
@@ -114,7 +116,7 @@ def test_a_policy_from_a_prior_makes_the_priors_own_moves(schedule):
         ours = process.reverse(x, process.times()[i], process.times()[i + 1], denoiser(x, process.times()[i]))
         x0 = prior(x, times[i])
         if i < 3:
-            theirs = world.process.reverse(x, times[i], times[i + 1], x0)
+            theirs: Any = world.process.reverse(x, times[i], times[i + 1], x0)
             np.testing.assert_allclose(ours.mean, theirs.mean, rtol=2e-4, atol=2e-4)
             np.testing.assert_allclose(ours.std[:, 0], np.broadcast_to(theirs.std, 5), rtol=1e-4)
         else:
@@ -170,6 +172,7 @@ def test_samplers_and_path_kl():
     np.testing.assert_allclose(samplers.total_path_kl(out), np.sum(0.5 * (a**2 / b**2 - 1) - np.log(a / b)), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_svdd_and_smc_steer_a_policy():
     """Both raise a linear reward's mean by about its gradient times the posterior's variance; SMC's log Z is the Gaussian integral's."""
     process, policy, params = chain()
@@ -201,7 +204,7 @@ class _ToGo:
         return g[i] * x[:, 0] + h[i]
 
 
-@pytest.mark.parametrize("method", ["draft", "ddpo"])
+@pytest.mark.parametrize("method", [pytest.param("draft", marks=pytest.mark.slow), "ddpo"])
 def test_reward_gradients_reach_the_network_and_the_standard_deviations(method):
     """E[-(x - 1)^2] of an affine chain is -(mean - 1)^2 - variance: its gradient in w, b and log sigma, in magnitude."""
     process, policy, params = chain()
@@ -232,6 +235,7 @@ def test_reward_gradients_reach_the_network_and_the_standard_deviations(method):
     assert np.abs(want["log_sigma"]).min() > 0.2  # the tolerance is below what is asked for
 
 
+@pytest.mark.slow
 def test_sft_pg_tunes_a_policy():
     """The critic's gradient passes the last step, which is a draw and no projection; standard deviations move too."""
     process, policy, params = chain()
@@ -250,23 +254,21 @@ def test_guidance_by_a_cost_goes_downhill_by_the_gaussian_tilt():
     """For V = a (y - m)^2 / 2 the mean moves by -scale sigma^2 a (mean - m), and at scale 1 / tau it is the tilt to first order in sigma^2."""
     process, policy, params = chain()
     a, m, scale = 3.0, 0.7, 0.5
-    cost = lambda y, s, cond=None: 0.5 * a * (y[:, 0] - m) ** 2 * (1 - s)  # noqa: E731
+    cost = lambda x, t, cond=None: 0.5 * a * (x[:, 0] - m) ** 2 * (1 - t)  # noqa: E731
     guide = policies.value_guidance(cost, scale)
     x, t, s = jnp.float32([[0.3], [-1.0]]), process.times()[1], process.times()[2]
     kernel = policy(params)(x, t)
-    guided = guide(kernel, samplers_move(x, t, s, kernel))
+    guided = guide(kernel, move_of(x, t, s, kernel))
     sigma = float(policy.sigma(params)[1])
     shift = -scale * sigma**2 * a * (np.asarray(kernel.mean) - m) * (1 - float(s))
     np.testing.assert_allclose(guided.mean - kernel.mean, shift, rtol=1e-4)
     small = policies.value_guidance(cost, 1e-3)
     exact = 1 / (1 + 1e-3 * a * (1 - float(s)) * sigma**2)
-    moved = (np.asarray(small(kernel, samplers_move(x, t, s, kernel)).mean) - m) / (np.asarray(kernel.mean) - m)
+    moved = (np.asarray(small(kernel, move_of(x, t, s, kernel)).mean) - m) / (np.asarray(kernel.mean) - m)
     np.testing.assert_allclose(moved, exact, rtol=1e-5)
 
 
-def samplers_move(x, t, s, prediction):
-    from rgdiff.typing import Move
-
+def move_of(x, t, s, prediction):
     return Move(x, t, s, None, prediction)
 
 
