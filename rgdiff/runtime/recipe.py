@@ -2,7 +2,7 @@
 
 A config names constructors (`_target_`) and their keyword arguments, nothing else, so unknown names and arguments are
 found here, before anything compiles. A recipe may name constructors of rgdiff only; modules of the user's own are
-allowed where the user names them on the command line. What is then done with the parts is `rgdiff.runtime.phases`'.
+allowed where the user names them on the command line. What is then done with the parts is `rgdiff.cli`'s.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ CONSTRUCTORS = tuple(  # modules whose public classes and functions a recipe may
         "runtime.tuning",
         "runtime.values",
         "runtime.gradient_guidance",
+        "runtime.dxmi",
         "runtime.elegant",
         "runtime.seiko",
         "surrogates",

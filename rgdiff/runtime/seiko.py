@@ -124,9 +124,8 @@ class Seiko:
             series = np.array([[np.nan if row.get(name) is None else row[name] for row in one] for one in rows], float)
             some = ~np.isnan(series).all(0)
             if some.any():
-                at = np.array([row["queries"] for row in rows[0]])[some]
-                parts = (np.nanmean(series, 0), np.nanmin(series, 0), np.nanmax(series, 0))
-                curves[title] = {"": (at, *(part[some] for part in parts))}
+                at, seen = np.array([row["queries"] for row in rows[0]])[some], series[:, some]
+                curves[title] = {"": (at, np.nanmean(seen, 0), np.nanmin(seen, 0), np.nanmax(seen, 0))}
         tuned = self.steering is None
         calls = last.sampler.network_calls(len(prior.times) - 1)
         spent = self.seeds * sum(self.queries)
