@@ -35,7 +35,7 @@ def on_grid(law, half, cells=160):
     return np.exp(values).reshape(cells, cells), 2 * half / cells
 
 
-@pytest.mark.parametrize("name", LAWS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "figure_eight" else n for n in LAWS])
 def test_densities_integrate_to_one_and_match_the_samples(name):
     law, half = LAWS[name]
     cells = 80 if name == "two_spirals" else 160  # with twice its noise, since its quadrature costs
