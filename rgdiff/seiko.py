@@ -159,6 +159,17 @@ class Rounds:
 
 
 @pytree
+class Bound:
+    """A model at some parameters, as a denoiser that is the same program at others."""
+
+    model: Model
+    params: Params
+
+    def __call__(self, x: State, t: Array, cond: Cond = None) -> State:
+        return self.model(self.params)(x, t, cond)
+
+
+@pytree
 class Seiko(Rounds):
     """Tunes the model under two KL anchors. Build it with `seiko`."""
 
@@ -170,7 +181,7 @@ class Seiko(Rounds):
     steps: int = static()
 
     def sampler(self, state: RoundState) -> Any:
-        return samplers.ancestral(self.process, self.model(state.params))
+        return samplers.ancestral(self.process, Bound(self.model, state.params))
 
     def weights(self, state: RoundState) -> tuple[Array, Array]:
         """Return alpha and beta_{i-1} of the round under way, in the reward's unit per nat."""
@@ -182,7 +193,7 @@ class Seiko(Rounds):
 
         Its structure is the same in every round, so that its step is compiled once.
         """
-        references = [self.denoiser, self.model(state.params)]
+        references = [self.denoiser, Bound(self.model, state.params)]
         return self.inner(self.reward(state), reference=references, kl_weight=list(self.weights(state)))
 
     def improve(self, key: Key, state: RoundState) -> tuple[RoundState, Info]:
