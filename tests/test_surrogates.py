@@ -61,9 +61,9 @@ KINDS = {
     "thompson": surrogates.thompson(surrogates.ridge(surrogates.with_constant, noise=0.1)),
     "greedy": surrogates.greedy(surrogates.ensemble(NETWORK, ADAM, heads=2, steps=30, batch=16)),
 }
-RARE = ("centred", "spread", "single", "greedy", "tuned", "thompson")
+USUAL = ("ridge", "tanimoto", "max")  # the others are among the slow tests
 every = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in RARE)) for name in KINDS]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in USUAL)) for name in KINDS]
 )
 FITS = []  # one entry each time a fit is traced
 
@@ -265,7 +265,7 @@ def test_random_features_average_to_the_kernel_at_the_rate_of_their_number(kerne
 
 
 # Posterior draws
-@pytest.mark.parametrize("name", ["ridge", pytest.param("rbf", marks=pytest.mark.slow), "tanimoto"])
+@pytest.mark.parametrize("name", ["ridge", *(pytest.param(n, marks=pytest.mark.slow) for n in ("rbf", "tanimoto"))])
 def test_draws_have_the_mean_and_the_deviation_of_the_belief(name):
     belief = fit(KINDS[name], KEY, observed(X, Y))
     if name != "ridge":
@@ -302,6 +302,7 @@ def test_an_ensembles_draws_are_its_heads():
 
 
 # Ensembles
+@pytest.mark.slow
 def test_vmapped_heads_are_the_heads_fitted_one_after_another():
     slots, ours = observed(X, Y), KINDS["max"]
     together = fit(ours, KEY, slots)
@@ -377,6 +378,7 @@ def test_a_warm_start_begins_from_the_last_fit():
         assert all(same) == warm
 
 
+@pytest.mark.slow
 def test_deep_features_are_the_input_of_the_last_layer():
     """The network's output is linear in them, with its last kernel and bias; a sequence's are averaged over positions."""
     for network, x in ((NETWORK, jax.random.normal(KEY, (5, 3))), (nets.ConvNet1D(1, 8, (1,), 3), letters(KEY, 5))):
@@ -441,7 +443,8 @@ def test_gradients_are_those_of_finite_differences_and_finite_at_the_corners(nam
     assert np.isfinite(look(belief, X[:6])["slopes"]).all() and np.abs(here["slopes"][0]).max() > 0
 
 
-@pytest.mark.parametrize("name", ["tanimoto", pytest.param("max", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tanimoto", "max"])
 def test_fits_vmap_and_conditions_are_passed_through(name):
     slots, keys = observed(X, Y), jax.random.split(KEY, 2)
     both = jax.jit(jax.vmap(lambda key: KINDS[name].fit(key, slots).upper(NEW, jnp.zeros(6))))(keys)
@@ -589,6 +592,7 @@ def test_feasibility_learns_where_and_says_nothing_before(kind):
     np.testing.assert_array_equal(log_prob(empty, new), 0)
 
 
+@pytest.mark.slow
 def test_without_evidence_feasibility_is_laplaces_rule_of_succession():
     """Features that are 0 everywhere: (n + 1) / (n + m + 2) of n feasible and m infeasible, near enough at lambda = 1e3."""
     slots = observed(jnp.zeros((10, 2)), jnp.where(jnp.arange(10) < 8, 1.0, jnp.nan))
@@ -596,6 +600,7 @@ def test_without_evidence_feasibility_is_laplaces_rule_of_succession():
     np.testing.assert_allclose(jnp.exp(log_prob(belief, jnp.ones((1, 2)))), 9 / 12, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_separable_classes_stay_finite():
     x = jnp.linspace(-50, 50, 40)[:, None]
     belief = fit(
