@@ -16,7 +16,7 @@ from benchmarks.rows import Case
 
 BATCH, ITERATIONS, COMPARED = 256, 20, 10
 FIGURES = ("energy_loss", "loss", "policy_loss", "gradient_norm")
-RATES = {"rate": 1e-4, "sigma_rate": 1e-4, "value_rate": 1e-4}
+RATES: dict[str, Any] = {"rate": 1e-4, "sigma_rate": 1e-4, "value_rate": 1e-4}
 
 
 class Ours:
@@ -108,7 +108,7 @@ class Torch:
         from benchmarks import torch_dxmi
 
         self.torch, self.case, self.given = ready_torch(threads), case, given
-        nets = []
+        nets: list[Any] = []
         for name, out in (("policy", 2), ("value", 1)):
             params = nested(given, name)
             params["hidden"] = [params["hidden"][str(i)] for i in range(3)]
@@ -117,17 +117,18 @@ class Torch:
             "tau1": 0.05, "tau2": 0.005, "gamma": 1.0, "clip": 0.1, "velocity_decay": 0.99,
             "time_cost": given["time_cost"].tolist(), **RATES,
         }  # fmt: skip
-        make = lambda: torch_dxmi.Trainer(  # noqa: E731
-            *nets, given["log_sigma"], float(given["reach"]), given["speed"], options, compiled, mode
+        reach = float(given["reach"])
+        self.trainer = torch_dxmi.Trainer(
+            nets[0], nets[1], given["log_sigma"], reach, given["speed"], options, compiled, mode
         )
-        self.trainer = make()
 
     def check(self) -> float:
         """Repeat our iterations; the largest difference of a figure, relative to the figure's size over the iterations."""
         given = {name: self.torch.tensor(self.given[name]) for name in ("data", "x", "noise", "again")}
         got = []
         for n in range(COMPARED):
-            out = self.trainer.iteration(*(given[name][n] for name in given), shift=n)
+            data, x, noise, again = (given[name][n] for name in given)
+            out = self.trainer.iteration(data, x, noise, again, n)
             got.append([out[name] for name in FIGURES])
         want = self.given["figures"]
         return float((np.abs(np.array(got) - want) / np.abs(want).max(0)).max())

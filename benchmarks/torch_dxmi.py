@@ -17,6 +17,8 @@ from torch import Tensor, nn
 class Perceptron(nn.Module):
     """Three hidden layers of SiLU, each with a linear map of the time's features added: `benchmarks.dxmi_2d.perceptron`."""
 
+    w: Tensor
+
     def __init__(self, out: int, width: int = 128, times: int = 128, shared_time: bool = False):
         super().__init__()
         sizes = (2, width, width)
