@@ -131,8 +131,9 @@ def dxmi(
       `tuner.togo(params)` all costs to go, for `params = state.best`.
 
     Note:
-      Defaults are those that bring 2-D data to their sampling error: gamma = 1, tau = 0.05, all rates 1e-3. Give `decay_steps`,
-      the number of iterations, without which the game orbits, and `warmup=300` for a pre-trained sampler.
+      Give `decay_steps`, the number of iterations, without which the game orbits, and `warmup=300` for a pre-trained sampler.
+      A gamma that falls takes some of its bias away (8 Gaussians from scratch, last_gamma 0.3: sliced Wasserstein distance
+      0.062 in place of 0.070, one seed) and damps less: sample with the averaged parameters. A fall to 0.1 is too much.
     """
     return InverseLearning(
         reward=None,
