@@ -169,7 +169,7 @@ class FineTuning:
         }
         inner = tuner if self.stopping is None else tuner.tuner
         queries = len(rows) * self.batch * (1 + getattr(inner, "renoised", 0))
-        figures = {"tuning_steps": float(len(rows)), "reward_queries": float(queries)}
+        figures: dict[str, float] = {"tuning_steps": len(rows), "reward_queries": queries}
         if self.diagnose:
             key, params_then = run.key(f"{phase}_noise"), self.start(run, phase, prior)
             noise = tuners.gradient_statistics(inner, key, params_then, self.diagnose, prior.conditions(self.batch))
