@@ -34,7 +34,7 @@ RESULTS = Path(__file__).parent / "results"
 WIDTH, TIMES = 128, 128
 COUNT, DRAWS, DATA = 10_000, 2, 65_536
 PRETRAINING, PRETRAINING_BATCH = 3000, 512
-DEFAULTS: dict[str, Any] = {"tau": 0.05, "gamma": 1.0, "last_gamma": 0.3, "rate": 1e-3, "batch": 256}
+DEFAULTS: dict[str, Any] = {"tau": 0.05, "gamma": 1.0, "last_gamma": 0.5, "rate": 1e-3, "batch": 256}
 ITERATIONS = {"scratch": 5000, "ddpm": 4000}
 SETS = ("eight_gaussians", "two_spirals", "rings", "checkerboard")
 
@@ -179,7 +179,8 @@ def plan(section: str, seeds: list[int]) -> list[dict[str, Any]]:
 ABLATIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "gamma 1 to the end": {"last_gamma": 1.0},
-    "gamma 0.3": {"gamma": 0.3},
+    "gamma falls to 0.3": {"last_gamma": 0.3},
+    "gamma 0.3": {"gamma": 0.3, "last_gamma": 0.3},
     "gamma 0": {"gamma": 0.0, "last_gamma": 0.0},
     "speeds not followed": {"velocity_decay": 1.0},
     "sigmoid time cost": {"time_cost": 0.05 * tuners.sigmoid_time_cost(5)},
@@ -204,7 +205,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 
 def key_of(line: dict[str, Any]) -> str:
-    options = {k: np.asarray(v).tolist() for k, v in line["options"].items()}
+    options = {k: np.asarray(v).tolist() for k, v in (DEFAULTS | line["options"]).items()}
     return json.dumps([line["name"], line["seed"], line["start"], line["iterations"], sorted(options.items())])
 
 
