@@ -102,7 +102,7 @@ class Rounds:
         return self.ask(key, state, self.batch, cond)
 
     def tell(self, state: RoundState, queries: Queries, rewards: Array) -> tuple[RoundState, Info]:
-        """Take the answers [B] in; NaN marks an infeasible query. Info is that of `figures`."""
+        """Take the answers [B] in; what is not finite marks an infeasible query. Info is that of `figures`."""
         observations = surrogates.append(state.observations, state.asked, queries.x0, rewards)
         told = state._replace(observations=observations, asked=state.asked + rewards.shape[0])
         return told, self.figures(state, queries, rewards)
@@ -113,7 +113,7 @@ class Rounds:
         And of the belief that proposed the queries, before it sees their answers: `bonus`, the mean of upper - mean, and
         `covered`, the share of answers within 1.96 deviations of the mean; both NaN in the first round.
         """
-        feasible = ~jnp.isnan(rewards)
+        feasible = jnp.isfinite(rewards)
         count = jnp.sum(feasible)
         over = lambda values: jnp.sum(jnp.where(feasible, values, 0.0)) / jnp.where(count > 0, count, jnp.nan)  # noqa: E731
         mean = state.belief.mean(queries.x0, queries.cond)
