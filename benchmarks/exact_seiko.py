@@ -326,9 +326,9 @@ def figure(path: Path, curves: dict[str, list[Curve]], title: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.figure(figsize=(8, 5))
-    budgets = np.cumsum(QUERIES)
-    for name, seeds in curves.items():
+    plt.figure(figsize=(9, 5.5))
+    budgets, palette = np.cumsum(QUERIES), plt.get_cmap("tab20")
+    for i, (name, seeds) in enumerate(curves.items()):
         values = np.stack([one.regret for one in seeds])
         if values.shape[1] != len(budgets):
             continue
@@ -341,7 +341,7 @@ def figure(path: Path, curves: dict[str, list[Curve]], title: str) -> None:
     plt.ylabel("J* - J(p)")
     plt.yscale("log")
     plt.title(title)
-    plt.legend(fontsize=7)
+    plt.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     plt.tight_layout()
     plt.savefig(path, dpi=80)
     plt.close()

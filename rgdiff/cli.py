@@ -203,6 +203,7 @@ def write_pages(
     samples = {key: outcome.x0 for key, outcome in outcomes.items()}
     samples |= {f"{key}: {what}": x0 for key, outcome in outcomes.items() for what, x0 in outcome.shown.items()}
     pictures = judge.pictures(samples, task)
+    pictures += [(title, images, None) for one in outcomes.values() for title, images in one.pictures.items()]
     report = Report(
         title=config.get("title", name),
         command=" ".join(["rgdiff run", name, *overrides]),
@@ -249,6 +250,9 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         "theta_x",
         "theta_x_inside",
         "off_support",
+        "sliced_w2",
+        "energy_auc",
+        "auroc_mean",
         "diversity",
         "kl",
         "network_calls",

@@ -144,14 +144,13 @@ def test_pictures_show_points_and_maps_where_they_are():
     judge = domain.evaluator(jax.random.key(0))
     task = planar_tasks.direction(domain)
     picture = planar_tasks.field(lambda x: x[:, 1], high=1.0)
-    judge.row(outcome(np.full((10, 2), 2.0), pictures={"up": picture[None]}), task)
     shown = {title: images for title, images, _ in judge.pictures({"a": np.full((10, 2), 2.0)}, task)}
-    assert [*shown] == ["data: rings", "a", "up"]
+    assert [*shown] == ["data: rings", "a"]
     row, column = np.argwhere(shown["a"][0, ..., 0] == 0)[0]
     side = planar_tasks.PIXELS
     place = (np.array([column, side - 1 - row]) + 0.5) / side * 2 * planar_tasks.HALF - planar_tasks.HALF
     np.testing.assert_allclose(place, 2.0, atol=2 * planar_tasks.HALF / side)
-    assert (shown["up"][0, 0, 0] == [253, 231, 37]).all() and (shown["up"][0, -1, 0] == [68, 1, 84]).all()
+    assert (picture[0, 0] == [253, 231, 37]).all() and (picture[-1, 0] == [68, 1, 84]).all()
 
 
 @pytest.mark.parametrize(

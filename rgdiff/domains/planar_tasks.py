@@ -1,7 +1,7 @@
 """Tasks on the plane, and their judge: what `reward/*.yaml` name, and how samples are measured and shown.
 
 Samples stand beside fresh data of the domain: sliced Wasserstein-2 distance, mean log density, pictures as densities of
-points. A method may hand over pictures of its own, maps of functions on the plane (`field`), in `outcome.pictures`.
+points. `field` draws functions on the plane, for methods that hand over pictures of their own.
 """
 
 from __future__ import annotations
@@ -54,17 +54,15 @@ class PlanarJudge(Judge):
         super().__init__(domain.shape)
         self.domain = domain
         self._key = key
-        self._maps: dict[str, np.ndarray] = {}
 
     def fresh(self, count: int, again: int = 0) -> np.ndarray:
         """Draw data [count, 2] that nothing was trained on."""
         return np.asarray(self.domain.data(jax.random.fold_in(self._key, again), count))
 
     def row(self, outcome: Any, task: Task, prior: Any = None) -> dict[str, Any]:
-        """Return the figures of one method: distance to the data, log density, rewards, cost; and keep its pictures."""
+        """Return the figures of one method: distance to the data, log density, rewards, cost."""
         x0 = np.asarray(outcome.x0)
         finite = x0[np.isfinite(x0).all(-1)]
-        self._maps |= getattr(outcome, "pictures", {})
         row: dict[str, Any] = {"not_finite": len(x0) - len(finite)}
         if len(finite):
             distances = [metrics.sliced_wasserstein(self.fresh(len(x0), i), finite) for i in range(DRAWS)]
@@ -77,10 +75,9 @@ class PlanarJudge(Judge):
         return row | self.reward_figures(x0, task) | self.costs(outcome)
 
     def pictures(self, samples: Mapping[str, np.ndarray], task: Task) -> list[tuple[str, np.ndarray, Any]]:
-        """Return the data and every method's samples as densities of points, then the maps that methods handed over."""
+        """Return the data and every method's samples as densities of points."""
         shown = {f"data: {self.domain.name}": self.fresh(max(len(x0) for x0 in samples.values())), **samples}
-        points = [(name, dots(x0)[None], None) for name, x0 in shown.items()]
-        return points + [(name, images, None) for name, images in self._maps.items()]
+        return [(name, dots(x0)[None], None) for name, x0 in shown.items()]
 
     def histograms(self, outcomes: Mapping[str, Any], task: Task, prior: Any) -> list[tuple[str, np.ndarray, Any]]:
         return []

@@ -45,7 +45,8 @@ class MLP(nn.Module):
     def __call__(self, x: Array, t: Array, cond: Cond = None) -> Array:
         batch, shape = x.shape[0], x.shape[1:] if self.out is None else self.out
         width = self.features[0]
-        emb = nn.silu(Conditioning(width, 64, self.classes, dtype=self.dtype, name="emb")(batch, t, cond))
+        rows = 1 if jnp.ndim(t) == 0 and (cond is None or jnp.ndim(cond) == 0) else batch  # one embedding serves all
+        emb = nn.silu(Conditioning(width, 64, self.classes, dtype=self.dtype, name="emb")(rows, t, cond))
         h = x.reshape(batch, -1)
         for i, size in enumerate(self.features):
             h = nn.Dense(size, kernel_init=lecun_normal, dtype=self.dtype, name=f"dense{i}")(h)

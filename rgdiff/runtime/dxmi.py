@@ -69,10 +69,9 @@ class NetworkModel:
 
 @dataclasses.dataclass(frozen=True)
 class Learned(Outcome):
-    """An outcome with an energy (x) -> [N], low on data, and pictures for the report, title -> [N, H, W, 3]."""
+    """An outcome with an energy (x) -> [N], low on data."""
 
     energy: Callable[[Any], Any] | None = None
-    pictures: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

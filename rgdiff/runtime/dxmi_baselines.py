@@ -19,7 +19,7 @@ from rgdiff.runtime.run import Run
 from rgdiff.runtime.values import LearnedModel
 from rgdiff.samplers._loop import roll
 from rgdiff.tuners.energy_model import Langevin
-from rgdiff.typing import Array, Cond, Info, Key, Params, pytree, static
+from rgdiff.typing import Array, Cond, Params, pytree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,24 +61,6 @@ class Still:
         return self.network(x0, jnp.float32(0), cond)
 
 
-@pytree
-class Told:
-    """A tuner whose `figure` is also reported as its loss, which a run shows."""
-
-    tuner: Any
-    figure: str = static()
-
-    def init(self, params: Params) -> Any:
-        return self.tuner.init(params)
-
-    def step(self, key: Key, state: Any, batch: Any) -> tuple[Any, Info]:
-        state, info = self.tuner.step(key, state, batch)
-        return state, info | {"loss": info[self.figure]}
-
-    def network_calls(self) -> int:
-        return self.tuner.network_calls()
-
-
 @dataclasses.dataclass(frozen=True)
 class ShortcutTuning:
     """SFT-PG (2301.13362): the prior's short chain brought nearer to the data by policy gradients.
@@ -107,7 +89,7 @@ class ShortcutTuning:
 
     def tuner(self, model: Any, process: Any, params: Params) -> Any:
         """Build the tuner."""
-        tuner = tuners.sft_pg(
+        return tuners.sft_pg(
             model,
             process,
             process.times(self.steps),
@@ -118,7 +100,6 @@ class ShortcutTuning:
             critic_optimizer=self.critic_optimizer,
             **self.options,
         )
-        return Told(tuner, "ipm")
 
     def run(self, run: Run, phase: str, prior: Any, task: Task, count: int) -> Outcome:
         process, key = prior.with_eta(1.0), run.key(phase)

@@ -26,7 +26,8 @@ Curves = dict[str, tuple[Sequence[float], Sequence[float]]]
 class Outcome:
     """Samples x0 [N, ...] of one method, its costs, curves for the report, name -> (x, y), and figures of its own for the table.
 
-    `shown` are other samples that the report draws beside x0, by what they are.
+    `shown` are other samples that the report draws beside x0, by what they are; `pictures` are drawn already, 8-bit
+    [N, H, W, C] by title.
     """
 
     x0: np.ndarray
@@ -38,6 +39,7 @@ class Outcome:
     curves: Curves = dataclasses.field(default_factory=dict)
     figures: dict[str, float] = dataclasses.field(default_factory=dict)
     shown: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    pictures: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     temperature: float | None = None  # of the law that the method aims at, p(x) exp(r(x)/temperature)/Z, if it has one
 
 

@@ -121,7 +121,7 @@ class Run:
                             f"{phase}: {bad} of {done - began} updates before step {done} were not finite and were skipped; "
                             "lower the learning rate or look at the reward (last good checkpoint kept)"
                         )
-                    shown = "reward" if "reward" in infos else "loss"
+                    shown = next(name for name in ("reward", "loss", "gradient_norm") if name in infos)
                     advance(count, f"{shown} {float(np.mean(infos[shown])):.4g}")
                     if done == steps or time.monotonic() - saved > self._save_every:
                         checkpoints.save(done, state)

@@ -178,9 +178,7 @@ class Seiko:
             "reward": float(rewards[feasible].mean()) if feasible.any() else None,
             "infeasible": float(1 - feasible.mean()),
             "diversity": metrics.diversity(np.asarray(x0)),
-            "kl": path_kl(run, f"{name}_{where}", prior, campaign.sampler.denoiser, self.evaluate)
-            if tuned
-            else None,
+            "kl": path_kl(run, f"{name}_{where}", prior, campaign.sampler.denoiser, self.evaluate) if tuned else None,
         }
         best = [row["best"] for row in run.log.rows if row["phase"] == name and row["best"] is not None]
         figures["best"] = max(best) if best else None
