@@ -333,10 +333,9 @@ def figure(path: Path, curves: dict[str, list[Curve]], title: str) -> None:
         if values.shape[1] != len(budgets):
             continue
         half = 2.26 * values.std(0, ddof=min(1, len(values) - 1)) / np.sqrt(len(values))
-        (line,) = plt.plot(
-            budgets, values.mean(0), label=name, linestyle="--" if "non-" in name or name == "prior" else "-"
-        )
-        plt.fill_between(budgets, values.mean(0) - half, values.mean(0) + half, alpha=0.15, color=line.get_color())
+        style = "-" if name.startswith("SEIKO") else ":" if name.startswith("greedy") else "--"
+        plt.plot(budgets, values.mean(0), label=name, linestyle=style, color=palette(i % 20))
+        plt.fill_between(budgets, values.mean(0) - half, values.mean(0) + half, alpha=0.15, color=palette(i % 20))
     plt.xlabel("oracle queries")
     plt.ylabel("J* - J(p)")
     plt.yscale("log")

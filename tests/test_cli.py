@@ -109,7 +109,10 @@ def test_methods_run(method, tmp_path, cache):
     summary = json.loads((folder / "summary.json").read_text())
     for row in ("prior", method):
         for name in ("reward_mean", "reward_se", "heldout_reward_mean", "network_calls", "seconds", "diversity", "kl"):
-            unknown = name == "kl" and row in ("freedom", "steered_rounds")  # repeated moves, other scores: no law is compared
+            unknown = name == "kl" and row in (
+                "freedom",
+                "steered_rounds",
+            )  # repeated moves, other scores: no law is compared
             assert (summary[f"{row}/{name}"] is None) == unknown, (row, name)
     samples = np.load(folder / "samples.npz", allow_pickle=False)
     assert samples[method].shape == (12, 8, 8, 1) and np.isfinite(samples[method]).all()
