@@ -356,6 +356,12 @@ INTRODUCTION = [
     "the law that a method samples from after so many queries; intervals are 95 % over seeds. mean regret: of all rounds; bound:",
     "(2/K) sum E_{p_i}[upper - mean], which holds where |mean - r| <= upper - mean everywhere. covered: share of p's mass where r is",
     "within 1.96 deviations of the mean. `steered` is a perfect sampler of prior * exp(upper/alpha): SVDD or SMC without their errors.",
+    "",
+    "What it says: no optimism beats greed here. J punishes only what the reward model gets wrong where p goes, a broad law at these",
+    "alphas, so that the bonus moves mass to what is unknown and pays for it at once. Asking the current model instead of the prior",
+    "helps the ensemble, and a Gaussian process where the last round's law is not held on to: with beta = alpha (i - 1) a round is",
+    "the average of all past beliefs, the first and worst included. The bound is two to four times the regret for upper bounds; a",
+    "Thompson draw is no upper bound, and its row shows it.",
 ]
 
 

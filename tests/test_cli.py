@@ -185,6 +185,9 @@ def test_bad_input_is_one_line(tmp_path, cache, capsys):
         ("run", "steer", "domain=mnist", f"data_dir={tmp_path}", f"out={tmp_path / 'd'}"): "MNIST file missing",
         ("show", "nothing.yaml"): "no recipe file",
     }
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("defaults: [steer\nmethod: {")
+    cases["show", str(broken)] = "broken"
     for argv, expected in cases.items():
         assert expected in failing(capsys, *argv), argv
     assert not (tmp_path / "d").exists()

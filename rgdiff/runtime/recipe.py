@@ -77,6 +77,7 @@ def compose(recipe: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     folder, name = config_dir(), recipe
     if recipe.endswith((".yaml", ".yml")):
@@ -112,7 +113,7 @@ def compose(recipe: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
             if missing:
                 raise ValueError(f"{recipe} needs a value for {missing[0]}; give {missing[0]}=…")
             plain = OmegaConf.to_container(config, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ValueError(f"{recipe}: {' '.join(str(error).split())}") from None
     finally:
         GlobalHydra.instance().clear()
