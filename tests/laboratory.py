@@ -62,7 +62,8 @@ def main(folder: str, stop: int) -> None:
         campaign.tell(ids[half:], measure(x0)[half:])  # the later ones first
         event()
         campaign.tell(ids[:half], measure(x0)[:half])
-    np.savez(os.path.join(folder, "result.npz"), params=campaign.state.params, x0=jax.device_get(campaign.sample(8)))
+    x0 = jax.device_get(campaign.sample(8))
+    np.savez(os.path.join(folder, "result.npz"), params=campaign.state.params, x0=x0)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,7 @@ def test_answers_said_twice_count_once_and_are_where_they_belong(first):
     campaign, ids, x0 = first
     campaign.tell(ids[::-1], measure(x0)[::-1])
     campaign.tell(ids, measure(x0))
+    campaign.finish()
     assert not campaign.done and campaign.round == 1
     seen = campaign.state.observations
     np.testing.assert_array_equal(seen.x0[:6], x0)
@@ -120,8 +121,10 @@ def test_the_end_is_said_and_another_campaign_is_refused(first, tmp_path):
     while not campaign.done:
         ids, x0 = campaign.ask()
         campaign.tell(ids, measure(x0))
+    assert campaign.round == 2  # the last round is answered, not yet learnt from
     with pytest.raises(ValueError, match="all 3 rounds are done"):
         campaign.ask()
+    assert campaign.round == 3
     assert [len(rewards) for _, rewards in campaign.history()] == QUERIES
     rows = [row for row in campaign.run.log.rows if row["phase"] == "campaign"]
     assert [row["queries"] for row in rows] == QUERIES and rows[1]["bonus"] > 0 and rows[0]["bonus"] is None
@@ -137,6 +140,7 @@ def test_damaged_files_are_named(first, tmp_path):
     answers.write_text(answers.read_text()[:4])
     with pytest.raises(ValueError, match="answers.json is damaged"):
         opened(tmp_path).ask()
+    answers.unlink()
     queries = answers.with_name("queries.npz")
     queries.write_bytes(queries.read_bytes()[:60])
     with pytest.raises(ValueError, match="queries.npz is damaged"):

@@ -82,16 +82,16 @@ class Campaign:
 
     @property
     def done(self) -> bool:
-        """Whether all rounds are answered; the last is finished if need be."""
-        self._finish()
-        return self.round == len(self.queries)
+        """Whether every query of all rounds is answered or given up."""
+        last = len(self.queries) - 1
+        return self.round > last or (self.round == last and self._answered(last))
 
     def ask(self) -> Batch:
         """Return the queries of this round that have no answer yet: the same ones until they are told or skipped.
 
-        When the round before is answered, it is finished first: refit and tuning, with progress and checkpoints.
+        When the round before is answered, it is finished first (`finish`).
         """
-        self._finish()
+        self.finish()
         if self.round == len(self.queries):
             raise ValueError(f"{self.name}: all {len(self.queries)} rounds are done; sample from the campaign")
         ids, x0 = self._queries(self.round)
@@ -135,11 +135,12 @@ class Campaign:
 
     @property
     def sampler(self) -> Any:
-        """The sampler of the current model."""
+        """The sampler of the current model: that of the last finished round."""
         return self.method.sampler(self.state)
 
     def sample(self, count: int, seed: int = 0) -> State:
-        """Draw samples of the current model; they are no queries."""
+        """Draw samples of the current model, after finishing a round that is answered; they are no queries."""
+        self.finish()
         key = jax.random.fold_in(self.run.key(f"{self.name}_samples_{self.round}"), seed)
         return samplers.sample(self.sampler, key, count, self.method.times).x0
 
@@ -152,15 +153,16 @@ class Campaign:
                 out.append((x0, self._rewards(where, ids)))
         return out
 
-    def _finish(self) -> None:
-        """Finish the round under way if all its queries are answered or given up."""
+    def finish(self) -> None:
+        """Refit and tune, with progress and checkpoints, if the round under way is answered; else do nothing.
+
+        `ask` and `sample` call it. Killed in the middle, it goes on from its last checkpoint the next time.
+        """
         where = self.round
-        if where == len(self.queries) or not self._path(where, "queries.npz").exists():
+        if where == len(self.queries) or not self._answered(where):
             return
         ids, x0 = self._queries(where)
         answers = self._answers(where)
-        if any(i not in answers for i in ids):
-            return
         answered = np.array([answers[i] is not None for i in ids])
         state, info = self.state, {}
         if answered.any():
@@ -178,6 +180,10 @@ class Campaign:
         self.run.log.write(self.name, where, {"queries": int(answered.sum())} | info)
         self._checkpoints.save(self.round, self.state)
         self._checkpoints.wait()
+
+    def _answered(self, where: int) -> bool:
+        """Whether a round was asked, and every query of it answered or given up."""
+        return len(self._answers(where)) == self.queries[where]
 
     def _observations(self) -> Observations:
         """All answers told so far, each in the row of its number."""

@@ -150,7 +150,7 @@ class Seiko:
         campaign = Campaign(run, name, method, params, self.queries, steps=steps)
         judged = {row["step"] for row in run.log.rows if row["phase"] == f"{name}_model"}
         while True:
-            done = campaign.done  # finishes the round that is answered
+            campaign.finish()
             if campaign.round not in judged:
                 judged.add(campaign.round)
                 figures = self.figures(run, name, campaign, prior, task)
@@ -158,7 +158,7 @@ class Seiko:
                 run.say(f"{name}: {figures['queries']} queries, " + ", ".join(
                     f"{key} {figures[key]:.4g}" for key in ("reward", "infeasible", "kl", "best") if figures.get(key) is not None
                 ))  # fmt: skip
-            if done:
+            if campaign.done:
                 return campaign
             ids, x0 = campaign.ask()
             noise = [self.noise * jax.random.normal(jax.random.fold_in(run.key(f"{name}_noise"), int(i))) for i in ids]
