@@ -139,7 +139,7 @@ class Seiko:
             clock.compile_seconds,
             tuning_network_calls=(spent + trained) * method.network_calls(),
             curves=curves,
-            figures={"reward_queries": float(sum(self.queries)), "infeasible": rows[0][-1]["infeasible"]},
+            figures={"reward_queries": float(sum(self.queries))},
             temperature=self.alpha,
             shown=asked,
         )
