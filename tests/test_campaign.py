@@ -31,10 +31,10 @@ def uninterrupted(tmp_path_factory):
     return dict(np.load(folder / "result.npz"))
 
 
-@pytest.mark.parametrize("stops", [(0, 1, 3), pytest.param((1,) * 12, marks=pytest.mark.slow)], ids=["some", "each"])
+@pytest.mark.parametrize("stops", [(2,), pytest.param((1,) * 12, marks=pytest.mark.slow)], ids=["once", "each"])
 def test_killed_between_ask_and_tell_and_continued_by_other_processes_ends_the_same(tmp_path, uninterrupted, stops):
     codes = [work(tmp_path, stop) for stop in (*stops, 100)]
-    assert codes[:3] == [-signal.SIGKILL] * 3 and codes[-1] == 0
+    assert codes[0] == -signal.SIGKILL and codes[-1] == 0
     result = dict(np.load(tmp_path / "result.npz"))
     np.testing.assert_array_equal(result["params"], uninterrupted["params"])
     np.testing.assert_array_equal(result["x0"], uninterrupted["x0"])

@@ -133,6 +133,7 @@ def test_black_box_reward_guides_svdd(tmp_path, cache):
     )  # bytes: whole numbers over 12 samples
 
 
+@pytest.mark.slow
 def test_users_own_parts(tmp_path, cache, monkeypatch):
     (tmp_path / "my_module.py").write_text(
         "import flax.linen as nn\nimport numpy as np\n"

@@ -181,6 +181,7 @@ def test_costs_are_the_kl_to_the_auxiliary_step():
     assert abs(float(sampled.mean() - want[0])) < 4 * float(sampled.std()) / np.sqrt(50_000)
 
 
+@pytest.mark.slow
 def test_speeds_follow_the_chain_and_the_running_cost_is_a_half():
     """s^2 tends to E|x' - x|^2 per dimension at the rate of its decay, and E|x' - x|^2 / 2 s^2 to 1/2."""
     tuner = build(rate=0.0, speed=4 * SPEED, velocity_decay=0.9, batch=20_000)
@@ -252,6 +253,7 @@ def _constants(params, x, t, cond=None):
     return jnp.broadcast_to(params[i], x.shape[:1])
 
 
+@pytest.mark.slow
 def test_jacobi_is_gauss_seidel_for_one_move():
     process = policies.few_step(policies.variances((0.6,)), (1,))
     policy = policies.policy(process, affine_model)

@@ -41,6 +41,7 @@ def _binned(params, x, t, cond=None):
     return params[jnp.searchsorted(jnp.asarray(EDGES, jnp.float32), x[:, 0])]
 
 
+@pytest.mark.slow
 def test_the_energys_fixed_point_and_what_it_leaves_between_data_and_samples():
     """For laws p and q that stand still, E = -(p - q) / (2 gamma (p + q)) in every bin, so p/q = (1 - 2 gamma E)/(1 + 2 gamma E)."""
     gamma = 0.7

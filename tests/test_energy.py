@@ -48,6 +48,7 @@ def test_langevin_moves_have_their_mean_and_variance():
     assert abs(float(y.var()) / 0.02 - 1) < 0.04
 
 
+@pytest.mark.slow
 def test_chains_begin_anew_and_a_lost_one_returns():
     """With restart 1 all chains moved end within one Langevin stretch of the noise; a chain at infinity is replaced."""
     tuner = langevin_energy(

@@ -462,6 +462,7 @@ def test_the_denoiser_of_a_circle_is_the_posterior_mean_by_quadrature():
         np.testing.assert_allclose(denoiser(f32(x), jnp.float32((i + 1) / 30)), mean, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_the_sphere_trades_reward_against_distance():
     """With the exact denoiser both guidances raise theta . x alike; G moves off the sphere, G_loss along it."""
     schedule = schedules.cosine_ddpm(40)

@@ -187,7 +187,7 @@ def test_masked_reward_gradient_has_its_magnitude(moves):
     [
         (8, "straight_through"),
         pytest.param(32, "straight_through", marks=pytest.mark.slow),
-        (8, "reinmax"),
+        pytest.param(8, "reinmax", marks=pytest.mark.slow),
     ],
 )
 def test_masked_reward_gradient_through_the_network(moves, relaxation):

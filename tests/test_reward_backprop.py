@@ -161,6 +161,7 @@ def test_micro_batches_are_the_mean_of_their_gradients():
     np.testing.assert_allclose(info["kl"], np.mean([i["kl"] for _, i in parts]), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_accumulation_by_optax_is_one_step_of_the_mean():
     w = world(eta=1.0)
     tuner = tuners.draft(w.model, w.process, w.reward, w.times, optax.MultiSteps(optax.sgd(0.1), 3), batch=4)

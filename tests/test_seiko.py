@@ -173,7 +173,7 @@ def oracle(x0, cond=None):
     return indicator(jnp.asarray(x0)) @ jnp.asarray(TABLE, jnp.float32)
 
 
-@pytest.mark.parametrize("schedule, beta", [("linear", None), ("constant", 0.5)])
+@pytest.mark.parametrize("schedule, beta", [("linear", None), pytest.param("constant", 0.5, marks=pytest.mark.slow)])
 def test_tuned_rounds_follow_the_exact_ones(schedule, beta):
     values = 0.5 * np.stack(rewards_of_rounds(K**L, 3, seed=3))
     told = method(Teller(jnp.asarray(values, jnp.float32), 16), schedule=schedule, beta=beta)
