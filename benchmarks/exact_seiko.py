@@ -172,6 +172,7 @@ METHODS: dict[str, Callable[..., Iterator[Round]]] = {
     "SEIKO, GP-UCB, beta = alpha": adaptive(process_surrogate(2.0), beta=lambda i: float(i > 0)),
     "SEIKO, Thompson (GP)": adaptive(surrogates.thompson(process_surrogate(1.0))),
     "greedy, GP": adaptive(surrogates.greedy(process_surrogate(0.0))),
+    "greedy, GP, beta = alpha": adaptive(surrogates.greedy(process_surrogate(0.0)), beta=lambda i: float(i > 0)),
     "greedy, bootstrap (mean)": adaptive(surrogates.greedy(heads("max"))),
     "non-adaptive, GP mean": non_adaptive(surrogates.greedy(process_surrogate(0.0))),
     "non-adaptive, GP-UCB": non_adaptive(process_surrogate(2.0)),
