@@ -79,7 +79,8 @@ class Ensemble:
     def __call__(self, x0: State, cond: Cond = None) -> Array:
         values = jnp.stack([reward(x0, cond) for reward in self.rewards])
         if self.reduce == "min":
-            return jnp.min(values, 0)
+            # Not jnp.min: its derivative divides by how many values equal it, none where XLA rounds one twice.
+            return jnp.take_along_axis(values, jnp.argmin(values, 0)[None], 0)[0]
         mean = jnp.mean(values, 0)
         if self.reduce == "mean":
             return mean

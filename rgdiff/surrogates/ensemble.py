@@ -61,7 +61,9 @@ class EnsembleBelief:
     def upper(self, x0: State, cond: Cond = None) -> Array:
         values = self.predictions(x0)
         if self.reduce == "max":
-            return jnp.max(values, 0)
+            # The derivative of jnp.max divides by how many values equal it: none do where XLA rounds one twice.
+            highest = jnp.argmax(values, 0)
+            return jnp.take_along_axis(values, highest[None], 0)[0]
         return jnp.mean(values, 0) + self.bonus * self._spread(values)
 
     def draw(self, key: Key) -> Head:
