@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import os
 import shlex
@@ -78,18 +79,15 @@ def VALUE(params: Any) -> Any:  # noqa: N802 - one object: another would compile
 # ---------------------------------------------------------------- one run
 
 
-def pretrained(law: Any, seed: int, steps: int = PRETRAINING) -> Any:
+@functools.cache
+def pretrained(name: str, seed: int) -> Any:
     """A five-step DDPM in the policy's own residual form, trained for the error of eps at its five times."""
-    optimizer = _optimizer(steps)
+    optimizer = tuners.adamw(1e-3, decay_steps=PRETRAINING, clip=None)
     tuner = tuners.pretraining(POLICY.denoising, PROCESS.denoising, optimizer, grid=5)
     key_init, key = jax.random.split(jax.random.key(1000 + seed))
-    data = {"x0": law.sample(jax.random.key(seed), DATA)}
+    data = {"x0": planar.LAWS[name]().sample(jax.random.key(seed), DATA)}
     state = tuner.init(weights(key_init, 2, 0.1))
-    return tuners.fit(tuner, key, state, steps, data=data, batch=PRETRAINING_BATCH, chunk=500).best
-
-
-def _optimizer(steps: int) -> Any:
-    return tuners.adamw(1e-3, decay_steps=steps, clip=None)
+    return tuners.fit(tuner, key, state, PRETRAINING, data=data, batch=PRETRAINING_BATCH, chunk=500).best
 
 
 def build(start: str, iterations: int, **options: Any) -> Any:
@@ -103,7 +101,7 @@ def run(name: str, seed: int, start: str, iterations: int, **options: Any) -> di
     """Train and measure; `options` are those of `dxmi`."""
     law = planar.LAWS[name]()
     key_policy, key_value, key_fit = jax.random.split(jax.random.key(seed), 3)
-    network = pretrained(law, seed) if start == "ddpm" else weights(key_policy, 2, 0.1)
+    network = pretrained(name, seed) if start == "ddpm" else weights(key_policy, 2, 0.1)
     tuner = build(start, iterations, **options)
     params = {"policy": POLICY.init(network), "value": weights(key_value, 1)}
     if tuner.energy_model is not None:

@@ -258,9 +258,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         "network_calls",
         "seconds",
     )
-    metrics = [m for m in shown if any(row.get(m) is not None for row in rows.values())]
-    if not any(row.get("infeasible") for row in rows.values()):
-        metrics = [m for m in metrics if m != "infeasible"]
+    metrics = [m for m in shown if any(row.get(m) for row in rows.values())]  # neither missing nor 0 throughout
     grid = Table("", *metrics)
     for key, row in rows.items():
         grid.add_row(key, *(f"{row[m]:.3g}" if row.get(m) is not None else "–" for m in metrics))

@@ -75,6 +75,16 @@ def from_linen(module: Any, params: Params) -> Network:
     return Network(params, _LinenApply(module))
 
 
+@pytree
+class LinenModel:
+    """A Linen module as a model: params -> network, what a tuner differentiates."""
+
+    module: Any = static()
+
+    def __call__(self, params: Params) -> Network:
+        return from_linen(self.module, params)
+
+
 def from_nnx(model: Any) -> Network:
     """Take a Flax NNX model, called as model(x, t, cond), as a network, through split and merge only."""
     from flax import nnx

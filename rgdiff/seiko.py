@@ -8,6 +8,7 @@ steering the prior's chain alone (`steered`). Both are `Online` methods. A labor
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -61,7 +62,7 @@ class RoundState(NamedTuple):
 
 
 @pytree
-class Rounds:
+class Rounds(abc.ABC):
     """What all methods with a surrogate share: asking, telling, and refitting."""
 
     process: Process
@@ -76,7 +77,8 @@ class Rounds:
     def init(self, params: Params) -> RoundState:
         """Begin with `params` and no observation."""
         params = jax.tree.map(lambda p: jnp.array(p, copy=True), params)
-        blank = jax.eval_shape(lambda: self.process.finalize(*self._noise(1), self._prediction(1)))
+        chain = samplers.drawing(samplers.ancestral(self.process, self.denoiser), self.times)
+        blank = jax.eval_shape(lambda: chain(jax.random.key(0), 1))
         observations = surrogates.empty(blank, self.capacity)
         zeros = lambda fit: jax.tree.map(  # noqa: E731
             lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(fit, jax.random.key(0), observations)
@@ -86,13 +88,13 @@ class Rounds:
         counts = [jnp.int32(0) for _ in range(3)]  # buffers of their own: `fit` donates them
         return RoundState(params, observations, counts[0], belief, feasibility, *counts[1:])
 
+    @abc.abstractmethod
     def sampler(self, state: RoundState) -> Any:
         """Return the sampler of the current model."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def improve(self, key: Key, state: RoundState) -> tuple[RoundState, Info]:
         """Make the model of the next round from the last refit."""
-        raise NotImplementedError
 
     def ask(self, key: Key, state: RoundState, count: int, cond: Cond = None) -> Queries:
         """Draw `count` queries, a static number, from the current model; the prior's in the first round."""
@@ -150,12 +152,6 @@ class Rounds:
     def network_calls(self) -> int:
         """Calls of the denoiser per query."""
         return self.times.shape[0] - 1 + self.process.projects
-
-    def _noise(self, count: int) -> tuple[State, Array]:
-        return self.process.prior(count).sample(jax.random.key(0)), self.times[0]
-
-    def _prediction(self, count: int) -> State:
-        return self.denoiser(*self._noise(count))
 
 
 @pytree

@@ -79,10 +79,25 @@ class Learned:
     network: Denoiser
 
     def __call__(self, x: State, t: Array, cond: Cond = None) -> Array:
-        out = self.network(x, t, cond)
-        if out.ndim > 1 and out.shape[-1] != 1:
-            raise ValueError(f"a value network must return [B], [B, 1] or one number a position, got {list(out.shape)}")
-        return jnp.mean(out.reshape(out.shape[0], -1), -1)
+        return per_example(self.network(x, t, cond))
+
+
+def per_example(out: Array) -> Array:
+    """Return one number per example, [B], of [B], [B, 1] or one number a position [B, ..., 1], which are averaged."""
+    if out.ndim > 1 and out.shape[-1] != 1:
+        raise ValueError(f"the network must return [B], [B, 1] or one number a position, got {list(out.shape)}")
+    return jnp.mean(out.reshape(out.shape[0], -1), -1)
+
+
+@pytree
+class AtTime:
+    """A value at one time as a reward or an energy of that time's states: (x, cond) -> v(x, time, cond)."""
+
+    value: Value
+    time: Array
+
+    def __call__(self, x0: State, cond: Cond = None) -> Array:
+        return self.value(x0, self.time, cond)
 
 
 @pytree

@@ -153,7 +153,7 @@ class Settings:
         (lambda: few_steps(steps=4).check(Settings(), (2,)), "5 standard deviations for 4 steps"),
         (lambda: few_steps(levels="edm").check(Settings(), (2,)), "levels must be one of"),
         (lambda: dxmi_anomaly.Scikit("isolation_forest").check(Settings(), (2,)), "needs prior=one_class"),
-        (lambda: dxmi_baselines.LangevinTraining(None, None).check(object(), (2,)), "an energy learns from data"),
+        (lambda: dxmi_baselines.LangevinTraining(None, None).check(object(), (2,)), "this method learns from data"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(make, message):

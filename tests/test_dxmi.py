@@ -11,6 +11,7 @@ import pytest
 from rgdiff import denoisers, samplers, tuners
 from rgdiff.runtime.folder import RunFolder
 from rgdiff.runtime.run import PATIENCE, Run
+from rgdiff.tuners.energy_model import contrast
 from tests.test_dxdp import POLICY, PROCESS, blank, riccati, value_model
 from tests.test_policies import affine_model, law
 
@@ -72,7 +73,7 @@ def test_the_energys_gradient_in_magnitude():
     params["value"]["p"] = params["value"]["p"].at[3].set(0.4)
     x, y = (np.random.default_rng(i).normal(i, 1 + i, (500, 1)).astype(np.float32) for i in (0, 1))
     data, samples = jnp.asarray(x), jnp.asarray(y)
-    loss = lambda value: tuner.energy_loss(params | {"value": value}, data, samples, jnp.float32(0.3))[0]  # noqa: E731
+    loss = lambda value: contrast(tuner.energy(params | {"value": value}), data, samples, jnp.float32(0.3))[0]  # noqa: E731
     gradient = jax.grad(loss)(params["value"])
     mean = lambda k: (np.mean(x.astype(float) ** k), np.mean(y.astype(float) ** k))  # noqa: E731
     (a2, b2), (a4, b4), (a3, b3) = mean(2), mean(4), mean(3)

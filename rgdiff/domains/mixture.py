@@ -20,7 +20,7 @@ from rgdiff.processes import along
 from rgdiff.rewards import Task
 from rgdiff.schedules import GaussianSchedule
 from rgdiff.tuners.elegant import Shifted
-from rgdiff.typing import Array, Cond, Denoiser, Key, Params, pytree, static
+from rgdiff.typing import Array, Cond, Key, pytree
 
 BINS = 60  # of the compared histograms, over the prior's and the tilted law's range
 
@@ -43,16 +43,6 @@ class MixtureDenoiser:
         return jnp.sum(weights * means, -1, keepdims=True)
 
 
-@pytree
-class NetworkModel:
-    """Parameters of a Linen network to a denoiser."""
-
-    network: Any = static()
-
-    def __call__(self, params: Params) -> Denoiser:
-        return denoisers.from_linen(self.network, params)
-
-
 class MixtureDomain:
     """x0 ~ sum_k w_k N(m_k, std^2). Build it with `mixture`."""
 
@@ -73,7 +63,7 @@ class MixtureDomain:
         log_weights = jnp.log(jnp.asarray(self.weights, jnp.float32))
         exact = MixtureDenoiser(schedule, log_weights, jnp.asarray(self.centres, jnp.float32), jnp.float32(self.std))
         params = self.network.init(jax.random.key(0), jnp.zeros((1, 1)), jnp.ones(1))["params"]
-        return Shifted(NetworkModel(self.network), exact), params
+        return Shifted(denoisers.LinenModel(self.network), exact), params
 
     def evaluator(self, key: Key) -> MixtureJudge:
         """Return what measures samples of this domain."""

@@ -1,4 +1,4 @@
-"""A learned oracle of sequences: a convolutional network, averaged over positions, fitted to measurements by least squares.
+"""A learned oracle of sequences: a network, by default convolutional and averaged over positions, fitted to measurements by least squares.
 
 It assumes one-hot sequences [N, L, K] of one length with one number each. Which half of the measurements an oracle may
 see, and what it is then used for, is left to `sequence_tasks`.
@@ -15,6 +15,7 @@ import numpy as np
 from rgdiff import checks, tuners
 from rgdiff.denoisers import from_linen
 from rgdiff.typing import Array, Cond, Info, Key, Params, pytree, static
+from rgdiff.values import per_example
 
 
 @pytree
@@ -32,8 +33,7 @@ class Oracle:
     def standard(self, x0: Array) -> Array:
         """Return the prediction in standard deviations from the mean, [B]."""
         x0 = x0.astype(jnp.float32)
-        out = from_linen(self.network, self.params)(x0, jnp.zeros(x0.shape[0]))
-        return jnp.mean(out, (1, 2))
+        return per_example(from_linen(self.network, self.params)(x0, jnp.zeros(x0.shape[0])))
 
 
 @pytree
@@ -80,23 +80,49 @@ def train_oracle(
     kernel: int = 7,
     dilations: tuple[int, ...] = (1, 1, 4),
 ) -> Oracle:
-    """Train an oracle, E[y | x], on standardised measurements.
+    """Train a convolutional oracle, E[y | x]: `fit_oracle` with `nets.ConvNet1D`.
+
+    Args:
+      width, kernel, dilations: of the network.
+      key, x, y, steps, batch, rate, soft: see `fit_oracle`.
+
+    Raises:
+      ValueError: as `fit_oracle`.
+    """
+    from rgdiff.nets import ConvNet1D
+
+    network = ConvNet1D(1, width, tuple(dilations), kernel)
+    return fit_oracle(key, network, x, y, steps=steps, batch=batch, rate=rate, soft=soft)
+
+
+def fit_oracle(
+    key: Key,
+    network: Any,
+    x: Array | np.ndarray,
+    y: Array | np.ndarray,
+    *,
+    steps: int,
+    batch: int,
+    rate: float,
+    soft: float = 0.0,
+    weight_decay: float = 1e-2,
+) -> Oracle:
+    """Train a network on standardised measurements by least squares.
 
     Args:
       key: PRNG key; the result is a function of it.
+      network: a Flax module (x, t) to [B, ...], averaged over all but the first axis.
       x: one-hot sequences [N, L, K].
       y: measurements [N].
       steps: optimiser steps (AdamW, cosine decay from `rate`); the average of the weights is kept.
       batch: sequences per step.
       rate: highest learning rate.
       soft: largest share by which a training sequence is mixed with its letter frequencies (see `soften`), in [0, 1].
-      width, kernel, dilations: of the network, `nets.ConvNet1D`.
+      weight_decay: of AdamW.
 
     Raises:
       ValueError: for fewer than two measurements, for shapes that do not fit, measurements that are not finite or equal.
     """
-    from rgdiff.nets import ConvNet1D
-
     x, y = np.asarray(x), np.asarray(y, np.float32)
     if x.ndim != 3 or y.shape != x.shape[:1] or len(y) < 2:
         raise ValueError(
@@ -105,10 +131,9 @@ def train_oracle(
     if not np.isfinite(y).all() or y.std() == 0:
         raise ValueError("measurements must be finite and not all equal; leave out what was not measured")
     mean, std = jnp.float32(y.mean()), jnp.float32(y.std())
-    network = ConvNet1D(1, width, tuple(dilations), kernel)
     key_init, key_fit = jax.random.split(key)
     params = jax.jit(network.init)(key_init, jnp.zeros((1, *x.shape[1:])), jnp.zeros(1))["params"]
-    optimizer = tuners.adamw(rate, decay_steps=steps, weight_decay=1e-2)
+    optimizer = tuners.adamw(rate, decay_steps=steps, weight_decay=weight_decay)
     tuner = OracleTuner(mean, std, checks.positive("soft", soft, zero=True), network, optimizer)
     data = {"x": jnp.asarray(x), "y": jnp.asarray(y)}
     state = tuners.fit(tuner, key_fit, tuner.init(params), steps, data=data, batch=batch, chunk=steps)

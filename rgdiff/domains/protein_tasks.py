@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rgdiff import checks, rewards, tuners
-from rgdiff.domains.oracle import Oracle, OracleTuner
+from rgdiff import checks, rewards
+from rgdiff.domains.oracle import fit_oracle
 from rgdiff.domains.proteins import ProteinDomain
 from rgdiff.domains.sequence_tasks import SequenceJudge, correlation
 from rgdiff.rewards import Task
@@ -58,26 +58,14 @@ def train_brightness(
       batch: sequences a step.
 
     Raises:
-      ValueError: for fewer than two measurements, or shapes that do not fit.
+      ValueError: as `fit_oracle`.
     """
     from rgdiff.nets import MLP
 
-    x, y = np.asarray(x), np.asarray(y, np.float32)
-    if x.ndim != 3 or y.shape != x.shape[:1] or len(y) < 2 or not np.isfinite(y).all():
-        raise ValueError(
-            f"expected sequences [N, L, K] with two or more finite measurements [N], got {list(x.shape)}, {list(y.shape)}"
-        )
-    network = MLP((width, readout), (1, 1))
-    optimizer = tuners.adamw(rate, decay_steps=steps, weight_decay=weight_decay)
-    mean, std = jnp.float32(y.mean()), jnp.float32(max(y.std(), 1e-6))
-    tuner = OracleTuner(mean, std, jnp.float32(0), network, optimizer)
-    data = {"x": jnp.asarray(x), "y": jnp.asarray(y)}
-    begin = jax.jit(lambda k: network.init(k, jnp.zeros((1, *x.shape[1:])), jnp.zeros(1))["params"])
-    oracles = []
-    for head in jax.random.split(key, checks.at_least("heads", heads, 1)):
-        key_init, key_fit = jax.random.split(head)
-        state = tuners.fit(tuner, key_fit, tuner.init(begin(key_init)), steps, data=data, batch=batch, chunk=steps)
-        oracles.append(Oracle(state.best, mean, std, network))
+    network = MLP((width, readout), ())
+    options: dict[str, Any] = {"steps": steps, "batch": batch, "rate": rate, "weight_decay": weight_decay}
+    keys = jax.random.split(key, checks.at_least("heads", heads, 1))
+    oracles = tuple(fit_oracle(head, network, x, y, **options) for head in keys)
     return rewards.ensemble(oracles, "mean")
 
 

@@ -26,10 +26,8 @@ from rgdiff.runtime.checkpoint import Checkpoints
 from rgdiff.runtime.folder import RunFolder, write_atomic
 from rgdiff.runtime.run import Run
 from rgdiff.seiko import Queries, Rounds, RoundState, Seiko
-from rgdiff.surrogates import Observations
+from rgdiff.surrogates.observations import ANSWERED, EMPTY, INFEASIBLE, Observations
 from rgdiff.typing import Params, State
-
-EMPTY, ANSWERED, INFEASIBLE = 0, 1, 2  # the status of an observation
 
 
 class Batch(NamedTuple):

@@ -22,7 +22,7 @@ from rgdiff.runtime.methods import Curves, Outcome, nothing
 from rgdiff.runtime.priors import GaussianPrior, Prior, initial
 from rgdiff.runtime.run import Run
 from rgdiff.runtime.values import LearnedModel
-from rgdiff.typing import Array, Denoiser, Params, pytree, static
+from rgdiff.typing import Array, Params
 
 SETTINGS = {name: getattr(tuners, name) for name in ("dxmi", "dxmi_released", "gcd", "dxdp")}
 LEVELS = {
@@ -57,14 +57,10 @@ class DataPrior(GaussianPrior):
         return LearningPrior(**known, data=jnp.asarray(domain.train_x), fresh=jnp.asarray(fresh))
 
 
-@pytree
-class NetworkModel:
-    """Parameters to a network (x, t, cond) -> [B, ...] as it is."""
-
-    network: Any = static()
-
-    def __call__(self, params: Params) -> Denoiser:
-        return denoisers.from_linen(self.network, params)
+def needs_data(prior: Any) -> None:
+    """Refuse the settings of a prior that keeps its data to itself."""
+    if not getattr(prior, "hands_on", False):
+        raise ValueError("this method learns from data, which prior=planar_mlp or unet_data hands on")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +96,7 @@ class FewSteps:
 
     def check(self, prior: Any, shape: tuple[int, ...]) -> None:
         """Refuse settings that do not fit each other or the prior, before anything is trained."""
-        if not getattr(prior, "hands_on", False):
-            raise ValueError("this method learns from data, which prior=planar_mlp or unet_data hands on")
+        needs_data(prior)
         if checks.one_of("start", self.start, STARTS) != "prior" and self.network is None:
             raise ValueError(f"start={self.start} needs method.network, e.g. rgdiff.nets.MLP")
         self.process(prior.schedule, shape)
@@ -126,7 +121,7 @@ class FewSteps:
         if self.start == "prior":
             policy = policies.policy(process, prior.model, form="denoiser", reach=self.reach)
             return policy, policy.init(prior.params)
-        policy = policies.policy(process, NetworkModel(self.network), reach=self.reach)
+        policy = policies.policy(process, denoisers.LinenModel(self.network), reach=self.reach)
         params = initial(self.network, run.key(f"{phase}_start"), prior.shape)
         if self.start == "denoiser":
             options = dict(self.pretraining)
@@ -137,9 +132,11 @@ class FewSteps:
             params = run.fit(name, tuner, run.key(name), params, steps, data=data, batch=batch, chunk=500).best
         return policy, policy.init(params)
 
-    def draw(self, run: Run, phase: str, policy: policies.Policy, params: Params, count: int) -> np.ndarray:
+    def draw(
+        self, run: Run, phase: str, policy: policies.Policy, params: Params, count: int, guide: Any = None
+    ) -> np.ndarray:
         """Draw samples in T calls of the network."""
-        sampler = samplers.ancestral(policy.process, policy(params))  # type: ignore[arg-type]
+        sampler = samplers.ancestral(policy.process, policy(params), guide=guide)  # type: ignore[arg-type]
         return np.asarray(samplers.sample(sampler, run.key(phase), count, policy.process.times()).x0)
 
     def run(self, run: Run, phase: str, prior: Any, task: Task, count: int) -> Outcome:
@@ -205,8 +202,7 @@ class MaximumEntropy(FewSteps):
             guide = None
             if self.guidance:
                 guide = policies.value_guidance(tuner.togo(best), self.guidance / float(tuner.tau))
-            sampler = samplers.ancestral(policy.process, policy(best["policy"]), guide=guide)  # type: ignore[arg-type]
-            x0 = np.asarray(samplers.sample(sampler, run.key(phase), count, policy.process.times()).x0)
+            x0 = self.draw(run, phase, policy, best["policy"], count, guide)
         togo, times = tuner.togo(best), np.asarray(policy.process.times())
         energy = jax.jit(lambda x: togo(x, jnp.float32(0)))
         curves: Curves = {

@@ -12,14 +12,15 @@ import numpy as np
 from rgdiff import checks, samplers, tuners
 from rgdiff.domains import planar_tasks
 from rgdiff.rewards import Task
-from rgdiff.runtime.dxmi import Learned, energy_auc, training_curves
+from rgdiff.runtime.dxmi import Learned, energy_auc, needs_data, training_curves
 from rgdiff.runtime.methods import Outcome, nothing
 from rgdiff.runtime.priors import initial
 from rgdiff.runtime.run import Run
 from rgdiff.runtime.values import LearnedModel
 from rgdiff.samplers._loop import roll
 from rgdiff.tuners.energy_model import Langevin
-from rgdiff.typing import Array, Cond, Params, pytree
+from rgdiff.typing import Array, Params, pytree
+from rgdiff.values import AtTime
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,17 +49,7 @@ class StillModel:
     model: Any
 
     def __call__(self, params: Params) -> Any:
-        return Still(self.model(params))
-
-
-@pytree
-class Still:
-    """A network of (x, t, cond) at t = 0."""
-
-    network: Any
-
-    def __call__(self, x0: Array, cond: Cond = None) -> Array:
-        return self.network(x0, jnp.float32(0), cond)
+        return AtTime(self.model(params), jnp.float32(0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +73,7 @@ class ShortcutTuning:
 
     def check(self, prior: Any, shape: tuple[int, ...]) -> None:
         """Refuse settings that do not fit each other or the prior, before anything is trained."""
-        if not getattr(prior, "hands_on", False):
-            raise ValueError("SFT-PG learns from data, which prior=planar_mlp or unet_data hands on")
+        needs_data(prior)
         blank: Any = nothing
         self.tuner(blank, prior.process(shape, 1.0), None)
 
@@ -142,8 +132,7 @@ class LangevinTraining:
 
     def check(self, prior: Any, shape: tuple[int, ...]) -> None:
         """Refuse settings that do not fit each other or the prior, before anything is trained."""
-        if not getattr(prior, "hands_on", False):
-            raise ValueError("an energy learns from data, which prior=planar_mlp or unet_data hands on")
+        needs_data(prior)
         checks.at_least("draws", self.draws, 1)
         self.tuner(shape)
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import jax
 
-from rgdiff import processes, samplers, schedules, tuners
-from rgdiff.domains.mixture import NetworkModel
+from rgdiff import denoisers, processes, samplers, schedules, tuners
 from rgdiff.rewards import Task
 from rgdiff.runtime.methods import Outcome
 from rgdiff.runtime.priors import Prior, initial
@@ -97,7 +96,7 @@ class Elegant:
         law = processes.initial_law(process, schedules.linear_vp())  # type: ignore[arg-type]
         times, key = law.times(self.moves), run.key(f"{phase}_start")
         tuner = tuners.initial_tuner(
-            NetworkModel(self.network), law, model(params), times, self.optimizer, kl_weight=alpha, time=prior.times[0],
+            denoisers.LinenModel(self.network), law, model(params), times, self.optimizer, kl_weight=alpha, time=prior.times[0],
             batch=self.batch, remat="none",
         )  # fmt: skip
         params = initial(self.network, key, prior.shape)

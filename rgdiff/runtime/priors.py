@@ -44,16 +44,6 @@ class PriorModel:
 
 
 @pytree
-class MaskedModel:
-    """Parameters to denoiser: the network's logits of p(x0 | x_t)."""
-
-    network: Any = static()
-
-    def __call__(self, params: Params) -> Denoiser:
-        return denoisers.from_linen(self.network, params)
-
-
-@pytree
 class FactorisedModel:
     """Logits [L, K] of independent positions to their exact denoiser."""
 
@@ -188,7 +178,7 @@ class MaskedPrior(TrainedPrior):
                 f"prior.network returns {list(out.shape[1:])} for a sequence, expected logits {list(domain.shape)}; "
                 f"give prior.network.out={domain.shape[-1]}"
             )
-        model = MaskedModel(self.network)
+        model = denoisers.LinenModel(self.network)
         params = self.parameters(run, model, process, domain, identity)
         return Prior(process, process.times(self.steps), model, params, self, domain.shape)
 

@@ -15,14 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from rgdiff import checks, guides, metrics, samplers, seiko, surrogates, values
-from rgdiff.nets import LoRAModel
 from rgdiff.processes import MaskedProcess
 from rgdiff.rewards import Task
 from rgdiff.runtime.campaign import Campaign
 from rgdiff.runtime.methods import Outcome, draw, nothing
 from rgdiff.runtime.priors import Prior
 from rgdiff.runtime.run import Run
-from rgdiff.runtime.tuning import GRADIENTS, FineTuning, path_kl
+from rgdiff.runtime.tuning import FineTuning
 from rgdiff.typing import Process
 
 STEERING = ("svdd", "guidance", "best_of_n")
@@ -75,8 +74,6 @@ class Seiko:
             raise ValueError(
                 "give one of tuning (settings of a reward gradient) and steering (svdd, guidance, best_of_n)"
             )
-        if self.tuning is not None:
-            checks.one_of("tuning.setting", self.tuning.setting, GRADIENTS)
         process = prior.process(shape) if self.tuning is None else prior.process(shape, self.tuning.eta)
         rounds = self.rounds(process, process.times(prior.steps), blank, blank)
         if isinstance(rounds, seiko.Seiko):
@@ -99,9 +96,8 @@ class Seiko:
             return seiko.steered(process, times, surrogate, steer, **shared)
         tuning = self.tuning
 
-        def inner(reward: Any, **kl: Any) -> Any:
-            options = {"batch": tuning.batch, "remat": tuning.remat, **kl, **tuning.options}
-            return GRADIENTS[tuning.setting](model, process, reward, times, tuning.optimizer, **options)
+        def inner(reward: Any, **anchors: Any) -> Any:
+            return tuning.gradient(model, process, reward, times, **anchors)
 
         anchors = {"alpha": self.alpha, "beta": self.beta, "schedule": self.schedule, "steps": tuning.steps}
         return seiko.seiko(model, process, times, surrogate, inner, **shared, **anchors)
@@ -110,14 +106,13 @@ class Seiko:
         process, model, params = prior.process, prior.model, prior.params
         if self.tuning is not None:
             process, params = prior.with_eta(self.tuning.eta), self.tuning.start(run, phase, prior)
-            if self.tuning.adapter is not None:
-                model = LoRAModel(prior.params, prior.model)  # type: ignore[assignment]
+            model = self.tuning.model(prior)
         with run.clock() as clock:
             method = self.rounds(process, prior.times, model, prior.denoiser)
             names = [phase] if self.seeds == 1 else [f"{phase}_{seed}" for seed in range(self.seeds)]
             campaigns = [self.campaign(run, name, method, params, prior, task) for name in names]
             last = campaigns[0]
-            out = draw(run, f"{phase}_samples", last.sampler, prior, count)
+            x0, kl = judged(run, f"{phase}_samples", last, prior, count)
         rows = [[row for row in run.log.rows if row["phase"] == f"{name}_model"] for name in names]
         curves: dict[str, Any] = {}
         for name, title in SHOWN.items():
@@ -126,15 +121,14 @@ class Seiko:
             if some.any():
                 at, seen = np.array([row["queries"] for row in rows[0]])[some], series[:, some]
                 curves[title] = {"": (at, np.nanmean(seen, 0), np.nanmin(seen, 0), np.nanmax(seen, 0))}
-        tuned = self.steering is None
         calls = last.sampler.network_calls(len(prior.times) - 1)
         spent = self.seeds * sum(self.queries)
         trained = 0 if self.tuning is None else self.tuning.steps * self.tuning.batch * len(self.queries) * self.seeds
         asked = {f"queries of round {i + 1}": np.asarray(x0) for i, (x0, _) in enumerate(last.history())}
         return Outcome(
-            np.asarray(out.x0),
+            x0,
             calls,
-            path_kl(run, phase, prior, last.sampler.denoiser, count) if tuned else float("nan"),
+            kl,
             clock.seconds,
             clock.compile_seconds,
             tuning_network_calls=(spent + trained) * method.network_calls(),
@@ -148,11 +142,11 @@ class Seiko:
         """Run one campaign to its end, judging the model of every round once."""
         steps = 1 if self.tuning is None else self.tuning.steps
         campaign = Campaign(run, name, method, params, self.queries, steps=steps)
-        judged = {row["step"] for row in run.log.rows if row["phase"] == f"{name}_model"}
+        told = {row["step"] for row in run.log.rows if row["phase"] == f"{name}_model"}
         while True:
             campaign.finish()
-            if campaign.round not in judged:
-                judged.add(campaign.round)
+            if campaign.round not in told:
+                told.add(campaign.round)
                 figures = self.figures(run, name, campaign, prior, task)
                 run.log.write(f"{name}_model", campaign.round, figures)
                 run.say(f"{name}: {figures['queries']} queries, " + ", ".join(
@@ -168,21 +162,30 @@ class Seiko:
     def figures(self, run: Run, name: str, campaign: Campaign, prior: Prior, task: Task) -> dict[str, Any]:
         """Return the figures of the current model, and of the round that made it."""
         where = campaign.round
-        x0 = campaign.sample(self.evaluate)
+        x0, kl = judged(run, f"{name}_{where}", campaign, prior, self.evaluate)
         rewards = np.asarray(_score(task.reward, x0))
         feasible = np.isfinite(rewards)
         told = [row for row in run.log.rows if row["phase"] == name and row["step"] == where - 1]
-        tuned = isinstance(campaign.method, seiko.Seiko)
         figures = {
             "queries": sum(self.queries[:where]),
             "reward": float(rewards[feasible].mean()) if feasible.any() else None,
             "infeasible": float(1 - feasible.mean()),
-            "diversity": metrics.diversity(np.asarray(x0)),
-            "kl": path_kl(run, f"{name}_{where}", prior, campaign.sampler.denoiser, self.evaluate) if tuned else None,
+            "diversity": metrics.diversity(x0),
+            "kl": kl,
         }
         best = [row["best"] for row in run.log.rows if row["phase"] == name and row["best"] is not None]
         figures["best"] = max(best) if best else None
         return figures | {key: row[key] for row in told for key in ("bonus", "covered")}
+
+
+def judged(run: Run, phase: str, campaign: Campaign, prior: Prior, count: int) -> tuple[np.ndarray, float]:
+    """Draw samples of the current model and, of the same chains, its path KL to the prior; NaN where it is steered."""
+    sampler = campaign.sampler
+    if not isinstance(campaign.method, seiko.Seiko):
+        return np.asarray(draw(run, phase, sampler, prior, count).x0), float("nan")
+    sampler = dataclasses.replace(sampler, reference=prior.denoiser)
+    out = draw(run, phase, sampler, prior, count, keep=samplers.path_kl)
+    return np.asarray(out.x0), float(samplers.total_path_kl(out).mean())
 
 
 _score = jax.jit(lambda reward, x0: reward(x0))

@@ -123,13 +123,22 @@ class FineTuning:
         kl = {} if self.kl_weight is None else {"reference": reference, "kl_weight": self.kl_weight}
         heldout = task.heldout if self.heldout or self.stopping is not None else None
         if self.setting in GRADIENTS:
-            options = {"batch": self.batch, "remat": self.remat, "heldout": heldout, **kl, **self.options}
-            tuner = GRADIENTS[self.setting](model, process, task.reward, times, self.optimizer, **options)
+            tuner = self.gradient(model, process, task.reward, times, heldout=heldout, **kl)
         else:
             options = {"batch": self.batch, **kl, **self.baseline(process, key), **self.options}
             online = ONLINE[self.setting](model, process, times, self.optimizer, **options)
             tuner = tuners.as_tuner(online, task.reward, heldout=heldout)
         return tuner if self.stopping is None else tuners.early_stopping(tuner, **self.stopping)
+
+    def gradient(self, model: Any, process: Process, reward: Any, times: Array, **options: Any) -> Any:
+        """Build a reward gradient under its references and weights, or whatever else `options` are."""
+        setting = GRADIENTS[checks.one_of("setting", self.setting, GRADIENTS)]
+        shared = {"batch": self.batch, "remat": self.remat}
+        return setting(model, process, reward, times, self.optimizer, **(shared | options | self.options))
+
+    def model(self, prior: Prior) -> Any:
+        """Return what the tuned parameters are of: the prior's model, or an adapter of it."""
+        return prior.model if self.adapter is None else LoRAModel(prior.params, prior.model)
 
     def baseline(self, process: Process, key: Any) -> dict[str, Any]:
         """Return dpok's value, its parameters and optimizer."""
@@ -144,7 +153,7 @@ class FineTuning:
     def tune(self, run: Run, phase: str, prior: Prior, task: Task) -> tuple[Any, Any, Params, Process]:
         """Return the tuner, the model, its tuned parameters and the process they were tuned on."""
         process, key = prior.with_eta(self.eta), run.key(phase)
-        model: Any = prior.model if self.adapter is None else LoRAModel(prior.params, prior.model)
+        model = self.model(prior)
         tuner = self.tuner(model, process, task, prior.times, prior.denoiser, jax.random.fold_in(key, 2))
         labels = batch = None
         if prior.classes is not None:

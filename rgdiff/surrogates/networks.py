@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from rgdiff.tuners._loop import TrainState, start, train, update
 from rgdiff.typing import Array, Info, Key, Params, State, pytree, static
+from rgdiff.values import per_example
 
 
 def check(network: Any) -> Any:
@@ -36,12 +37,7 @@ def _inputs(network: Any, x0: State) -> tuple[Any, ...]:
 def apply(network: Any, params: Params, x0: State) -> Array:
     """Call a network: [B], the mean over positions where it gives one number each."""
     x0 = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), x0)
-    out = network.apply({"params": params}, *_inputs(network, x0)).astype(jnp.float32)
-    if out.ndim > 1 and out.shape[-1] != 1:
-        raise ValueError(
-            f"a surrogate's network must return [B], [B, 1] or one number a position, got {list(out.shape)}"
-        )
-    return jnp.mean(out.reshape(out.shape[0], -1), -1)
+    return per_example(network.apply({"params": params}, *_inputs(network, x0)).astype(jnp.float32))
 
 
 def last_hidden(network: Any, params: Params, x0: State) -> Array:

@@ -15,17 +15,9 @@ from rgdiff import checks
 from rgdiff.tuners._loop import TrainState
 from rgdiff.tuners._max_ent import MaximumEntropy, Paths, Togo
 from rgdiff.tuners.dxdp import settings, sigmoid_time_cost
+from rgdiff.tuners.energy_model import contrast
 from rgdiff.typing import Array, Cond, Info, Params, Process, callable_pytree, pytree, static
-
-
-@pytree
-class Energy:
-    """E(x, cond) [B], low on data; -E / tau is an unnormalised log-density."""
-
-    togo: Togo
-
-    def __call__(self, x: Array, cond: Cond = None) -> Array:
-        return self.togo(x, jnp.float32(0), cond)
+from rgdiff.values import AtTime
 
 
 @pytree
@@ -46,23 +38,12 @@ class InverseLearning(MaximumEntropy):
         return super().init(params)
 
     def togo(self, params: Params) -> Togo:
-        energy = None if self.energy_model is None else _Still(self.energy_model(params["energy"]))
+        energy = None if self.energy_model is None else AtTime(self.energy_model(params["energy"]), jnp.float32(0))
         return Togo(self.value(params["value"]), energy, self.timeless)
 
-    def energy(self, params: Params) -> Energy:
-        """The energy of a state's parameters: V at t = 0, or the separate network."""
-        return Energy(self.togo(params))
-
-    def energy_loss(
-        self, params: Params, data: Array, samples: Array, gamma: Array, cond: Cond = None
-    ) -> tuple[Array, Info]:
-        """mean E(data) - mean E(samples) + gamma (mean E(data)^2 + mean E(samples)^2), and the parts' means."""
-        energy, twice = self.energy(params), jax.tree.map(lambda c: jnp.concatenate([c, c]), cond)
-        high = energy(jnp.concatenate([data, samples]), twice)
-        data, samples = high[: data.shape[0]], high[data.shape[0] :]
-        square = jnp.mean(data**2) + jnp.mean(samples**2)
-        info = {"energy_data": jnp.mean(data), "energy_samples": jnp.mean(samples), "energy_square": square}
-        return jnp.mean(data) - jnp.mean(samples) + gamma * square, info
+    def energy(self, params: Params) -> AtTime:
+        """The energy (x, cond) -> [B] of a state's parameters: V at t = 0, or the separate network; exp(-E / tau) is a density."""
+        return AtTime(self.togo(params), jnp.float32(0))
 
     def _learn_energy(self, carry: Any, step: Array, paths: Paths, batch: Any, cond: Cond) -> tuple[Any, Info, Array]:
         """One or more steps of the energy on data and the ends of the chains."""
@@ -72,7 +53,7 @@ class InverseLearning(MaximumEntropy):
         gamma = self.last_gamma + self._rate(self.gamma - self.last_gamma, step)
 
         def loss(part: Params, params: Params) -> tuple[Array, Info]:
-            return self.energy_loss(params | {name: part}, batch["x0"], samples, gamma, cond)
+            return contrast(self.energy(params | {name: part}), batch["x0"], samples, gamma, cond)
 
         params, opt_state = carry
         first = None
@@ -84,16 +65,6 @@ class InverseLearning(MaximumEntropy):
         error, info = first  # type: ignore[misc]
         bounded = info.pop("energy_square") <= 2 * self.energy_limit**2
         return (params, opt_state), {"energy_loss": error} | info, bounded
-
-
-@pytree
-class _Still:
-    """A network called as (x, t, cond), as an energy (x, cond): at t = 0."""
-
-    network: Any
-
-    def __call__(self, x: Array, cond: Cond = None) -> Array:
-        return self.network(x, jnp.float32(0), cond)
 
 
 def dxmi(

@@ -15,6 +15,7 @@ from rgdiff.processes import GaussianProcess, InitialProcess, along, started_fro
 from rgdiff.tuners.reward_backprop import RewardBackprop, reward_backprop
 from rgdiff.tuners.value_learning import ValueLearning, value_regression
 from rgdiff.typing import Array, Cond, Denoiser, Model, Params, Process, Reward, State, Value, callable_pytree, pytree
+from rgdiff.values import AtTime
 
 
 @pytree
@@ -53,17 +54,6 @@ class _Sum:
         return self.base(x, t, cond) + self.change(x, t, cond)
 
 
-@pytree
-class AtInitialTime:
-    """A value of x_T as a reward of the chain that draws it."""
-
-    value: Value
-    time: Array
-
-    def __call__(self, x0: State, cond: Cond = None) -> Array:
-        return self.value(x0, self.time, cond)
-
-
 def initial_value(
     model: Any, process: Process, times: Array, optimizer: Any, *, kl_weight: float, **options: Any
 ) -> ValueLearning:
@@ -95,7 +85,7 @@ def initial_tuner(
       time: the first time of the main chain, at which the value is taken.
     """
     base = standard_normal(initial)
-    reward = AtInitialTime(callable_pytree(value, "a value"), jnp.asarray(time, jnp.float32))
+    reward = AtTime(callable_pytree(value, "a value"), jnp.asarray(time, jnp.float32))
     shifted = Shifted(callable_pytree(model, "model (params -> network)"), base)
     return reward_backprop(shifted, initial, reward, times, optimizer, reference=base, kl_weight=kl_weight, **options)
 

@@ -69,17 +69,28 @@ class LangevinEnergy:
         chains, _ = roll(sampler, key_move, begin, jnp.linspace(1.0, 0.0, self.moves + 1))  # type: ignore[arg-type]
         chains = jax.lax.stop_gradient(chains)
         (loss, info), gradients = jax.value_and_grad(self.loss, has_aux=True)(state.params, batch["x0"], chains)
+        info.pop("energy_square")
         lost = ~jnp.isfinite(chains).reshape(self.batch, -1).all(-1).reshape(again.shape)
         state, more = update(state, gradients, self.optimizer, self.ema_decay)
         state = state._replace(extra=state.extra.at[rows].set(jnp.where(lost, noise, chains)))
         return state, {"loss": loss} | info | more
 
     def loss(self, params: Params, data: Array, chains: Array) -> tuple[Array, Info]:
-        """mean E(data) - mean E(chains) + gamma (mean E(data)^2 + mean E(chains)^2), and the parts' means."""
-        energies = self.model(params)(jnp.concatenate([data, chains]), None)
-        low, high = energies[: len(data)], energies[len(data) :]
-        loss = jnp.mean(low) - jnp.mean(high) + self.gamma * (jnp.mean(low**2) + jnp.mean(high**2))
-        return loss, {"energy_data": jnp.mean(low), "energy_samples": jnp.mean(high)}
+        """The contrast of data and chains at these parameters."""
+        return contrast(self.model(params), data, chains, self.gamma)
+
+
+def contrast(energy: Any, data: Array, samples: Array, gamma: Array, cond: Cond = None) -> tuple[Array, Info]:
+    """mean E(data) - mean E(samples) + gamma (mean E(data)^2 + mean E(samples)^2), and the parts' means.
+
+    Both batches are asked in one call, under the conditions [B, ...] where there are any.
+    """
+    twice = jax.tree.map(lambda c: jnp.concatenate([c, c]), cond)
+    energies = energy(jnp.concatenate([data, samples]), twice)
+    low, high = energies[: len(data)], energies[len(data) :]
+    square = jnp.mean(low**2) + jnp.mean(high**2)
+    info = {"energy_data": jnp.mean(low), "energy_samples": jnp.mean(high), "energy_square": square}
+    return jnp.mean(low) - jnp.mean(high) + gamma * square, info
 
 
 def langevin_energy(
