@@ -29,7 +29,9 @@ class Case:
     """One line of the table.
 
     Args:
-      method: of `tuners`: draft_lv, alignprop, refl or ddpo; of `surrogates`, how ours fits its heads: vmap or loop.
+      method: of `tuners`: draft_lv, alignprop, refl or ddpo; of `surrogates`, how ours fits its heads: vmap or loop;
+        of `gradient-guidance`, g or g_loss.
+      network: of `gradient-guidance`: a 1-D U-Net in place of the exact score.
       live, remat: network calls with gradients (DRaFT; 1 where the method says); whether activations are computed again.
       reuse, loop, channels_last: other ways to write the PyTorch side, against the same of ours. The winner's
         prediction is kept; one call of the networks per candidate (or head); the layout of convolutions (sequences).
@@ -53,6 +55,7 @@ class Case:
     moves: int = 0
     released: bool = False
     distinct: bool = True
+    network: bool = False
     tolerance: float = 1e-4
 
 
@@ -102,8 +105,10 @@ CASES = (
     Case("tuners", "refl", "refl", live=1),
     Case("tuners", "ddpo", "ddpo", live=1),
     *_drakes(50, 8, 32, 12),
-    Case("gradient-guidance", "g"),
-    Case("gradient-guidance", "g_loss"),
+    Case("gradient-guidance", "g", "g"),
+    Case("gradient-guidance", "g_loss", "g_loss"),
+    Case("gradient-guidance", "g, 1-D U-Net", "g", network=True),
+    Case("gradient-guidance", "g_loss, 1-D U-Net", "g_loss", network=True),
     Case("dxmi", "T=5 B=256", reuse=False),
     Case("dxmi", "T=5 B=256, one embedded time"),
     Case("surrogates", "8 heads by vmap", "vmap", loop=True),

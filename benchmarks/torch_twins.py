@@ -23,19 +23,23 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d}
+
+
 class ResBlock(nn.Module):
-    def __init__(self, inputs: int, features: int, embedding: int):
+    def __init__(self, inputs: int, features: int, embedding: int, axes: int = 2):
         super().__init__()
+        conv, self.shape = CONVOLUTIONS[axes], (..., *(None,) * axes)
         self.norm1 = nn.GroupNorm(GROUPS, inputs)
-        self.conv1 = nn.Conv2d(inputs, features, 3, padding=1)
+        self.conv1 = conv(inputs, features, 3, padding=1)
         self.emb = nn.Linear(embedding, 2 * features)
         self.norm2 = nn.GroupNorm(GROUPS, features)
-        self.conv2 = nn.Conv2d(features, features, 3, padding=1)
-        self.skip = nn.Conv2d(inputs, features, 1) if inputs != features else nn.Identity()
+        self.conv2 = conv(features, features, 3, padding=1)
+        self.skip = conv(inputs, features, 1) if inputs != features else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        scale, shift = self.emb(F.silu(emb))[:, :, None, None].chunk(2, dim=1)
+        scale, shift = self.emb(F.silu(emb))[self.shape].chunk(2, dim=1)
         h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
         return self.skip(x) + h
 
@@ -56,34 +60,37 @@ class Embedding(nn.Module):
 
 
 class UNet(nn.Module):
-    """`rgdiff.nets.UNet` in PyTorch: [B, C, H, W] and times [B] to [B, C, H, W]."""
+    """`rgdiff.nets.UNet` in PyTorch: [B, C, H, W], or [B, C, L] with one axis, and times [B] to the same shape."""
 
-    def __init__(self, channels: tuple[int, ...] = (32, 64, 64), blocks: int = 1, image_channels: int = 1):
+    def __init__(
+        self, channels: tuple[int, ...] = (32, 64, 64), blocks: int = 1, image_channels: int = 1, axes: int = 2
+    ):
         super().__init__()
+        conv = CONVOLUTIONS[axes]
         self.channels, self.blocks, first = channels, blocks, channels[0]
         self.emb = Embedding(4 * first, first)
-        self.conv_in = nn.Conv2d(image_channels, first, 3, padding=1)
+        self.conv_in = conv(image_channels, first, 3, padding=1)
         last, width, skips = len(channels) - 1, first, [first]
         parts = {}
         for level, features in enumerate(channels):
             for i in range(blocks):
-                parts[f"down{level}_res{i}"] = ResBlock(width, features, 4 * first)
+                parts[f"down{level}_res{i}"] = ResBlock(width, features, 4 * first, axes)
                 width = features
                 skips.append(width)
             if level < last:
-                parts[f"down{level}_half"] = nn.Conv2d(width, features, 3, stride=2, padding=1)
+                parts[f"down{level}_half"] = conv(width, features, 3, stride=2, padding=1)
                 skips.append(width)
         for name in ("mid_res0", "mid_res1"):
-            parts[name] = ResBlock(width, width, 4 * first)
+            parts[name] = ResBlock(width, width, 4 * first, axes)
         for level in reversed(range(last + 1)):
             for i in range(blocks + 1):
-                parts[f"up{level}_res{i}"] = ResBlock(width + skips.pop(), channels[level], 4 * first)
+                parts[f"up{level}_res{i}"] = ResBlock(width + skips.pop(), channels[level], 4 * first, axes)
                 width = channels[level]
             if level > 0:
-                parts[f"up{level}_double"] = nn.Conv2d(width, width, 3, padding=1)
+                parts[f"up{level}_double"] = conv(width, width, 3, padding=1)
         self.parts = nn.ModuleDict(parts)
         self.norm_out = nn.GroupNorm(GROUPS, width)
-        self.conv_out = nn.Conv2d(width, image_channels, 3, padding=1)
+        self.conv_out = conv(width, image_channels, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         emb = self.emb(t)
