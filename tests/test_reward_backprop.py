@@ -277,6 +277,8 @@ def test_gradient_statistics_against_numpy():
     make = lambda batch: tuners.draft_k(w.model, w.process, w.reward, w.times, SGD, k=2, batch=batch)  # noqa: E731
     key, draws = jax.random.key(0), 512
     got = tuners.gradient_statistics(make(4), key, f32(THETA), draws)
+    alone = tuners.gradient_statistics(make(4), key, f32(THETA), draws, chunk=1)  # without vmap
+    np.testing.assert_allclose(alone, got, rtol=1e-4)
     gradients = jax.vmap(lambda k: make(4).gradients(f32(THETA), k)[0])(jax.random.split(key, draws))
     g = np.asarray(gradients, float)
     variance = g.var(0, ddof=1).sum()

@@ -181,7 +181,8 @@ class FineTuning:
         figures: dict[str, float] = {"tuning_steps": len(rows), "reward_queries": queries}
         if self.diagnose:
             key, params_then = run.key(f"{phase}_noise"), self.start(run, phase, prior)
-            noise = tuners.gradient_statistics(inner, key, params_then, self.diagnose, prior.conditions(self.batch))
+            cond = prior.conditions(self.batch)
+            noise = tuners.gradient_statistics(inner, key, params_then, self.diagnose, cond, chunk=1)
             figures |= {"gradient_snr": float(noise.snr), "gradient_variance": float(noise.variance_per_example)}
         if self.scales:
             rewards = {"reward": task.reward, "held-out reward": task.heldout}

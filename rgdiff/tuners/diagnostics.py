@@ -34,6 +34,8 @@ def gradient_statistics(
       tuner: with `gradients(params, key, cond)` and `batch`, e.g. of `reward_backprop`; the same `params` serve all.
       draws: n >= 2 batches. The relative standard error of the variance is about sqrt(2 / (n * effective dimension)).
       cond: conditions of one batch, the same in every draw.
+      chunk: batches evaluated at once by `vmap`; with 1 there is none, and a tuner whose plan skips calls (`lax.cond`)
+        does skip them, where `vmap` runs both branches.
 
     Returns:
       GradientStatistics; the estimate of |E g|^2 is unbiased and may come out negative where noise dominates.
@@ -59,7 +61,7 @@ def _moments(
 
         def add(total: Any, keys: Key) -> tuple[Any, None]:
             first, second = total
-            flat = jax.vmap(one)(keys)
+            flat = jax.vmap(one)(keys) if size > 1 else jax.tree.map(lambda g: g[None], one(keys[0]))
             first = jax.tree.map(lambda f, g: f + g.sum(0), first, flat)
             return (first, second + sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(flat))), None
 
