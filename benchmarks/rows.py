@@ -5,7 +5,8 @@ side hands over parameters, coefficients, the random numbers of one run and its 
 repeats that run with them and returns the largest relative error. `block` is what is timed: one whole sampling run or
 one training step, from its random numbers to a finished (synchronised) result. Here are the cases and the sides of images;
 `benchmarks.tuner_rows` extends them to more tuners; `benchmarks.sequence_rows` and `benchmarks.drakes_rows` have the sides
-of sequences, `benchmarks.gradient_guidance` those of its rounds, `benchmarks.surrogate_rows` those of refits.
+of sequences, `benchmarks.gradient_guidance` those of its rounds, `benchmarks.surrogate_rows` those of refits, `benchmarks.seiko_rows`
+those of rounds of queries.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Case:
 
     Args:
       method: of `tuners`: draft_lv, alignprop, refl or ddpo; of `surrogates`, how ours fits its heads: vmap or loop;
-        of `gradient-guidance`, g or g_loss.
+        of `gradient-guidance`, g or g_loss; of `seiko`, digits or tfbind8.
       network: of `gradient-guidance`: a 1-D U-Net in place of the exact score.
       live, remat: network calls with gradients (DRaFT; 1 where the method says); whether activations are computed again.
       reuse, loop, channels_last: other ways to write the PyTorch side, against the same of ours. The winner's
@@ -114,6 +115,9 @@ CASES = (
     Case("surrogates", "8 heads by vmap", "vmap", loop=True),
     Case("surrogates", "8 heads by vmap, batched products", "vmap"),
     Case("surrogates", "8 heads in a loop", "loop", loop=True),
+    Case("seiko", "digits", "digits", live=5),
+    Case("seiko", "tfbind8", "tfbind8"),
+    Case("seiko", "tfbind8, channels last", "tfbind8", channels_last=True),
 )
 
 
@@ -121,6 +125,19 @@ def reward(x0: Any, cond: Any = None) -> Any:
     """The toy reward: left-right symmetry, and pixels near +-1/2."""
     asymmetry = ((x0 - x0[:, :, ::-1]) ** 2).mean((1, 2, 3))
     return -asymmetry - ((x0**2 - 0.25) ** 2).mean((1, 2, 3))
+
+
+def table(process: Any, times: Any) -> Any:
+    """The coefficients of a Gaussian chain's network calls, for `torch_twins.Chain`: [T, 6]."""
+    import jax.numpy as jnp
+
+    schedule, t, s = process.schedule, times, jnp.append(times[1:], times[-1])
+    sigma_s, std = schedule.sigma(s), jnp.zeros_like(t)
+    if process.stochastic:
+        shrink = jnp.sqrt(-jnp.expm1(schedule.log_snr(t) - schedule.log_snr(s)))
+        std = sigma_s * jnp.minimum(process.eta * shrink, 1.0)
+    direction = jnp.sqrt(jnp.maximum(sigma_s**2 - std**2, 0.0)) if process.stochastic else sigma_s
+    return jnp.stack([t, schedule.alpha(t), schedule.sigma(t), schedule.alpha(s), std, direction], 1)
 
 
 class Ours:
@@ -219,16 +236,7 @@ class Ours:
         import jax.numpy as jnp
 
         case, times, schedule = self.case, self.times, self.process.schedule
-        t, s = times, jnp.append(times[1:], times[-1])
-        alpha_s, sigma_s = schedule.alpha(s), schedule.sigma(s)
-        std = jnp.zeros_like(t)
-        if self.process.stochastic:
-            shrink = jnp.sqrt(-jnp.expm1(schedule.log_snr(t) - schedule.log_snr(s)))
-            fraction = jnp.minimum(self.process.eta * shrink, 1.0)
-            std = sigma_s * fraction
-        direction = jnp.sqrt(jnp.maximum(sigma_s**2 - std**2, 0.0)) if self.process.stochastic else sigma_s
-        table = jnp.stack([t, schedule.alpha(t), schedule.sigma(t), alpha_s, std, direction], 1)
-        out: dict[str, Any] = {"table": table} | flat(self.params)
+        out: dict[str, Any] = {"table": table(self.process, times)} | flat(self.params)
         key, shape = jax.random.key(SEED + 2), (BATCH, SIDE, SIDE, 1)
         key_chain = jax.random.split(key)[0] if case.live else key
         init = jax.random.fold_in(key_chain, 0)

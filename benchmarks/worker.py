@@ -36,11 +36,21 @@ def main() -> None:
 def _build(options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     import numpy as np
 
-    from benchmarks import drakes_rows, dxmi_rows, gradient_guidance, rows, sequence_rows, surrogate_rows, tuner_rows
+    from benchmarks import (
+        drakes_rows,
+        dxmi_rows,
+        gradient_guidance,
+        rows,
+        seiko_rows,
+        sequence_rows,
+        surrogate_rows,
+        tuner_rows,
+    )
 
     case = rows.Case(**options["case"])
     others = {"tuners": tuner_rows, "drakes": drakes_rows, "svdd-sequences": sequence_rows}
     others |= {"dxmi": dxmi_rows, "gradient-guidance": gradient_guidance, "surrogates": surrogate_rows}
+    others["seiko"] = seiko_rows
     sides: Any = others.get(case.row, rows)
     start = time.perf_counter()
     if options["side"] == "ours":

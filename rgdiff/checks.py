@@ -51,12 +51,11 @@ def divides(name: str, parts: Any, batch: int) -> int:
 
 def positive(name: str, value: Any, *, zero: bool = False) -> jax.Array:
     """Return `value` as a float32 scalar; refuse a concrete one that is not positive and finite."""
-    number = jnp.asarray(value, jnp.float32)
-    if not isinstance(number, Tracer):
-        bad = not np.isfinite(number).all() or (number < 0).any() or (not zero and (number == 0).any())
-        if bad:
+    if not isinstance(value, Tracer):  # NumPy's comparisons, not JAX's: under `jit` those of a constant are traced too
+        number = np.asarray(value, np.float32)
+        if not np.isfinite(number).all() or (number < 0).any() or (not zero and (number == 0).any()):
             raise ValueError(f"{name} must be a finite number {'>=' if zero else '>'} 0, got {value!r}")
-    return number
+    return jnp.asarray(value, jnp.float32)
 
 
 def one_of(name: str, value: Any, allowed: Iterable[Any]) -> Any:
@@ -82,6 +81,10 @@ def times(value: Any, process: Any) -> jax.Array:
     grid = jnp.asarray(value, jnp.float32)
     if grid.ndim != 1 or grid.shape[0] < 1:
         raise ValueError(f"times must be a vector [T + 1], got shape {list(grid.shape)}; use process.times(steps)")
+    if grid.shape[0] - 1 < (moves := getattr(process, "moves", 0)):
+        raise ValueError(
+            f"one event at a time takes {moves} moves (positions), got {grid.shape[0] - 1}; use process.times()"
+        )
     if isinstance(grid, Tracer):
         return grid
     concrete = np.asarray(grid)

@@ -49,14 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sweep(arguments.recipe, arguments.overrides)
             else:
                 run_recipe(arguments.recipe, arguments.overrides)
-    except (ValueError, FileNotFoundError, PermissionError) as error:
-        print(f"rgdiff: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("rgdiff: interrupted; go on with resume=true", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 141
+    except (ValueError, OSError) as error:
+        print(f"rgdiff: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -141,8 +141,11 @@ def run_recipe(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     domain = recipe.build(config["domain"], trusted)
     settings = recipe.build(config["prior"], trusted)
     built = {key: recipe.build(value, trusted) for key, value in methods.items()}
-    for method in built.values():
-        method.check(settings, domain.shape)
+    for key, method in built.items():
+        try:
+            method.check(settings, domain.shape)
+        except TypeError as error:  # an option that the method does not take, or lacks
+            raise ValueError(f"{key}: {error}") from error
     cache = Path(config["cache_dir"]) if config.get("cache_dir") else default_cache()
     use_compilation_cache(cache)
     folder = RunFolder.create(config["out"], config, resume=bool(config["resume"]))
@@ -153,6 +156,8 @@ def run_recipe(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     judge = domain.evaluator(run.key("judge"))
     task = recipe.build(config["reward"], trusted, domain=domain, judge=judge, key=run.key("reward"))
     judge.check(task)
+    if task.conditional and getattr(settings, "guidance", None) is None:
+        raise ValueError("this reward is of a sample's label; choose a conditional prior, e.g. prior=unet_conditional")
     identity = {"domain": config["domain"], "prior": config["prior"], "seed": config["seed"]}
     prior = settings.obtain(run, domain, identity)
     outcomes = {"prior": Ancestral().run(run, "prior_samples", prior, task, count)}

@@ -29,7 +29,8 @@ class Levels:
     """Noise levels of a T-step chain, noise first: a schedule on the times 1, (T - 1)/T, ..., 0 and on nothing between them.
 
     alphas, sigmas [T + 1], the last ones 1 and 0 (data); stds [T], the steps' first standard deviations; of_x0, of_x [T]: a
-    step's mean is of_x0 E[x0 | x_t] + of_x x_t; clock [T], the times that a network knows these levels by.
+    step's mean is of_x0 E[x0 | x_t] + of_x x_t; clock, scale [T]: a network knows a state x of these levels as scale x at
+    the time `clock`.
     """
 
     alphas: Array
@@ -38,6 +39,7 @@ class Levels:
     of_x0: Array
     of_x: Array
     clock: Array
+    scale: Array
     prior_std: Array
 
     @property
@@ -64,16 +66,24 @@ class Levels:
         return jnp.arange(self.steps, 0, -1) / self.steps
 
 
-def _levels(alphas: Any, sigmas: Any, stds: Any = None, *, last: float, clock: Any = None, prior_std: float) -> Levels:
-    """Levels from alphas and sigmas [T], noise first, in float64; posterior standard deviations, and `last`, by default."""
+def _levels(
+    alphas: Any, sigmas: Any, stds: Any = None, *, last: float, clock: Any = None, known: Any = None, prior_std: float
+) -> Levels:
+    """Levels from alphas and sigmas [T], noise first, in float64; posterior standard deviations, and `last`, by default.
+
+    A network of the schedule `known` is called where its signal-to-noise ratio is the level's, with states at its own alpha.
+    """
     alpha, sigma = (np.append(np.asarray(a, np.float64), end) for a, end in ((alphas, 1.0), (sigmas, 0.0)))
     ratio = alpha[:-1] / alpha[1:]
     kept = (ratio * sigma[1:] / sigma[:-1]) ** 2
     if stds is None:
         stds = np.append((sigma[1:] * np.sqrt(1 - kept))[:-1], last)
     steps = len(ratio)
-    clock = np.arange(steps, 0, -1) / steps if clock is None else clock
-    parts = alpha, sigma, stds, alpha[1:] * (1 - kept), kept / ratio, clock, prior_std
+    clock, scale = np.arange(steps, 0, -1) / steps if clock is None else clock, np.ones(steps)
+    if known is not None:
+        clock = [_time_of(known, 2 * math.log(a / s)) for a, s in zip(alpha[:-1], sigma[:-1], strict=True)]
+        scale = np.asarray(known.alpha(jnp.asarray(clock, jnp.float32))) / alpha[:-1]
+    parts = alpha, sigma, stds, alpha[1:] * (1 - kept), kept / ratio, clock, scale, prior_std
     return Levels(*(jnp.asarray(part, jnp.float32) for part in parts))
 
 
@@ -117,7 +127,7 @@ def fast_dpm(
 
     Args:
       steps: T.
-      schedule: variance-preserving, of a pre-trained prior: its network is called where its own signal-to-noise ratio is the level's.
+      schedule: of a pre-trained prior: its network is called where its own signal-to-noise ratio is the level's, at its own scale.
       first: the smallest beta.
       end: the product aimed at, that of 1,000 steps of beta from 1e-4 to 0.02.
       cap: bounds sqrt(first) + T c, hence the largest beta.
@@ -136,8 +146,7 @@ def fast_dpm(
             middle = 0.5 * (low + high)
             low, high = (middle, high) if np.prod(1 - beta_of(middle)) > end else (low, middle)
     kept = np.cumprod(1 - beta_of(high))[::-1]
-    clock = None if schedule is None else [_time_of(schedule, math.log(k / (1 - k))) for k in kept]
-    return _levels(np.sqrt(kept), np.sqrt(1 - kept), last=last, clock=clock, prior_std=1.0)
+    return _levels(np.sqrt(kept), np.sqrt(1 - kept), last=last, known=schedule, prior_std=1.0)
 
 
 def karras(steps: int, schedule: Any = None, *, low: float = 0.002, high: float = 80.0, rho: float = 7.0) -> Levels:
@@ -147,15 +156,14 @@ def karras(steps: int, schedule: Any = None, *, low: float = 0.002, high: float 
 
     Args:
       steps: T, at least 2.
-      schedule: of a pre-trained prior, whose network is called at the same sigma.
+      schedule: of a pre-trained prior, whose network is called where its signal-to-noise ratio is the level's, at its own scale.
       low, high, rho: in data units; the released samplers have rho 7 at T = 10 and 4 at T = 4.
     """
     share = np.linspace(0.0, 1.0, checks.at_least("steps", steps, 2))
     if not 0 < low < high:
         raise ValueError(f"karras expects 0 < low < high, got {low} and {high}")
     sigma = (high ** (1 / rho) + share * (low ** (1 / rho) - high ** (1 / rho))) ** rho
-    clock = None if schedule is None else [_time_of(schedule, -2 * math.log(s)) for s in sigma]
-    return _levels(np.ones(steps), sigma, last=low, clock=clock, prior_std=high)
+    return _levels(np.ones(steps), sigma, last=low, known=schedule, prior_std=high)
 
 
 def _time_of(schedule: GaussianSchedule, log_snr: float) -> float:
@@ -226,7 +234,7 @@ class Steps:
 
     def __call__(self, x: Array, t: Array, cond: Cond = None) -> Gaussian:
         at = self.levels.index(t)
-        out = self.network(x, self.levels.clock[at], cond)
+        out = self.network(along(self.levels.scale[at], x) * x, self.levels.clock[at], cond)
         mean = x + out
         if not self.residual:
             mean = along(self.levels.of_x0[at], x) * out + along(self.levels.of_x[at], x) * x

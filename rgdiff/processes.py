@@ -172,15 +172,19 @@ class MaskedProcess:
 class FirstHittingProcess(MaskedProcess):
     """Absorbing-state diffusion one event at a time: L moves, each unmasks one position. Build it with `first_hitting`."""
 
+    @property
+    def moves(self) -> int:
+        """L, the moves without which positions stay masked."""
+        return math.prod(self.shape)
+
     def times(self, steps: int | None = None) -> Array:
         """Return the times at which L, L - 1, ..., 0 positions are masked on average. [L + 1]"""
-        positions = math.prod(self.shape)
-        if steps is not None and steps != positions:
+        if steps is not None and steps != self.moves:
             raise ValueError(
-                f"one event at a time takes exactly {positions} moves (positions), got {steps}; use times()"
+                f"one event at a time takes exactly {self.moves} moves (positions), got {steps}; use times()"
             )
         grid = jnp.linspace(0.0, 1.0, 4097)
-        return jnp.interp(jnp.linspace(1.0, 0.0, positions + 1), self.schedule.rate(grid), grid)
+        return jnp.interp(jnp.linspace(1.0, 0.0, self.moves + 1), self.schedule.rate(grid), grid)
 
     def reverse(self, x: Array, t: Array, s: Array, prediction: Array) -> FirstHitting:  # type: ignore[override]
         """Law of the state after the next event: a uniformly drawn masked position takes a token; t, s do not enter."""

@@ -49,6 +49,16 @@ def from_host(function: Callable[..., Any]) -> Reward:
     return HostReward(function)
 
 
+def differentiable(what: str, reward: Any) -> None:
+    """Refuse a reward, or a value made of one, with a black box in it: `what` would see the gradient 0 and do nothing."""
+    parts = jax.tree.leaves(reward, is_leaf=lambda part: isinstance(part, HostReward))
+    if any(isinstance(part, HostReward) for part in parts):
+        raise ValueError(
+            f"{what} needs the reward's gradient, which a black box does not have; "
+            "take svdd, smc, best_of_n, a learned value, ddpo or another online method"
+        )
+
+
 @pytree
 class WeightedSum:
     """sum_i weight_i reward_i; infeasible for any part is infeasible."""
@@ -105,13 +115,15 @@ def ensemble(rewards: list[Reward] | tuple[Reward, ...], reduce: str = "mean", *
 class Task(NamedTuple):
     """What a run optimises and how it is judged: the reward that guides, a held-out one that does not, and a class if it has one.
 
-    `measure`, if there is one, maps samples x0 to numbers that belong beside the reward.
+    `measure`, if there is one, maps samples x0 to numbers that belong beside the reward. `conditional`: the reward is of the
+    condition that a sample was drawn with.
     """
 
     reward: Reward
     heldout: Reward
     target: int | None = None
     measure: Callable[[State], dict[str, Array]] | None = None
+    conditional: bool = False
 
 
 def custom(fn: Callable[..., Any], heldout_fn: Callable[..., Any] | None = None, host: bool = False) -> Task:

@@ -71,6 +71,7 @@ class Rounds(abc.ABC):
     surrogate: Any
     classifier: Any
     feasibility_weight: Array
+    noise: Array
     batch: int = static()
     capacity: int = static()
 
@@ -104,23 +105,28 @@ class Rounds(abc.ABC):
         return self.ask(key, state, self.batch, cond)
 
     def tell(self, state: RoundState, queries: Queries, rewards: Array) -> tuple[RoundState, Info]:
-        """Take the answers [B] in; what is not finite marks an infeasible query. Info is that of `figures`."""
+        """Take the answers [B] in; what is not finite marks an infeasible query.
+
+        Info is that of `figures`, and `dropped`: answers that did not fit into `capacity`. Outside `jit` they are refused.
+        """
         observations = surrogates.append(state.observations, state.asked, queries.x0, rewards)
         told = state._replace(observations=observations, asked=state.asked + rewards.shape[0])
-        return told, self.figures(state, queries, rewards)
+        dropped = jnp.clip(told.asked - self.capacity, 0, rewards.shape[0])
+        return told, self.figures(state, queries, rewards) | {"dropped": dropped}
 
     def figures(self, state: RoundState, queries: Queries, rewards: Array) -> Info:
         """Return what a round's answers say: `reward` (mean over feasible ones), `best`, `infeasible` (a share).
 
         And of the belief that proposed the queries, before it sees their answers: `bonus`, the mean of upper - mean, and
-        `covered`, the share of answers within 1.96 deviations of the mean; both NaN in the first round.
+        `covered`, the share of answers within 1.96 sqrt(deviation^2 + noise^2) of the mean; both NaN in the first round.
         """
         feasible = jnp.isfinite(rewards)
         count = jnp.sum(feasible)
         over = lambda values: jnp.sum(jnp.where(feasible, values, 0.0)) / jnp.where(count > 0, count, jnp.nan)  # noqa: E731
         mean = state.belief.mean(queries.x0, queries.cond)
         upper = state.belief.upper(queries.x0, queries.cond)
-        near = jnp.abs(rewards - mean) <= 1.96 * state.belief.deviation(queries.x0, queries.cond)
+        spread = jnp.hypot(state.belief.deviation(queries.x0, queries.cond), self.noise)
+        near = jnp.abs(rewards - mean) <= 1.96 * spread
         known = lambda value: jnp.where(state.step > 0, value, jnp.nan)  # noqa: E731
         return {
             "reward": over(rewards),
@@ -131,9 +137,13 @@ class Rounds(abc.ABC):
         }
 
     def refit(self, key: Key, state: RoundState) -> RoundState:
-        """Learn the reward, its uncertainty and the feasibility from all answers, anew."""
+        """Learn the reward, its uncertainty and the feasibility from all answers; anew, unless the surrogate is `warm`."""
         key_reward, key_feasible = jax.random.split(key)
-        belief = self.surrogate.fit(key_reward, state.observations)
+        fit = lambda previous: self.surrogate.fit(key_reward, state.observations, previous)  # noqa: E731
+        if getattr(self.surrogate, "warm", False):
+            belief = jax.lax.cond(state.step > 0, lambda: fit(state.belief), lambda: fit(None))
+        else:
+            belief = fit(None)
         if self.classifier is None:
             return state._replace(belief=belief)
         return state._replace(belief=belief, feasibility=self.classifier.fit(key_feasible, state.observations))
@@ -225,6 +235,7 @@ def _shared(
     surrogate: Any,
     classifier: Any,
     feasibility_weight: float,
+    noise: float,
     batch: int,
     capacity: int,
 ) -> dict[str, Any]:
@@ -243,6 +254,7 @@ def _shared(
         "surrogate": surrogate,
         "classifier": classifier,
         "feasibility_weight": checks.positive("feasibility_weight", feasibility_weight, zero=True),
+        "noise": checks.positive("noise", noise, zero=True),
         "batch": batch,
         "capacity": capacity,
     }
@@ -264,6 +276,7 @@ def seiko(
     steps: int = 100,
     feasibility: Any = None,
     feasibility_weight: float = 0.0,
+    noise: float = 0.0,
 ) -> Seiko:
     """Feedback-efficient online fine-tuning (arXiv 2402.16359, algorithm 1).
 
@@ -290,6 +303,7 @@ def seiko(
       steps: of the inner tuner in `update`; with `tuner(state)` and `tuners.fit` they may be any.
       feasibility, feasibility_weight: a classifier of feasible queries from `rgdiff.surrogates`, and what a nat of its
         log-probability is worth; infeasible queries never enter the fit of the reward.
+      noise: standard deviation of an answer given x0, reward's unit; for the figure `covered` alone.
 
     Note:
       The released code anchors to p_{i-1} alone, averages its KL over dimensions (6e-5 per nat), centres the covariance
@@ -299,7 +313,7 @@ def seiko(
     checks.law(process, "seiko, whose anchors are KL terms,")
     if not callable(inner):
         raise ValueError(f"inner must map (reward, reference=, kl_weight=) to a tuner, got {type(inner).__name__}")
-    shared = _shared(process, prior, times, surrogate, feasibility, feasibility_weight, batch, capacity)
+    shared = _shared(process, prior, times, surrogate, feasibility, feasibility_weight, noise, batch, capacity)
     alpha_ = checks.positive("alpha", alpha, zero=True)
     return Seiko(
         **shared,
@@ -323,6 +337,7 @@ def steered(
     capacity: int,
     feasibility: Any = None,
     feasibility_weight: float = 0.0,
+    noise: float = 0.0,
 ) -> Steered:
     """The same rounds without any tuning: the prior's chain is steered by the optimistic reward.
 
@@ -335,5 +350,5 @@ def steered(
     """
     if not callable(steer):
         raise ValueError(f"steer must map a reward to a sampler, got {type(steer).__name__}")
-    shared = _shared(process, prior, times, surrogate, feasibility, feasibility_weight, batch, capacity)
+    shared = _shared(process, prior, times, surrogate, feasibility, feasibility_weight, noise, batch, capacity)
     return Steered(**shared, steer=steer)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,8 @@ def test_answers_said_twice_count_once_and_are_where_they_belong(first):
         ([0, -1], [1.0, 1.0], "query -1 was never asked"),
         ([0, 1.5], [1.0, 1.0], "query 1.5 was never asked"),
         ([0, 1], [1.0, np.inf], "query 1: an answer must be finite"),
+        ([0, 1], [1.0, 1e39], "query 1: an answer must be finite in float32"),
+        ([0, 1], [1.0, True], "query 1: expected a number or NaN"),
         ([0, 1], [1.0, "high"], "query 1: expected a number or NaN"),
         ([0, 0], [1.0, 2.0], "query 0 was answered 1 before, now 2"),
     ],
@@ -116,6 +119,17 @@ def test_queries_given_up_do_not_count_until_they_come_after_all(first, tmp_path
     np.testing.assert_array_equal(opened(tmp_path).state.observations.y[:6], [1, 2, 3, 4, 0, 6])
 
 
+def test_two_processes_that_tell_at_once_lose_nothing(first, tmp_path):
+    """Each answers its own query; one at a time reads, adds and writes."""
+    campaign, ids, _ = first
+    told = [threading.Thread(target=opened(tmp_path).tell, args=([i], [float(i)])) for i in ids]
+    for thread in told:
+        thread.start()
+    for thread in told:
+        thread.join()
+    assert campaign.history()[0][1].tolist() == [float(i) for i in ids]
+
+
 def test_the_end_is_said_and_another_campaign_is_refused(first, tmp_path):
     campaign = first[0]
     while not campaign.done:
@@ -128,8 +142,11 @@ def test_the_end_is_said_and_another_campaign_is_refused(first, tmp_path):
     assert [len(rewards) for _, rewards in campaign.history()] == QUERIES
     rows = [row for row in campaign.run.log.rows if row["phase"] == "campaign"]
     assert [row["queries"] for row in rows] == QUERIES and rows[1]["bonus"] > 0 and rows[0]["bonus"] is None
+    assert (tmp_path / "metrics.csv").read_text().count("campaign") >= 3
     with pytest.raises(ValueError, match="its run has seed=0"):
         opened(tmp_path, seed=1)
+    with pytest.raises(ValueError, match="its run has alpha=0.2"):
+        opened(tmp_path, alpha=0.3)
     with pytest.raises(ValueError, match="16 queries need capacity=16"):
         opened(tmp_path / "more", queries=[8, 8])
 

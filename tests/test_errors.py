@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from rgdiff import checks, denoisers, processes, rewards, samplers, schedules, tuners, values
+from rgdiff import checks, denoisers, guides, processes, rewards, samplers, schedules, tuners, values
 from rgdiff.typing import pytree
 from tests.worlds import GaussianWorld, factorised
 
@@ -18,10 +18,17 @@ M = factorised()
 KEY = jax.random.key(0)
 ANCESTRAL = samplers.ancestral(W.process, W.denoiser)
 SGD = optax.sgd(0.1)
+BLACK_BOX = rewards.from_host(lambda x0, cond: x0[:, 0])
+EVENTS = processes.first_hitting(processes.masked(schedules.log_linear_mask(), 4, 3))
 
 
 def draft(**options):
-    return tuners.reward_backprop(W.model, W.process, W.reward, W.times, SGD, **({"batch": 4} | options))
+    return tuners.reward_backprop(
+        **(
+            {"model": W.model, "process": W.process, "reward": W.reward, "times": W.times, "optimizer": SGD, "batch": 4}
+            | options
+        )
+    )
 
 
 def sample(**options):
@@ -85,6 +92,37 @@ REFUSED = {
     "learned reward without process": (lambda: values.learned(W.denoiser, W.reward), "process="),
     "sum of nothing": (lambda: rewards.weighted_sum([], []), "as many weights"),
     "from_host of a number": (lambda: rewards.from_host(3), "from_host expects"),
+    "black box by gradient": (lambda: draft(reward=BLACK_BOX), "needs the reward's gradient, which a black box"),
+    "black box in a sum": (lambda: draft(reward=rewards.weighted_sum([W.reward, BLACK_BOX], [1, 1])), "black box"),
+    "black box in a value": (
+        lambda: guides.gradient_guide(values.posterior_mean(BLACK_BOX, W.process, W.denoiser), 1.0),
+        "black box",
+    ),
+    "black box and DPS": (
+        lambda: guides.classifier_guidance(
+            W.denoiser, W.process, values.posterior_mean(BLACK_BOX, W.process, W.denoiser), 1.0
+        ),
+        "black box",
+    ),
+    "black box and LGD": (lambda: guides.lgd_mc(W.denoiser, W.process, BLACK_BOX, KEY, draws=2), "black box"),
+    "black box and TDS": (
+        lambda: samplers.tds(W.process, W.denoiser, values.posterior_mean(BLACK_BOX, W.process, W.denoiser)),
+        "black box",
+    ),
+    "a budget of nothing": (lambda: draft(reference=W.denoiser, kl_weight=0.0, kl_budget=1.0), "above 0"),
+    "too few events": (lambda: checks.times(jnp.float32([1, 0.5, 0]), EVENTS), "takes 4 moves (positions), got 2"),
+    "repeated events": (
+        lambda: samplers.ancestral(EVENTS, W.denoiser, recurrences=2),
+        "one event at a time ends when its moves are used up",
+    ),
+    "SVDD-R of conditions": (
+        lambda: sample(sampler=svdd(replace=0.1), cond=jnp.zeros(4, jnp.int32)),
+        "away from their conditions",
+    ),
+    "a measurement of other rows": (
+        lambda: guides.linear(jnp.eye(1), jnp.zeros((8, 1)), 0.1)(jnp.zeros((32, 1))),
+        "y has a row for each of 8 examples, got 32",
+    ),
     "truncation too large": (lambda: draft(truncation=7), "at most the chain's 6"),
     "truncation 0": (lambda: draft(truncation=0), "truncation"),
     "no terms": (lambda: draft(on_trajectory=False), "renoised >= 1"),

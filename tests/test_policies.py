@@ -100,6 +100,27 @@ def test_karras_levels_and_edms_ancestral_step():
         np.testing.assert_allclose(levels.stds[k], up if s else low, rtol=1e-4)
 
 
+@pytest.mark.parametrize("make", ["karras", "fast_dpm"])
+@pytest.mark.parametrize("schedule", ["linear_vp", "karras_ve"])
+def test_a_priors_network_is_asked_at_its_own_scale(make, schedule):
+    """E[x0 | x] of N(m, C) under the *levels*' noise, of a denoiser that knows the prior's schedule alone."""
+    mean, cov = np.array([0.5, -1.0]), np.array([[0.6, 0.2], [0.2, 0.9]])
+    world = GaussianWorld(mean, cov, schedule=schedule, steps=4)
+    within = {"low": 0.02, "high": 10.0} if make == "karras" else {"first": 0.02}
+    levels = getattr(policies, make)(4, world.schedule, **within)
+    process = policies.few_step(levels, (2,))
+    policy = policies.policy(process, world.model, form="denoiser")
+    denoiser = policy(policy.init(jnp.float32([0.0, 1.0])))
+    x = np.random.default_rng(0).normal(size=(5, 2)) * 3
+    for i, t in enumerate(np.asarray(process.times())[:-1]):
+        alpha, sigma = float(levels.alphas[i]), float(levels.sigmas[i])
+        gain = alpha * cov @ np.linalg.inv(alpha**2 * cov + sigma**2 * np.eye(2))
+        got = process.mean(
+            jnp.asarray(x, jnp.float32), jnp.float32(t), denoiser(jnp.asarray(x, jnp.float32), jnp.float32(t))
+        )
+        np.testing.assert_allclose(got, mean + (x - alpha * mean) @ gain.T, rtol=5e-3, atol=5e-3)
+
+
 # ---------------------------------------------------------------- kernels
 
 

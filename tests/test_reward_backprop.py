@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from rgdiff import denoisers, processes, schedules, tuners
+from rgdiff import denoisers, processes, samplers, schedules, tuners
 from rgdiff.rewards import ensemble
 from rgdiff.tuners import plans
 from rgdiff.tuners._chain import Plan
@@ -267,8 +267,40 @@ def test_early_stopping_keeps_the_best_and_ends_the_run():
         assert getattr(again, name) == getattr(state, name)
     limited = tuners.early_stopping(Scripted(values), window=2, patience=9, limited="kl", limit=3.5)
     assert float(tuners.fit(limited, jax.random.key(0), limited.init(jnp.float32(0)), 14, chunk=2).params) == 4
+    # NaN figures are left out of their window's mean; a window of nothing else is never the best
+    holes = f32([-5, np.nan, np.nan, np.nan, -6, -6, np.nan, np.nan])
+    tuner = tuners.early_stopping(Scripted(holes), window=2, patience=9)
+    state = tuners.fit(tuner, jax.random.key(0), tuner.init(jnp.float32(0)), 8, chunk=2)
+    assert float(state.best_value) == -5 and float(state.best) == 1
+    early = tuners.fit(tuner, jax.random.key(0), tuner.init(jnp.float32(0)), 1, chunk=1)
+    assert float(early.best) == 1 == float(early.params)  # no window is full: the newest
     with pytest.raises(ValueError, match=r"asks for \['frechet'\]"):
         tuners.fit(tuners.early_stopping(Scripted(values), "frechet"), jax.random.key(0), state, 20)
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+@pytest.mark.parametrize("renoised", [0, 2])
+def test_infeasible_samples_do_not_enter_the_gradient_even_where_their_own_is_nan(bad, renoised):
+    """r = sqrt(x - m), infeasible with a derivative of NaN below m: as the mean over the others of a reward that is sane."""
+    w = world(eta=1.0)
+    middle = float(
+        jnp.median(
+            samplers.sample(samplers.ancestral(w.process, w.model(f32(THETA))), jax.random.key(1), 256, w.times).x0
+        )
+    )
+    rough = lambda x: jnp.where(x > middle, jnp.sqrt(x - middle), bad * jnp.sqrt(x - middle) ** 0)  # noqa: E731
+    root = lambda x0, cond=None: rough(x0[:, 0])  # noqa: E731
+    inside = lambda x: jnp.sqrt(jnp.where(x > middle, x - middle, 1.0))  # noqa: E731
+    sane = lambda x0, cond=None: jnp.where(x0[:, 0] > middle, inside(x0[:, 0]), jnp.nan)  # noqa: E731
+    make = lambda reward: tuners.reward_backprop(  # noqa: E731
+        w.model, w.process, reward, w.times, SGD, batch=64, renoised=renoised
+    )
+    got, info = make(root).gradients(f32(THETA), jax.random.key(0))
+    expected, _ = make(sane).gradients(f32(THETA), jax.random.key(0))
+    assert 0 < int(info["infeasible"]) < 64 and np.isfinite(info["reward"])
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    slope = jax.grad(rough)(middle - 1.0)
+    assert np.isnan(slope)  # what would have spoilt it
 
 
 def test_gradient_statistics_against_numpy():

@@ -77,6 +77,14 @@ def test_rounds_on_six6_have_the_closed_form():
     assert abs(regret.objective(law, table, prior, 0.1) - 0.1 * 1.364) < 5e-5
     again = regret.anchored(table, 0.1, 0.1, prior, law)  # the same reward twice at beta = alpha: nothing changes
     np.testing.assert_allclose(again, law, atol=1e-15)
+    law, total = prior, np.zeros(table.size)
+    for i, f in enumerate(table + 0.2 * noise for noise in np.random.default_rng(0).normal(size=(5, table.size))):
+        before, law, total = law, regret.anchored(f, 0.1, 0.1 * i, prior, law), total + f
+        slope = (
+            f - 0.1 * np.log(law / prior) - 0.1 * i * np.log(law / before)
+        )  # of the round's objective, in every direction
+        assert np.ptp(slope) < 1e-9  # equal: the maximum of a concave function on the simplex
+        np.testing.assert_allclose(law, enumeration.tilted(prior, total, 0.1 * (i + 1)).probabilities, atol=1e-14)
 
 
 def test_anchored_refuses_and_leaves_infeasible_samples_out():
@@ -150,6 +158,25 @@ class Teller:
         return Told(self.values[jnp.sum(observations.answered) // self.batch - 1])
 
 
+@pytree
+class Wide(Told):
+    """Unsure by 0.3 everywhere."""
+
+    def deviation(self, x0, cond=None):
+        return jnp.full(x0.shape[0], 0.3)
+
+
+@pytree
+class Counting:
+    """Adds 1 to the belief that it is given; 1 where it begins anew."""
+
+    first: jax.Array
+    warm = True
+
+    def fit(self, key, observations, previous=None):
+        return Told((self.first if previous is None else previous.values) + 1)
+
+
 def method(surrogate, batch=16, rounds=4, steps=300, **options):
     options = {
         "alpha": ALPHA,
@@ -218,6 +245,35 @@ def test_infeasible_queries_never_reach_the_reward_and_are_reported():
         phi.T @ phi + 0.01 * np.eye(K**L), phi.T @ np.asarray(rewards, np.float64)[np.asarray(kept, bool)]
     )
     np.testing.assert_allclose(fitted.mean(EVERY), solved, atol=1e-5)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_answers_of_a_calibrated_belief_are_covered_noise_and_all(noise):
+    """A reward drawn from the belief itself, answers with noise: 95 % of them within the interval."""
+    told = method(Counting(jnp.zeros(K**L)), batch=4096, rounds=1, noise=noise)
+    state = told.init(PRIOR)._replace(belief=Wide(jnp.zeros(K**L)), step=jnp.int32(1))
+    queries = told.ask(jax.random.key(0), state, 4096)
+    rewards = jax.random.normal(jax.random.key(1), (4096,)) * np.hypot(0.3, noise)
+    _, info = told.tell(state, queries, rewards)
+    assert abs(float(info["covered"]) - 0.95) < 0.015 and int(info["dropped"]) == 0
+
+
+def test_answers_beyond_the_capacity_are_refused_or_counted():
+    told = method(ridge(), batch=16, rounds=1)
+    state = told.init(PRIOR)
+    queries = told.ask(jax.random.key(0), state, 24)
+    with pytest.raises(ValueError, match="24 answers do not fit into 16 slots"):
+        told.tell(state, queries, jnp.zeros(24))
+    assert int(jax.jit(told.tell)(state, queries, jnp.zeros(24))[1]["dropped"]) == 8
+
+
+def test_a_warm_surrogate_goes_on_from_its_last_fit():
+    """Rounds hand on the belief of the round before, and none in the first."""
+    told = method(Counting(jnp.zeros(K**L)), steps=1)
+    state = told.init(PRIOR)
+    for expected in (1.0, 2.0, 3.0):
+        state = told.refit(jax.random.key(0), state)._replace(step=state.step + 1)
+        assert float(state.belief.values[0]) == expected
 
 
 def test_the_bound_on_the_regret_holds_where_the_belief_is_calibrated():

@@ -114,7 +114,8 @@ def labelled(domain: ImageDomain, judge: ImageJudge, key: Key) -> Task:
         raise ValueError("reward=labelled is for images with labels; choose an image domain, e.g. domain=digits")
     guide: Classifier = train_classifier(key, domain.train_x, domain.train_y, domain.classes)
     classify = image_rewards.classifier_reward
-    return Task(InTurn(classify(guide), domain.classes), InTurn(classify(judge.classifier), domain.classes))
+    reward, heldout = (InTurn(classify(one), domain.classes) for one in (guide, judge.classifier))
+    return Task(reward, heldout, conditional=True)
 
 
 def symmetric() -> Task:

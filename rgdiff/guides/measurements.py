@@ -62,7 +62,7 @@ class Linear:
 
     def residual(self, x0: Array) -> Array:
         """y - A x0, [B, M]."""
-        return self.y - self.forward(x0)
+        return _for(self.y, x0, 1) - self.forward(x0)
 
     def forward(self, x0: Array) -> Array:
         """A x0, [B, M]."""
@@ -100,7 +100,7 @@ class Inpainting:
 
     def residual(self, x0: Array) -> Array:
         """mask (y - x0), [B, M]."""
-        return (self.mask * (self.y - x0)).reshape(x0.shape[0], -1)
+        return (self.mask * (_for(self.y, x0, len(self.shape)) - x0)).reshape(x0.shape[0], -1)
 
     def forward(self, x0: Array) -> Array:
         """mask x0, [B, M]."""
@@ -113,6 +113,16 @@ class Inpainting:
     def rows(self) -> Array:
         """The rows of the mask's diagonal matrix as states, [M, ...]."""
         return jnp.diag(self.mask.reshape(-1)).reshape(-1, *self.shape)
+
+
+def _for(y: Array, x0: Array, axes: int) -> Array:
+    """y, of one measurement (`axes` axes) or with a row for every state."""
+    if y.ndim > axes and y.shape[0] not in (1, x0.shape[0]):
+        raise ValueError(
+            f"y has a row for each of {y.shape[0]} examples, got {x0.shape[0]} states: give one y for all to what evaluates "
+            "several states per example (svdd, best_of_n)"
+        )
+    return y
 
 
 def _log_normal(r: Array, variance: Array) -> Array:

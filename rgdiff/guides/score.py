@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from rgdiff import checks
 from rgdiff.guides.tilt import value_gradient
 from rgdiff.processes import GaussianProcess, along
+from rgdiff.rewards import differentiable
 from rgdiff.typing import (
     Array,
     Cond,
@@ -134,6 +135,7 @@ def classifier_guidance(denoiser: Denoiser, process: Process, value: Value, scal
     """
     process = gaussian_only(process, "classifier_guidance")
     denoiser, value = callable_pytree(denoiser, "a denoiser"), callable_pytree(value, "a value")
+    differentiable("classifier_guidance", value)
     shared = isinstance(value, PosteriorMean) and same_callable(value.denoiser, denoiser)
     return guided(denoiser, process, ValueGradient(value, shared), scale)
 
@@ -208,6 +210,7 @@ def lgd_mc(
       A denoiser is a function, so that runs that differ by the sampler's key alone share this noise.
     """
     checks.key(key)
+    differentiable("lgd_mc", reward)
     term = SmoothedReward(
         callable_pytree(reward, "a reward"),
         gaussian_only(process, "lgd_mc"),

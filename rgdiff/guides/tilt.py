@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from rgdiff import checks
 from rgdiff.kernels import Absorbing, FirstHitting, PointMass, Product
+from rgdiff.rewards import differentiable
 from rgdiff.typing import Array, Cond, Guide, Kernel, Move, State, Value, callable_pytree, pytree, static
 
 TILTS = ("token", "token_and_rate")
@@ -86,6 +87,7 @@ def gradient_guide(value: Value, scale: float = 1.0, *, tilts: str = "token") ->
       Released code divides the gradient by the batch size (a batch-mean loss) and makes up for it with scales of 1e5;
       some of it adds gradients to probabilities. Here logits move, per example.
     """
+    differentiable("gradient_guide", value)
     return GradientGuide(
         callable_pytree(value, "a value"),
         checks.positive("scale", scale, zero=True),

@@ -7,13 +7,15 @@ that no answer is counted twice, whatever order answers come in.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import io
 import json
 import math
 import os
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,26 +112,30 @@ class Campaign:
         ids, values = list(ids), list(values)
         if len(ids) != len(values):
             raise ValueError(f"tell expects one value for each query, got {len(values)} for {len(ids)}")
-        new: dict[int, dict[int, float]] = {}
-        for one, value in zip(ids, values, strict=True):
-            number, value = self._number(one), self._value(one, value)
-            where = self._round_of(number)
-            known = self._answers(where) | new.get(where, {})
-            before = known.get(number)
-            if before is not None and not _same(before, value):
-                raise ValueError(f"query {number} was answered {before:g} before, now {value:g}; nothing was taken in")
-            if before is None:
-                new.setdefault(where, {})[number] = value
-        for where, answers in new.items():
-            self._write(where, self._answers(where) | answers)
+        with self._alone():
+            known: dict[int, dict[int, float | None]] = {}
+            for one, value in zip(ids, values, strict=True):
+                number, value = self._number(one), self._value(one, value)
+                where = self._round_of(number)
+                answers = known.setdefault(where, self._answers(where))
+                before = answers.get(number)
+                if before is not None and not _same(before, value):
+                    raise ValueError(
+                        f"query {number} was answered {before:g} before, now {value:g}; nothing was taken in"
+                    )
+                answers[number] = value
+            for where, answers in known.items():
+                self._write(where, answers)
 
     def skip(self, ids: Iterable[int] | None = None) -> None:
-        """Give queries of this round up, all that wait by default; an answer that comes later still counts from then on."""
+        """Give queries of this round up, all that wait by default; an answer that comes later counts from the next refit on."""
         waiting = self.ask().ids
         ids = waiting if ids is None else [self._number(one) for one in ids]
         if unknown := sorted(set(map(int, ids)) - set(map(int, waiting))):
             raise ValueError(f"query {unknown[0]} does not wait for an answer; {len(waiting)} of this round do")
-        self._write(self.round, self._answers(self.round) | {int(one): None for one in ids})
+        with self._alone():
+            told = self._answers(self.round)
+            self._write(self.round, told | {int(one): None for one in ids if int(one) not in told})
 
     @property
     def sampler(self) -> Any:
@@ -178,6 +184,15 @@ class Campaign:
         self.run.log.write(self.name, where, {"queries": int(answered.sum())} | info)
         self._checkpoints.save(self.round, self.state)
         self._checkpoints.wait()
+        self.run.log.table()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other processes from writing answers meanwhile."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with open(self._folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def _answered(self, where: int) -> bool:
         """Whether a round was asked, and every query of it answered or given up."""
@@ -246,14 +261,16 @@ class Campaign:
 
     def _value(self, one: Any, value: Any) -> float:
         try:
+            if isinstance(value, bool | np.bool_):
+                raise TypeError
             number = float(value)
         except (TypeError, ValueError):
             raise ValueError(
                 f"query {one}: expected a number or NaN (infeasible), got {value!r}; nothing was taken in"
             ) from None
-        if math.isinf(number):
+        if abs(number) > float(np.finfo(np.float32).max):
             raise ValueError(
-                f"query {one}: an answer must be finite, or NaN if infeasible, got {number}; nothing was taken in"
+                f"query {one}: an answer must be finite in float32, or NaN if infeasible, got {number:g}; nothing was taken in"
             )
         return number
 
@@ -271,18 +288,30 @@ def open_campaign(
     queries: Sequence[int],
     *,
     seed: int = 0,
-    steps: int = 100,
+    steps: int | None = None,
 ) -> Campaign:
     """Begin a campaign in `folder`, or go on with the one that is there.
 
+    Args:
+      method, params, queries: see `Campaign`.
+      steps: of tuning a round; the method's own by default.
+
     Raises:
-      ValueError: if the folder holds another campaign (queries, seed, steps or the method's kind differ).
+      ValueError: if the folder holds another campaign: queries, seed, steps, the kind of the method or of its surrogate, or
+        one of its numbers differ.
     """
+    steps = int(getattr(method, "steps", 1)) if steps is None else steps
+    numbers = ("alpha", "beta", "schedule", "feasibility_weight", "noise", "capacity")
     config = {
         "method": type(method).__name__,
+        "surrogate": type(method.surrogate).__name__,
         "queries": [int(count) for count in queries],
         "steps": steps,
         "seed": seed,
+    } | {
+        name: value if isinstance(value, str | int) else round(float(value), 9)
+        for name in numbers
+        if (value := getattr(method, name, None)) is not None
     }
     opened = RunFolder.create(folder, config, resume=True)
     return Campaign(Run(opened, seed, opened.path / "cache"), "campaign", method, params, queries, steps=steps)

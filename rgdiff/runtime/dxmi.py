@@ -174,7 +174,11 @@ class MaximumEntropy(FewSteps):
             raise ValueError("give method.value, a network such as rgdiff.nets.ValueMLP")
         blank: Any = nothing
         process = self.process(prior.schedule, shape)
-        self.tuner(policies.policy(process, blank), process, Task(blank, blank))
+        tuner = self.tuner(policies.policy(process, blank), process, Task(blank, blank))
+        if self.guidance and (self.setting == "gcd" or not float(tuner.tau)):
+            raise ValueError(
+                "guidance goes by values that gcd does not learn, in units of tau: give setting=dxmi and tau > 0, or guidance=0"
+            )
 
     def tuner(self, policy: Any, process: policies.FewStep, task: Task) -> Any:
         """Build the tuner."""
@@ -215,7 +219,8 @@ class MaximumEntropy(FewSteps):
             figures["energy_auc"] = energy_auc(run, energy, prior.fresh, self.noise_box)
         pictures = {}
         if prior.shape == (2,):
-            maps = [(t, planar_tasks.field(jax.jit(lambda x, t=t: togo(x, jnp.float32(t))))) for t in times[::-1]]
+            learnt = times[-1:] if self.setting == "gcd" else times[::-1]
+            maps = [(t, planar_tasks.field(jax.jit(lambda x, t=t: togo(x, jnp.float32(t))))) for t in learnt]
             pictures = {f"{phase}: V at t = {t:.3g}": picture[None] for t, picture in maps}
         return Learned(
             x0,

@@ -72,16 +72,20 @@ class MetricsLog:
         self._file = self._rewrite()
 
     def close(self) -> None:
-        """Write metrics.csv, one row per row, columns the union of all names."""
+        """Write metrics.csv, and be done."""
         self._file.close()
+        self.table()
+        if self._board is not None:
+            self._board.close()
+
+    def table(self) -> None:
+        """Write metrics.csv, one row per row, columns the union of all names."""
         columns = list(dict.fromkeys(key for row in self.rows for key in row)) or ["phase", "step", "seconds"]
         table = io.StringIO(newline="")
         writer = csv.DictWriter(table, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
         write_atomic(self._path.with_suffix(".csv"), table.getvalue().encode())
-        if self._board is not None:
-            self._board.close()
 
     def __enter__(self) -> MetricsLog:
         return self

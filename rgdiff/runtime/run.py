@@ -116,13 +116,15 @@ class Run:
                     for index in range(count):
                         self.log.write(phase, done - count + index, {k: v[index] for k, v in infos.items()})
                     bad = int(infos["skipped"][-1]) - skipped
-                    if bad > PATIENCE:
+                    if bad > PATIENCE:  # what was skipped was undone: the state is the last good one
+                        checkpoints.save(done, state)
+                        advice = getattr(tuner, "advice", "lower the learning rate or look at the reward")
                         raise ValueError(
-                            f"{phase}: {bad} of {done - began} updates before step {done} were not finite and were skipped; "
-                            "lower the learning rate or look at the reward (last good checkpoint kept)"
+                            f"{phase}: {bad} of {done - began} updates before step {done} were not finite or out of bounds and were "
+                            f"skipped; {advice} (the last good state is kept, step {done})"
                         )
                     shown = next(name for name in ("reward", "loss", "gradient_norm") if name in infos)
-                    advance(count, f"{shown} {float(np.mean(infos[shown])):.4g}")
+                    advance(count, f"{shown} {float(np.mean(infos[shown])):.4g}" + (f", {bad} skipped" if bad else ""))
                     if done == steps or time.monotonic() - saved > self._save_every:
                         checkpoints.save(done, state)
                         saved = time.monotonic()

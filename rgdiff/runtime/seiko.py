@@ -33,7 +33,7 @@ SHOWN = {
     "diversity": "diversity of the model's samples, by queries",
     "best": "best answer so far, by queries",
     "bonus": "bonus at the queries, before their answers",
-    "covered": "share of a round's answers within 1.96 deviations, before they are seen",
+    "covered": "share of a round's answers within 1.96 deviations of their prediction, noise included, before they are seen",
 }
 
 
@@ -70,6 +70,10 @@ class Seiko:
     def check(self, prior: Any, shape: tuple[int, ...]) -> None:
         """Refuse settings that do not fit each other or the prior, before anything is trained."""
         blank: Any = nothing
+        if isinstance(self.queries, int) or not len(self.queries):
+            raise ValueError(f"queries is a list, how many in every round, e.g. [64, 64, 64, 64]; got {self.queries!r}")
+        for count in self.queries:
+            checks.at_least("queries", count, 1)
         if (self.tuning is None) == (self.steering is None):
             raise ValueError(
                 "give one of tuning (settings of a reward gradient) and steering (svdd, guidance, best_of_n)"
@@ -89,6 +93,7 @@ class Seiko:
             "capacity": sum(self.queries),
             "feasibility": self.feasibility,
             "feasibility_weight": self.feasibility_weight,
+            "noise": self.noise,
         }
         surrogate = wrap[checks.one_of("optimism", self.optimism, OPTIMISM)](self.surrogate)
         if self.tuning is None:

@@ -114,6 +114,10 @@ class FineTuning:
         process = prior.process(shape, self.eta)
         blank: Any = nothing
         self.tuner(blank, process, Task(blank, blank), process.times(prior.steps), blank)
+        if self.stopping is not None and self.steps < self.stopping.get("window", 10):
+            raise ValueError(
+                f"stopping judges windows of {self.stopping.get('window', 10)} steps, more than all {self.steps}"
+            )
         if self.scales and self.adapter is None:
             raise ValueError("scales are of a LoRA adapter; give method.adapter=RANK as well")
 
@@ -181,7 +185,7 @@ class FineTuning:
         figures: dict[str, float] = {"tuning_steps": len(rows), "reward_queries": queries}
         if self.diagnose:
             key, params_then = run.key(f"{phase}_noise"), self.start(run, phase, prior)
-            cond = prior.conditions(self.batch)
+            cond = prior.conditions(self.batch // self.options.get("repeats", 1))
             noise = tuners.gradient_statistics(inner, key, params_then, self.diagnose, cond, chunk=1)
             figures |= {"gradient_snr": float(noise.snr), "gradient_variance": float(noise.variance_per_example)}
         if self.scales:

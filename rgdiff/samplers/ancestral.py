@@ -102,14 +102,16 @@ def ancestral(
       differentiable: draw with `rsample`, so that gradients flow through the chain.
 
     Raises:
-      ValueError: for a reference or a guide with eta = 0, and for repeated moves with a reference or a gradient: a
-        repeated move has no density, and its loop has no reverse mode.
+      ValueError: for a reference or a guide with eta = 0; for repeated moves with a reference or a gradient (a repeated
+        move has no density, and its loop has no reverse mode), or of a first-hitting chain.
     """
     recurrences = checks.at_least("recurrences", recurrences, 1)
     if recurrences > 1 and (reference is not None or differentiable):
         raise ValueError(
             "a chain with recurrences > 1 has no path KL and no gradient; leave out reference, differentiable"
         )
+    if recurrences > 1 and hasattr(process, "moves"):
+        raise ValueError("a chain of one event at a time ends when its moves are used up; leave out recurrences")
     if window is not None and (recurrences == 1 or len(window) != 2):
         raise ValueError("window is a pair (low, high) of times whose moves are repeated; it needs recurrences > 1")
     if reference is not None:

@@ -16,6 +16,7 @@ from jax.core import Tracer
 from rgdiff import checks
 from rgdiff.guides.tilt import TILTS, scaled, tilt
 from rgdiff.resampling import SCHEMES, ess, log_mean_exp, log_normalize
+from rgdiff.rewards import differentiable
 from rgdiff.samplers._evaluate import evaluate, shares
 from rgdiff.typing import (
     Array,
@@ -285,6 +286,8 @@ def smc(
         if tempering.ndim != 1 or not bool(((tempering >= 0) & (tempering <= 1)).all()):
             raise ValueError(f"tempering is a vector of strengths in [0, 1], got {tempering}")
     denoiser = callable_pytree(denoiser, "a denoiser")
+    if twist is not None:
+        differentiable("a twisted proposal", value)
     return Smc(
         process,
         denoiser,

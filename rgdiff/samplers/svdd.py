@@ -156,6 +156,8 @@ class Svdd:
         if self.timeless and not self.shared:
             carry = self._keep_prediction(carry, parent, t, cond)
         if self.replace:
+            if cond is not None:
+                raise ValueError("replace moves samples within the batch, away from their conditions; give replace=0")
             carry, info["value"] = self._resample(jax.random.fold_in(key, 1), carry, info["value"])
         return carry, info
 

@@ -29,7 +29,7 @@ class Belief(Protocol):
 
 
 class Surrogate(Protocol):
-    """A frozen pytree that learns a belief; `previous` is the last round's, for surrogates that start from it."""
+    """A frozen pytree that learns a belief; `previous` is the last round's, for surrogates that start from it (`warm`)."""
 
     def fit(self, key: Key, observations: Observations, previous: Any = None) -> Any: ...
 
@@ -65,6 +65,10 @@ class Greedy:
 
     surrogate: Any
 
+    @property
+    def warm(self) -> bool:
+        return getattr(self.surrogate, "warm", False)
+
     def fit(self, key: Key, observations: Observations, previous: Any = None) -> GreedyBelief:
         return GreedyBelief(self.surrogate.fit(key, observations, None if previous is None else previous.belief))
 
@@ -99,6 +103,10 @@ class Thompson:
     """See `thompson`."""
 
     surrogate: Any
+
+    @property
+    def warm(self) -> bool:
+        return getattr(self.surrogate, "warm", False)
 
     def fit(self, key: Key, observations: Observations, previous: Any = None) -> ThompsonBelief:
         key_fit, key_draw = jax.random.split(key)

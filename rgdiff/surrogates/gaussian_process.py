@@ -147,6 +147,11 @@ class GaussianProcess:
     steps: int = static()
     features: int = static()
 
+    @property
+    def warm(self) -> bool:
+        """Whether a fit goes on from the numbers of the last one."""
+        return self.steps > 0
+
     def fit(self, key: Key, observations: Observations, previous: Any = None) -> GaussianProcessBelief:
         """Factor the covariance of the answers, after `steps` steps of the marginal likelihood from the last fit's numbers."""
         offset = observations.mean if self.prior_mean is None else self.prior_mean

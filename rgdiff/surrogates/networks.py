@@ -1,7 +1,7 @@
 """Networks fitted to the answers of an oracle: one training for regression and for classification, and a network's features.
 
 A Linen module is called as module(x0), or as module(x, t) at t = 0 where it takes a time, as this library's networks do;
-outputs of one number a position are averaged. Rows are drawn by their counts, so that a bootstrap resample is a vector
+a state of several arrays is handed on as one vector [B, D], and outputs of one number a position are averaged. Rows are drawn by their counts, so that a bootstrap resample is a vector
 of counts, and empty slots are never drawn.
 """
 
@@ -29,14 +29,15 @@ def check(network: Any) -> Any:
 
 
 def _inputs(network: Any, x0: State) -> tuple[Any, ...]:
-    """What the module is called with: x0, or x0 at time 0."""
+    """What the module is called with: x0 as one float32 array, or that at time 0."""
+    leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(x0)]
+    x = leaves[0] if len(leaves) == 1 else jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in leaves], 1)
     takes_time = len(inspect.signature(type(network).__call__).parameters) > 2  # self, x, t, ...
-    return (x0, jnp.zeros(jax.tree.leaves(x0)[0].shape[0])) if takes_time else (x0,)
+    return (x, jnp.zeros(x.shape[0])) if takes_time else (x,)
 
 
 def apply(network: Any, params: Params, x0: State) -> Array:
     """Call a network: [B], the mean over positions where it gives one number each."""
-    x0 = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), x0)
     return per_example(network.apply({"params": params}, *_inputs(network, x0)).astype(jnp.float32))
 
 
@@ -61,7 +62,7 @@ def last_hidden(network: Any, params: Params, x0: State) -> Array:
 
 def initial(key: Key, network: Any, x0: State) -> Params:
     """Draw a network's parameters for states like x0 [N, ...]."""
-    one = jax.tree.map(lambda leaf: leaf[:1].astype(jnp.float32), x0)
+    one = jax.tree.map(lambda leaf: leaf[:1], x0)
     return network.init(key, *_inputs(network, one))["params"]
 
 

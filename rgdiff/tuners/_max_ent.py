@@ -110,6 +110,8 @@ class MaximumEntropy:
     timeless: bool = static(default=False)
     every_move: bool = static(default=False)
 
+    advice = "lower the rates, or see that the reward is finite wherever chains may end (jnp.maximum(reward, a floor))"
+
     # ------------------------------------------------------------ what others use
 
     def init(self, params: Params) -> TrainState:

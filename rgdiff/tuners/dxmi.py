@@ -27,8 +27,10 @@ class InverseLearning(MaximumEntropy):
     energy_model: Any = None
     gamma: Array = 1.0  # type: ignore[assignment]
     last_gamma: Array = 1.0  # type: ignore[assignment]
-    energy_limit: Array = 100.0  # type: ignore[assignment]
+    energy_limit: Array = 10.0  # type: ignore[assignment]
     energy_steps: int = static(default=1)
+
+    advice = "energies or speeds ran away: raise gamma (0 bounds nothing) or lower the rates"
 
     def init(self, params: Params) -> TrainState:
         """Begin from {"policy": ..., "value": ...}, and "energy" where it has a network of its own."""
@@ -77,7 +79,7 @@ def dxmi(
     energy_steps: int = 1,
     gamma: float = 1.0,
     last_gamma: float | None = None,
-    energy_limit: float = 100.0,
+    energy_limit: float | None = None,
     **options: Any,
 ) -> InverseLearning:
     """Train a few-step sampler and an energy E, q(x) proportional to exp(-E(x) / tau), on data (arXiv 2407.00626, algorithm 1).
@@ -95,7 +97,8 @@ def dxmi(
       gamma: keeps energies near 0, per unit of energy. At rest E = -(p - q) / (2 gamma (p + q)) for data p and samples q: the sampler is
         off by p/q = (1 - 2 gamma E) / (1 + 2 gamma E), so that gamma tau must be small against 1 over the range of log p. 0 diverges.
       last_gamma: what gamma falls to with the rates, as their cosine does; gamma itself by default.
-      energy_limit: an iteration with a root mean square energy above it is undone and counted, as in `dxdp`.
+      energy_limit: an iteration with a root mean square energy above it is undone and counted, as in `dxdp`. At rest energies
+        are within 1 / (2 gamma): twenty times that by default, and ten for a gamma above 1, or 0.
 
     Returns:
       A tuner for `fit`. `tuner.model(params["policy"])` is the denoiser, `tuner.energy(params)` the energy (x, cond) -> [B],
@@ -107,13 +110,15 @@ def dxmi(
       from a DDPM start: 0.047 for last_gamma = 0.5, 0.066 for 0.3, where the parameters orbit at the end; from scratch 0.070 for
       1, 0.062 for 0.3, 0.101 for 0.1.
     """
+    gamma_ = checks.positive("gamma", gamma, zero=True)
+    limit = 10.0 / jnp.where(gamma_ > 0, jnp.clip(gamma_, 1e-6, 1.0), 1.0) if energy_limit is None else energy_limit
     return InverseLearning(
         reward=None,
         **settings(model, process, value, times, **options),
         energy_model=None if energy is None else callable_pytree(energy, "energy (params -> E)"),
-        gamma=checks.positive("gamma", gamma, zero=True),
+        gamma=gamma_,
         last_gamma=checks.positive("last_gamma", gamma if last_gamma is None else last_gamma, zero=True),
-        energy_limit=checks.positive("energy_limit", energy_limit),
+        energy_limit=checks.positive("energy_limit", limit),
         energy_steps=checks.at_least("energy_steps", energy_steps, 1),
     )
 

@@ -17,6 +17,7 @@ from rgdiff import checks
 from rgdiff.guides.gradient import GradientGuided, increment, inner
 from rgdiff.keys import unrolled
 from rgdiff.processes import GaussianProcess
+from rgdiff.rewards import differentiable
 from rgdiff.samplers import ancestral, sample
 from rgdiff.tuners._loop import TrainState, start
 from rgdiff.tuners.pretraining import Pretraining
@@ -206,6 +207,7 @@ def gradient_guidance(
         raise ValueError(f"gradient_guidance needs a gaussian process, got {type(process).__name__}")
     if refit is not None and not isinstance(refit, Pretraining):
         raise ValueError(f"refit must come from tuners.pretraining(...), got {type(refit).__name__}")
+    differentiable("gradient_guidance", reward)
     if not 0 <= decay <= 1:
         raise ValueError(f"decay must be in [0, 1], got {decay!r}")
     first = jnp.int32(checks.at_least("refit_from", refit_from, 1))

@@ -12,8 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from rgdiff import checks
+from rgdiff.rewards import differentiable
 from rgdiff.samplers._loop import REMAT, rematerialize, roll
 from rgdiff.tuners._chain import PENALTIES, Carry, Chain, hold, weighed_references
 from rgdiff.tuners._loop import TrainState, start, update
@@ -138,8 +141,8 @@ class RewardBackprop:
         key_chain, key_extra = jax.random.split(key)
         denoiser = callable_pytree(self.model(params), "a denoiser")
         x0, log_prob, penalty = self._sample(denoiser, key_chain, batch, cond)
-        rewards = self.reward(x0, cond)
-        feasible = ~jnp.isnan(rewards)
+        rewards = _rewards(self.reward, x0, cond)
+        feasible = jnp.isfinite(rewards)
         count = jnp.sum(feasible)
         safe = jnp.where(feasible, rewards, 0.0)
         sums = {"reward": safe.sum(), "feasible": count, "infeasible": batch - count}
@@ -155,7 +158,7 @@ class RewardBackprop:
         total = safe.sum() if self.on_trajectory else jnp.float32(0)
         if self.renoised:
             again = self._renoise(denoiser, key_extra, x0, cond)
-            total += jnp.sum(jnp.where(jnp.isnan(again), 0.0, again))
+            total += jnp.sum(jnp.where(jnp.isfinite(again), again, 0.0))
         if self.reduce == "mean":
             total /= self.renoised + self.on_trajectory
         if self.references:
@@ -224,7 +227,27 @@ class RewardBackprop:
         if self.times.shape[0] - 1 > last:
             carry, _ = roll(chain, key_chain, carry, self.times[last:], conds, first=last, remat=self.remat)
         final = rematerialize(lambda carry: chain.final(carry, self.times[-1], conds)[0], self.remat)
-        return self.reward(final(carry), conds)
+        return _rewards(self.reward, final(carry), conds)
+
+
+def _rewards(reward: Reward, x0: State, cond: Cond) -> Array:
+    """r(x0) [B], whose gradient is 0 where it is not finite: there the reward's own may be NaN, and 0 times that is NaN."""
+
+    @jax.custom_vjp
+    def value(x0: State) -> Array:
+        return reward(x0, cond)
+
+    def forward(x0: State) -> tuple[Array, Any]:
+        out, back = jax.vjp(lambda x0: reward(x0, cond), x0)
+        return out, (back, jnp.isfinite(out))
+
+    def backward(saved: Any, gradient: Array) -> tuple[State]:
+        back, finite = saved
+        rows = lambda leaf: jnp.where(finite.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, 0)  # noqa: E731
+        return (jax.tree.map(rows, back(gradient)[0]),)
+
+    value.defvjp(forward, backward)
+    return value(x0)
 
 
 def _number(count: Array) -> Array:
@@ -319,9 +342,13 @@ def reward_backprop(
         checks.law(process, "a KL term")
     if references and penalty == "eps_mse" and not hasattr(process, "eps"):
         raise ValueError('penalty="eps_mse" compares predicted noise and needs a Gaussian process; use penalty="kl"')
-    if kl_budget is not None and not references:
-        raise ValueError("kl_budget needs a KL term: give reference= and kl_weight=")
-    if checks.one_of("gradient", gradient, GRADIENTS) == "score_function":
+    if kl_budget is not None and not (references and (isinstance(weights, Tracer) or (np.asarray(weights) > 0).all())):
+        raise ValueError(
+            "kl_budget needs a KL term, whose weight it multiplies: give reference= and kl_weight= above 0"
+        )
+    if checks.one_of("gradient", gradient, GRADIENTS) == "pathwise":
+        differentiable('gradient="pathwise"', reward)
+    else:
         checks.law(process, "a score-function gradient")
         if plan is not None or live < calls or renoised:
             raise ValueError("a score-function gradient takes the whole chain: leave out truncation and renoised")

@@ -21,6 +21,7 @@ class StoppingState(NamedTuple):
     best: Params
     best_value: Array
     total: Array
+    finite: Array
     count: Array
     stale: Array
     stopped: Array
@@ -52,7 +53,8 @@ class EarlyStopping:
     def init(self, params: Params) -> StoppingState:
         inner, low = self.tuner.init(params), jnp.float32(-jnp.inf)
         best = jax.tree.map(lambda p: jnp.array(p, copy=True), inner.best)
-        return StoppingState(inner, best, low, jnp.float32(0), jnp.int32(0), jnp.int32(0), jnp.bool_(False))
+        zero = jnp.int32(0)
+        return StoppingState(inner, best, low, jnp.float32(0), zero, zero + 0, zero + 0, jnp.bool_(False))
 
     def step(self, key: Key, state: StoppingState, batch: Any = None) -> tuple[StoppingState, Info]:
         go = lambda: self._go(key, state, batch)  # noqa: E731
@@ -78,12 +80,14 @@ class EarlyStopping:
             raise ValueError(f"the tuner reports {sorted(info)}; early_stopping asks for {sorted(missing)}")
         value = info[self.metric]
         total = state.total + jnp.where(jnp.isfinite(value), value, 0.0)
-        count = state.count + 1
+        finite, count = state.finite + jnp.isfinite(value), state.count + 1
         full = count == self.window
-        mean = total / self.window
-        better = full & (mean > state.best_value)
-        # The parameters of before this step made this window's last figure.
-        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), state.inner.best, state.best)
+        mean = total / jnp.maximum(finite, 1)
+        better = full & (finite > 0) & (mean > state.best_value)
+        # The parameters of before this step made this window's last figure. Before any figure the newest are as good.
+        none = jnp.isneginf(state.best_value)
+        keep = lambda made, new, old: jnp.where(better, made, jnp.where(none, new, old))  # noqa: E731
+        best = jax.tree.map(keep, state.inner.best, inner.best, state.best)
         stale = jnp.where(better, 0, state.stale + full)
         over = jnp.bool_(False) if not self.limited else full & (info[self.limited] > self.limit)
         stopped = (stale >= self.patience) | over
@@ -92,6 +96,7 @@ class EarlyStopping:
             best,
             jnp.where(better, mean, state.best_value),
             jnp.where(full, 0.0, total),
+            jnp.where(full, 0, finite),
             jnp.where(full, 0, count),
             stale,
             stopped,
@@ -112,7 +117,7 @@ def early_stopping(
 
     Args:
       tuner: whose info has `metric`; give `reward_backprop(heldout=...)` for the held-out reward.
-      window: steps over which the figure is averaged.
+      window: steps over which the figure is averaged, those where it is finite; a window without one is no better than any.
       patience: windows without a new best before the stop.
       limited, limit: stop also when this figure exceeds the limit at the end of a window, e.g. limited="kl".
 
