@@ -30,8 +30,10 @@ CONVOLUTIONS: dict[str, Any] = {"out": CLASSES, "width": 48, "dilations": (1, 1,
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """The numbers of a round: those of configs/seiko_digits.yaml and seiko_tfbind8.yaml but for the images' counts of steps and
-    rows. `calls` of the network a sample; AdamW's `rate` and `b2`."""
+    """The numbers of a round, those of configs/seiko_digits.yaml and seiko_tfbind8.yaml but for fewer steps, and fewer images a step.
+
+    `calls` of the network a sample; `steps` of `batch` samples with AdamW's `rate` and `b2`; `fit_steps` of the ensemble.
+    """
 
     queries: int
     calls: int
@@ -50,7 +52,7 @@ SETTINGS = {
 
 
 def answers() -> np.ndarray:
-    """The oracle of sequences: a value of each of them."""
+    """The oracle of sequences: a random value of each of them, [K^L]."""
     return np.random.default_rng(SEED).uniform(-0.5, 0.5, CLASSES**LENGTH).astype(np.float32)
 
 
@@ -111,9 +113,7 @@ class Sequences:
     def inner(self, reward: Any, times: Any, optimizer: Any, **options: Any) -> Any:
         from rgdiff import tuners
 
-        return tuners.drakes(
-            self.model, self.process, reward, times, optimizer, estimator="log_variance", **options
-        )  # fmt: skip
+        return tuners.drakes(self.model, self.process, reward, times, optimizer, estimator="log_variance", **options)
 
     def random(self, key: Any, batch: int, moves: int) -> dict[str, Any]:
         """What a chain draws: the Gumbel numbers of the next position and of its token, of every move."""

@@ -25,9 +25,8 @@ def heads(params: Parameters, x: Tensor) -> Tensor:
     """`rgdiff.nets.ValueMLP` of every head at t = 0, whose embedding is computed once for all rows: [B, D] or [H, B, D] to [H, B]."""
     layer = lambda name, h: torch.baddbmm(params[f"{name}/bias"][:, None], h, params[f"{name}/kernel"])  # noqa: E731
     count, size = params["emb/dense0/kernel"].shape[:2]
-    time = (
-        torch.arange(size, device=x.device).lt(size // 2).to(x.dtype).expand(count, 1, size)
-    )  # cosines and sines of 0
+    time = torch.arange(size, device=x.device).lt(size // 2).to(x.dtype)  # cosines and sines of 0
+    time = time.expand(count, 1, size)
     emb = F.silu(layer("emb/dense1", F.silu(layer("emb/dense0", time))))
     h = x.expand(count, *x.shape[-2:])
     for i in range(sum(name.startswith("dense") and name.endswith("bias") for name in params)):
@@ -98,8 +97,13 @@ class Tuning(abc.ABC):
     """
 
     def __init__(
-        self, net: nn.Module, anchors: Sequence[nn.Module], weights: Sequence[float], optimizer: dict[str, Any], clip: float
-    ):  # fmt: skip
+        self,
+        net: nn.Module,
+        anchors: Sequence[nn.Module],
+        weights: Sequence[float],
+        optimizer: dict[str, Any],
+        clip: float,
+    ):
         self.net, self.anchors, self.weights = net, [anchor.requires_grad_(False) for anchor in anchors], weights
         self.optimizer, self.clip = optimizer, clip
 
@@ -188,9 +192,7 @@ class Sequences(Tuning):
     Networks map one-hot states [B, L, K + 1], the mask last, to logits [B, L, K]. Samples are tokens [B, L].
     """
 
-    def __init__(
-        self, *shared: Any, length: int, classes: int, compiled: bool = False, mode: str | None = None
-    ):  # fmt: skip
+    def __init__(self, *shared: Any, length: int, classes: int, compiled: bool = False, mode: str | None = None):
         super().__init__(*shared)
         wrap: Callable = (lambda f: torch.compile(f, mode=mode, dynamic=False)) if compiled else (lambda f: f)
         self.length, self.classes = length, classes

@@ -120,8 +120,18 @@ def test_methods_run(method, tmp_path, cache):
         assert (folder / name).stat().st_size > 0
     assert "<img" in (folder / "report.html").read_text()
     if method == "draft_k":
-        for file in ("adapter_model.safetensors", "adapter_config.json"):
-            assert (folder / "adapters" / method / file).stat().st_size > 0
+        saved = folder / "adapters" / method
+        for weight in (0.0, 1.0):
+            again = [f"method.adapters={{{saved}: {weight}}}", "reward=symmetry", "method=adapters"]
+            assert run(tmp_path, cache, *again, out=f"again{weight}") == 0
+            kl = json.loads((tmp_path / f"again{weight}" / "summary.json").read_text())["adapters/kl"]
+            # two steps of tuning hardly move it: another draw of the same figure, and exactly 0 without the adapter
+            np.testing.assert_allclose(kl, weight * summary["draft_k/kl"], rtol=0.5)
+    if method == "draft_lv":
+        tuned = folder / "tuned" / method
+        assert (
+            run(tmp_path, cache, f"prior.checkpoint={tuned}", "reward=symmetry", "method=best_of_n", out="again") == 0
+        )
 
 
 @pytest.mark.slow

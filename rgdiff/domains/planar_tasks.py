@@ -77,7 +77,9 @@ class PlanarJudge(Judge):
     def pictures(self, samples: Mapping[str, np.ndarray], task: Task) -> list[tuple[str, np.ndarray, Any]]:
         """Return the data and every method's samples as densities of points."""
         shown = {f"data: {self.domain.name}": self.fresh(max(len(x0) for x0 in samples.values())), **samples}
-        return [(name, dots(x0)[None], None) for name, x0 in shown.items()]
+        beyond = {name: float(np.mean(~(np.abs(np.asarray(x0)) <= HALF).all(-1))) for name, x0 in shown.items()}
+        title = lambda name: f"{name} ({beyond[name]:.1%} outside)" if beyond[name] else name  # noqa: E731
+        return [(title(name), dots(x0)[None], None) for name, x0 in shown.items()]
 
     def histograms(self, outcomes: Mapping[str, Any], task: Task, prior: Any) -> list[tuple[str, np.ndarray, Any]]:
         return []

@@ -105,7 +105,9 @@ class SequenceJudge(Judge):
         length, classes = self.domain.shape
         out = [("training sequences", self.domain.alphabet.letters, self.domain.train_x.mean(0, dtype=np.float64))]
         for key, outcome in outcomes.items():
-            out.append((key, self.domain.alphabet.letters, self._letters(outcome.x0)[0].mean(0)))
+            shown: dict[str, Any] = {key: outcome.x0} | {f"{key}: {what}": x0 for what, x0 in outcome.shown.items()}
+            for title, x0 in shown.items():
+                out.append((title, self.domain.alphabet.letters, self._letters(x0)[0].mean(0)))
             exact = self.exact(outcome, task, prior)
             if exact is not None:
                 joint = exact[1].probabilities.reshape((classes,) * length)

@@ -111,7 +111,7 @@ class EnergyDetector:
         self.training.check(prior, shape)
 
     def run(self, run: Run, phase: str, prior: Any, task: Task, count: int) -> Outcome:
-        drawn: list[np.ndarray] = []
+        outcomes: list[Any] = []
         size = min(len(problem.train) for problem in prior.problems(0))  # of all, so that one program trains them
 
         def auroc(problem: anomaly.OneClass, seed: int) -> float:
@@ -119,12 +119,15 @@ class EnergyDetector:
             data, fresh = jnp.asarray(problem.train[:size]), jnp.asarray(problem.normal)
             learning = dataclasses.replace(prior, data=data, fresh=fresh)
             outcome = self.training.run(run, name, learning, task, count)
-            drawn.append(outcome.x0)
+            outcomes.append(outcome)
             return problem.auroc(lambda x: jax.device_get(outcome.energy(jnp.asarray(x))))
 
         with run.clock() as clock:
             figures = study(prior, self.seeds, auroc)
-        return Outcome(drawn[0], 0, float("nan"), clock.seconds, clock.compile_seconds, figures=figures)
+        first = outcomes[0]
+        return Outcome(
+            first.x0, 0, float("nan"), clock.seconds, clock.compile_seconds, curves=first.curves, figures=figures
+        )
 
 
 def _problems(prior: Any) -> None:

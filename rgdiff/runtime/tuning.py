@@ -7,7 +7,8 @@ only assembles the library's own parts.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +18,8 @@ import numpy as np
 from rgdiff import checks, metrics, samplers, tuners
 from rgdiff.nets import LoRAModel, lora_init, lora_sum
 from rgdiff.rewards import Task
-from rgdiff.runtime.adapters import save_peft
+from rgdiff.runtime.adapters import load_peft, save_peft
+from rgdiff.runtime.checkpoint import save_params
 from rgdiff.runtime.methods import Curves, Outcome, draw, nothing
 from rgdiff.runtime.priors import Prior, initial, state_shape
 from rgdiff.runtime.run import Run
@@ -83,7 +85,8 @@ class FineTuning:
       setting: its name, of a reward gradient or an online method; `options` are its own arguments.
       eta: of the tuned chain; null for a masked prior.
       kl_weight: of the path KL to the prior, nats; null for none.
-      adapter: rank of a LoRA adapter, which is saved in PEFT's files under adapters/, or null for all weights.
+      adapter: rank of a LoRA adapter, which is saved in PEFT's files under adapters/ (`method=adapters` samples with it), or
+        null for all weights, which are saved under tuned/ (`prior.checkpoint` takes them).
       heldout: report the held-out reward while tuning.
       stopping: window, patience, metric, limited, limit of `tuners.early_stopping`, or null; it watches the held-out reward.
       scales: of the adapter at sampling time, at which reward, held-out reward, diversity and KL are shown.
@@ -166,6 +169,9 @@ class FineTuning:
         params = run.fit(phase, tuner, key, params, self.steps, data=labels, batch=batch, chunk=self.chunk).best
         if self.adapter is not None:
             save_peft(run.folder.path / "adapters" / phase, params, prior.params)
+        else:
+            (run.folder.path / "tuned").mkdir(exist_ok=True)
+            save_params(run.folder.path / "tuned" / phase, params)
         return tuner, model, params, process
 
     def run(self, run: Run, phase: str, prior: Prior, task: Task, count: int) -> Outcome:
@@ -267,4 +273,40 @@ class MixedAdapters:
             tuning_network_calls=2 * self.tuning.steps * self.tuning.batch * tuner.network_calls(),
             curves=curves,
             figures={"second_reward": rows[len(rows) // 2]["second reward"]},
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedAdapters:
+    """Sample the prior with adapters that were tuned before: any weighted sum of them, without training.
+
+    Args:
+      adapters: folders in PEFT's format and the weight of each, on top of the scale that is saved with it.
+    """
+
+    adapters: Mapping[str, float] | None = None
+
+    def check(self, prior: Any, shape: tuple[int, ...]) -> None:
+        """Refuse settings that do not fit each other or the prior, before anything is trained."""
+        if not self.adapters:
+            raise ValueError("give method.adapters={FOLDER: WEIGHT}, e.g. {runs/digits_draft/adapters/adapter: 0.5}")
+        for folder in self.adapters:
+            if not Path(folder).is_dir():
+                raise FileNotFoundError(f"no adapter at {folder}; a run leaves its own under adapters/")
+
+    def run(self, run: Run, phase: str, prior: Prior, task: Task, count: int) -> Outcome:
+        terms = []
+        for folder, weight in (self.adapters or {}).items():
+            adapter, scale = load_peft(folder, prior.params)
+            terms.append((adapter, weight * scale))
+        denoiser = LoRAModel(prior.params, prior.model)(lora_sum(terms))
+        sampler = samplers.ancestral(prior.process, denoiser)
+        with run.clock() as clock:
+            out = draw(run, phase, sampler, prior, count)
+        return Outcome(
+            np.asarray(out.x0),
+            sampler.network_calls(len(prior.times) - 1),
+            path_kl(run, phase, prior, denoiser, count),
+            clock.seconds,
+            clock.compile_seconds,
         )
