@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import os
 import time
 from pathlib import Path
@@ -135,37 +136,36 @@ def measure(world: World, temperature: float, method: str, sampler: Any, repeats
     )  # fmt: skip
 
 
-def rows_of(world: World, temperature: float, learnt: dict[str, Any], particles_repeats: int) -> list[Row]:
-    """Every method on one prior at one temperature."""
+def rows_of(world: World, temperature: float, learnt: Any, repeats: int, only: str = "") -> list[Row]:
+    """Every method on one prior at one temperature, or those whose name has `only` in it; learnt() trains the two values."""
     process, denoiser = world.process, world.denoiser
     exact = enumeration.chain_value(process, denoiser, world.times, world.rewards, temperature)
     mean = values.posterior_mean(world.reward, process, denoiser)
     mode = values.posterior_mean(world.reward, process, denoiser, plug_in="mode")
     plain = samplers.ancestral(process, denoiser)
-    out = [measure(world, temperature, "prior", plain)]
-    most = world.candidates[-1]
-    out.append(measure(world, temperature, f"best of {most}", samplers.best_of_n(plain, world.reward, most)))
-    for m in world.candidates:
-        choices = {"exact": exact, "plug-in mean": mean, "plug-in mode": mode, **learnt}
-        for name, value in choices.items() if m == world.candidates[0] else [("exact", exact), ("plug-in mean", mean)]:
-            sampler = samplers.svdd(process, denoiser, value, temperature=temperature, candidates=m)
-            out.append(measure(world, temperature, f"svdd, {name} value, M = {m}", sampler))
+    out: list[Row] = []
+
+    def add(method: str, sampler: Any, repeats: int = 1) -> None:
+        if only in method:
+            out.append(measure(world, temperature, method, sampler() if callable(sampler) else sampler, repeats))
+
+    add("prior", plain)
+    few, most = world.candidates[0], world.candidates[-1]
+    add(f"best of {most}", samplers.best_of_n(plain, world.reward, most))
     options: dict[str, Any] = {"temperature": temperature}
-    few = world.candidates[0]
-    argmax = samplers.svdd(process, denoiser, mean, candidates=few, selection="argmax", **options)
-    out.append(measure(world, temperature, f"svdd as released (argmax), M = {few}", argmax))
-    replaced = samplers.svdd(process, denoiser, mean, candidates=few, replace=0.04, **options)
-    out.append(measure(world, temperature, f"svdd-r 4 %, plug-in mean, M = {few}", replaced))
-    guide = guides.gradient_guide(mean, 1 / temperature)
-    out.append(
-        measure(world, temperature, "discrete guidance, token", samplers.ancestral(process, denoiser, guide=guide))
-    )
-    rate = guides.gradient_guide(mean, 1 / temperature, tilts="token_and_rate")
-    out.append(
-        measure(
-            world, temperature, "discrete guidance, token and rate", samplers.ancestral(process, denoiser, guide=rate)
-        )
-    )
+    svdd = functools.partial(samplers.svdd, process, denoiser, **options)
+    for m in world.candidates:
+        add(f"svdd, exact value, M = {m}", svdd(exact, candidates=m), repeats)
+        add(f"svdd, plug-in mean value, M = {m}", svdd(mean, candidates=m))
+        if m == few:
+            add(f"svdd, plug-in mode value, M = {m}", svdd(mode, candidates=m))
+            for name in ("mean", "soft"):
+                add(f"svdd, learned {name} value, M = {m}", lambda: svdd(learnt()[name], candidates=few))  # noqa: B023
+    add(f"svdd as released (argmax), M = {few}", svdd(mean, candidates=few, selection="argmax"))
+    add(f"svdd-r 4 %, plug-in mean, M = {few}", svdd(mean, candidates=few, replace=0.04))
+    for name, tilts in (("token", "token"), ("token and rate", "token_and_rate")):
+        guide = guides.gradient_guide(mean, 1 / temperature, tilts=tilts)
+        add(f"discrete guidance, {name}", samplers.ancestral(process, denoiser, guide=guide))
     particles = {
         "smc, exact value": samplers.smc(process, denoiser, exact, reward=world.reward, **options),
         "smc (fk difference), plug-in mean": samplers.smc(process, denoiser, mean, **options),
@@ -177,7 +177,7 @@ def rows_of(world: World, temperature: float, learnt: dict[str, Any], particles_
         "adaptive tempering, plug-in mean": samplers.smc(process, denoiser, mean, adaptive=0.9, twist=1.0, **options),
     }
     for name, sampler in particles.items():
-        out.append(measure(world, temperature, name, sampler, repeats=particles_repeats))
+        add(name, sampler, repeats)
     return out
 
 
@@ -244,6 +244,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=16, help="moves of a chain")
     parser.add_argument("--temperatures", default="0.2,0.1,0.05")
     parser.add_argument("--priors", default="", help="only priors whose name has this in it")
+    parser.add_argument("--methods", default="", help="only methods whose name has this in it")
     parser.add_argument("--quick", action="store_true", help="smaller, to see that it runs")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -252,12 +253,18 @@ def main() -> None:
     for world in priors(options.data_dir, options.steps, options.quick):
         if options.priors not in world.name:
             continue
-        learnt_mean = learned_value(world, None, options.quick)
+        learnt_mean = functools.cache(functools.partial(learned_value, world, None, options.quick))
         for temperature in map(float, options.temperatures.split(",")):
-            learnt = {"learned mean": learnt_mean, "learned soft": learned_value(world, temperature, options.quick)}
-            rows += rows_of(world, temperature, learnt, 2 if options.quick else 8)
+
+            @functools.cache
+            def learnt(
+                world: World = world, temperature: float = temperature, mean: Any = learnt_mean
+            ) -> dict[str, Any]:
+                return {"mean": mean(), "soft": learned_value(world, temperature, options.quick)}
+
+            rows += rows_of(world, temperature, learnt, 2 if options.quick else 8, options.methods)
         write(options, rows, text)
-        if world.name == "uniform":
+        if world.name == "uniform" and not options.methods:
             points, slope = bias(world, 0.1, 4096 if options.quick else 16_384)
             text += ["", f"## SVDD's bias against M (uniform prior, tau 0.1, exact value): slope {slope:.2f}", ""]
             text += ["| M | bias of E[r] | standard error |", "|---|---|---|"]
@@ -266,10 +273,12 @@ def main() -> None:
 
 
 def write(options: argparse.Namespace, rows: list[Row], text: list[str]) -> None:
-    """Write what has been measured so far, in place of the same priors and temperatures of earlier runs."""
+    """Write what has been measured so far, in place of the same rows of earlier runs."""
     old = options.out.read_text() if options.out.exists() else ""
-    done = {(row.world, row.temperature) for row in rows}
-    earlier = [row for row in map(parsed, old.splitlines()) if row and (row.world, row.temperature) not in done]
+    key = lambda row: (row.world, row.temperature, row.method)  # noqa: E731
+    again = {key(row): row for row in rows}
+    earlier = [again.pop(key(row), row) for row in map(parsed, old.splitlines()) if row]
+    rows = list(again.values())
     bias_section = old.partition("\n## SVDD's bias")[2].partition("\n## ")[0]
     if not text and bias_section:
         text = ["", "## SVDD's bias" + bias_section.rstrip()]
@@ -277,11 +286,11 @@ def write(options: argparse.Namespace, rows: list[Row], text: list[str]) -> None
     about = {
         "machine": facts.pop("machine"),
         "python, jax": f"{facts.pop('python')}, {jax.__version__} on {jax.devices()[0].device_kind}",
-        "samples": "2,048 (1,024 of the trained prior); particle methods 4,096 particles (1,024), 8 runs",
+        "samples": "2,048 (1,024 of the trained prior); SVDD with the exact value 8 such runs; particle methods 4,096 particles (1,024), 8 runs",
         "gap": "exact minus sampled E[r]; TV: total variation between 50-bin histograms of rewards; calls: of the "
         "denoiser per sample; seconds: compiled",
     }
-    command = f"--steps {options.steps} --temperatures {options.temperatures} --priors '{options.priors}'"
+    command = f"--steps {options.steps} --temperatures {options.temperatures} --priors '{options.priors}' --methods '{options.methods}'"
     run = f"{command}{' --quick' if options.quick else ''}: commit {facts['commit']}, {datetime.date.today()}, load"
     runs = [line for line in old.splitlines() if line.startswith("- run ") and not line.startswith(f"- run {run}")]
     report = ["# TFBind8: samplers against the exact tilted law", "", *(f"- {k}: {v}" for k, v in about.items())]

@@ -205,6 +205,7 @@ def write_pages(
     ]
     if any(row["phase"] == "prior" for row in run.log.rows):
         plots.append(plot_rows(run.log.rows, ["loss"], title="prior: training loss", phase="prior"))
+    plots += trade_offs(rows)
     samples = {key: outcome.x0 for key, outcome in outcomes.items()}
     samples |= {f"{key}: {what}": x0 for key, outcome in outcomes.items() for what, x0 in outcome.shown.items()}
     pictures = judge.pictures(samples, task)
@@ -221,6 +222,23 @@ def write_pages(
         config=(run.folder.path / "config.yaml").read_text(),
     )
     write_report(run.folder.path / "report.html", report)
+
+
+def trade_offs(rows: dict[str, dict[str, Any]]) -> list[Any]:
+    """Return what a higher guiding reward costs: each method a point, by its held-out reward and by its diversity."""
+    from rgdiff.runtime.report import Plot, Series
+
+    plots = []
+    for metric, name in (("heldout_reward_mean", "held-out reward"), ("diversity", "diversity")):
+        points = {
+            key: (row["reward_mean"], row[metric])
+            for key, row in rows.items()
+            if row.get("reward_mean") is not None and row.get(metric) is not None
+        }
+        if len(points) > 2 and any(guide != other for guide, other in points.values()):
+            series = [Series(key, [guide], [other]) for key, (guide, other) in points.items()]
+            plots.append(Plot(f"{name} against the guiding reward, every method", series, "guiding reward", name))
+    return plots
 
 
 def shared(outcomes: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -17,7 +17,7 @@ from rgdiff.domains import image_rewards
 from rgdiff.domains.classifier import Classifier, train_classifier
 from rgdiff.domains.images import ImageDomain
 from rgdiff.domains.judging import Judge
-from rgdiff.rewards import Task
+from rgdiff.rewards import Task, ensemble
 from rgdiff.typing import Array, Cond, Key, Reward, pytree, static
 
 SHOWN = 25  # pictures in a grid of the report
@@ -87,14 +87,29 @@ class ImageJudge(Judge):
         ]
 
 
-def digit(domain: ImageDomain, judge: ImageJudge, key: Key, target: int = 3) -> Task:
-    """Make the task: log p(target | x) of a classifier trained on the training split, judged by the held-out one."""
+def digit(
+    domain: ImageDomain,
+    judge: ImageJudge,
+    key: Key,
+    target: int = 3,
+    heads: int = 1,
+    reduce: str = "lower",
+    caution: float = 1.0,
+) -> Task:
+    """Make the task: log p(target | x) of a classifier trained on the training split, judged by the held-out one.
+
+    Args:
+      heads, reduce, caution: several classifiers, trained from keys of their own and joined by `rewards.ensemble`, are harder
+        to exploit than one.
+    """
     if not isinstance(domain, ImageDomain):
         raise ValueError("reward=digit is for images with labels; choose an image domain, e.g. domain=digits")
     checks.one_of("reward.target", target, range(domain.classes))
-    guide: Classifier = train_classifier(key, domain.train_x, domain.train_y, domain.classes)
     classify = image_rewards.classifier_reward
-    return Task(classify(guide, target), classify(judge.classifier, target), target)
+    keys = [key] if checks.at_least("heads", heads, 1) == 1 else list(jax.random.split(key, heads))
+    guides = [classify(train_classifier(k, domain.train_x, domain.train_y, domain.classes), target) for k in keys]
+    reward = guides[0] if heads == 1 else ensemble(guides, reduce, caution=caution)
+    return Task(reward, classify(judge.classifier, target), target)
 
 
 @pytree

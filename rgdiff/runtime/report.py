@@ -300,11 +300,13 @@ def _lines(axes: Any, plot: Plot) -> None:
         color = _COLORS[index % len(_COLORS)]
         if series.low is not None and series.high is not None:
             axes.fill_between(series.x, series.low, series.high, color=color, alpha=0.2, linewidth=0)
-        marker = "." if len(series.x) < 3 else ""
+        marker = "o" if len(series.x) < 3 else ""
         axes.plot(series.x, series.y, color=color, linewidth=1.6, label=series.name, marker=marker)
+        if len(series.x) == 1:
+            axes.annotate(series.name, (series.x[0], series.y[0]), (4, 4), textcoords="offset points", fontsize=7)
     axes.set_xlabel(plot.xlabel)
     axes.set_ylabel(plot.ylabel)
-    if plot.series:
+    if any(len(series.x) > 1 for series in plot.series):  # single points have their names beside them
         axes.legend(frameon=False)
 
 
