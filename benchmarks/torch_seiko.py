@@ -176,7 +176,7 @@ class Images(Tuning):
         for i, row in enumerate(chain.rows):
             live = i >= self.cut
             x0 = chain.predict(x, *row[:3])
-            with torch.set_grad_enabled(live):
+            with torch.set_grad_enabled(x.requires_grad):
                 anchors = [other.predict(x, *row[:3]) for other in self.others]
             for weight, anchor in zip(self.weights, anchors, strict=True):
                 paid = paid + weight * self.prices[i] * (x0 - anchor).square().sum((1, 2, 3))
