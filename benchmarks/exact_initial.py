@@ -262,6 +262,53 @@ def gaussian_rows(seeds: int, write: Callable[[list[str]], None]) -> None:
             write(out)
 
 
+def policy_gradient_rows(seeds: int, write: Callable[[list[str]], None]) -> None:
+    """Policy gradients and the reward's gradient under the same path KL, to the best law that begins at the prior's x_T."""
+    out = [
+        "| world | method | mean | variance | exact mean | exact variance | KL to the best, nats | chains | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    steps, batch = 4000, 512
+    for name, world in (("1-D, linear", gaussian(8)), ("1-D, quadratic, T = 8", gaussian(8, True))):
+        networks, exact = affine(world), controlled.best(world, ALPHA)
+        change, params = networks.main
+        worth, first = networks.value
+
+        def network(
+            params: Any, x: jax.Array, t: jax.Array, cond: Any = None, world: Any = world, change: Any = change
+        ):
+            return world.denoiser(x, t) + change(params, x, t)
+
+        common = (_model(network), world.process, world.times, _adam(0.02, steps))
+        kl: dict[str, Any] = {"batch": batch, "reference": world.denoiser, "kl_weight": ALPHA}
+        value = {"value": _model(worth), "value_params": first, "value_optimizer": _adam(0.02, steps)}
+        methods = {
+            "DDPO-SF": tuners.ddpo(*common, **kl),
+            "DDPO-IS, clip 0.2, 2 epochs": tuners.ddpo(*common, **kl, clip=0.2, epochs=2),
+            "DPOK": tuners.dpok(*common, **kl, **value),
+        }
+        tuned = {method: tuners.as_tuner(online, world.reward) for method, online in methods.items()}
+        tuned["DRaFT"] = tuners.draft(*common[:2], world.reward, *common[2:], **kl)
+        for method, tuner in tuned.items():
+            reached, begun = [], time.perf_counter()
+            for seed in range(seeds):
+                best = _fit(tuner, params, seed, steps)
+                x = drawn(world.process, _model(network)(best), world.times, seed=seed)
+                reached.append(controlled.Law(x.mean(0), np.cov(x.T).reshape(1, 1)))
+            cells = [
+                spread([float(np.ravel(part)[0]) for part in parts])
+                for parts in zip(*((w.mean, w.cov) for w in reached), strict=True)
+            ]
+            kls = [controlled.divergence(law, exact) for law in reached]
+            seconds = (time.perf_counter() - begun) / seeds
+            out.append(
+                f"| {name} | {method} | {cells[0]} | {cells[1]} | {float(exact.mean[0]):.3f} | {float(exact.cov[0, 0]):.3f} | "
+                f"{spread(kls, 5)} | {steps * batch:,} | {seconds:.0f} |"
+            )
+            print(out[-1], flush=True)
+            write(out)
+
+
 def mixture_rows(seeds: int, write: Callable[[list[str]], None]) -> None:
     """The same for a mixture of two, by histograms of 200,000 samples; the exact laws have no sampling error."""
     world = mixture()

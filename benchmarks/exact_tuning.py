@@ -248,12 +248,18 @@ def mixture(world: Any, options: argparse.Namespace, write: Any) -> None:
     exact_initial.mixture_rows(len(options.seeds), write)
 
 
+def policies(world: Any, options: argparse.Namespace, write: Any) -> None:
+    """DDPO, DPOK and DRaFT with alpha path KL from the frozen start: what they reach beside the best that can be reached."""
+    exact_initial.policy_gradient_rows(len(options.seeds), write)
+
+
 SECTIONS = {
     "SIX6: to the exact optimum": optimum,
     "SIX6: each estimator alone": alone,
     "SIX6: the published scheme": published,
     "SIX6: Pareto front": front,
     "Gaussian data: ELEGANT": linear,
+    "Gaussian data: policy gradients": policies,
     "A mixture of two: ELEGANT": mixture,
 }
 
