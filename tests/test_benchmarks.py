@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from benchmarks import drakes_rows, rows, sequence_rows, tuner_rows
+from benchmarks import drakes_rows, rows, seiko_rows, sequence_rows, tuner_rows
 
 pytest.importorskip("torch", reason="the twins need PyTorch, which the library never does: pip install torch")
 
@@ -23,6 +23,11 @@ def short(monkeypatch):
     for name in ("DENOISER", "SCORER"):
         small = {"width": 8, "dilations": (1, 4), "kernel": 5}
         monkeypatch.setattr(sequence_rows, name, getattr(sequence_rows, name) | small)
+    monkeypatch.setattr(seiko_rows, "FEATURES", (16, 16))
+    few = {"queries": 8, "batch": 4, "steps": 1, "fit_steps": 2}
+    settings = {name: dataclasses.replace(one, **few) for name, one in seiko_rows.SETTINGS.items()}
+    settings["digits"] = dataclasses.replace(settings["digits"], calls=3)
+    monkeypatch.setattr(seiko_rows, "SETTINGS", settings)
 
 
 CASES = (
@@ -136,3 +141,18 @@ def test_sequence_networks_have_the_published_sizes(monkeypatch):
     # The authors' CNN and ConvGRU: 3.33 M and 0.18 M (research: svdd_drakes.md, 2.1 and 2.2, counted there).
     assert round(size(sequence_rows.DENOISER, 5) / 1e6, 2) == 3.33
     assert round(size(sequence_rows.SCORER, 4) / 1e6, 2) == 0.18
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["digits", "tfbind8"])
+def test_a_round_of_seiko_is_the_same(name):
+    """Queries, answers, heads, and the inner step's loss and whole gradient under both anchors."""
+    case = rows.Case("seiko", name, name, live=2 if name == "digits" else 0)
+    given = seiko_rows.Ours(case).export()
+    error = lambda given: seiko_rows.Torch(case, given, compiled=False, threads=1, mode=None).check()  # noqa: E731
+    assert error(given) < 1e-4
+    for anchor in range(2):
+        weights = given["anchors"].copy()
+        weights[anchor] = 0
+        assert error(given | {"anchors": weights}) > 1e-3
+    seiko_rows.Torch(case, given, compiled=False, threads=1, mode=None).block(0)

@@ -292,3 +292,42 @@ def test_a_failing_oracle_stops_the_run_which_resumes(tmp_path, cache, monkeypat
     assert "the laboratory is closed" in error and "resume=true" in error
     (tmp_path / "broken").unlink()
     assert main([*argv, "resume=true"]) == 0
+
+
+@pytest.mark.slow
+def test_few_step_methods_run(tmp_path, cache):
+    """Every method of dxmi_2d at toy size, one of them guided by its values: figures, maps over time, curves."""
+    short = [
+        f"methods.{name}.iterations=3"
+        for name in ("dxmi", "dxmi_scratch", "dxmi_tau_0", "dxmi_released", "gcd", "sft_pg", "energy_mcmc")
+    ]
+    started = ("dxmi", "dxmi_tau_0", "dxmi_released", "gcd", "ddpm_own_steps")
+    short += [f"methods.{name}.pretraining={{steps: 3, batch: 8, learning_rate: 1e-3}}" for name in started]
+    tiny = [
+        "samples=64",
+        "prior.steps=6",
+        "prior.train.steps=3",
+        "prior.network.features=[8]",
+        "methods.dxmi.guidance=0.5",
+    ]
+    argv = ["run", "dxmi_2d", *short, *tiny, f"out={tmp_path / 'run'}", f"cache_dir={cache}"]
+    assert main(argv) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    for name in (
+        "prior",
+        "dxmi",
+        "dxmi_scratch",
+        "dxmi_released",
+        "gcd",
+        "ddpm_own_steps",
+        "ddpm",
+        "ddim",
+        "edm",
+        "sft_pg",
+    ):
+        assert summary[f"{name}/sliced_w2"] > 0, name
+    for name in ("dxmi", "dxmi_tau_0", "gcd", "energy_mcmc"):
+        assert 0 <= summary[f"{name}/energy_auc"] <= 1, name
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert page.count("dxmi: V at t = ") >= 6 and page.count("gcd: V at t = ") == 1 and "s_t by move" in page
+    assert main(["run", "dxmi_2d", "methods.dxmi_tau_0.guidance=1.0", f"out={tmp_path / 'no'}"]) == 2

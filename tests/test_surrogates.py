@@ -189,6 +189,20 @@ def test_queries_where_ridge_is_least_sure_keep_the_elliptical_potential():
 
 
 # Gaussian processes
+def test_a_mixed_state_is_one_vector_to_a_network():
+    """A fit to {"a": [N, 2], "b": [N, 6, 4]} is the fit to the vectors of both, numbers and draws alike."""
+    first = jax.random.normal(jax.random.key(3), (24, 2))
+    both, joined = {"a": first, "b": X}, jnp.concatenate([first, X.reshape(24, -1)], 1)
+    pad = lambda leaf: jnp.pad(leaf, ((0, SLOTS - 24), *[(0, 0)] * (leaf.ndim - 1)))  # noqa: E731
+    answers = observed(np.zeros((24, 1)), Y)
+    mixed, plain = (Observations(jax.tree.map(pad, x), answers.y, answers.status) for x in (both, joined))
+    method = surrogates.ensemble(nets.ValueMLP((16,)), ADAM, heads=2, steps=20, batch=16)
+    beliefs = [jax.jit(method.fit)(KEY, slots) for slots in (mixed, plain)]
+    values = [belief.upper(x) for belief, x in zip(beliefs, (both, joined), strict=True)]
+    assert np.std(values[0]) > 0
+    np.testing.assert_allclose(values[0], values[1], rtol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["rbf", "tanimoto"])
 def test_the_gaussian_process_is_sklearns(kind):
     from sklearn.gaussian_process import GaussianProcessRegressor

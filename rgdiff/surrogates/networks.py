@@ -33,7 +33,7 @@ def _inputs(network: Any, x0: State) -> tuple[Any, ...]:
     leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(x0)]
     x = leaves[0] if len(leaves) == 1 else jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in leaves], 1)
     takes_time = len(inspect.signature(type(network).__call__).parameters) > 2  # self, x, t, ...
-    return (x, jnp.zeros(x.shape[0])) if takes_time else (x,)
+    return (x, jnp.float32(0)) if takes_time else (x,)  # one time: a network embeds it once
 
 
 def apply(network: Any, params: Params, x0: State) -> Array:
