@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from rgdiff import checks
+from rgdiff.rewards import differentiable
 from rgdiff.tuners._max_ent import SWEEPS, MaximumEntropy, Rates
 from rgdiff.typing import Array, Process, Reward, callable_pytree
 
@@ -160,12 +161,14 @@ def dxdp(
       with, `tuner.togo(params)` the cost to go; `state.extra.speed` is s_t^2.
 
     Raises:
-      ValueError: for eta = 0, a process that projects, or options out of range.
+      ValueError: for eta = 0, a process that projects, a black box, or options out of range. A reward that is not finite where
+        chains end undoes the iteration; give it a floor.
 
     Note:
       Released code means both regularisers per dimension: its tau is D times ours. It draws B of the T B transitions at
       random; one move of each chain has the same law of one transition, and independent ones.
     """
+    differentiable("dxdp", reward)
     return MaximumEntropy(
         reward=callable_pytree(reward, "a reward"), **settings(model, process, value, times, **options)
     )
