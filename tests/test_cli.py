@@ -181,6 +181,9 @@ def test_resume_of_a_finished_run_changes_nothing(tmp_path, cache):
         np.testing.assert_array_equal(before[name], after[name])
 
 
+CONDITIONAL = ["prior=unet_conditional"]
+
+
 def test_bad_input_is_one_line(tmp_path, cache, capsys):
     cases = {
         ("run", "quikstart"): "quickstart",
@@ -194,6 +197,16 @@ def test_bad_input_is_one_line(tmp_path, cache, capsys):
         ("run", "steer", "method.candidates=0", *TINY, f"out={tmp_path / 'b'}", f"cache_dir={cache}"): "candidates",
         ("run", "steer", "prior.eta=0", *TINY, f"out={tmp_path / 'c'}", f"cache_dir={cache}"): "eta = 0",
         ("run", "steer", "domain=mnist", f"data_dir={tmp_path}", f"out={tmp_path / 'd'}"): "MNIST file missing",
+        ("run", "steer", "method=svdd_r", *CONDITIONAL): "away from their conditions",
+        ("run", "steer", "method=svdd_mc", *CONDITIONAL): "a learnt value is not offered for a conditional prior",
+        ("run", "steer", "method=smc", *CONDITIONAL): "one problem of particles",
+        ("run", "steer", "method=dpok", *CONDITIONAL): "give +method.value.classes=N",
+        ("run", "steer", "method=draft_plus", "method.kl_weight=null"): "kl_weight",
+        ("run", "steer", "method=ddpo", "+method.options.foo=1"): "foo",
+        ("run", "steer", "method=draft_k", "method.stopping={window: 99}", "method.steps=9"): "windows of 99 steps",
+        ("run", "steer", "method=adapters"): "give method.adapters={FOLDER: WEIGHT}",
+        ("run", "steer", "method=adapters", "method.adapters={/nowhere: 1.0}"): "no adapter at /nowhere",
+        ("run", "seiko_digits", "methods.seiko.queries=64"): "queries is a list",
         ("show", "nothing.yaml"): "no recipe file",
     }
     broken = tmp_path / "broken.yaml"

@@ -13,7 +13,7 @@ import jax
 from rgdiff import denoisers, processes, samplers, schedules, tuners
 from rgdiff.rewards import Task
 from rgdiff.runtime.methods import Outcome
-from rgdiff.runtime.priors import Prior, initial
+from rgdiff.runtime.priors import Prior, initial, unconditional
 from rgdiff.runtime.run import Run
 from rgdiff.runtime.tuning import FineTuning
 from rgdiff.runtime.values import LearnedModel
@@ -60,6 +60,7 @@ class Elegant:
         """Refuse settings that do not fit each other or the prior, before anything is trained."""
         if not self.tuning.kl_weight:
             raise ValueError("ELEGANT aims at p exp(r/alpha)/Z; give its alpha as method.tuning.kl_weight > 0")
+        unconditional(prior, "the law of x_T that ELEGANT learns", "choose a prior without prior.guidance")
         self.tuning.check(prior, shape)
 
     def run(self, run: Run, phase: str, prior: Prior, task: Task, count: int) -> Outcome:

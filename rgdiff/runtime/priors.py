@@ -76,6 +76,12 @@ class Prior:
         return self.settings.process(self.shape, eta)
 
 
+def unconditional(settings: Any, what: str, instead: str) -> None:
+    """Refuse the settings of a conditional prior, before it is trained."""
+    if getattr(settings, "guidance", None) is not None:
+        raise ValueError(f"{what} is not offered for a conditional prior; {instead}")
+
+
 def initial(network: Any, key: jax.Array, shape: tuple[int, ...]) -> Params:
     """Draw a Linen network's parameters for states [B, *shape] without running it."""
     blank, t = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, *shape), (1,)))

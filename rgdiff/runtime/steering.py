@@ -15,7 +15,7 @@ from rgdiff import checks, guides, samplers, values
 from rgdiff.resampling import multinomial
 from rgdiff.rewards import Task
 from rgdiff.runtime.methods import Outcome, draw, nothing
-from rgdiff.runtime.priors import Prior
+from rgdiff.runtime.priors import Prior, unconditional
 from rgdiff.runtime.run import Run
 from rgdiff.runtime.values import PosteriorMean
 from rgdiff.typing import Array, Info, Process
@@ -47,9 +47,13 @@ class Svdd:
 
     def check(self, prior: Any, shape: tuple[int, ...]) -> None:
         """Refuse settings that do not fit each other or the prior, before anything is trained."""
+        if self.replace:
+            unconditional(
+                prior, "method.replace, which moves samples away from their conditions,", "give method.replace=0"
+            )
         process = prior.process(shape)
         self.sampler(process, nothing, nothing, nothing)
-        self.value.check(process, process.times(prior.steps), self.temperature)
+        self.value.check(prior, shape, self.temperature)
 
     def sampler(self, process: Process, denoiser: Any, value: Any, reward: Any) -> Any:
         """Build the sampler."""
@@ -109,14 +113,11 @@ class Smc:
 
     def check(self, prior: Any, shape: tuple[int, ...]) -> None:
         """Refuse settings that do not fit each other or the prior, before anything is trained."""
-        if getattr(prior, "guidance", None) is not None:
-            raise ValueError(
-                "the particles of one problem share their condition; choose a prior without prior.guidance"
-            )
+        unconditional(prior, "one problem of particles", "choose a prior without prior.guidance")
         process = prior.process(shape)
         times = process.times(prior.steps)
         self.sampler(process, nothing, nothing, times)
-        self.value.check(process, times, self.temperature)
+        self.value.check(prior, shape, self.temperature)
         checks.at_least("particles", self.particles, 1)
 
     def sampler(self, process: Process, denoiser: Any, value: Any, times: Array) -> Any:
@@ -205,7 +206,7 @@ class Guided:
         """Refuse settings that do not fit each other or the prior, before anything is trained."""
         process = prior.process(shape)
         self.sampler(process, nothing, nothing, nothing, jax.random.key(0))
-        self.value.check(process, process.times(prior.steps), self.temperature)
+        self.value.check(prior, shape, self.temperature)
 
     def sampler(self, process: Process, denoiser: Any, value: Any, reward: Any, key: Any) -> Any:
         """Build the sampler."""

@@ -7,6 +7,7 @@ only assembles the library's own parts.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from rgdiff.rewards import Task
 from rgdiff.runtime.adapters import load_peft, save_peft
 from rgdiff.runtime.checkpoint import save_params
 from rgdiff.runtime.methods import Curves, Outcome, draw, nothing
-from rgdiff.runtime.priors import Prior, initial, state_shape
+from rgdiff.runtime.priors import Prior, initial, state_shape, unconditional
 from rgdiff.runtime.run import Run
 from rgdiff.runtime.values import LearnedModel
 from rgdiff.typing import Array, Params, Process, Reward
@@ -117,6 +118,8 @@ class FineTuning:
         process = prior.process(shape, self.eta)
         blank: Any = nothing
         self.tuner(blank, process, Task(blank, blank), process.times(prior.steps), blank)
+        if self.setting == "dpok" and getattr(self.value, "classes", 0) is None:
+            unconditional(prior, "dpok's baseline without classes", "give +method.value.classes=N")
         if self.stopping is not None and self.steps < self.stopping.get("window", 10):
             raise ValueError(
                 f"stopping judges windows of {self.stopping.get('window', 10)} steps, more than all {self.steps}"
@@ -126,7 +129,10 @@ class FineTuning:
 
     def tuner(self, model: Any, process: Process, task: Task, times: Array, reference: Any, key: Any = None) -> Any:
         """Build the tuner; an online one has the reward of `task` in its program."""
-        checks.one_of("setting", self.setting, SETTINGS)
+        setting = SETTINGS[checks.one_of("setting", self.setting, SETTINGS)]
+        needed = inspect.signature(setting).parameters.get("reference")
+        if self.kl_weight is None and needed is not None and needed.default is needed.empty:
+            raise ValueError(f"{self.setting} has a KL to the prior; give method.kl_weight")
         kl = {} if self.kl_weight is None else {"reference": reference, "kl_weight": self.kl_weight}
         heldout = task.heldout if self.heldout or self.stopping is not None else None
         if self.setting in GRADIENTS:

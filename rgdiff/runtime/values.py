@@ -17,7 +17,7 @@ from rgdiff.denoisers import from_linen
 from rgdiff.domains import enumeration
 from rgdiff.rewards import Task
 from rgdiff.runtime.methods import Curves, draw, nothing, shown
-from rgdiff.runtime.priors import Prior, initial, state_shape
+from rgdiff.runtime.priors import Prior, initial, state_shape, unconditional
 from rgdiff.runtime.run import Run
 from rgdiff.typing import Array, Params, Process, Reward, pytree, static
 
@@ -28,10 +28,10 @@ class PosteriorMean:
 
     plug_in: str = "mean"
 
-    def check(self, process: Process, times: Array, temperature: float) -> None:
+    def check(self, prior: Any, shape: tuple[int, ...], temperature: float) -> None:
         """Refuse a plug-in that the process does not have."""
         stand_in: Any = nothing
-        values.posterior_mean(stand_in, process, stand_in, plug_in=self.plug_in)
+        values.posterior_mean(stand_in, prior.process(shape), stand_in, plug_in=self.plug_in)
 
     def obtain(
         self, run: Run, phase: str, prior: Prior, task: Task, denoiser: Any, temperature: float
@@ -62,10 +62,12 @@ class Learned:
     data: str = "noised"
     backup: int | None = None
 
-    def check(self, process: Process, times: Array, temperature: float) -> None:
-        """Refuse settings that do not fit each other, before anything is trained."""
+    def check(self, prior: Any, shape: tuple[int, ...], temperature: float) -> None:
+        """Refuse settings that do not fit each other or the prior, before anything is trained."""
         checks.one_of("data", self.data, ("noised", "rollouts"))
-        self.tuner(nothing, process, nothing, times, temperature)
+        unconditional(prior, "a learnt value", "give value@method.value=posterior_mean")
+        process = prior.process(shape)
+        self.tuner(nothing, process, nothing, process.times(prior.steps), temperature)
 
     def tuner(self, model: Any, process: Process, denoiser: Any, times: Array, temperature: float) -> Any:
         """Build the trainer of the value."""
@@ -81,10 +83,6 @@ class Learned:
         self, run: Run, phase: str, prior: Prior, task: Task, denoiser: Any, temperature: float
     ) -> tuple[Any, Curves]:
         """Train the value, or go on with it, and measure it on chains held out."""
-        if prior.classes is not None:
-            raise ValueError(
-                "a value learnt for a conditional prior is not offered; give value@method.value=posterior_mean"
-            )
         process, times = prior.process, prior.times
         if self.data == "rollouts":
             data = self._rollouts(run, f"{phase}_data", prior, task, denoiser, self.samples)
@@ -124,9 +122,9 @@ class LearnedModel:
 class Exact:
     """The exact soft value of an enumerable masked prior's own chain: what is left of an error is the sampler's."""
 
-    def check(self, process: Process, times: Array, temperature: float) -> None:
+    def check(self, prior: Any, shape: tuple[int, ...], temperature: float) -> None:
         """Refuse a prior with too many states to enumerate."""
-        enumeration.sizes(process)
+        enumeration.sizes(prior.process(shape))
 
     def obtain(
         self, run: Run, phase: str, prior: Prior, task: Task, denoiser: Any, temperature: float
