@@ -278,8 +278,7 @@ def test_early_stopping_keeps_the_best_and_ends_the_run():
         tuners.fit(tuners.early_stopping(Scripted(values), "frechet"), jax.random.key(0), state, 20)
 
 
-@pytest.mark.parametrize("bad", [np.nan, -np.inf])
-@pytest.mark.parametrize("renoised", [0, 2])
+@pytest.mark.parametrize(("bad", "renoised"), [(np.nan, 0), (-np.inf, 2)])
 def test_infeasible_samples_do_not_enter_the_gradient_even_where_their_own_is_nan(bad, renoised):
     """r = sqrt(x - m), infeasible with a derivative of NaN below m: as the mean over the others of a reward that is sane."""
     w = world(eta=1.0)
