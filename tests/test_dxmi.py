@@ -125,7 +125,9 @@ def test_gaussian_data_are_learnt(separate):
 
 def test_without_gamma_the_game_diverges_is_stopped_and_what_was_good_is_kept(tmp_path):
     """gamma = 0 and large rates: iterations out of bounds are undone, the runner stops after PATIENCE of them, the state on disk is sane."""
-    tuner = tuners.dxmi(POLICY, PROCESS, model, gamma=0.0, rate=0.05, value_rate=0.1, batch=64, clip=100.0)
+    tuner = tuners.dxmi(
+        POLICY, PROCESS, model, gamma=0.0, rate=0.05, value_rate=0.1, batch=64, energy_limit=20.0, clip=100.0
+    )
     data = {"x0": 2 + np.random.default_rng(0).standard_normal((1000, 1)).astype(np.float32)}
     infos = []
     state = tuners.fit(
@@ -136,14 +138,14 @@ def test_without_gamma_the_game_diverges_is_stopped_and_what_was_good_is_kept(tm
     assert diverged.sum() == int(state.skipped) > PATIENCE and not diverged[:5].any()
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
     e = np.asarray(tuner.energy(state.params)(jnp.asarray(data["x0"])))
-    assert np.sqrt(np.mean(e**2)) < 30.0  # one step beyond the limit of 10 at most
+    assert np.sqrt(np.mean(e**2)) < 60.0  # one step beyond the limit at most
     run = Run(RunFolder(tmp_path / "run", {}, {}), 0, tmp_path)
     with pytest.raises(ValueError, match=r"raise gamma .*the last good state is kept"):
         run.fit("dxmi", tuner, jax.random.key(0), parabolas(), 300, data=data, batch=64)
     with Checkpoints(run.folder.path / "checkpoints" / "dxmi") as kept:
         saved = kept.restore(tuner.init(parabolas()))[0]
     e = np.asarray(tuner.energy(saved.params)(jnp.asarray(data["x0"])))
-    assert int(saved.skipped) > PATIENCE and np.sqrt(np.mean(e**2)) < 30.0
+    assert int(saved.skipped) > PATIENCE and np.sqrt(np.mean(e**2)) < 60.0
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ class InverseLearning(MaximumEntropy):
     energy_model: Any = None
     gamma: Array = 1.0  # type: ignore[assignment]
     last_gamma: Array = 1.0  # type: ignore[assignment]
-    energy_limit: Array = 10.0  # type: ignore[assignment]
+    energy_limit: Array = 100.0  # type: ignore[assignment]
     energy_steps: int = static(default=1)
 
     advice = "energies or speeds ran away: raise gamma (0 bounds nothing) or lower the rates"
@@ -98,7 +98,8 @@ def dxmi(
         off by p/q = (1 - 2 gamma E) / (1 + 2 gamma E), so that gamma tau must be small against 1 over the range of log p. 0 diverges.
       last_gamma: what gamma falls to with the rates, as their cosine does; gamma itself by default.
       energy_limit: an iteration with a root mean square energy above it is undone and counted, as in `dxdp`. At rest energies
-        are within 1 / (2 gamma): twenty times that by default, and ten for a gamma above 1, or 0.
+        are within 1 / (2 gamma): two hundred times that by default, and 100 for a gamma above 1, or 0. A limit that a first
+        overshoot passes is never left again: what is undone is the iteration that found it, not the one that made it.
 
     Returns:
       A tuner for `fit`. `tuner.model(params["policy"])` is the denoiser, `tuner.energy(params)` the energy (x, cond) -> [B],
@@ -111,7 +112,7 @@ def dxmi(
       1, 0.062 for 0.3, 0.101 for 0.1.
     """
     gamma_ = checks.positive("gamma", gamma, zero=True)
-    limit = 10.0 / jnp.where(gamma_ > 0, jnp.clip(gamma_, 1e-6, 1.0), 1.0) if energy_limit is None else energy_limit
+    limit = 100.0 / jnp.where(gamma_ > 0, jnp.clip(gamma_, 1e-6, 1.0), 1.0) if energy_limit is None else energy_limit
     return InverseLearning(
         reward=None,
         **settings(model, process, value, times, **options),
