@@ -48,7 +48,7 @@ MORE = {
     "dpok": POLICY,
     "reward_weighted": POLICY,
     "seiko": [*ROUNDS, "method.seeds=2", "method.tuning.steps=2", "method.tuning.batch=4"],
-    "steered_rounds": [*ROUNDS, "method.steering=guidance"],
+    "steered_rounds": [*ROUNDS, "method.steering=smc", "+method.options.particles=2"],
     "smc": PARTICLES,
     "filtered": POLICY,
     "fk_steering": PARTICLES,

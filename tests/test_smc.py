@@ -179,6 +179,26 @@ def test_bad_rewards_end_in_finite_samples(reward, setting):
         np.testing.assert_allclose(out.info["log_z"], 6.0, rtol=1e-4)  # exp(3 / 0.5), exactly, for any particles
 
 
+@pytest.mark.parametrize("name", list(WORLDS))
+def test_resampled_particles_have_the_tilted_law(name):
+    """Equal weights: the mean of a statistic over B samples is that of the tilted law, not of the prior; copies are few."""
+    world = WORLDS[name]()
+    sampler = samplers.resampled(build(world, world.value), 4)
+    draw = jax.jit(jax.vmap(lambda key: samplers.sample(sampler, key, 64, world.times).x0))
+    x0 = draw(jax.random.split(jax.random.key(1), 100))
+    means = np.asarray(jax.vmap(world.statistic)(x0), float).mean(1)
+    z, expected = problems(build(world, world.value), world, 400, 512, seed=2)
+    error = np.hypot(means.std() / 10, (expected / z).std() / 20)
+    assert abs(means.mean() - (expected / z).mean()) < 4 * error
+    plain = samplers.sample(samplers.ancestral(world.process, world.denoiser), jax.random.key(3), 6400, world.times).x0
+    assert abs(float(world.statistic(plain).mean()) - means.mean()) > 8 * error
+    assert sampler.network_calls(5) == 4 * sampler.sampler.network_calls(5)
+    with pytest.raises(ValueError, match="takes a particle sampler"):
+        samplers.resampled(samplers.ancestral(world.process, world.denoiser))
+    with pytest.raises(ValueError, match="share their condition"):
+        sampler.init(jax.random.key(0), 4, world.times[0], jnp.zeros(4))
+
+
 def test_one_particle_is_the_prior():
     world = gaussian()
     value = values.posterior_mean(world.reward, world.process, world.denoiser)

@@ -24,7 +24,7 @@ from rgdiff.runtime.run import Run
 from rgdiff.runtime.tuning import FineTuning
 from rgdiff.typing import Process
 
-STEERING = ("svdd", "guidance", "best_of_n")
+STEERING = ("svdd", "smc", "guidance", "best_of_n")
 OPTIMISM = ("upper", "mean", "thompson")
 SHOWN = {
     "reward": "reward of the model's samples, by queries",
@@ -45,7 +45,8 @@ class Seiko:
       surrogate: from `rgdiff.surrogates`.
       queries: of every round; one round is the non-adaptive baseline.
       tuning: settings of the inner tuner (a reward gradient), its `steps` those of a round; its kl_weight is not used.
-      steering: svdd, guidance or best_of_n steer the prior's chain by the optimistic reward instead; `options` are the sampler's.
+      steering: svdd, smc, guidance or best_of_n steer the prior's chain by the optimistic reward instead; `options` are the
+        sampler's, for best_of_n `candidates`, and for smc `particles` per sample too.
       optimism: `upper`; `mean` is greedy; `thompson` takes one draw of the posterior a round.
       noise: standard deviation of an answer, reward's unit.
       seeds: campaigns, shown as bands from the lowest to the highest.
@@ -75,13 +76,13 @@ class Seiko:
         for count in self.queries:
             checks.at_least("queries", count, 1)
         if (self.tuning is None) == (self.steering is None):
-            raise ValueError(
-                "give one of tuning (settings of a reward gradient) and steering (svdd, guidance, best_of_n)"
-            )
+            raise ValueError(f"give one of tuning (settings of a reward gradient) and steering ({', '.join(STEERING)})")
         process = prior.process(shape) if self.tuning is None else prior.process(shape, self.tuning.eta)
         rounds = self.rounds(process, process.times(prior.steps), blank, blank)
         if isinstance(rounds, seiko.Seiko):
             rounds.inner(blank, reference=[blank, blank], kl_weight=[self.alpha, self.alpha])
+        else:
+            rounds.steer(blank)
         checks.at_least("seeds", self.seeds, 1)
 
     def rounds(self, process: Process, times: Any, model: Any, denoiser: Any) -> Any:
@@ -204,6 +205,12 @@ def _steer(process: Process, denoiser: Any, temperature: float, name: str, optio
         value = values.posterior_mean(reward, process, denoiser)
         if name == "svdd":
             return samplers.svdd(process, denoiser, value, temperature=temperature, **{"candidates": 16, **options})
+        if name == "smc":
+            chosen = dict(options)
+            particles = chosen.pop("particles", 4)
+            return samplers.resampled(
+                samplers.smc(process, denoiser, value, temperature=temperature, **chosen), particles
+            )
         if name == "best_of_n":
             return samplers.best_of_n(samplers.ancestral(process, denoiser), reward, options.get("candidates", 16))
         if isinstance(process, MaskedProcess):
