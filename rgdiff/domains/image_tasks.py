@@ -17,7 +17,7 @@ from rgdiff.domains import image_rewards
 from rgdiff.domains.classifier import Classifier, train_classifier
 from rgdiff.domains.images import ImageDomain
 from rgdiff.domains.judging import Judge
-from rgdiff.rewards import Task, ensemble
+from rgdiff.rewards import Task, ensemble, weighted_sum
 from rgdiff.typing import Array, Cond, Key, Reward, pytree, static
 
 SHOWN = 25  # pictures in a grid of the report
@@ -138,9 +138,10 @@ def symmetric() -> Task:
     return Task(image_rewards.symmetry(), image_rewards.symmetry())
 
 
-def inked(target: float | None = None) -> Task:
-    """Make the task: mean ink in [0, 1], or closeness to a target amount, judged by itself."""
-    return Task(image_rewards.ink(target), image_rewards.ink(target))
+def inked(target: float | None = None, slope: float = 1.0) -> Task:
+    """Make the task: mean ink in [0, 1], or closeness to a target amount, times `slope`, judged by itself."""
+    reward = weighted_sum([image_rewards.ink(target)], [slope])
+    return Task(reward, reward)
 
 
 def compressible(level: int = 6) -> Task:
