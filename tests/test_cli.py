@@ -127,7 +127,7 @@ def test_methods_run(method, tmp_path, cache):
             kl = json.loads((tmp_path / f"again{weight}" / "summary.json").read_text())["adapters/kl"]
             # two steps of tuning hardly move it: another draw of the same figure, and exactly 0 without the adapter
             np.testing.assert_allclose(kl, weight * summary["draft_k/kl"], rtol=0.5)
-    if method == "draft_lv":
+    if method == "draft":
         tuned = folder / "tuned" / method
         assert (
             run(tmp_path, cache, f"prior.checkpoint={tuned}", "reward=symmetry", "method=best_of_n", out="again") == 0

@@ -305,7 +305,7 @@ def test_guiding_reward_transfers_to_the_judge(digits, classifiers):
     assert judged(y).mean() > judged(x).mean() + 3
 
 
-@pytest.mark.parametrize("name", ["class", "symmetry", "ink", "ink target"])
+@pytest.mark.parametrize("name", [pytest.param("class", marks=pytest.mark.slow), "symmetry", "ink", "ink target"])
 def test_gradients_are_directional_derivatives(name):
     reward = {
         "class": rewards.classifier_reward(small_tree(), 1),

@@ -179,7 +179,9 @@ def test_exact_soft_values_agree_with_the_tilted_law():
     np.testing.assert_allclose(masked.log_z(), np.log(masked.law() @ np.exp(masked.rewards / masked.temperature)))
 
 
-@pytest.mark.parametrize("make", [gaussian_svdd_world, masked_svdd_world], ids=["gaussian", "masked"])
+@pytest.mark.parametrize(
+    "make", [gaussian_svdd_world, pytest.param(masked_svdd_world, marks=pytest.mark.slow)], ids=["gaussian", "masked"]
+)
 def test_svdd_error_falls_as_one_over_candidates(make):
     """With the exact soft value, E f(x0) tends to the tilted law's as 1/M."""
     world = make()

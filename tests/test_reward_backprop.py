@@ -96,7 +96,7 @@ def test_every_plan_has_the_gradient_it_says(name):
     np.testing.assert_allclose(info["reward"], f(THETA), rtol=1e-4)
 
 
-@pytest.mark.parametrize("kl_weight", [None, 0.3])
+@pytest.mark.parametrize("kl_weight", [None, pytest.param(0.3, marks=pytest.mark.slow)])
 def test_dynamic_truncation_is_the_static_one_and_compiles_once(kl_weight):
     w, traces = world(eta=1.0), []
 

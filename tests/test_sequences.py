@@ -411,6 +411,7 @@ def small():
 
 def outcome(x0, temperature=None):
     return SimpleNamespace(
+        shown={},
         x0=x0,
         kl=0.5,
         network_calls=3,

@@ -179,7 +179,7 @@ def test_bad_rewards_end_in_finite_samples(reward, setting):
         np.testing.assert_allclose(out.info["log_z"], 6.0, rtol=1e-4)  # exp(3 / 0.5), exactly, for any particles
 
 
-@pytest.mark.parametrize("name", list(WORLDS))
+@pytest.mark.parametrize("name", ["gaussian", pytest.param("masked", marks=pytest.mark.slow)])
 def test_resampled_particles_have_the_tilted_law(name):
     """Equal weights: the mean of a statistic over B samples is that of the tilted law, not of the prior; copies are few."""
     world = WORLDS[name]()

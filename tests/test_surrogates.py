@@ -189,6 +189,7 @@ def test_queries_where_ridge_is_least_sure_keep_the_elliptical_potential():
 
 
 # Gaussian processes
+@pytest.mark.slow
 def test_a_mixed_state_is_one_vector_to_a_network():
     """A fit to {"a": [N, 2], "b": [N, 6, 4]} is the fit to the vectors of both, numbers and draws alike."""
     first = jax.random.normal(jax.random.key(3), (24, 2))
