@@ -101,7 +101,7 @@ def run(name: str, seed: int, start: str, iterations: int, **options: Any) -> di
     """Train and measure; `options` are those of `dxmi`."""
     law = planar.LAWS[name]()
     key_policy, key_value, key_fit = jax.random.split(jax.random.key(seed), 3)
-    network = pretrained(name, seed % 100 % 5) if start == "ddpm" else weights(key_policy, 2, 0.1)
+    network = pretrained(name, seed % 5) if start == "ddpm" else weights(key_policy, 2, 0.1)
     tuner = build(start, iterations, **options)
     params = {"policy": POLICY.init(network), "value": weights(key_value, 1)}
     if tuner.energy_model is not None:

@@ -217,6 +217,17 @@ def spread(values: list[float], digits: int = 3) -> str:
     return f"{np.mean(values):.{digits}f} ({error:.{digits}f})"
 
 
+def trained(world: Any, train: Callable[[int], tuple[Any, Any]], seeds: int) -> tuple[list[Any], list[str], float]:
+    """Train a process and its denoiser from each seed: laws of their samples, means and variances as cells, seconds a seed."""
+    reached, begun = [], time.perf_counter()
+    for seed in range(seeds):
+        x = drawn(*train(seed), world.times, seed=seed)
+        reached.append(controlled.Law(x.mean(0), np.cov(x.T).reshape(world.dim, world.dim)))
+    seconds = (time.perf_counter() - begun) / seeds
+    columns = np.array([law.mean for law in reached]), np.array([np.diag(law.cov) for law in reached])
+    return reached, [" ".join(spread(list(column)) for column in part.T) for part in columns], seconds
+
+
 def gaussian_rows(seeds: int, write: Callable[[list[str]], None]) -> None:
     """Means, covariances and KL to the tilted law, beside the exact ones, for frozen and tuned starts."""
     out = [
@@ -239,21 +250,19 @@ def gaussian_rows(seeds: int, write: Callable[[list[str]], None]) -> None:
         )
         out += [row("p*: p exp(r/alpha)/Z", target), row("frozen, path tilted (predicted bias)", biased)]
         for start in ("frozen", "tuned"):
-            reached, begun = [], time.perf_counter()
-            for seed in range(seeds):
-                draw, exact = None, controlled.best(world, ALPHA)
+            exact = controlled.best(world, ALPHA)
+
+            def train(seed: int, world: Any = world, start: str = start) -> tuple[Any, Any]:
+                nonlocal exact
+                draw = None
                 if start == "tuned":
                     draw, _, alphas = tune_initial(world, affine(world), seed=seed, moves=40, samples=100_000)
                     exact = controlled.best(world, ALPHA, controlled.initial(world, ALPHA, alphas))
                 tuner, params = tune_main(world, affine(world), draw, seed=seed, steps=800)
-                x = drawn(tuner.process, tuner.model(params), world.times, seed=seed)
-                reached.append(controlled.Law(x.mean(0), np.cov(x.T).reshape(world.dim, world.dim)))
-            means, variances = (
-                np.array([f(law) for law in reached]) for f in (lambda w: w.mean, lambda w: np.diag(w.cov))
-            )
+                return tuner.process, tuner.model(params)
+
+            reached, cells, seconds = trained(world, train, seeds)
             kls = [controlled.divergence(law, target) for law in reached]
-            cells = [" ".join(spread(list(column)) for column in part.T) for part in (means, variances)]
-            seconds = (time.perf_counter() - begun) / seeds
             out.append(
                 f"| {name} | {start}, trained | {cells[0]} | {cells[1]} | {vector(exact.mean)} | {vector(np.diag(exact.cov))} | "
                 f"{spread(kls, 4)} | {controlled.divergence(exact, target):.4f} | {seconds:.0f} |"
@@ -290,17 +299,10 @@ def policy_gradient_rows(seeds: int, write: Callable[[list[str]], None]) -> None
         tuned = {method: tuners.as_tuner(online, world.reward) for method, online in methods.items()}
         tuned["DRaFT"] = tuners.draft(*common[:2], world.reward, *common[2:], **kl)
         for method, tuner in tuned.items():
-            reached, begun = [], time.perf_counter()
-            for seed in range(seeds):
-                best = _fit(tuner, params, seed, steps)
-                x = drawn(world.process, _model(network)(best), world.times, seed=seed)
-                reached.append(controlled.Law(x.mean(0), np.cov(x.T).reshape(1, 1)))
-            cells = [
-                spread([float(np.ravel(part)[0]) for part in parts])
-                for parts in zip(*((w.mean, w.cov) for w in reached), strict=True)
-            ]
+            model = _model(network)
+            train = lambda seed, tuner=tuner: (world.process, model(_fit(tuner, params, seed, steps)))  # noqa: B023, E731
+            reached, cells, seconds = trained(world, train, seeds)
             kls = [controlled.divergence(law, exact) for law in reached]
-            seconds = (time.perf_counter() - begun) / seeds
             out.append(
                 f"| {name} | {method} | {cells[0]} | {cells[1]} | {float(exact.mean[0]):.3f} | {float(exact.cov[0, 0]):.3f} | "
                 f"{spread(kls, 5)} | {steps * batch:,} | {seconds:.0f} |"

@@ -118,7 +118,7 @@ def test_a_priors_network_is_asked_at_its_own_scale(make, schedule):
         got = process.mean(
             jnp.asarray(x, jnp.float32), jnp.float32(t), denoiser(jnp.asarray(x, jnp.float32), jnp.float32(t))
         )
-        np.testing.assert_allclose(got, mean + (x - alpha * mean) @ gain.T, rtol=5e-3, atol=5e-3)
+        np.testing.assert_allclose(got, mean + (x - alpha * mean) @ gain.T, rtol=1e-3, atol=1e-3)
 
 
 # ---------------------------------------------------------------- kernels

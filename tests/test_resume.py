@@ -15,14 +15,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = [
     "samples=8",
+    "domain=planar",
     "prior=mlp",
     "prior.network.features=[32,32]",
     "prior.steps=4",
-    "prior.train.steps=400",
-    "prior.train.optimizer.decay_steps=400",
-    "reward=symmetry",
+    "prior.train.steps=200",
+    "prior.train.optimizer.decay_steps=200",
+    "reward=log_density",
     "method=draft_k",
-    "method.steps=200",
+    "method.steps=100",
     "method.batch=4",
 ]
 
@@ -79,7 +80,7 @@ def kill_and_resume(tmp_path, kills, seed):
 
     jax.tree.map(np.testing.assert_array_equal, a, b)
     steps = [row["step"] for row in map(json.loads, (broken / "metrics.jsonl").open()) if row["phase"] == "draft_k"]
-    assert steps == list(range(200))
+    assert steps == list(range(100))
 
 
 def test_killed_run_resumes_bit_equal(tmp_path):

@@ -181,7 +181,7 @@ def test_bad_rewards_end_in_finite_samples(reward, setting):
 
 @pytest.mark.parametrize("name", ["gaussian", pytest.param("masked", marks=pytest.mark.slow)])
 def test_resampled_particles_have_the_tilted_law(name):
-    """Equal weights: the mean of a statistic over B samples is that of the tilted law, not of the prior; copies are few."""
+    """Equal weights: the mean of a statistic over B samples is that of the tilted law, not of the prior."""
     world = WORLDS[name]()
     sampler = samplers.resampled(build(world, world.value), 4)
     draw = jax.jit(jax.vmap(lambda key: samplers.sample(sampler, key, 64, world.times).x0))

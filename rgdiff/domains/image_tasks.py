@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rgdiff import checks, metrics
+from rgdiff import checks, guides, metrics
 from rgdiff.domains import image_rewards
 from rgdiff.domains.classifier import Classifier, train_classifier
 from rgdiff.domains.images import ImageDomain
@@ -49,7 +49,7 @@ class ImageJudge(Judge):
                 f"{len(x0) - len(finite)} of {len(x0)} samples are not finite; lower the learning rate or check the reward"
             )
         row = self.reward_figures(x0, task)
-        asked = np.arange(len(x0)) % self.domain.classes if isinstance(task.reward, InTurn) else task.target
+        asked = np.arange(len(x0)) % self.domain.classes if task.conditional else task.target
         if asked is not None:
             found = np.asarray(self._classes(self.classifier, jnp.asarray(x0)))
             row["heldout_accuracy"] = float(np.mean(found == asked))
@@ -66,10 +66,18 @@ class ImageJudge(Judge):
             | self.costs(outcome)
         )
 
+    def in_turn(self) -> np.ndarray:
+        """Return real images of class 0, 1, ... in turn, as the samples of a conditional task are."""
+        x, y, classes = self.domain.train_x, self.domain.train_y, self.domain.classes
+        return np.stack([x[y == i % classes][i // classes] for i in range(SHOWN)])
+
     def pictures(self, samples: dict[str, np.ndarray], task: Task) -> list[tuple[str, np.ndarray, list[float]]]:
         """Return (title, 8-bit pictures, their guiding rewards) for the report: real images, then each method's samples."""
         title = "real images" if task.target is None else f"real images of class {task.target}"
-        shown = {title: self.real(task), **samples}
+        shown = {title: self.in_turn() if task.conditional else self.real(task), **samples}
+        if isinstance(task.heldout, Restored):
+            told = task.heldout
+            shown = {"the image, and what was seen of it": np.stack([told.truth, told.seen])} | shown
         first = {name: x0[:SHOWN] for name, x0 in shown.items()}
         return [(name, self.domain.decode(x0), self.rewards(task.reward, x0).tolist()) for name, x0 in first.items()]
 
@@ -131,6 +139,75 @@ def labelled(domain: ImageDomain, judge: ImageJudge, key: Key) -> Task:
     classify = image_rewards.classifier_reward
     reward, heldout = (InTurn(classify(one), domain.classes) for one in (guide, judge.classifier))
     return Task(reward, heldout, conditional=True)
+
+
+@pytree
+class Restored:
+    """Minus the root mean squared error from the image that was measured, over the pixels that were not seen, [B].
+
+    `seen` is what of it the measurement told, as a picture.
+    """
+
+    truth: Array
+    seen: Array
+    unseen: Array
+
+    def __call__(self, x0: Array, cond: Cond = None) -> Array:
+        square = (self.unseen * (x0 - self.truth) ** 2).reshape(x0.shape[0], -1)
+        return -jnp.sqrt(square.sum(-1) / self.unseen.sum())
+
+
+def inpainted(
+    domain: ImageDomain, judge: ImageJudge, key: Key, image: int = 0, hidden: str = "right", noise: float = 0.1
+) -> Task:
+    """Make the task: log-likelihood of half of a test image's pixels, seen with noise, in nats; judged by the other half.
+
+    Args:
+      image: its number among the test images; its class is the task's target.
+      hidden: the half that is not seen, left, right, top or bottom.
+      noise: standard deviation in the unit of pixels, which span 2.
+    """
+    truth, target = _measured_image(domain, image)
+    half = dict(zip(("left", "right", "top", "bottom"), ((1, 0), (1, 1), (0, 0), (0, 1)), strict=True))
+    axis, far = half[checks.one_of("hidden", hidden, half)]
+    size = truth.shape[axis]
+    index = jnp.arange(size).reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
+    unseen = jnp.broadcast_to((index >= size // 2) == bool(far), truth.shape).astype(jnp.float32)
+    y = truth + noise * jax.random.normal(key, truth.shape)
+    reward = guides.inpainting(1 - unseen, y, noise)
+    return Task(reward, Restored(truth, jnp.where(unseen > 0, domain.value_range[0], y), unseen), target)
+
+
+def downsampled(
+    domain: ImageDomain, judge: ImageJudge, key: Key, image: int = 0, factor: int = 2, noise: float = 0.1
+) -> Task:
+    """Make the task: log-likelihood of a test image's block means, seen with noise, in nats; judged by all of its pixels.
+
+    Args:
+      image, noise: as `inpainted`.
+      factor: side of a block; it divides the image's sides.
+    """
+    truth, target = _measured_image(domain, image)
+    high, wide, channels = domain.shape
+    if high % factor or wide % factor:
+        raise ValueError(
+            f"images of {high} x {wide} pixels have no blocks of {factor} x {factor}; choose another reward.factor"
+        )
+    rows, columns = (jnp.kron(jnp.eye(n // factor), jnp.ones((1, factor)) / factor) for n in (high, wide))
+    matrix = jnp.kron(jnp.kron(rows, columns), jnp.eye(channels))
+    y = matrix @ truth.reshape(-1)
+    y = y + noise * jax.random.normal(key, y.shape)
+    seen = (y @ matrix * factor**2).reshape(domain.shape)
+    return Task(
+        guides.linear(matrix, y, noise, shape=domain.shape), Restored(truth, seen, jnp.ones_like(truth)), target
+    )
+
+
+def _measured_image(domain: ImageDomain, image: int) -> tuple[Array, int]:
+    if not isinstance(domain, ImageDomain):
+        raise ValueError("this reward measures an image; choose an image domain, e.g. domain=digits")
+    checks.one_of("reward.image", image, range(len(domain.test_x)))
+    return jnp.asarray(domain.test_x[image]), int(domain.test_y[image])
 
 
 def symmetric() -> Task:

@@ -33,7 +33,7 @@ class Oracle:
     def standard(self, x0: Array) -> Array:
         """Return the prediction in standard deviations from the mean, [B]."""
         x0 = x0.astype(jnp.float32)
-        return per_example(from_linen(self.network, self.params)(x0, jnp.zeros(x0.shape[0])))
+        return per_example(from_linen(self.network, self.params)(x0, jnp.float32(0)))
 
 
 @pytree

@@ -66,6 +66,13 @@ def draw(run: Run, phase: str, sampler: Any, prior: Prior, count: int, keep: Any
         return jax.block_until_ready(out)
 
 
+def draw_with_kl(run: Run, phase: str, sampler: Any, prior: Prior, count: int) -> tuple[np.ndarray, float]:
+    """Draw samples and, of the same chains, their mean path KL in nats to the prior."""
+    compared = dataclasses.replace(sampler, reference=prior.denoiser)
+    out = draw(run, phase, compared, prior, count, keep=samplers.path_kl)
+    return np.asarray(out.x0), float(samplers.total_path_kl(out).mean())
+
+
 @dataclasses.dataclass(frozen=True)
 class Ancestral:
     """The prior itself."""

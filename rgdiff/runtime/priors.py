@@ -51,6 +51,9 @@ class FactorisedModel:
         return Factorised(params)
 
 
+SAMPLING = ("steps", "eta", "clip", "order", "guidance", "checkpoint")  # settings of a prior that training does not see
+
+
 @dataclasses.dataclass(frozen=True)
 class Prior:
     """A prior ready for use: `model(params)` denoises under `process`, in chains over `times`."""
@@ -107,13 +110,16 @@ class TrainedPrior:
         """Load the parameters from the checkpoint or the cache, or train and cache them.
 
         Args:
-          identity: plain values that the trained parameters depend on; their hash names the cache entry.
+          identity: the run's domain, prior and seed as plain values; the hash of what training sees of them, all but SAMPLING,
+            names the cache entry.
         """
         key = run.key("prior")
         like = initial(self.network, jax.random.fold_in(key, 0), state_shape(process))
         if self.checkpoint is not None:
             run.say(f"prior: parameters from {self.checkpoint}")
             return load_params(self.checkpoint, like)
+        seen = {name: value for name, value in identity["prior"].items() if name not in SAMPLING}
+        identity = identity | {"prior": seen, "conditional": self.train.get("null") is not None}
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         cached = run.cache / "priors" / digest
         if cached.exists():

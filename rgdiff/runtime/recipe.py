@@ -100,7 +100,8 @@ def compose(recipe: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(folder), version_base="1.3"):
-            base = hydra_compose(name, overrides=[o for o in overrides if _is_choice(o)] + search)
+            choices = [o for o in overrides if _is_choice(o)]
+            base = hydra_compose(name, overrides=choices + search)
             known = list(_keys(OmegaConf.to_container(base, resolve=False)))
             for override in overrides:
                 key = override.partition("=")[0]
@@ -108,7 +109,7 @@ def compose(recipe: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
                     raise ValueError(
                         f"unknown key {key!r} in {recipe}{_nearest(key, known)}; `rgdiff show {recipe}` shows them all"
                     )
-            config = hydra_compose(name, overrides=[*overrides, *search])
+            config = hydra_compose(name, overrides=[*overrides, *search]) if len(choices) < len(overrides) else base
             missing = sorted(OmegaConf.missing_keys(config))
             if missing:
                 raise ValueError(f"{recipe} needs a value for {missing[0]}; give {missing[0]}=…")

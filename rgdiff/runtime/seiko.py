@@ -18,8 +18,8 @@ from rgdiff import checks, guides, metrics, samplers, seiko, surrogates, values
 from rgdiff.processes import MaskedProcess
 from rgdiff.rewards import Task
 from rgdiff.runtime.campaign import Campaign
-from rgdiff.runtime.methods import Outcome, draw, nothing
-from rgdiff.runtime.priors import Prior
+from rgdiff.runtime.methods import Outcome, draw, draw_with_kl, nothing
+from rgdiff.runtime.priors import Prior, unconditional
 from rgdiff.runtime.run import Run
 from rgdiff.runtime.tuning import FineTuning
 from rgdiff.typing import Process
@@ -71,6 +71,7 @@ class Seiko:
     def check(self, prior: Any, shape: tuple[int, ...]) -> None:
         """Refuse settings that do not fit each other or the prior, before anything is trained."""
         blank: Any = nothing
+        unconditional(prior, "a campaign of queries", "choose a prior without labels")
         if isinstance(self.queries, int) or not len(self.queries):
             raise ValueError(f"queries is a list, how many in every round, e.g. [64, 64, 64, 64]; got {self.queries!r}")
         for count in self.queries:
@@ -189,9 +190,7 @@ def judged(run: Run, phase: str, campaign: Campaign, prior: Prior, count: int) -
     sampler = campaign.sampler
     if not isinstance(campaign.method, seiko.Seiko):
         return np.asarray(draw(run, phase, sampler, prior, count).x0), float("nan")
-    sampler = dataclasses.replace(sampler, reference=prior.denoiser)
-    out = draw(run, phase, sampler, prior, count, keep=samplers.path_kl)
-    return np.asarray(out.x0), float(samplers.total_path_kl(out).mean())
+    return draw_with_kl(run, phase, sampler, prior, count)
 
 
 _score = jax.jit(lambda reward, x0: reward(x0))

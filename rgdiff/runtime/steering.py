@@ -14,10 +14,10 @@ import numpy as np
 from rgdiff import checks, guides, samplers, values
 from rgdiff.resampling import multinomial
 from rgdiff.rewards import Task
-from rgdiff.runtime.methods import Outcome, draw, nothing
+from rgdiff.runtime.methods import Outcome, draw, draw_with_kl, nothing
 from rgdiff.runtime.priors import Prior, unconditional
 from rgdiff.runtime.run import Run
-from rgdiff.runtime.values import PosteriorMean
+from rgdiff.runtime.values import PosteriorMean, measurement
 from rgdiff.typing import Array, Info, Process
 
 
@@ -187,10 +187,11 @@ class Guided:
 
     Args:
       guide: `score` (the score moved by the gradient of the value: DPS for any reward with the posterior mean, classifier
-        guidance with a learnt value), `lgd_mc` (the reward at `draws` samples around the posterior mean), or `tilt`
-        (the kernel tilted instead; masked priors too).
+        guidance with a learnt value, PiGDM with a measurement's likelihood), `lgd_mc` (the reward at `draws` samples around
+        the posterior mean), `tmpd` (for measurements), or `tilt` (the kernel tilted instead; masked priors too).
       temperature: the scale is 1 / temperature, per unit of the reward.
-      value: of `rgdiff.runtime.values`; not for lgd_mc.
+      value: of `rgdiff.runtime.values`; not for lgd_mc and tmpd.
+      diagonal: of tmpd: row sums in place of the covariance.
       recurrences, window: how often each move is made, and in which times (FreeDoM).
     """
 
@@ -198,6 +199,7 @@ class Guided:
     temperature: float = 0.2
     value: Any = PosteriorMean()
     draws: int = 4
+    diagonal: bool = False
     tilts: str = "token"
     recurrences: int = 1
     window: tuple[float, float] | None = None
@@ -210,12 +212,14 @@ class Guided:
 
     def sampler(self, process: Process, denoiser: Any, value: Any, reward: Any, key: Any) -> Any:
         """Build the sampler."""
-        checks.one_of("guide", self.guide, ("score", "lgd_mc", "tilt"))
+        checks.one_of("guide", self.guide, ("score", "lgd_mc", "tmpd", "tilt"))
         guide, scale = None, 1 / self.temperature
         if self.guide == "score":
             denoiser = guides.classifier_guidance(denoiser, process, value, scale)
         elif self.guide == "lgd_mc":
             denoiser = guides.lgd_mc(denoiser, process, reward, key, draws=self.draws, scale=scale)
+        elif self.guide == "tmpd":
+            denoiser = guides.tmpd(denoiser, process, reward, diagonal=self.diagonal, scale=scale)
         else:
             guide = guides.gradient_guide(value, scale, tilts=self.tilts)
         window = None if self.window is None else (self.window[0], self.window[1])
@@ -225,15 +229,15 @@ class Guided:
         denoiser = prior.denoiser
         with run.clock() as clock:
             value, curves = None, {}
-            if self.guide != "lgd_mc":
+            if self.guide == "tmpd":
+                measurement(task, "method.guide=tmpd")
+            elif self.guide != "lgd_mc":
                 value, curves = self.value.obtain(run, phase, prior, task, denoiser, self.temperature)
             sampler = self.sampler(prior.process, denoiser, value, task.reward, run.key(f"{phase}_guide"))
             out = draw(run, phase, sampler, prior, count)
         kl = float("nan")  # repeated moves and points have no path KL
         if self.recurrences == 1 and prior.process.stochastic:
-            compared = dataclasses.replace(sampler, reference=denoiser)
-            out_kl = draw(run, f"{phase}_kl", compared, prior, count, keep=samplers.path_kl)
-            kl = float(samplers.total_path_kl(out_kl).mean())
+            kl = draw_with_kl(run, f"{phase}_kl", sampler, prior, count)[1]
         calls = sampler.network_calls(len(prior.times) - 1)
         return Outcome(
             np.asarray(out.x0),

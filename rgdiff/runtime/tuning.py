@@ -21,7 +21,7 @@ from rgdiff.nets import LoRAModel, lora_init, lora_sum
 from rgdiff.rewards import Task
 from rgdiff.runtime.adapters import load_peft, save_peft
 from rgdiff.runtime.checkpoint import save_params
-from rgdiff.runtime.methods import Curves, Outcome, draw, nothing
+from rgdiff.runtime.methods import Curves, Outcome, draw, draw_with_kl, nothing
 from rgdiff.runtime.priors import Prior, initial, state_shape, unconditional
 from rgdiff.runtime.run import Run
 from rgdiff.runtime.values import LearnedModel
@@ -54,25 +54,25 @@ SHOWN = {
 def path_kl(run: Run, phase: str, prior: Prior, tuned: Any, count: int) -> float:
     """Return the mean path KL in nats of a tuned model's ancestral chain to the prior's, whatever eta it was tuned with."""
     law = prior.process if prior.process.stochastic else prior.with_eta(1.0)
-    compared = samplers.ancestral(law, tuned, reference=prior.denoiser)
-    out = draw(run, f"{phase}_kl", compared, prior, count, keep=samplers.path_kl)
-    return float(samplers.total_path_kl(out).mean())
+    return draw_with_kl(run, f"{phase}_kl", samplers.ancestral(law, tuned), prior, count)[1]
 
 
 def measured(
     run: Run, phase: str, prior: Prior, rewards: dict[str, Reward], denoiser: Any, process: Process, count: int
 ) -> dict[str, float]:
-    """Return mean rewards, diversity and path KL of a denoiser's samples; of one chain where the process has a law."""
+    """Return, and log, mean rewards, diversity and path KL of a denoiser's samples; of one chain where the process has a law."""
+    sampler = samplers.ancestral(process, denoiser)
     if process.stochastic:
-        sampler = samplers.ancestral(process, denoiser, reference=prior.denoiser)
-        out = draw(run, phase, sampler, prior, count, keep=samplers.path_kl)
-        kl = float(samplers.total_path_kl(out).mean())
+        x0, kl = draw_with_kl(run, phase, sampler, prior, count)
     else:
-        out = draw(run, phase, samplers.ancestral(process, denoiser), prior, count)
+        x0 = np.asarray(draw(run, phase, sampler, prior, count).x0)
         kl = path_kl(run, phase, prior, denoiser, count)
     cond = prior.conditions(count)
-    means = {name: float(jnp.nanmean(_rewards(reward, out.x0, cond))) for name, reward in rewards.items()}
-    return means | {"diversity": metrics.diversity(np.asarray(out.x0)), "path KL": kl}
+    figures = {name: float(jnp.nanmean(_rewards(reward, x0, cond))) for name, reward in rewards.items()}
+    figures |= {"diversity": metrics.diversity(x0), "path KL": kl}
+    run.log.rewind(phase, 0)
+    run.log.write(phase, 0, {name.replace(" ", "_").replace("-", "_"): value for name, value in figures.items()})
+    return figures
 
 
 _rewards = jax.jit(lambda reward, x0, cond: reward(x0, cond))
@@ -117,13 +117,11 @@ class FineTuning:
         """Refuse settings that do not fit each other or the prior, before anything is trained."""
         process = prior.process(shape, self.eta)
         blank: Any = nothing
-        self.tuner(blank, process, Task(blank, blank), process.times(prior.steps), blank)
+        tuner = self.tuner(blank, process, Task(blank, blank), process.times(prior.steps), blank)
         if self.setting == "dpok" and getattr(self.value, "classes", 0) is None:
             unconditional(prior, "dpok's baseline without classes", "give +method.value.classes=N")
-        if self.stopping is not None and self.steps < self.stopping.get("window", 10):
-            raise ValueError(
-                f"stopping judges windows of {self.stopping.get('window', 10)} steps, more than all {self.steps}"
-            )
+        if self.stopping is not None and self.steps < tuner.window:
+            raise ValueError(f"stopping judges windows of {tuner.window} steps, more than all {self.steps}")
         if self.scales and self.adapter is None:
             raise ValueError("scales are of a LoRA adapter; give method.adapter=RANK as well")
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rgdiff import checks, samplers, tuners, values
+from rgdiff import checks, guides, samplers, tuners, values
 from rgdiff.denoisers import from_linen
 from rgdiff.domains import enumeration
 from rgdiff.rewards import Task
@@ -38,6 +38,38 @@ class PosteriorMean:
     ) -> tuple[Any, Curves]:
         """Plug the prediction into the reward."""
         return values.posterior_mean(task.reward, prior.process, denoiser, plug_in=self.plug_in), {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Likelihood:
+    """log p(y | x_t) of a task whose reward is a measurement (`rgdiff.guides.likelihood`): PiGDM's value and TDS's twist, no training.
+
+    Args:
+      prior_variance: of one coordinate of the data.
+    """
+
+    prior_variance: float = 1.0
+
+    def check(self, prior: Any, shape: tuple[int, ...], temperature: float) -> None:
+        """Refuse a prior that is not Gaussian, or a temperature that makes it another likelihood."""
+        blank: Any = nothing
+        guides.likelihood(blank, prior.process(shape), blank, prior_variance=self.prior_variance)
+        if temperature != 1:
+            raise ValueError(f"a likelihood's temperature is 1, got {temperature}; leave method.temperature=1")
+
+    def obtain(
+        self, run: Run, phase: str, prior: Prior, task: Task, denoiser: Any, temperature: float
+    ) -> tuple[Any, Curves]:
+        """Join the measurement and the prediction."""
+        y = measurement(task, "value@method.value=likelihood")
+        return guides.likelihood(denoiser, prior.process, y, prior_variance=self.prior_variance), {}
+
+
+def measurement(task: Task, what: str) -> Any:
+    """Return the task's reward, refusing one that is not a measurement."""
+    if not hasattr(task.reward, "log_prob"):
+        raise ValueError(f"{what} is for measurements; choose reward=inpainting or reward=downsampling")
+    return task.reward
 
 
 @dataclasses.dataclass(frozen=True)
