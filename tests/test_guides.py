@@ -16,6 +16,7 @@ from rgdiff.runtime.mesh import data_mesh
 from rgdiff.samplers._loop import _whole
 from rgdiff.typing import pytree
 from tests.mixtures import A23, C3, M3, Y2, Measured, grid_of_nine, lattice, ring_of_eight, swiss_roll
+from tests.test_smc import BAD
 from tests.worlds import SCHEDULES, GaussianWorld, assert_mean, correlated, factorised, slope
 
 
@@ -554,3 +555,24 @@ def test_the_ancestral_sampler_refuses_what_has_no_meaning():
     ):
         with pytest.raises(ValueError, match=words):
             build()
+
+
+@pytest.mark.parametrize("reward", BAD)
+def test_bad_rewards_end_in_finite_samples(reward):
+    """Where the reward has no gradient nothing is guided: the chain is the prior's, number for number."""
+    world = GaussianWorld([0.5], [[0.8]], schedule="linear_vp", steps=5, eta=1.0)
+    process, prior, key = world.process, world.denoiser, jax.random.key(0)
+    value = values.posterior_mean(BAD[reward], process, prior)
+    guided = [
+        samplers.ancestral(process, guides.classifier_guidance(prior, process, value, 2.0)),
+        samplers.ancestral(process, guides.lgd_mc(prior, process, BAD[reward], key, draws=4, scale=2.0)),
+        samplers.ancestral(process, prior, guide=guides.gradient_guide(value, 2.0)),
+    ]
+    plain = samplers.sample(samplers.ancestral(process, prior), key, 32, world.times).x0
+    for sampler in guided:
+        x0 = samplers.sample(sampler, key, 32, world.times).x0
+        assert np.isfinite(x0).all()
+        if reward in ("all infeasible", "constant", "infinite"):
+            np.testing.assert_allclose(x0, plain, rtol=1e-5, atol=1e-6)
+        else:
+            assert float(jnp.abs(x0 - plain).max()) > 0.1
