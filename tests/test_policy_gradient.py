@@ -502,6 +502,24 @@ def same(a, b, **tolerance):
     jax.tree.map(lambda x, y: compare(np.asarray(x), np.asarray(y), **tolerance), a, b)
 
 
+def test_noisy_answers_have_their_spread_and_none_is_exact():
+    online, params, reward = conditional()
+    key, data = jax.random.key(5), jnp.arange(3).repeat(2)
+    state = tuners.as_tuner(online, reward).init(params)
+    step = jax.jit(lambda tuner, key: tuner.step(key, state, data[:4])[1]["reward"])
+    told = {
+        noise: np.array(
+            [float(step(tuners.as_tuner(online, reward, noise=noise), k)) for k in jax.random.split(key, 400)]
+        )
+        for noise in (None, 0.0, 3.0)
+    }
+    np.testing.assert_allclose(told[0.0], told[None], rtol=1e-4, atol=1e-6)
+    apart = (told[3.0] - told[None]) * np.sqrt(8)  # the mean of eight answers
+    assert abs(apart.mean()) < 4 * 3 / 20 and abs(apart.std() / 3 - 1) < 4 / np.sqrt(800)
+    with pytest.raises(ValueError, match="noise"):
+        tuners.as_tuner(online, reward, noise=-1.0)
+
+
 def test_host_and_program_make_the_same_run_and_continue_it():
     online, params, reward = conditional()
     key, data = jax.random.key(3), jnp.arange(3).repeat(2)

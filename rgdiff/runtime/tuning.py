@@ -94,6 +94,7 @@ class FineTuning:
       diagnose: number of batches from which the gradient's noise is estimated at the start, or 0.
       value: a network (x, t, cond) -> [B], the baseline of dpok.
       value_optimizer: for it; the same as the policy's by default.
+      noise: standard deviation of what an online method is answered, in the reward's unit.
     """
 
     setting: str
@@ -111,6 +112,7 @@ class FineTuning:
     diagnose: int = 0
     value: Any = None
     value_optimizer: Any = None
+    noise: float | None = None
     chunk: int = 10
 
     def check(self, prior: Any, shape: tuple[int, ...]) -> None:
@@ -134,11 +136,15 @@ class FineTuning:
         kl = {} if self.kl_weight is None else {"reference": reference, "kl_weight": self.kl_weight}
         heldout = task.heldout if self.heldout or self.stopping is not None else None
         if self.setting in GRADIENTS:
+            if self.noise is not None:
+                raise ValueError(
+                    f"{self.setting} differentiates the reward and hears no noisy answers; leave method.noise=null"
+                )
             tuner = self.gradient(model, process, task.reward, times, heldout=heldout, **kl)
         else:
             options = {"batch": self.batch, **kl, **self.baseline(process, key), **self.options}
             online = ONLINE[self.setting](model, process, times, self.optimizer, **options)
-            tuner = tuners.as_tuner(online, task.reward, heldout=heldout)
+            tuner = tuners.as_tuner(online, task.reward, heldout=heldout, noise=self.noise)
         return tuner if self.stopping is None else tuners.early_stopping(tuner, **self.stopping)
 
     def gradient(self, model: Any, process: Process, reward: Any, times: Array, **options: Any) -> Any:

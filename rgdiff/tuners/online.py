@@ -33,6 +33,7 @@ class OnlineTuner:
     online: Any
     reward: Reward
     heldout: Reward | None = None
+    noise: Array | None = None
 
     @property
     def batch(self) -> int:
@@ -49,7 +50,7 @@ class OnlineTuner:
         """Take one step; `batch` are the conditions, or None."""
         key_rollout, key_update = jax.random.split(key)
         experience = self.online.rollout(key_rollout, state, batch)
-        rewards = self.reward(experience.x0, experience.cond)
+        rewards = self._answers(key, experience)
         state, info = self.online.update(key_update, state, experience, rewards)
         if self.heldout is not None:
             info = info | {"heldout": feasible_mean(self.heldout(experience.x0, experience.cond), rewards)}
@@ -60,24 +61,34 @@ class OnlineTuner:
         key_rollout, key_update = jax.random.split(key)
         state = self.online.init(params)
         experience = self.online.rollout(key_rollout, state, cond)
-        rewards = self.reward(experience.x0, experience.cond)
+        rewards = self._answers(key, experience)
         return self.online.gradients(key_update, state, experience, rewards)
 
     def network_calls(self) -> int:
         """Calls of the tuned denoiser per sample and step, forward passes only."""
         return self.online.network_calls()
 
+    def _answers(self, key: Key, experience: Any) -> Array:
+        rewards = self.reward(experience.x0, experience.cond)
+        if self.noise is None:
+            return rewards
+        return rewards + self.noise * jax.random.normal(jax.random.fold_in(key, 2), rewards.shape)
 
-def as_tuner(online: Online, reward: Reward, *, heldout: Reward | None = None) -> OnlineTuner:
+
+def as_tuner(
+    online: Online, reward: Reward, *, heldout: Reward | None = None, noise: float | None = None
+) -> OnlineTuner:
     """Make an online method a tuner for `fit`, with a JAX reward (or `rewards.from_host`) in the same program.
 
     Args:
       reward: (x0, cond) -> [B]; NaN marks an infeasible sample.
       heldout: another reward, reported as info["heldout"] (see `early_stopping`).
+      noise: standard deviation of Gaussian noise on every answer, in the reward's unit, as where an experiment answers.
     """
     _three_parts(online)
     heldout = None if heldout is None else callable_pytree(heldout, "a held-out reward")
-    return OnlineTuner(online, callable_pytree(reward, "a reward"), heldout)
+    noise = None if noise is None else checks.positive("noise", noise, zero=True)
+    return OnlineTuner(online, callable_pytree(reward, "a reward"), heldout, noise)
 
 
 def fit_online(
