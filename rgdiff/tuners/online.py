@@ -87,8 +87,8 @@ def as_tuner(
     """
     _three_parts(online)
     heldout = None if heldout is None else callable_pytree(heldout, "a held-out reward")
-    noise = None if noise is None else checks.positive("noise", noise, zero=True)
-    return OnlineTuner(online, callable_pytree(reward, "a reward"), heldout, noise)
+    spread = None if noise is None else checks.positive("noise", noise, zero=True)
+    return OnlineTuner(online, callable_pytree(reward, "a reward"), heldout, spread)
 
 
 def fit_online(
