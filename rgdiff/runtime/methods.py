@@ -16,7 +16,7 @@ import numpy as np
 from rgdiff import samplers
 from rgdiff.rewards import Task
 from rgdiff.runtime.priors import Prior
-from rgdiff.runtime.progress import progress
+from rgdiff.runtime.progress import pieces, progress
 from rgdiff.runtime.run import Run
 
 Curves = dict[str, tuple[Sequence[float], Sequence[float]]]
@@ -54,7 +54,9 @@ def shown(phase: str, moves: int) -> Iterator[dict[str, Any]]:
             advance(stop - done)
             done = stop
 
-        yield {"chunk": max(1, -(-moves // 4)), "on_chunk": on_chunk}
+        quarter = max(1, -(-moves // 4))
+        chunk = pieces(moves, quarter, moves // 10) or (moves if moves < 100 else quarter)
+        yield {"chunk": chunk, "on_chunk": on_chunk}
 
 
 def draw(run: Run, phase: str, sampler: Any, prior: Prior, count: int, keep: Any = None) -> Any:

@@ -15,6 +15,11 @@ from typing import Any, TextIO
 EVERY = 10.0  # seconds between lines where there is no terminal
 
 
+def pieces(total: int, most: int, least: int) -> int | None:
+    """Return the largest divisor of `total` from `least` to `most`, or None: pieces of one length are one compiled program."""
+    return next((length for length in range(most, max(least, 1) - 1, -1) if total % length == 0), None)
+
+
 @contextlib.contextmanager
 def progress(title: str, total: int, *, done: int = 0, file: TextIO | None = None) -> Iterator[Callable[..., None]]:
     """Yield `advance(n, text="")`, which counts n more of `total` units and shows rate and time left.

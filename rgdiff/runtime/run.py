@@ -22,7 +22,7 @@ from rgdiff.rewards import HostReward
 from rgdiff.runtime.checkpoint import Checkpoints
 from rgdiff.runtime.folder import RunFolder
 from rgdiff.runtime.metrics import MetricsLog
-from rgdiff.runtime.progress import progress
+from rgdiff.runtime.progress import pieces, progress
 from rgdiff.tuners.online import OnlineTuner, RewardFailure
 
 PATIENCE = 20  # a phase stops after more skipped updates than this since it began or was resumed
@@ -94,10 +94,14 @@ class Run:
     ) -> Any:
         """Train as `tuners.fit` does, with progress, a row of metrics a step, and checkpoints; go on where a killed run was.
 
+        Args:
+          chunk: steps to a compiled call, at most: fewer, down to half, where that divides `steps` and saves compiling the rest.
+
         Raises:
           ValueError: after more than PATIENCE non-finite updates; the last good state is kept on disk.
         """
         state = tuner.init(params)
+        chunk = pieces(steps, chunk, chunk // 2 + 1) or chunk
         with Checkpoints(self.folder.path / "checkpoints" / phase) as checkpoints:
             if checkpoints.latest() is not None:
                 state, step, _ = checkpoints.restore(state)

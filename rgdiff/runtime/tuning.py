@@ -18,7 +18,7 @@ import numpy as np
 
 from rgdiff import checks, metrics, samplers, tuners
 from rgdiff.nets import LoRAModel, lora_init, lora_sum
-from rgdiff.rewards import Task
+from rgdiff.rewards import HostReward, Task
 from rgdiff.runtime.adapters import load_peft, save_peft
 from rgdiff.runtime.checkpoint import save_params
 from rgdiff.runtime.methods import Curves, Outcome, draw, draw_with_kl, nothing
@@ -134,12 +134,12 @@ class FineTuning:
         if self.kl_weight is None and needed is not None and needed.default is needed.empty:
             raise ValueError(f"{self.setting} has a KL to the prior; give method.kl_weight")
         kl = {} if self.kl_weight is None else {"reference": reference, "kl_weight": self.kl_weight}
+        if self.noise is not None and (self.setting in GRADIENTS or isinstance(task.reward, HostReward)):
+            raise ValueError(
+                "noise is on what an online method is answered by a reward in JAX; leave method.noise=null"
+            )
         heldout = task.heldout if self.heldout or self.stopping is not None else None
         if self.setting in GRADIENTS:
-            if self.noise is not None:
-                raise ValueError(
-                    f"{self.setting} differentiates the reward and hears no noisy answers; leave method.noise=null"
-                )
             tuner = self.gradient(model, process, task.reward, times, heldout=heldout, **kl)
         else:
             options = {"batch": self.batch, **kl, **self.baseline(process, key), **self.options}
