@@ -9,6 +9,7 @@ import pytest
 
 from rgdiff.runtime.checkpoint import Checkpoints
 from rgdiff.runtime.folder import RunFolder
+from rgdiff.runtime.progress import pieces
 from rgdiff.runtime.run import PATIENCE, Run
 from rgdiff.tuners._loop import start, update
 from rgdiff.typing import pytree
@@ -48,3 +49,11 @@ def test_a_few_skipped_updates_are_counted_and_forgiven(tmp_path):
     state = run.fit("tune", FailsFrom(jnp.int32(30)), run.key("tune"), jnp.zeros(2), 40, chunk=10)
     assert int(state.skipped) == 10 and int(state.step) == 40
     assert float(state.params[0]) == pytest.approx(-3.0)
+
+
+def test_phases_and_chains_are_cut_into_pieces_of_one_length():
+    for total in range(1, 200):
+        length = pieces(total, 25, 13)
+        assert length is None or (total % length == 0 and 13 <= length <= 25)
+        assert (length is None) == all(total % n for n in range(13, 26))
+    assert pieces(40, 25, 13) == 20 and pieces(29, 8, 2) is None and pieces(3, 1, 0) == 1
