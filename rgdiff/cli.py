@@ -141,6 +141,8 @@ def run_recipe(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     domain = recipe.build(config["domain"], trusted)
     settings = recipe.build(config["prior"], trusted)
     built = {key: recipe.build(value, trusted) for key, value in methods.items()}
+    if strangers := sorted(set(config.get("rewards") or {}) - set(built)):
+        raise ValueError(f"rewards.{strangers[0]} guides no method of this recipe, which has {', '.join(built)}")
     for key, method in built.items():
         try:
             method.check(settings, domain.shape)
@@ -156,13 +158,18 @@ def run_recipe(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     judge = domain.evaluator(run.key("judge"))
     task = recipe.build(config["reward"], trusted, domain=domain, judge=judge, key=run.key("reward"))
     judge.check(task)
+    tasks = dict.fromkeys(built, task)
+    for key, settings_of in (config.get("rewards") or {}).items():  # guides of their own, judged alike
+        own = recipe.build(settings_of, trusted, domain=domain, judge=judge, key=run.key(f"{key}_reward"))
+        judge.check(own)
+        tasks[key] = task._replace(reward=own.reward)
     if task.conditional and getattr(settings, "guidance", None) is None:
         raise ValueError("this reward is of a sample's label; choose a conditional prior, e.g. prior=unet_conditional")
     identity = {"domain": config["domain"], "prior": config["prior"], "seed": config["seed"]}
     prior = settings.obtain(run, domain, identity)
     outcomes = {"prior": Ancestral().run(run, "prior_samples", prior, task, count)}
     for key, method in built.items():
-        outcomes[key] = method.run(run, key, prior, task, count)
+        outcomes[key] = method.run(run, key, prior, tasks[key], count)
 
     # Write: numbers, samples, report.
     rows = {key: judge.row(outcome, task, prior) | outcome.figures for key, outcome in outcomes.items()}

@@ -270,6 +270,18 @@ def test_a_prior_sampled_otherwise_is_not_trained_again(tmp_path, cache):
     assert len(kept()) == len(before) + 1
 
 
+def test_a_method_may_have_a_guide_of_its_own(tmp_path, cache, capsys):
+    guide = "+rewards.best_of_n._target_=rgdiff.domains.image_tasks.inked"
+    few = ["method=best_of_n", "method.candidates=4"]
+    assert run(tmp_path, cache, "reward=symmetry", *few, guide, out="own") == 0
+    assert run(tmp_path, cache, "reward=ink", *few, out="ink") == 0
+    own, ink = ({"samples": np.load(tmp_path / n / "samples.npz")["best_of_n"], **json.loads((tmp_path / n / "summary.json").read_text())} for n in ("own", "ink"))  # fmt: skip
+    np.testing.assert_array_equal(own["samples"], ink["samples"])
+    assert own["best_of_n/reward_mean"] != ink["best_of_n/reward_mean"]  # symmetry's
+    stranger = guide.replace("best_of_n", "nobody")
+    assert "guides no method" in failing(capsys, "run", "steer", *TINY, f"out={tmp_path / 'no'}", stranger)
+
+
 @pytest.mark.slow
 def test_foreign_and_truncated_prior_checkpoints(tmp_path, cache, capsys):
     foreign = tmp_path / "foreign"
