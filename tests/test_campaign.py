@@ -147,8 +147,29 @@ def test_the_end_is_said_and_another_campaign_is_refused(first, tmp_path):
         opened(tmp_path, seed=1)
     with pytest.raises(ValueError, match="its run has alpha=0.2"):
         opened(tmp_path, alpha=0.3)
+    with pytest.raises(ValueError, match="its run has queries"):
+        opened(tmp_path, queries=[QUERIES[0] - 1, *QUERIES[1:]])
     with pytest.raises(ValueError, match="16 queries need capacity=16"):
         opened(tmp_path / "more", queries=[8, 8])
+
+
+def test_a_campaign_that_is_done_goes_on_with_more_rounds(tmp_path):
+    """Rounds asked for later are those of a campaign that was to have them from the start, number for number."""
+    ends = {}
+    for name, plans in {"grown": [QUERIES[:1], QUERIES], "whole": [QUERIES]}.items():
+        for queries in plans:
+            campaign = opened(tmp_path / name, queries=queries)
+            while not campaign.done:
+                ids, x0 = campaign.ask()
+                campaign.tell(ids, measure(x0))
+        campaign.finish()
+        ends[name] = campaign
+    assert ends["grown"].round == ends["whole"].round == len(QUERIES)
+    for one, other in zip(ends["grown"].history(), ends["whole"].history(), strict=True):
+        np.testing.assert_array_equal(one[0], other[0])
+    np.testing.assert_array_equal(ends["grown"].sample(4), ends["whole"].sample(4))
+    with pytest.raises(ValueError, match="its run has queries"):  # rounds that were asked are not forgotten
+        opened(tmp_path / "grown", queries=QUERIES[:1])
 
 
 def test_damaged_files_are_named(first, tmp_path):

@@ -293,7 +293,8 @@ def open_campaign(
     """Begin a campaign in `folder`, or go on with the one that is there.
 
     Args:
-      method, params, queries: see `Campaign`.
+      method, params, queries: see `Campaign`. More rounds may follow those that the campaign began with, as many as the
+        method's capacity holds: give them behind the same first ones.
       steps: of tuning a round; the method's own by default.
 
     Raises:
@@ -313,7 +314,7 @@ def open_campaign(
         for name in numbers
         if (value := getattr(method, name, None)) is not None
     }
-    opened = RunFolder.create(folder, config, resume=True)
+    opened = RunFolder.create(folder, config, resume=True, longer="queries")
     return Campaign(Run(opened, seed, opened.path / "cache"), "campaign", method, params, queries, steps=steps)
 
 

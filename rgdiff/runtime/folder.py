@@ -37,13 +37,16 @@ class RunFolder:
     versions: dict[str, Any]
 
     @classmethod
-    def create(cls, path: str | os.PathLike[str], config: dict[str, Any], resume: bool = False) -> RunFolder:
+    def create(
+        cls, path: str | os.PathLike[str], config: dict[str, Any], resume: bool = False, longer: str | None = None
+    ) -> RunFolder:
         """Make the folder of a run, or with `resume` go on in the folder of the same run.
 
         Args:
           path: the folder.
           config: the resolved config, of plain values (str, numbers, bool, None, lists, dicts), seed too.
           resume: go on in a folder that holds this run; in a folder that holds none, start.
+          longer: a key of the config whose list may go on where that of the run there ends.
 
         Raises:
           ValueError: if the folder holds a run and `resume` is False, if the run there has another config
@@ -58,6 +61,8 @@ class RunFolder:
             if not resume:
                 raise ValueError(f"{path} already holds a run; give resume=true to go on with it, or another out")
             before = _read_yaml(stored)
+            if longer is not None and config[longer][: len(before.get(longer, ()))] == before.get(longer):
+                before[longer] = config[longer]
             different = _first_difference(_what(before), _what(config))
             if different:
                 key, was, now = different
