@@ -337,6 +337,36 @@ def drakes_score_function(number=0.5):
     ), net(4, 3)  # fmt: skip
 
 
+def drakes_log_variance(number=0.5):
+    return tuners.drakes(
+        gaussian_model, masked(), masked_reward, masked().times(4), ADAM, batch=B, reference=Net(net(4, 3, 5)),
+        kl_weight=number, estimator="log_variance",
+    ), net(4, 3)  # fmt: skip
+
+
+def elegant(number=0.5):
+    """The main chain, begun at what another sampler draws."""
+    process = processes.gaussian(schedules.flow(), (2,), eta=number)
+    start = processes.initial_law(process, schedules.linear_vp())
+    draw = samplers.drawing(samplers.ancestral(start, Net(net(2, 2, 7))), start.times(3))
+    return tuners.elegant(
+        gaussian_model, process, gaussian_reward, process.times(4), ADAM, batch=B, reference=Net(net(2, 2, 5)),
+        kl_weight=number, initial=draw,
+    ), net(2, 2)  # fmt: skip
+
+
+def elegant_initial(number=0.5):
+    start = processes.initial_law(gaussian(), schedules.linear_vp())
+    value = value_model(net(2, 3))
+    return tuners.initial_tuner(
+        gaussian_model, start, value, start.times(3), ADAM, kl_weight=number, batch=B
+    ), net(2, 2)  # fmt: skip
+
+
+def elegant_value(number=0.5):
+    return tuners.initial_value(value_model, gaussian(), gaussian().times(3), ADAM, kl_weight=number), net(2, 3)
+
+
 def drakes_published(number=0.5):
     return tuners.drakes_published(
         gaussian_model, masked(), masked_reward, masked().times(4), ADAM, batch=B, reference=Net(net(4, 3, 5)),
@@ -351,6 +381,21 @@ def ddpo(number=0.5):
         advantage=tuners.advantages.batch_normalised(), reference=Net(net(2, 2, 5)), kl_weight=number, ema_decay=number,
     )  # fmt: skip
     return tuners.as_tuner(online, gaussian_reward, heldout=gaussian_reward), net(2, 2)
+
+
+def dpok(number=0.5):
+    process = gaussian(number)
+    online = tuners.dpok(
+        gaussian_model, process, process.times(4), ADAM, batch=B, reference=Net(net(2, 2, 5)), kl_weight=number,
+        value=value_model, value_params=net(2, 3), value_optimizer=ADAM, value_steps=2,
+    )  # fmt: skip
+    return tuners.as_tuner(online, gaussian_reward, noise=number), net(2, 2)
+
+
+def filtered(number=0.5):
+    process = gaussian()
+    online = tuners.filtered(gaussian_model, process, process.times(4), ADAM, batch=B, fraction=number)
+    return tuners.as_tuner(online, gaussian_reward), net(2, 2)
 
 
 def reward_weighted(number=0.5):
@@ -424,7 +469,8 @@ ADAM = optax.adam(1e-2)
 TUNERS = [
     draft, draft_k, draft_lv, draft_masked, pretraining_gaussian, pretraining_masked, value_regression,
     value_soft_rollouts, value_temporal_difference, refl_stopped, alignprop, drtune_budget, drakes,
-    drakes_score_function, drakes_published, ddpo, reward_weighted, sft_pg, gradient_guidance,
+    drakes_score_function, drakes_log_variance, drakes_published, elegant, elegant_initial, elegant_value, ddpo, dpok,
+    reward_weighted, filtered, sft_pg, gradient_guidance,
 ]  # fmt: skip
 each_tuner = table_of(
     TUNERS, ddpo, draft, draft_k, draft_lv, draft_masked, pretraining_masked, value_regression, refl_stopped, drakes
@@ -438,6 +484,8 @@ def data_of(make):
         return {"x0": jax.nn.one_hot(jax.random.randint(jax.random.key(9), (50, 3), 0, 3), 3)}
     if make is value_regression:
         return {"x0": jax.random.normal(jax.random.key(9), (50, 2)), "reward": jnp.arange(50.0) / 50}
+    if make is elegant_value:
+        return {"path": jax.random.normal(jax.random.key(9), (50, 1, 2)), "reward": jnp.arange(50.0) / 50}
     if make is value_soft_rollouts:
         return {"path": jax.random.normal(jax.random.key(9), (50, 3, 2)), "reward": jnp.arange(50.0) / 50}
     if make is value_temporal_difference:
