@@ -46,7 +46,7 @@ MORE = {
         "method.tuning.adapter=2",
         "method.tuning.options.k=2",
     ],
-    "ddpo": [*POLICY, "reward=compress"],
+    "ddpo": [*POLICY, "reward=compress", "method.stopping={window: 1, patience: 1}"],
     "dpok": POLICY,
     "reward_weighted": POLICY,
     "seiko": [*ROUNDS, "method.seeds=2", "method.tuning.steps=2", "method.tuning.batch=4"],

@@ -502,6 +502,21 @@ def same(a, b, **tolerance):
     jax.tree.map(lambda x, y: compare(np.asarray(x), np.asarray(y), **tolerance), a, b)
 
 
+def test_early_stopping_is_the_same_with_the_reward_on_the_host():
+    """A held-out reward that falls from the start: two windows without a new best, and the best of the first is given back."""
+    online, params, reward = conditional()
+    key, data, against = jax.random.key(3), jnp.arange(3).repeat(2), lambda x0, cond: -reward(x0, cond)
+    inside = tuners.early_stopping(tuners.as_tuner(online, reward, heldout=against), window=2, patience=2)
+    whole = tuners.fit(inside, key, inside.init(params), 40, data=data, batch=4, chunk=2)
+    outside, rows = tuners.early_stopping(online, window=2, patience=2), []
+    stopped = tuners.fit_online(
+        outside, key, outside.init(params), 40, reward, data=data, batch=4, heldout=against,
+        on_step=lambda state, info: rows.append(info["stopped"]),
+    )  # fmt: skip
+    assert len(rows) == int(stopped.step) == int(whole.step) < 40 and rows[-1] == 1 and not any(rows[:-1])
+    same(whole, stopped, rtol=1e-4, atol=1e-5)
+
+
 def test_noisy_answers_have_their_spread_and_none_is_exact():
     online, params, reward = conditional()
     key, data = jax.random.key(5), jnp.arange(3).repeat(2)

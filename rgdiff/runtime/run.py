@@ -7,6 +7,7 @@ so a killed run that is resumed restores the newest checkpoint of each phase and
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import time
 import zlib
@@ -24,6 +25,7 @@ from rgdiff.runtime.folder import RunFolder
 from rgdiff.runtime.metrics import MetricsLog
 from rgdiff.runtime.progress import pieces, progress
 from rgdiff.tuners.online import OnlineTuner, RewardFailure
+from rgdiff.tuners.stopping import EarlyStopping
 
 PATIENCE = 20  # a phase stops after more skipped updates than this since it began or was resumed
 
@@ -133,16 +135,18 @@ class Run:
                         checkpoints.save(done, state)
                         saved = time.monotonic()
 
-                if not isinstance(tuner, OnlineTuner) or not isinstance(tuner.reward, HostReward):
+                inner = tuner.tuner if isinstance(tuner, EarlyStopping) else tuner
+                if not isinstance(inner, OnlineTuner) or not isinstance(inner.reward, HostReward):
                     return tuners.fit(tuner, key, state, steps, data=data, batch=batch, chunk=chunk, on_chunk=on_chunk)
 
                 def on_step(state: Any, info: dict[str, np.ndarray]) -> None:
                     on_chunk(state, {name: np.asarray(value)[None] for name, value in info.items()})
 
+                online = inner.online if inner is tuner else dataclasses.replace(tuner, tuner=inner.online)
                 try:  # a black box is called between two programs, not inside one
                     return tuners.fit_online(
-                        tuner.online, key, state, steps, tuner.reward.function, data=data, batch=batch,
-                        heldout=None if tuner.heldout is None else _judged(tuner.heldout), on_step=on_step,
+                        online, key, state, steps, inner.reward.function, data=data, batch=batch,
+                        heldout=None if inner.heldout is None else _judged(inner.heldout), on_step=on_step,
                     )  # fmt: skip
                 except RewardFailure as failure:
                     checkpoints.save(failure.step, failure.state)

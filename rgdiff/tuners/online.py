@@ -15,6 +15,7 @@ import numpy as np
 
 from rgdiff import checks
 from rgdiff.tuners._loop import draw_rows
+from rgdiff.tuners.stopping import EarlyStopping
 from rgdiff.typing import Array, Cond, Info, Key, Online, Params, Reward, callable_pytree, pytree
 
 
@@ -103,10 +104,10 @@ def fit_online(
     heldout: Callable[..., Any] | None = None,
     on_step: Callable[[Any, Info], None] | None = None,
 ) -> Any:
-    """Train until `state.step` is `steps`, calling the reward on the host between a compiled rollout and a compiled update.
+    """Train until `state.step` is `steps`, or `state.stopped`, calling the reward on the host between a compiled rollout and update.
 
     Args:
-      online: from `ddpo`, `dpok`, `reward_weighted`, `filtered`.
+      online: from `ddpo`, `dpok`, `reward_weighted`, `filtered`, or `early_stopping` of one.
       key: a typed PRNG key; the same key must be given when a run is continued.
       state: from `online.init(params)` or a checkpoint; its buffers are donated.
       steps: the total number, so that continuing an interrupted run is the same call.
@@ -137,12 +138,11 @@ def fit_online(
         x0, cond = jax.device_get((experience.x0, experience.cond))
         rewards = _on_host(reward, x0, cond, state, step)
         judged = None if heldout is None else _on_host(heldout, x0, cond, state, step)
-        state, info = _update(online, key, state, experience, rewards)
-        info = jax.device_get(info)
-        if judged is not None:
-            info["heldout"] = jax.device_get(feasible_mean(jnp.asarray(judged), jnp.asarray(rewards)))
+        state, info = _update(online, key, state, experience, rewards, judged)
         if on_step is not None:
-            on_step(state, info)
+            on_step(state, jax.device_get(info))
+        if getattr(state, "stopped", False):
+            break
     return state
 
 
@@ -190,8 +190,15 @@ def _roll_out(online: Any, key: Key, state: Any, data: Any, batch: int | None) -
     return online.rollout(key_rollout, state, cond)
 
 
-def _improve(online: Any, key: Key, state: Any, experience: Any, rewards: Array) -> tuple[Any, Info]:
-    return online.update(_keys(key, state.step)[2], state, experience, rewards)
+def _improve(
+    online: Any, key: Key, state: Any, experience: Any, rewards: Array, judged: Array | None
+) -> tuple[Any, Info]:
+    figures = {} if judged is None else {"heldout": feasible_mean(judged, rewards)}
+    key = _keys(key, state.step)[2]
+    if isinstance(online, EarlyStopping):
+        return online.update(key, state, experience, rewards, figures)
+    state, info = online.update(key, state, experience, rewards)
+    return state, info | figures
 
 
 def _three_parts(online: Any) -> None:

@@ -71,11 +71,24 @@ class EarlyStopping:
             state.stopped, lambda: (stay, empty | {"skipped": state.skipped, "stopped": jnp.int32(1)}), go
         )
 
+    def rollout(self, key: Key, state: StoppingState, cond: Any = None) -> Any:
+        """That of an online method."""
+        return self.tuner.rollout(key, state.inner, cond)
+
+    def update(
+        self, key: Key, state: StoppingState, experience: Any, rewards: Array, figures: Info | None = None
+    ) -> tuple[StoppingState, Info]:
+        """That of an online method; `figures` join those that may be watched."""
+        inner, info = self.tuner.update(key, state.inner, experience, rewards)
+        return self._watch(state, inner, info | (figures or {}))
+
     def network_calls(self) -> int:
         return self.tuner.network_calls()
 
     def _go(self, key: Key, state: StoppingState, batch: Any) -> tuple[StoppingState, Info]:
-        inner, info = self.tuner.step(key, state.inner, batch)
+        return self._watch(state, *self.tuner.step(key, state.inner, batch))
+
+    def _watch(self, state: StoppingState, inner: Any, info: Info) -> tuple[StoppingState, Info]:
         if missing := {self.metric, self.limited} - {*info, ""}:
             raise ValueError(f"the tuner reports {sorted(info)}; early_stopping asks for {sorted(missing)}")
         value = info[self.metric]
@@ -116,7 +129,8 @@ def early_stopping(
     """Stop a tuner when a figure it reports no longer rises, and give back the parameters at which it was highest.
 
     Args:
-      tuner: whose info has `metric`; give `reward_backprop(heldout=...)` for the held-out reward.
+      tuner: whose info has `metric`; give `reward_backprop(heldout=...)` for the held-out reward. Or an online method, for
+        `fit_online(heldout=...)`.
       window: steps over which the figure is averaged, those where it is finite; a window without one is no better than any.
       patience: windows without a new best before the stop.
       limited, limit: stop also when this figure exceeds the limit at the end of a window, e.g. limited="kl".
