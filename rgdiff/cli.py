@@ -125,6 +125,7 @@ def sweep(name: str, overrides: Sequence[str]) -> None:
 
 def run_recipe(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     """Run one recipe and write its folder; return the summary."""
+    from rgdiff.rewards import Task
     from rgdiff.runtime import recipe
     from rgdiff.runtime.folder import RunFolder
     from rgdiff.runtime.methods import Ancestral
@@ -157,12 +158,17 @@ def run_recipe(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     # Run: the judge and the reward, the prior, then every method beside it.
     judge = domain.evaluator(run.key("judge"))
     task = recipe.build(config["reward"], trusted, domain=domain, judge=judge, key=run.key("reward"))
-    judge.check(task)
     tasks = dict.fromkeys(built, task)
     for key, settings_of in (config.get("rewards") or {}).items():  # guides of their own, judged alike
         own = recipe.build(settings_of, trusted, domain=domain, judge=judge, key=run.key(f"{key}_reward"))
-        judge.check(own)
+        if not isinstance(own, Task) or own.conditional != task.conditional:
+            raise ValueError(f"rewards.{key} must be a reward of the kind of `reward`, e.g. reward@rewards.{key}=digit")
         tasks[key] = task._replace(reward=own.reward)
+    for one in (task, *tasks.values()):
+        judge.check(one)
+    for key, method in built.items():
+        if hasattr(method, "suits"):
+            method.suits(tasks[key])
     if task.conditional and getattr(settings, "guidance", None) is None:
         raise ValueError("this reward is of a sample's label; choose a conditional prior, e.g. prior=unet_conditional")
     identity = {"domain": config["domain"], "prior": config["prior"], "seed": config["seed"]}

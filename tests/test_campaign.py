@@ -168,6 +168,9 @@ def test_a_campaign_that_is_done_goes_on_with_more_rounds(tmp_path):
     for one, other in zip(ends["grown"].history(), ends["whole"].history(), strict=True):
         np.testing.assert_array_equal(one[0], other[0])
     np.testing.assert_array_equal(ends["grown"].sample(4), ends["whole"].sample(4))
+    with pytest.raises(ValueError, match="need capacity"):
+        opened(tmp_path / "grown", queries=[*QUERIES, 1000])
+    assert opened(tmp_path / "grown").round == len(QUERIES)  # what was refused was not written down
     with pytest.raises(ValueError, match="its run has queries"):  # rounds that were asked are not forgotten
         opened(tmp_path / "grown", queries=QUERIES[:1])
 

@@ -211,7 +211,17 @@ def test_bad_input_is_one_line(tmp_path, cache, capsys):
         ("run", "steer", "method=smc", *CONDITIONAL): "one problem of particles",
         ("run", "steer", "method=seiko", *CONDITIONAL): "a campaign of queries",
         ("run", "steer", "method=tmpd", *TINY, f"out={tmp_path / 'e'}", f"cache_dir={cache}"): "reward=inpainting",
-        ("run", "steer", "method=pigdm", "method.temperature=0.5"): "leave method.temperature=1",
+        ("run", "steer", "method=pigdm", "method.temperature=0.5"): "give method.temperature=1",
+        (
+            "run",
+            "steer",
+            "method=ddpo",
+            "reward=compress",
+            "method.noise=1",
+            *TINY,
+            f"out={tmp_path / 'f'}",
+        ): "method.noise=null",
+        ("run", "steer", "method=seiko", "method.tuning.noise=0.5"): "do not read method.tuning.noise",
         ("run", "steer", "method=dpok", *CONDITIONAL): "give +method.value.classes=N",
         ("run", "steer", "method=draft_plus", "method.kl_weight=null"): "kl_weight",
         ("run", "steer", "method=ddpo", "+method.options.foo=1"): "foo",
@@ -227,6 +237,9 @@ def test_bad_input_is_one_line(tmp_path, cache, capsys):
     for argv, expected in cases.items():
         assert expected in failing(capsys, *argv), argv
     assert not (tmp_path / "d").exists()
+    assert (
+        not (tmp_path / "e" / "metrics.jsonl").exists() or "prior" not in (tmp_path / "e" / "metrics.jsonl").read_text()
+    )
 
 
 def test_a_recipe_file_cannot_call_what_the_user_did_not_name(tmp_path, capsys):
@@ -278,6 +291,8 @@ def test_a_method_may_have_a_guide_of_its_own(tmp_path, cache, capsys):
     own, ink = ({"samples": np.load(tmp_path / n / "samples.npz")["best_of_n"], **json.loads((tmp_path / n / "summary.json").read_text())} for n in ("own", "ink"))  # fmt: skip
     np.testing.assert_array_equal(own["samples"], ink["samples"])
     assert own["best_of_n/reward_mean"] != ink["best_of_n/reward_mean"]  # symmetry's
+    label = guide.replace("inked", "labelled")
+    assert "of the kind of" in failing(capsys, "run", "steer", *TINY, f"out={tmp_path / 'label'}", *few, label)
     stranger = guide.replace("best_of_n", "nobody")
     assert "guides no method" in failing(capsys, "run", "steer", *TINY, f"out={tmp_path / 'no'}", stranger)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gzip
 import os
+import types
 import zlib
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 
 from rgdiff import metrics
 from rgdiff.domains import image_rewards as rewards
-from rgdiff.domains import images
+from rgdiff.domains import image_tasks, images
 from rgdiff.domains.classifier import Classifier, augment, train_classifier
 
 DATA = Path(os.environ.get("RGDIFF_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
@@ -370,3 +371,58 @@ def test_rewards_refuse_in_one_line(call, words):
     with pytest.raises(ValueError, match=words) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "where"), [("left", np.s_[:, :4]), ("right", np.s_[:, 4:]), ("top", np.s_[:4]), ("bottom", np.s_[4:])]
+)
+def test_inpainting_sees_one_half_and_is_judged_by_the_other(digits, hidden, where):
+    task = image_tasks.inpainted(digits, None, jax.random.key(0), image=3, hidden=hidden, noise=0.01)
+    truth = digits.test_x[3]
+    unseen = np.zeros((8, 8, 1), np.float32)
+    unseen[where] = 1
+    assert task.target == digits.test_y[3]
+    own = task.reward(jnp.asarray(truth)[None])[0]
+    np.testing.assert_allclose(own, 32 * (-np.log(0.01) - 0.5 * np.log(2 * np.pi) - 0.5), atol=4 * np.sqrt(32 / 2))
+    np.testing.assert_allclose(task.reward(jnp.asarray(truth + unseen)[None])[0], own, rtol=1e-6)
+    assert float(task.reward(jnp.asarray(truth + 1 - unseen)[None])[0]) < own - 1000
+    np.testing.assert_allclose(task.heldout(jnp.asarray(truth + 0.3 * unseen + 1 - unseen)[None]), -0.3, rtol=1e-5)
+    np.testing.assert_allclose(task.heldout.seen * (1 - unseen), truth * (1 - unseen), atol=0.05)
+
+
+def test_downsampling_sees_block_means(digits):
+    task = image_tasks.downsampled(digits, None, jax.random.key(0), image=3, factor=2, noise=0.001)
+    means = digits.test_x[3].reshape(4, 2, 4, 2, 1).mean((1, 3))
+    np.testing.assert_allclose(task.reward.y.reshape(4, 4, 1), means, atol=0.006)
+    x = np.random.default_rng(0).normal(size=(5, 8, 8, 1)).astype(np.float32)
+    np.testing.assert_allclose(
+        task.reward.forward(jnp.asarray(x)), x.reshape(5, 4, 2, 4, 2).mean((2, 4)).reshape(5, 16), atol=1e-6
+    )
+    np.testing.assert_allclose(task.heldout.seen[::2, ::2], means, atol=0.006)
+    np.testing.assert_allclose(task.heldout.seen[1::2, 1::2], means, atol=0.006)
+
+
+def test_bad_measurements_are_one_line(digits):
+    key = jax.random.key(0)
+    for make, message in [
+        (lambda: image_tasks.downsampled(digits, None, key, factor=3), "no blocks of 3 x 3"),
+        (lambda: image_tasks.downsampled(digits, None, key, factor=0), "reward.factor"),
+        (
+            lambda: image_tasks.inpainted(digits, None, key, image=10**6),
+            "reward.image is the number of a test image, 0 to",
+        ),
+        (lambda: image_tasks.inpainted(digits, None, key, image=2.0), "reward.image"),
+        (lambda: image_tasks.inpainted(digits, None, key, hidden="middle"), "reward.hidden"),
+        (lambda: image_tasks.inpainted(digits, None, key, noise=0.0), "reward.noise"),
+        (lambda: image_tasks.inpainted(None, None, key), "choose an image domain"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            make()
+
+
+def test_real_images_of_every_class_in_turn_even_of_small_or_empty_classes():
+    x = np.arange(7, dtype=np.float32).reshape(7, 1, 1, 1) * np.ones((1, 4, 4, 1), np.float32)
+    y = np.array([1, 2, 1, 2, 1, 1, 1])
+    judge = image_tasks.ImageJudge.__new__(image_tasks.ImageJudge)
+    judge.domain = types.SimpleNamespace(train_x=x, train_y=y, classes=3)
+    assert judge.in_turn()[:7, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 1, 5]  # class 0 is empty, class 2 begins again

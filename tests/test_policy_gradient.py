@@ -515,6 +515,24 @@ def test_early_stopping_is_the_same_with_the_reward_on_the_host():
     )  # fmt: skip
     assert len(rows) == int(stopped.step) == int(whole.step) < 40 and rows[-1] == 1 and not any(rows[:-1])
     same(whole, stopped, rtol=1e-4, atol=1e-5)
+    other = tuners.fit(
+        inside, key, inside.init(params), 40, data=data, batch=4, chunk=5
+    )  # steps after the stop do nothing
+    same((other.best, other.params), (stopped.best, stopped.params), rtol=1e-4, atol=1e-5)
+
+    def never(x0, cond):
+        raise AssertionError("a stopped run asks nothing")
+
+    again = tuners.fit_online(outside, key, stopped, 40, never, data=data, batch=4, heldout=never)
+    assert int(again.step) == len(rows)
+    experience = outside.rollout(key, again, data[:4])
+    same(outside.update(key, again, experience, jnp.ones(8), {"heldout": jnp.float32(9.0)})[0].params, again.params)
+    with pytest.raises(ValueError, match="heldout="):
+        tuners.fit_online(outside, key, outside.init(params), 4, reward, data=data, batch=4)
+    with pytest.raises(ValueError, match="stop the tuner instead"):
+        tuners.as_tuner(outside, reward)
+    with pytest.raises(ValueError, match="rollout"):
+        tuners.fit_online(inside, key, inside.init(params), 4, reward, heldout=reward)
 
 
 def test_noisy_answers_have_their_spread_and_none_is_exact():

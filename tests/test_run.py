@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
+from rgdiff import guides, processes, schedules, tuners
+from rgdiff.rewards import Task
 from rgdiff.runtime.checkpoint import Checkpoints
 from rgdiff.runtime.folder import RunFolder
+from rgdiff.runtime.priors import Prior
 from rgdiff.runtime.progress import pieces
 from rgdiff.runtime.run import PATIENCE, Run
+from rgdiff.runtime.steering import Smc
+from rgdiff.runtime.values import Likelihood
 from rgdiff.tuners._loop import start, update
 from rgdiff.typing import pytree
 
@@ -57,3 +63,25 @@ def test_phases_and_chains_are_cut_into_pieces_of_one_length():
         assert length is None or (total % length == 0 and 13 <= length <= 25)
         assert (length is None) == all(total % n for n in range(13, 26))
     assert pieces(40, 25, 13) == 20 and pieces(29, 8, 2) is None and pieces(3, 1, 0) == 1
+
+
+def test_particles_under_a_likelihood_end_with_the_likelihood_of_x0(tmp_path):
+    """The chain ends before t = 0, where the value still has some of x0's variance: the last potential is the measurement's own."""
+    process = processes.gaussian(schedules.linear_vp(), (1,))
+    seen = guides.inpainting(jnp.ones(1), jnp.float32([0.5]), 0.1)
+    prior = Prior(process, process.times(30), _Exact(process), None, None, (1,))
+    run = Run(RunFolder.create(tmp_path / "run", {}), 0, tmp_path / "cache")
+    method = Smc(setting="tds", particles=8192, temperature=1.0, value=Likelihood())
+    out = method.run(run, "tds", prior, Task(seen, seen), 8192)
+    variance = 1 / (1 + 100)
+    assert abs(out.x0.var() / variance - 1) < 0.06 and abs(out.x0.mean() - 50 * variance) < 4 * np.sqrt(variance / 1000)
+
+
+@pytree
+class _Exact:
+    """Parameters, of which there are none, to the denoiser of N(0, 1)."""
+
+    process: object
+
+    def __call__(self, params):
+        return tuners.standard_normal(self.process)

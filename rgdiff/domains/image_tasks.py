@@ -68,8 +68,9 @@ class ImageJudge(Judge):
 
     def in_turn(self) -> np.ndarray:
         """Return real images of class 0, 1, ... in turn, as the samples of a conditional task are."""
-        x, y, classes = self.domain.train_x, self.domain.train_y, self.domain.classes
-        return np.stack([x[y == i % classes][i // classes] for i in range(SHOWN)])
+        x, y = self.domain.train_x, self.domain.train_y
+        of = [x[y == c] for c in range(self.domain.classes) if (y == c).any()]
+        return np.stack([of[i % len(of)][i // len(of) % len(of[i % len(of)])] for i in range(SHOWN)])
 
     def pictures(self, samples: dict[str, np.ndarray], task: Task) -> list[tuple[str, np.ndarray, list[float]]]:
         """Return (title, 8-bit pictures, their guiding rewards) for the report: real images, then each method's samples."""
@@ -115,8 +116,8 @@ def digit(
     checks.one_of("reward.target", target, range(domain.classes))
     classify = image_rewards.classifier_reward
     keys = [key] if checks.at_least("heads", heads, 1) == 1 else list(jax.random.split(key, heads))
-    guides = [classify(train_classifier(k, domain.train_x, domain.train_y, domain.classes), target) for k in keys]
-    reward = guides[0] if heads == 1 else ensemble(guides, reduce, caution=caution)
+    heard = [classify(train_classifier(k, domain.train_x, domain.train_y, domain.classes), target) for k in keys]
+    reward = heard[0] if heads == 1 else ensemble(heard, reduce, caution=caution)
     return Task(reward, classify(judge.classifier, target), target)
 
 
@@ -169,11 +170,11 @@ def inpainted(
     """
     truth, target = _measured_image(domain, image)
     half = dict(zip(("left", "right", "top", "bottom"), ((1, 0), (1, 1), (0, 0), (0, 1)), strict=True))
-    axis, far = half[checks.one_of("hidden", hidden, half)]
+    axis, far = half[checks.one_of("reward.hidden", hidden, half)]
     size = truth.shape[axis]
     index = jnp.arange(size).reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
     unseen = jnp.broadcast_to((index >= size // 2) == bool(far), truth.shape).astype(jnp.float32)
-    y = truth + noise * jax.random.normal(key, truth.shape)
+    y = truth + checks.positive("reward.noise", noise) * jax.random.normal(key, truth.shape)
     reward = guides.inpainting(1 - unseen, y, noise)
     return Task(reward, Restored(truth, jnp.where(unseen > 0, domain.value_range[0], y), unseen), target)
 
@@ -189,24 +190,26 @@ def downsampled(
     """
     truth, target = _measured_image(domain, image)
     high, wide, channels = domain.shape
+    checks.at_least("reward.factor", factor, 1)
     if high % factor or wide % factor:
         raise ValueError(
             f"images of {high} x {wide} pixels have no blocks of {factor} x {factor}; choose another reward.factor"
         )
-    rows, columns = (jnp.kron(jnp.eye(n // factor), jnp.ones((1, factor)) / factor) for n in (high, wide))
-    matrix = jnp.kron(jnp.kron(rows, columns), jnp.eye(channels))
-    y = matrix @ truth.reshape(-1)
-    y = y + noise * jax.random.normal(key, y.shape)
-    seen = (y @ matrix * factor**2).reshape(domain.shape)
-    return Task(
-        guides.linear(matrix, y, noise, shape=domain.shape), Restored(truth, seen, jnp.ones_like(truth)), target
-    )
+    rows, columns = (np.kron(np.eye(n // factor), np.ones((1, factor)) / factor) for n in (high, wide))
+    matrix = np.kron(np.kron(rows, columns), np.eye(channels))
+    y = jnp.asarray(matrix @ np.asarray(truth, np.float64).reshape(-1), jnp.float32)
+    y = y + checks.positive("reward.noise", noise) * jax.random.normal(key, y.shape)
+    seen = jnp.asarray(np.asarray(y) @ matrix * factor**2, jnp.float32).reshape(domain.shape)
+    reward = guides.linear(jnp.asarray(matrix, jnp.float32), y, noise, shape=domain.shape)
+    return Task(reward, Restored(truth, seen, jnp.ones_like(truth)), target)
 
 
 def _measured_image(domain: ImageDomain, image: int) -> tuple[Array, int]:
     if not isinstance(domain, ImageDomain):
         raise ValueError("this reward measures an image; choose an image domain, e.g. domain=digits")
-    checks.one_of("reward.image", image, range(len(domain.test_x)))
+    count = len(domain.test_x)
+    if checks.at_least("reward.image", image, 0) >= count:
+        raise ValueError(f"reward.image is the number of a test image, 0 to {count - 1}, got {image}")
     return jnp.asarray(domain.test_x[image]), int(domain.test_y[image])
 
 

@@ -62,11 +62,7 @@ class Campaign:
         steps: int = 100,
         chunk: int = 25,
     ):
-        self.queries = [checks.at_least("queries", count, 1) for count in queries]
-        if sum(self.queries) > method.capacity:
-            raise ValueError(
-                f"{sum(self.queries)} queries need capacity={sum(self.queries)}, the method has {method.capacity}"
-            )
+        self.queries = _counts(queries, method)
         self.run, self.name, self.method = run, name, method
         self.steps, self._chunk = checks.at_least("steps", steps, 1), chunk
         self._folder = run.folder.path / "campaigns" / name
@@ -306,7 +302,7 @@ def open_campaign(
     config = {
         "method": type(method).__name__,
         "surrogate": type(method.surrogate).__name__,
-        "queries": [int(count) for count in queries],
+        "queries": _counts(queries, method),  # refused before the folder holds them
         "steps": steps,
         "seed": seed,
     } | {
@@ -316,6 +312,14 @@ def open_campaign(
     }
     opened = RunFolder.create(folder, config, resume=True, longer="queries")
     return Campaign(Run(opened, seed, opened.path / "cache"), "campaign", method, params, queries, steps=steps)
+
+
+def _counts(queries: Sequence[int], method: Rounds) -> list[int]:
+    """Queries of every round, refused where they are more than the method holds."""
+    counts = [checks.at_least("queries", count, 1) for count in queries]
+    if sum(counts) > method.capacity:
+        raise ValueError(f"{sum(counts)} queries need capacity={sum(counts)}, the method has {method.capacity}")
+    return counts
 
 
 def _same(a: float, b: float) -> bool:

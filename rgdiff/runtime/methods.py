@@ -55,7 +55,7 @@ def shown(phase: str, moves: int) -> Iterator[dict[str, Any]]:
             done = stop
 
         quarter = max(1, -(-moves // 4))
-        chunk = pieces(moves, quarter, moves // 10) or (moves if moves < 100 else quarter)
+        chunk = pieces(moves, quarter, max(2, moves // 10)) or (moves if moves < 100 else quarter)
         yield {"chunk": chunk, "on_chunk": on_chunk}
 
 

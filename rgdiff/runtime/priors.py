@@ -51,9 +51,6 @@ class FactorisedModel:
         return Factorised(params)
 
 
-SAMPLING = ("steps", "eta", "clip", "order", "guidance", "checkpoint")  # settings of a prior that training does not see
-
-
 @dataclasses.dataclass(frozen=True)
 class Prior:
     """A prior ready for use: `model(params)` denoises under `process`, in chains over `times`."""
@@ -106,11 +103,13 @@ class TrainedPrior:
     checkpoint: str | None
     train: dict[str, Any]
 
+    unseen = ("steps", "checkpoint")  # settings that training does not see: priors that differ in them alone are one
+
     def parameters(self, run: Run, model: Model, process: Process, domain: Any, identity: Any) -> Params:
         """Load the parameters from the checkpoint or the cache, or train and cache them.
 
         Args:
-          identity: the run's domain, prior and seed as plain values; the hash of what training sees of them, all but SAMPLING,
+          identity: the run's domain, prior and seed as plain values; the hash of what training sees of them, all but `unseen`,
             names the cache entry.
         """
         key = run.key("prior")
@@ -118,7 +117,7 @@ class TrainedPrior:
         if self.checkpoint is not None:
             run.say(f"prior: parameters from {self.checkpoint}")
             return load_params(self.checkpoint, like)
-        seen = {name: value for name, value in identity["prior"].items() if name not in SAMPLING}
+        seen = {name: value for name, value in identity["prior"].items() if name not in self.unseen}
         identity = identity | {"prior": seen, "conditional": self.train.get("null") is not None}
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         cached = run.cache / "priors" / digest
@@ -145,6 +144,8 @@ class GaussianPrior(TrainedPrior):
     eta: float
     clip: bool
     guidance: float | None = None
+
+    unseen = (*TrainedPrior.unseen, "eta", "clip", "guidance")  # whether there are conditions is seen
 
     def process(self, shape: tuple[int, ...], eta: float | None = None) -> Process:
         """Return the process on examples of this shape, with the prior's own eta or another."""
@@ -175,6 +176,8 @@ class MaskedPrior(TrainedPrior):
     """The settings of a masked prior with a network. Build it with `masked_prior`."""
 
     order: str = "independent"
+
+    unseen = (*TrainedPrior.unseen, "order")
 
     def process(self, shape: tuple[int, ...], eta: float | None = None) -> Process:
         """Return the process on one-hot examples of this shape, (L, K)."""

@@ -103,7 +103,7 @@ class Run:
           ValueError: after more than PATIENCE non-finite updates; the last good state is kept on disk.
         """
         state = tuner.init(params)
-        chunk = pieces(steps, chunk, chunk // 2 + 1) or chunk
+        chunk = pieces(steps, chunk, (chunk + 1) // 2) or chunk
         with Checkpoints(self.folder.path / "checkpoints" / phase) as checkpoints:
             if checkpoints.latest() is not None:
                 state, step, _ = checkpoints.restore(state)
@@ -131,7 +131,8 @@ class Run:
                         )
                     shown = next(name for name in ("reward", "loss", "gradient_norm") if name in infos)
                     advance(count, f"{shown} {float(np.mean(infos[shown])):.4g}" + (f", {bad} skipped" if bad else ""))
-                    if done == steps or time.monotonic() - saved > self._save_every:
+                    over = done == steps or bool(getattr(state, "stopped", False))
+                    if over or time.monotonic() - saved > self._save_every:
                         checkpoints.save(done, state)
                         saved = time.monotonic()
 

@@ -21,6 +21,11 @@ from rgdiff.runtime.values import PosteriorMean, measurement
 from rgdiff.typing import Array, Info, Process
 
 
+def _suits(value: Any, task: Task) -> None:
+    if hasattr(value, "suits"):
+        value.suits(task)
+
+
 def _value_and_kl(carry: Any, info: Info) -> tuple[Array, Array]:
     return info["value"], info["kl"]
 
@@ -30,7 +35,8 @@ class Svdd:
     """SVDD; arguments as `rgdiff.samplers.svdd`.
 
     Args:
-      value: what selects, of `rgdiff.runtime.values`.
+      value: what selects, of `rgdiff.runtime.values`. The last selection is by the value just before the end: by a measurement's
+        likelihood with what is left of x0's variance then.
       proposal: scale of a guide by the posterior mean's gradient that proposes candidates (paid for by their weights), or None.
     """
 
@@ -54,6 +60,10 @@ class Svdd:
         process = prior.process(shape)
         self.sampler(process, nothing, nothing, nothing)
         self.value.check(prior, shape, self.temperature)
+
+    def suits(self, task: Task) -> None:
+        """Refuse a reward that the value is not for, before anything is trained."""
+        _suits(self.value, task)
 
     def sampler(self, process: Process, denoiser: Any, value: Any, reward: Any) -> Any:
         """Build the sampler."""
@@ -120,6 +130,10 @@ class Smc:
         self.value.check(prior, shape, self.temperature)
         checks.at_least("particles", self.particles, 1)
 
+    def suits(self, task: Task) -> None:
+        """Refuse a reward that the value is not for, before anything is trained."""
+        _suits(self.value, task)
+
     def sampler(self, process: Process, denoiser: Any, value: Any, times: Array) -> Any:
         """Build the sampler."""
         settings: dict[str, Any] = {
@@ -136,7 +150,9 @@ class Smc:
         with run.clock() as clock:
             value, curves = self.value.obtain(run, phase, prior, task, denoiser, self.temperature)
             sampler = self.sampler(prior.process, denoiser, value, prior.times)
-            if not isinstance(value, values.PosteriorMean):  # the last potential is the reward's own
+            if (
+                type(value) is not values.PosteriorMean
+            ):  # the last potential is the reward's own; of that value it is anyway
                 sampler = dataclasses.replace(sampler, reward=task.reward)
             out = draw(run, phase, sampler, prior, self.particles, keep=_particles)
             log_weights = out.info["log_weights"]
@@ -209,6 +225,14 @@ class Guided:
         process = prior.process(shape)
         self.sampler(process, nothing, nothing, nothing, jax.random.key(0))
         self.value.check(prior, shape, self.temperature)
+        if self.guide == "tmpd" and self.temperature != 1:
+            raise ValueError(f"a likelihood's temperature is 1, got {self.temperature}; give method.temperature=1")
+
+    def suits(self, task: Task) -> None:
+        """Refuse a reward that the guide is not for, before anything is trained."""
+        if self.guide == "tmpd":
+            measurement(task, "method.guide=tmpd")
+        _suits(self.value, task)
 
     def sampler(self, process: Process, denoiser: Any, value: Any, reward: Any, key: Any) -> Any:
         """Build the sampler."""
@@ -229,9 +253,7 @@ class Guided:
         denoiser = prior.denoiser
         with run.clock() as clock:
             value, curves = None, {}
-            if self.guide == "tmpd":
-                measurement(task, "method.guide=tmpd")
-            elif self.guide != "lgd_mc":
+            if self.guide not in ("lgd_mc", "tmpd"):
                 value, curves = self.value.obtain(run, phase, prior, task, denoiser, self.temperature)
             sampler = self.sampler(prior.process, denoiser, value, task.reward, run.key(f"{phase}_guide"))
             out = draw(run, phase, sampler, prior, count)

@@ -127,6 +127,13 @@ class FineTuning:
         if self.scales and self.adapter is None:
             raise ValueError("scales are of a LoRA adapter; give method.adapter=RANK as well")
 
+    def suits(self, task: Task) -> None:
+        """Refuse a reward that does not fit the settings, before anything is trained."""
+        if self.noise is not None and (self.setting in GRADIENTS or isinstance(task.reward, HostReward)):
+            raise ValueError(
+                "noise is on what an online method is answered by a reward in JAX; leave method.noise=null"
+            )
+
     def tuner(self, model: Any, process: Process, task: Task, times: Array, reference: Any, key: Any = None) -> Any:
         """Build the tuner; an online one has the reward of `task` in its program."""
         setting = SETTINGS[checks.one_of("setting", self.setting, SETTINGS)]
@@ -134,10 +141,7 @@ class FineTuning:
         if self.kl_weight is None and needed is not None and needed.default is needed.empty:
             raise ValueError(f"{self.setting} has a KL to the prior; give method.kl_weight")
         kl = {} if self.kl_weight is None else {"reference": reference, "kl_weight": self.kl_weight}
-        if self.noise is not None and (self.setting in GRADIENTS or isinstance(task.reward, HostReward)):
-            raise ValueError(
-                "noise is on what an online method is answered by a reward in JAX; leave method.noise=null"
-            )
+        self.suits(task)
         heldout = task.heldout if self.heldout or self.stopping is not None else None
         if self.setting in GRADIENTS:
             tuner = self.gradient(model, process, task.reward, times, heldout=heldout, **kl)

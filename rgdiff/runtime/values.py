@@ -55,21 +55,24 @@ class Likelihood:
         blank: Any = nothing
         guides.likelihood(blank, prior.process(shape), blank, prior_variance=self.prior_variance)
         if temperature != 1:
-            raise ValueError(f"a likelihood's temperature is 1, got {temperature}; leave method.temperature=1")
+            raise ValueError(f"a likelihood's temperature is 1, got {temperature}; give method.temperature=1")
 
     def obtain(
         self, run: Run, phase: str, prior: Prior, task: Task, denoiser: Any, temperature: float
     ) -> tuple[Any, Curves]:
         """Join the measurement and the prediction."""
-        y = measurement(task, "value@method.value=likelihood")
+        y: Any = task.reward
         return guides.likelihood(denoiser, prior.process, y, prior_variance=self.prior_variance), {}
 
+    def suits(self, task: Task) -> None:
+        """Refuse a reward that is not a measurement."""
+        measurement(task, "value@method.value=likelihood")
 
-def measurement(task: Task, what: str) -> Any:
-    """Return the task's reward, refusing one that is not a measurement."""
+
+def measurement(task: Task, what: str) -> None:
+    """Refuse a task whose reward is not a measurement."""
     if not hasattr(task.reward, "log_prob"):
         raise ValueError(f"{what} is for measurements; choose reward=inpainting or reward=downsampling")
-    return task.reward
 
 
 @dataclasses.dataclass(frozen=True)

@@ -87,6 +87,10 @@ def as_tuner(
       noise: standard deviation of Gaussian noise on every answer, in the reward's unit, as where an experiment answers.
     """
     _three_parts(online)
+    if isinstance(online, EarlyStopping):
+        raise ValueError(
+            "as_tuner takes the online method; stop the tuner instead: early_stopping(as_tuner(online, reward))"
+        )
     heldout = None if heldout is None else callable_pytree(heldout, "a held-out reward")
     spread = None if noise is None else checks.positive("noise", noise, zero=True)
     return OnlineTuner(online, callable_pytree(reward, "a reward"), heldout, spread)
@@ -127,13 +131,17 @@ def fit_online(
         the step, from which the same call continues.
     """
     checks.key(key)
-    _three_parts(online)
+    _three_parts(online.tuner if isinstance(online, EarlyStopping) else online)
+    if isinstance(online, EarlyStopping) and online.metric == "heldout" and heldout is None:
+        raise ValueError("early_stopping watches the held-out reward; give fit_online(heldout=...), or another metric")
     steps = checks.at_least("steps", steps, 0)
     if data is not None:
         if batch is None:
             raise ValueError("fit_online(data=...) needs batch=, the rows per step")
         checks.at_least("batch", batch, 1)
     for step in range(int(state.step), steps):
+        if getattr(state, "stopped", False):
+            break
         experience = _rollout(online, key, state, data, batch)
         x0, cond = jax.device_get((experience.x0, experience.cond))
         rewards = _on_host(reward, x0, cond, state, step)
@@ -141,8 +149,6 @@ def fit_online(
         state, info = _update(online, key, state, experience, rewards, judged)
         if on_step is not None:
             on_step(state, jax.device_get(info))
-        if getattr(state, "stopped", False):
-            break
     return state
 
 

@@ -57,7 +57,9 @@ class EarlyStopping:
         return StoppingState(inner, best, low, jnp.float32(0), zero, zero + 0, zero + 0, jnp.bool_(False))
 
     def step(self, key: Key, state: StoppingState, batch: Any = None) -> tuple[StoppingState, Info]:
-        go = lambda: self._go(key, state, batch)  # noqa: E731
+        return self._unless_stopped(state, lambda: self._watch(state, *self.tuner.step(key, state.inner, batch)))
+
+    def _unless_stopped(self, state: StoppingState, go: Any) -> tuple[StoppingState, Info]:
         empty = jax.tree.map(
             lambda a: (
                 jnp.full(a.shape, jnp.nan, a.dtype)
@@ -79,14 +81,15 @@ class EarlyStopping:
         self, key: Key, state: StoppingState, experience: Any, rewards: Array, figures: Info | None = None
     ) -> tuple[StoppingState, Info]:
         """That of an online method; `figures` join those that may be watched."""
-        inner, info = self.tuner.update(key, state.inner, experience, rewards)
-        return self._watch(state, inner, info | (figures or {}))
+
+        def go() -> tuple[StoppingState, Info]:
+            inner, info = self.tuner.update(key, state.inner, experience, rewards)
+            return self._watch(state, inner, info | (figures or {}))
+
+        return self._unless_stopped(state, go)
 
     def network_calls(self) -> int:
         return self.tuner.network_calls()
-
-    def _go(self, key: Key, state: StoppingState, batch: Any) -> tuple[StoppingState, Info]:
-        return self._watch(state, *self.tuner.step(key, state.inner, batch))
 
     def _watch(self, state: StoppingState, inner: Any, info: Info) -> tuple[StoppingState, Info]:
         if missing := {self.metric, self.limited} - {*info, ""}:
