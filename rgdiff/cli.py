@@ -125,7 +125,6 @@ def sweep(name: str, overrides: Sequence[str]) -> None:
 
 def run_recipe(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     """Run one recipe and write its folder; return the summary."""
-    from rgdiff.rewards import Task
     from rgdiff.runtime import recipe
     from rgdiff.runtime.folder import RunFolder
     from rgdiff.runtime.methods import Ancestral
@@ -151,26 +150,18 @@ def run_recipe(name: str, overrides: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"{key}: {error}") from error
     cache = Path(config["cache_dir"]) if config.get("cache_dir") else default_cache()
     use_compilation_cache(cache)
+    fresh = not (Path(config["out"]) / "config.yaml").exists()
     folder = RunFolder.create(config["out"], config, resume=bool(config["resume"]))
     run = Run(folder, int(config["seed"]), cache)
     count = int(config["samples"])
 
     # Run: the judge and the reward, the prior, then every method beside it.
-    judge = domain.evaluator(run.key("judge"))
-    task = recipe.build(config["reward"], trusted, domain=domain, judge=judge, key=run.key("reward"))
-    tasks = dict.fromkeys(built, task)
-    for key, settings_of in (config.get("rewards") or {}).items():  # guides of their own, judged alike
-        own = recipe.build(settings_of, trusted, domain=domain, judge=judge, key=run.key(f"{key}_reward"))
-        if not isinstance(own, Task) or own.conditional != task.conditional:
-            raise ValueError(f"rewards.{key} must be a reward of the kind of `reward`, e.g. reward@rewards.{key}=digit")
-        tasks[key] = task._replace(reward=own.reward)
-    for one in (task, *tasks.values()):
-        judge.check(one)
-    for key, method in built.items():
-        if hasattr(method, "suits"):
-            method.suits(tasks[key])
-    if task.conditional and getattr(settings, "guidance", None) is None:
-        raise ValueError("this reward is of a sample's label; choose a conditional prior, e.g. prior=unet_conditional")
+    try:
+        judge, task, tasks = judged(config, trusted, domain, settings, built, run)
+    except ValueError:
+        if fresh:  # nothing was made in it: the corrected command may have it
+            folder.forget()
+        raise
     identity = {"domain": config["domain"], "prior": config["prior"], "seed": config["seed"]}
     prior = settings.obtain(run, domain, identity)
     outcomes = {"prior": Ancestral().run(run, "prior_samples", prior, task, count)}
@@ -190,6 +181,31 @@ def run_recipe(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     run.say(table(rows))
     run.say(f"report: {folder.path / 'report.html'}")
     return summary
+
+
+def judged(
+    config: Any, trusted: set[str], domain: Any, settings: Any, built: dict[str, Any], run: Any
+) -> tuple[Any, Any, Any]:
+    """Train the judge and the rewards, and refuse those that do not fit the prior or a method: the judge, the task, and every method's."""
+    from rgdiff.rewards import Task
+    from rgdiff.runtime import recipe
+
+    judge = domain.evaluator(run.key("judge"))
+    task = recipe.build(config["reward"], trusted, domain=domain, judge=judge, key=run.key("reward"))
+    tasks = dict.fromkeys(built, task)
+    for key, settings_of in (config.get("rewards") or {}).items():  # guides of their own, judged alike
+        own = recipe.build(settings_of, trusted, domain=domain, judge=judge, key=run.key(f"{key}_reward"))
+        if not isinstance(own, Task) or own.conditional != task.conditional:
+            raise ValueError(f"rewards.{key} must be a reward of the kind of `reward`, e.g. reward@rewards.{key}=digit")
+        tasks[key] = task._replace(reward=own.reward)
+    for one in (task, *tasks.values()):
+        judge.check(one)
+    for key, method in built.items():
+        if hasattr(method, "suits"):
+            method.suits(tasks[key])
+    if task.conditional and getattr(settings, "guidance", None) is None:
+        raise ValueError("this reward is of a sample's label; choose a conditional prior, e.g. prior=unet_conditional")
+    return judge, task, tasks
 
 
 def method_name(recipe_name: str, overrides: Sequence[str]) -> str:

@@ -81,6 +81,11 @@ class RunFolder:
         write_atomic(stored, _to_yaml(config).encode())  # last: it is what marks the folder as holding a run
         return folder
 
+    def forget(self) -> None:
+        """Undo `create`: the folder holds no run any more; whatever else lies in it stays."""
+        for name in ("config.yaml", "versions.json"):
+            (self.path / name).unlink(missing_ok=True)
+
     @property
     def done(self) -> bool:
         """Whether the run has written its summary."""

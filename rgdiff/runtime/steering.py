@@ -150,9 +150,8 @@ class Smc:
         with run.clock() as clock:
             value, curves = self.value.obtain(run, phase, prior, task, denoiser, self.temperature)
             sampler = self.sampler(prior.process, denoiser, value, prior.times)
-            if (
-                type(value) is not values.PosteriorMean
-            ):  # the last potential is the reward's own; of that value it is anyway
+            if type(value) is not values.PosteriorMean:
+                # The last potential is the reward's own; under that value it is anyway.
                 sampler = dataclasses.replace(sampler, reward=task.reward)
             out = draw(run, phase, sampler, prior, self.particles, keep=_particles)
             log_weights = out.info["log_weights"]
