@@ -167,7 +167,7 @@ def test_kl_regularised_gradient_and_its_value(k):
 # ---------------------------------------------------------------- masked
 
 
-@pytest.mark.parametrize("moves", [8, 32])
+@pytest.mark.parametrize("moves", [8, pytest.param(32, marks=pytest.mark.slow)])
 def test_masked_reward_gradient_has_its_magnitude(moves):
     """Independent tokens, a reward with interactions: straight-through tokens and copies outside the draw are unbiased.
 

@@ -30,7 +30,7 @@ SMALL = [
 
 def start(out, cache, *, resume):
     command = [sys.executable, "-m", "rgdiff", "run", "steer", *SMALL, f"out={out}", f"cache_dir={cache}"]
-    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "RGDIFF_SAVE_EVERY": "0"}
+    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu", "RGDIFF_SAVE_EVERY": "0"}
     return subprocess.Popen(
         command + [f"resume={str(resume).lower()}"],
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
