@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+QUICK = "--xla_backend_optimization_level=0"  # compiles, whatever its speed then
 SMALL = [
     "samples=8",
     "domain=planar",
@@ -30,7 +31,7 @@ SMALL = [
 
 def start(out, cache, *, resume):
     command = [sys.executable, "-m", "rgdiff", "run", "steer", *SMALL, f"out={out}", f"cache_dir={cache}"]
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu", "RGDIFF_SAVE_EVERY": "0"}
+    environment = os.environ | {"XLA_FLAGS": QUICK, "JAX_PLATFORMS": "cpu", "RGDIFF_SAVE_EVERY": "0"}
     return subprocess.Popen(
         command + [f"resume={str(resume).lower()}"],
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
