@@ -157,7 +157,7 @@ def run_recipe(name: str, overrides: Sequence[str]) -> dict[str, Any]:
 
     # Run: the judge and the reward, the prior, then every method beside it.
     try:
-        judge, task, tasks = judged(config, trusted, domain, settings, built, run)
+        judge, task, tasks = judge_and_tasks(config, trusted, domain, settings, built, run)
     except ValueError:
         if fresh:  # nothing was made in it: the corrected command may have it
             folder.forget()
@@ -183,7 +183,7 @@ def run_recipe(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     return summary
 
 
-def judged(
+def judge_and_tasks(
     config: Any, trusted: set[str], domain: Any, settings: Any, built: dict[str, Any], run: Any
 ) -> tuple[Any, Any, Any]:
     """Train the judge and the rewards, and refuse those that do not fit the prior or a method: the judge, the task, and every method's."""

@@ -6,11 +6,12 @@ import json
 import sys
 from functools import partial
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rgdiff.cli import expand, main, options_first
-from rgdiff.domains import image_tasks
+from rgdiff.domains import image_rewards, image_tasks
 from rgdiff.runtime import recipe
 
 TINY = [
@@ -194,6 +195,7 @@ CONDITIONAL = ["prior=unet_conditional"]
 
 
 def test_bad_input_is_one_line(tmp_path, cache, capsys):
+    fresh = [*TINY, f"out={tmp_path / 'f'}", f"cache_dir={cache}"]
     cases = {
         ("run", "quikstart"): "quickstart",
         ("run", "steer", "method=svd"): "did you mean 'svdd'",
@@ -212,15 +214,9 @@ def test_bad_input_is_one_line(tmp_path, cache, capsys):
         ("run", "steer", "method=seiko", *CONDITIONAL): "a campaign of queries",
         ("run", "steer", "method=tmpd", *TINY, f"out={tmp_path / 'e'}", f"cache_dir={cache}"): "reward=inpainting",
         ("run", "steer", "method=pigdm", "method.temperature=0.5"): "give method.temperature=1",
-        (
-            "run",
-            "steer",
-            "method=ddpo",
-            "reward=compress",
-            "method.noise=1",
-            *TINY,
-            f"out={tmp_path / 'f'}",
-        ): "method.noise=null",
+        ("run", "steer", "method=ddpo", "reward=compress", "method.noise=1", *fresh): "method.noise=null",
+        ("run", "steer", "method=seiko", "method.tuning.kl_weight=0.1"): "do not read method.tuning.kl_weight",
+        ("run", "steer", "method=tmpd", "method.temperature=0.5"): "give method.temperature=1",
         ("run", "steer", "method=seiko", "method.tuning.noise=0.5"): "do not read method.tuning.noise",
         ("run", "steer", "method=dpok", *CONDITIONAL): "give +method.value.classes=N",
         ("run", "steer", "method=draft_plus", "method.kl_weight=null"): "kl_weight",
@@ -278,8 +274,6 @@ def test_a_prior_sampled_otherwise_is_not_trained_again(tmp_path, cache):
     other = ["prior.steps=3", "prior.eta=0.5", "prior.clip=false"]
     assert run(tmp_path, cache, "reward=symmetry", "method=best_of_n", "method.candidates=1", *other, out="other") == 0
     assert kept() == before
-    assert run(tmp_path, cache, "reward=symmetry", "method=best_of_n", "seed=1", out="seed") == 0
-    assert len(kept()) == len(before) + 1
 
 
 def test_a_method_may_have_a_guide_of_its_own(tmp_path, cache, capsys):
@@ -287,9 +281,10 @@ def test_a_method_may_have_a_guide_of_its_own(tmp_path, cache, capsys):
     few = ["method=best_of_n", "method.candidates=4"]
     assert run(tmp_path, cache, "reward=symmetry", *few, guide, out="own") == 0
     assert run(tmp_path, cache, "reward=ink", *few, out="ink") == 0
-    own, ink = ({"samples": np.load(tmp_path / n / "samples.npz")["best_of_n"], **json.loads((tmp_path / n / "summary.json").read_text())} for n in ("own", "ink"))  # fmt: skip
-    np.testing.assert_array_equal(own["samples"], ink["samples"])
-    assert own["best_of_n/reward_mean"] != ink["best_of_n/reward_mean"]  # symmetry's
+    own, ink = (np.load(tmp_path / name / "samples.npz")["best_of_n"] for name in ("own", "ink"))
+    np.testing.assert_array_equal(own, ink)
+    judged = json.loads((tmp_path / "own" / "summary.json").read_text())["best_of_n/reward_mean"]
+    np.testing.assert_allclose(judged, image_rewards.symmetry()(jnp.asarray(own)).mean(), rtol=1e-5)
     label = guide.replace("inked", "labelled")
     assert "of the kind of" in failing(capsys, "run", "steer", *TINY, f"out={tmp_path / 'label'}", *few, label)
     stranger = guide.replace("best_of_n", "nobody")

@@ -12,7 +12,7 @@ from rgdiff import guides, processes, schedules, tuners
 from rgdiff.rewards import Task
 from rgdiff.runtime.checkpoint import Checkpoints
 from rgdiff.runtime.folder import RunFolder
-from rgdiff.runtime.priors import Prior
+from rgdiff.runtime.priors import Prior, gaussian_prior, masked_prior
 from rgdiff.runtime.progress import pieces
 from rgdiff.runtime.run import PATIENCE, Run
 from rgdiff.runtime.steering import Smc
@@ -63,6 +63,26 @@ def test_phases_and_chains_are_cut_into_pieces_of_one_length():
         assert length is None or (total % length == 0 and 13 <= length <= 25)
         assert (length is None) == all(total % n for n in range(13, 26))
     assert pieces(40, 25, 13) == 20 and pieces(29, 8, 2) is None and pieces(3, 1, 0) == 1
+
+
+def test_priors_are_one_where_training_sees_no_difference_and_only_there():
+    """Cached under one name: settings of sampling alone. A network with a null class is another one than without."""
+    gaussian = lambda **train: gaussian_prior(None, None, "v", {"steps": 5, **train})  # noqa: E731
+    masked = masked_prior(None, None, {"steps": 5})
+    plain = {"domain": {"name": "digits"}, "prior": {"network": "mlp", "train": {"steps": 5}}, "seed": 0}
+    sampled = {"steps": 9, "eta": 0.5, "clip": False, "guidance": 2.0, "checkpoint": None}
+    other = lambda **changes: plain | {"prior": plain["prior"] | changes}  # noqa: E731
+    one = gaussian().digest(plain)
+    assert one == gaussian().digest(other(**sampled))
+    assert masked.digest(other(steps=9, order="first_hitting")) == masked.digest(plain)
+    differ = [
+        other(network="unet"),
+        other(train={"steps": 6}),
+        other(order="x"),
+        plain | {"seed": 1},
+        plain | {"domain": {}},
+    ]
+    assert one not in {gaussian(null=10).digest(plain), *map(gaussian().digest, differ)}
 
 
 def test_particles_under_a_likelihood_end_with_the_likelihood_of_x0(tmp_path):

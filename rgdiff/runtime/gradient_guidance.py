@@ -86,7 +86,7 @@ class GradientGuidance:
         distance from the support.
       seeds: independent runs.
       refit: optimizer, and first (round), updates, memory, decay; None for algorithm 1.
-      published: title -> [x, y], values to show beside ours.
+      published: title -> [x, y], values to show beside ours, or null.
     """
 
     guidance: str = "g_loss"
@@ -97,7 +97,7 @@ class GradientGuidance:
     noise: float = 0.1
     gradient_at: str = "sample"
     refit: dict[str, Any] | None = None
-    published: dict[str, Any] = dataclasses.field(default_factory=dict)
+    published: dict[str, Any] | None = None
     chunk: int = 25
 
     def check(self, prior: Any, shape: tuple[int, ...]) -> None:
@@ -151,7 +151,7 @@ class GradientGuidance:
             clock.seconds,
             clock.compile_seconds,
             tuning_network_calls=len(self.increments) * self.seeds * self.batch * self.rounds * calls,
-            curves=by_round(logs[0], self.published) if len(logs) == 1 else pareto(logs, self.published),
+            curves=(by_round(logs[0], self.published or {}) if len(logs) == 1 else pareto(logs, self.published or {})),
             figures=prior.figures if isinstance(prior, MeasuredPrior) else {},
         )
 

@@ -54,7 +54,9 @@ def shown(phase: str, moves: int) -> Iterator[dict[str, Any]]:
             advance(stop - done)
             done = stop
 
-        quarter = max(1, -(-moves // 4))
+        quarter = max(
+            1, -(-moves // 4)
+        )  # pieces of a quarter or less; a short chain that has no such divisor stays whole
         chunk = pieces(moves, quarter, max(2, moves // 10)) or (moves if moves < 100 else quarter)
         yield {"chunk": chunk, "on_chunk": on_chunk}
 

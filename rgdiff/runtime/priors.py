@@ -105,6 +105,12 @@ class TrainedPrior:
 
     unseen = ("steps", "checkpoint")  # settings that training does not see: priors that differ in them alone are one
 
+    def digest(self, identity: Any) -> str:
+        """Return the name of the cache entry: a hash of what training sees of the settings."""
+        seen = {name: value for name, value in identity["prior"].items() if name not in self.unseen}
+        identity = identity | {"prior": seen, "conditional": self.train.get("null") is not None}
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
     def parameters(self, run: Run, model: Model, process: Process, domain: Any, identity: Any) -> Params:
         """Load the parameters from the checkpoint or the cache, or train and cache them.
 
@@ -117,9 +123,7 @@ class TrainedPrior:
         if self.checkpoint is not None:
             run.say(f"prior: parameters from {self.checkpoint}")
             return load_params(self.checkpoint, like)
-        seen = {name: value for name, value in identity["prior"].items() if name not in self.unseen}
-        identity = identity | {"prior": seen, "conditional": self.train.get("null") is not None}
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        digest = self.digest(identity)
         cached = run.cache / "priors" / digest
         if cached.exists():
             run.say(f"prior: trained earlier, from {cached}")

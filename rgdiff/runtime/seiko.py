@@ -78,7 +78,7 @@ class Seiko:
             checks.at_least("queries", count, 1)
         if (self.tuning is None) == (self.steering is None):
             raise ValueError(f"give one of tuning (settings of a reward gradient) and steering ({', '.join(STEERING)})")
-        for name in ("noise", "stopping", "heldout", "adapter", "scales", "diagnose"):
+        for name in ("kl_weight", "noise", "stopping", "heldout", "adapter", "scales", "diagnose"):
             if getattr(self.tuning, name, None):
                 raise ValueError(
                     f"rounds of queries do not read method.tuning.{name}; leave it out (method.noise is the answers')"

@@ -17,7 +17,7 @@ from rgdiff.rewards import Task
 from rgdiff.runtime.methods import Outcome, draw, draw_with_kl, nothing
 from rgdiff.runtime.priors import Prior, unconditional
 from rgdiff.runtime.run import Run
-from rgdiff.runtime.values import PosteriorMean, measurement
+from rgdiff.runtime.values import PosteriorMean, measurement, unit_temperature
 from rgdiff.typing import Array, Info, Process
 
 
@@ -224,8 +224,8 @@ class Guided:
         process = prior.process(shape)
         self.sampler(process, nothing, nothing, nothing, jax.random.key(0))
         self.value.check(prior, shape, self.temperature)
-        if self.guide == "tmpd" and self.temperature != 1:
-            raise ValueError(f"a likelihood's temperature is 1, got {self.temperature}; give method.temperature=1")
+        if self.guide == "tmpd":
+            unit_temperature(self.temperature)
 
     def suits(self, task: Task) -> None:
         """Refuse a reward that the guide is not for, before anything is trained."""

@@ -54,8 +54,7 @@ class Likelihood:
         """Refuse a prior that is not Gaussian, or a temperature that makes it another likelihood."""
         blank: Any = nothing
         guides.likelihood(blank, prior.process(shape), blank, prior_variance=self.prior_variance)
-        if temperature != 1:
-            raise ValueError(f"a likelihood's temperature is 1, got {temperature}; give method.temperature=1")
+        unit_temperature(temperature)
 
     def obtain(
         self, run: Run, phase: str, prior: Prior, task: Task, denoiser: Any, temperature: float
@@ -67,6 +66,12 @@ class Likelihood:
     def suits(self, task: Task) -> None:
         """Refuse a reward that is not a measurement."""
         measurement(task, "value@method.value=likelihood")
+
+
+def unit_temperature(temperature: float) -> None:
+    """Refuse another temperature than a likelihood's own."""
+    if temperature != 1:
+        raise ValueError(f"a likelihood's temperature is 1, got {temperature}; give method.temperature=1")
 
 
 def measurement(task: Task, what: str) -> None:
