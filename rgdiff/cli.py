@@ -110,32 +110,41 @@ def sweep(name: str, overrides: Sequence[str]) -> None:
     import io
 
     from rgdiff.runtime.folder import write_atomic
+    from rgdiff.runtime.run import Diverged
 
     combinations = expand(overrides)
     swept = [{o.partition("=")[0]: o.partition("=")[2] for o in combination} for combination in combinations]
     rows: list[dict[str, Any]] = []
     for combination, settings in zip(combinations, swept, strict=True):
-        rows.append(settings | run_recipe(name, combination))
+        try:
+            rows.append(settings | run_recipe(name, combination))
+        except Diverged as failure:  # the other combinations are worth having
+            rows.append(settings | {"stopped": str(failure)})
         buffer = io.StringIO()
         writer = csv.DictWriter(buffer, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
         write_atomic(Path(settings["out"]).parent / "sweep.csv", buffer.getvalue().encode())
+    if stopped := [row for row in rows if "stopped" in row]:
+        raise ValueError(
+            f"{len(stopped)} of {len(rows)} runs stopped, the first: {stopped[0]['stopped']}; see sweep.csv"
+        )
 
 
 def run_recipe(name: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """Run one recipe and write its folder; return the summary."""
+    """Run one recipe and write its folder; return the summary. A method that diverges is left out, and raises at the end."""
     from rgdiff.runtime import recipe
     from rgdiff.runtime.folder import RunFolder
     from rgdiff.runtime.methods import Ancestral
+    from rgdiff.runtime.pages import table, write_pages
     from rgdiff.runtime.priors import default_cache
-    from rgdiff.runtime.run import Run, use_compilation_cache
+    from rgdiff.runtime.run import Diverged, Run, use_compilation_cache
 
     # Parse: one resolved config, checked whole.
-    config = recipe.compose(name, overrides)
+    config, chosen = recipe.composed(name, overrides)
     trusted = recipe.trusted_modules(overrides)
     recipe.check(config, trusted)
-    methods = config.get("methods") or {method_name(name, overrides): config["method"]}
+    methods = config.get("methods") or {chosen["method"] or "method": config["method"]}
 
     # Build: data, prior, reward; the folder only when these names and files are good.
     domain = recipe.build(config["domain"], trusted)
@@ -165,8 +174,13 @@ def run_recipe(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     identity = {"domain": config["domain"], "prior": config["prior"], "seed": config["seed"]}
     prior = settings.obtain(run, domain, identity)
     outcomes = {"prior": Ancestral().run(run, "prior_samples", prior, task, count)}
+    stopped: dict[str, str] = {}
     for key, method in built.items():
-        outcomes[key] = method.run(run, key, prior, tasks[key], count)
+        try:
+            outcomes[key] = method.run(run, key, prior, tasks[key], count)
+        except Diverged as failure:  # the others are worth having
+            stopped[key] = str(failure)
+            run.say(stopped[key])
 
     # Write: numbers, samples, report.
     rows = {key: judge.row(outcome, task, prior) | outcome.figures for key, outcome in outcomes.items()}
@@ -175,11 +189,14 @@ def run_recipe(name: str, overrides: Sequence[str]) -> dict[str, Any]:
         run.log.rewind(f"{key}_summary", 0)
         run.log.write(f"{key}_summary", 0, {f"total_{m}" if m == "seconds" else m: v for m, v in row.items()})
     folder.write_samples(**{key: outcome.x0 for key, outcome in outcomes.items()})
-    write_pages(run, config, overrides, name, judge, task, prior, outcomes, rows)
-    folder.write_summary(summary)
+    rows |= {f"{key} (stopped)": {} for key in stopped}
+    write_pages(run, config, overrides, name, judge, task, prior, outcomes, rows, list(stopped.values()))
+    folder.write_summary(summary | {f"{key}/stopped": reason for key, reason in stopped.items()})
     run.log.close()
     run.say(table(rows))
     run.say(f"report: {folder.path / 'report.html'}")
+    if stopped:
+        raise Diverged("; ".join(stopped.values()))
     return summary
 
 
@@ -206,117 +223,6 @@ def judge_and_tasks(
     if task.conditional and getattr(settings, "guidance", None) is None:
         raise ValueError("this reward is of a sample's label; choose a conditional prior, e.g. prior=unet_conditional")
     return judge, task, tasks
-
-
-def method_name(recipe_name: str, overrides: Sequence[str]) -> str:
-    """Return the chosen method's name, which names its phase and its row."""
-    chosen = [o.partition("=")[2] for o in overrides if o.partition("=")[0] == "method"]
-    return chosen[-1] if chosen else "method"
-
-
-def write_pages(
-    run: Any,
-    config: dict,
-    overrides: Sequence[str],
-    name: str,
-    judge: Any,
-    task: Any,
-    prior: Any,
-    outcomes: dict,
-    rows: dict,
-) -> None:
-    """Write report.html: pictures or logos before and after, curves, histograms, the table, the config."""
-    from rgdiff.runtime.report import Grid, Histogram, Logo, Plot, Report, Series, plot_rows, write_report
-
-    plots: list[Any] = [
-        Plot(title, [Series(key, *curve) for key, curve in curves.items()])
-        for title, curves in shared(outcomes).items()
-    ]
-    if any(row["phase"] == "prior" for row in run.log.rows):
-        plots.append(plot_rows(run.log.rows, ["loss"], title="prior: training loss", phase="prior"))
-    plots += trade_offs(rows)
-    samples = {key: outcome.x0 for key, outcome in outcomes.items()}
-    samples |= {f"{key}: {what}": x0 for key, outcome in outcomes.items() for what, x0 in outcome.shown.items()}
-    pictures = judge.pictures(samples, task)
-    pictures += [(title, images, None) for one in outcomes.values() for title, images in one.pictures.items()]
-    report = Report(
-        title=config.get("title", name),
-        command=" ".join(["rgdiff run", name, *overrides]),
-        versions=run.folder.versions,
-        table=rows,
-        grids=[[Grid(title, images, rewards=rewards) for title, images, rewards in pictures]],
-        logos=[Logo(*logo) for logo in judge.logos(outcomes, task, prior)],
-        plots=plots + [Histogram(*histogram) for histogram in judge.histograms(outcomes, task, prior)],
-        notes=judge.notes(task),
-        config=(run.folder.path / "config.yaml").read_text(),
-    )
-    write_report(run.folder.path / "report.html", report)
-
-
-def trade_offs(rows: dict[str, dict[str, Any]]) -> list[Any]:
-    """Return what a higher guiding reward costs: each method a point, by its held-out reward and by its diversity."""
-    from rgdiff.runtime.report import Plot, Series
-
-    plots = []
-    for metric, name in (("heldout_reward_mean", "held-out reward"), ("diversity", "diversity")):
-        points = {
-            key: (row["reward_mean"], row[metric])
-            for key, row in rows.items()
-            if row.get("reward_mean") is not None and row.get(metric) is not None
-        }
-        if len(points) > 2 and any(guide != other for guide, other in points.values()):
-            series = [Series(key, [guide], [other]) for key, (guide, other) in points.items()]
-            plots.append(Plot(f"{name} against the guiding reward, every method", series, "guiding reward", name))
-    return plots
-
-
-def shared(outcomes: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return all curves by title, then by method: those of one title share axes. An outcome may have several, by name."""
-    curves: dict[str, dict[str, Any]] = {}
-    for key, outcome in outcomes.items():
-        for title, curve in outcome.curves.items():
-            several = curve if isinstance(curve, dict) else {"": curve}
-            curves.setdefault(title, {}).update({f"{key} {name}".strip(): part for name, part in several.items()})
-    return curves
-
-
-def table(rows: dict[str, dict[str, Any]]) -> str:
-    """Return the rows as a table for the terminal."""
-    import io
-
-    from rich.console import Console
-    from rich.table import Table
-
-    shown = (
-        "reward_mean",
-        "reward_se",
-        "infeasible",
-        "heldout_reward_mean",
-        "heldout_accuracy",
-        "exact_reward_mean",
-        "log_z",
-        "exact_log_z",
-        "histogram_distance",
-        "frechet",
-        "log_likelihood",
-        "theta_x",
-        "theta_x_inside",
-        "off_support",
-        "sliced_w2",
-        "energy_auc",
-        "auroc_mean",
-        "diversity",
-        "kl",
-        "network_calls",
-        "seconds",
-    )
-    metrics = [m for m in shown if any(row.get(m) for row in rows.values())]  # neither missing nor 0 throughout
-    grid = Table("", *metrics)
-    for key, row in rows.items():
-        grid.add_row(key, *(f"{row[m]:.3g}" if row.get(m) is not None else "–" for m in metrics))
-    buffer = io.StringIO()
-    Console(file=buffer, width=140).print(grid)
-    return buffer.getvalue().rstrip()
 
 
 if __name__ == "__main__":

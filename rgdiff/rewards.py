@@ -29,14 +29,19 @@ class HostReward:
         x0 = jax.lax.stop_gradient(x0)
         return jax.pure_callback(self._on_host, out, x0, cond, vmap_method="sequential")
 
-    def _on_host(self, x0: State, cond: Cond) -> np.ndarray:
-        x0 = jax.tree.map(np.asarray, x0)
+    def answers(self, x0: State, cond: Cond = None) -> np.ndarray:
+        """Return the function's values [B] outside of compiled code, where what it raises stops the caller."""
+        values = np.asarray(self.function(jax.tree.map(np.asarray, x0), cond), np.float32)
         batch = jax.tree.leaves(x0)[0].shape[0]
+        if values.shape != (batch,):
+            raise ValueError(f"a reward must return one number per sample, [{batch}], got {list(values.shape)}")
+        return values
+
+    def _on_host(self, x0: State, cond: Cond) -> np.ndarray:
         try:
-            values = np.asarray(self.function(x0, cond), np.float32)
+            return self.answers(x0, cond)
         except Exception:  # noqa: BLE001 - the contract: a failing oracle marks its batch infeasible
-            values = np.full(batch, np.nan, np.float32)
-        return values if values.shape == (batch,) else np.full(batch, np.nan, np.float32)
+            return np.full(jax.tree.leaves(x0)[0].shape[0], np.nan, np.float32)
 
 
 def from_host(function: Callable[..., Any]) -> Reward:

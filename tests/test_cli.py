@@ -291,6 +291,17 @@ def test_a_method_may_have_a_guide_of_its_own(tmp_path, cache, capsys):
     assert "guides no method" in failing(capsys, "run", "steer", *TINY, f"out={tmp_path / 'no'}", stranger)
 
 
+def test_a_method_that_diverges_leaves_the_others(tmp_path, cache, capsys):
+    few = ["prior=mlp", "methods.svdd.candidates=2", "methods.draft_lv.batch=4", "methods.draft_lv.steps=30"]
+    argv = ["run", "quickstart", *TINY, *few, f"out={tmp_path / 'run'}", f"cache_dir={cache}"]
+    assert "draft_lv: 2" in failing(capsys, *argv, "methods.draft_lv.optimizer.learning_rate=1e38")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert "not finite" in summary["draft_lv/stopped"] and np.isfinite(summary["svdd/reward_mean"])
+    assert list(np.load(tmp_path / "run" / "samples.npz")) == ["prior", "svdd"]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "draft_lv (stopped)" in page and "Stopped: draft_lv: 2" in page
+
+
 @pytest.mark.slow
 def test_foreign_and_truncated_prior_checkpoints(tmp_path, cache, capsys):
     foreign = tmp_path / "foreign"
@@ -325,8 +336,14 @@ def test_a_sweep_leaves_a_table(tmp_path, cache):
         assert float(row["dps/reward_mean"]) == summary["dps/reward_mean"]
 
 
-@pytest.mark.slow
-def test_a_failing_oracle_stops_the_run_which_resumes(tmp_path, cache, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "method",
+    [
+        ["method=steered_rounds", "method.steering=best_of_n", "~method.options", *ROUNDS],
+        pytest.param(["method=ddpo", "method.batch=4", "method.steps=3"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_failing_oracle_stops_the_run_which_resumes(method, tmp_path, cache, monkeypatch, capsys):
     """A black box that raises is no NaN: one line, and the run goes on from before the step that failed."""
     (tmp_path / "my_oracle.py").write_text(
         "import pathlib\n"
@@ -339,11 +356,10 @@ def test_a_failing_oracle_stops_the_run_which_resumes(tmp_path, cache, monkeypat
         "reward=custom",
         "reward.fn=my_oracle.score",
         "reward.host=true",
-        "method=ddpo",
-        "method.batch=4",
+        *method,
         "samples=4",
     ]
-    argv = ["run", "steer", *TINY, f"cache_dir={cache}", f"out={tmp_path / 'run'}", *own, "method.steps=3"]
+    argv = ["run", "steer", *TINY, f"cache_dir={cache}", f"out={tmp_path / 'run'}", *own]
     (tmp_path / "broken").touch()
     error = failing(capsys, *argv)
     assert "the laboratory is closed" in error and "resume=true" in error

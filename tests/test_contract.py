@@ -378,7 +378,8 @@ def ddpo(number=0.5):
     process = gaussian(number)
     online = tuners.ddpo(
         gaussian_model, process, process.times(4), ADAM, batch=B, clip=number, epochs=2, minibatches=2,
-        advantage=tuners.advantages.batch_normalised(), reference=Net(net(2, 2, 5)), kl_weight=number, ema_decay=number,
+        advantage=tuners.advantages.batch_normalised(), reference=Net(net(2, 2, 5)), kl_weight=number, kl_budget=number,
+        kl_rate=number, ema_decay=number,
     )  # fmt: skip
     return tuners.as_tuner(online, gaussian_reward, heldout=gaussian_reward), net(2, 2)
 

@@ -462,6 +462,27 @@ def test_dpok_reaches_the_tilted_prior(kl_gradient):
         assert gap > 5e-3 and off > 0.05, (gap, off)
 
 
+@pytest.mark.parametrize("events", [True, slow(False)])
+def test_a_kl_budget_is_kept(events):
+    """First-hitting order, or all at once: the weight moves until the path KL stays at the budget, where J is the best for that weight."""
+    w, process, times, _, model = masked_case(events)
+    online = tuners.ddpo(
+        model, process, times, optax.adam(0.02), batch=256, reference=w.denoiser, kl_weight=2.0, kl_budget=0.3,
+        kl_rate=0.03, ema_decay=0.99,
+    )  # fmt: skip
+    infos, tuner = [], tuners.as_tuner(online, w.reward)
+    begin = tuner.init(f32(np.log(w.table)))
+    state = tuners.fit(tuner, jax.random.key(0), begin, 600, chunk=300, on_chunk=lambda _, info: infos.append(info))
+    kl, weight = infos[-1]["kl"], infos[-1]["kl_weight"]
+    assert abs(kl.mean() - 0.3) < 0.03 and weight.std() < 0.2 * weight.mean() and abs(weight.mean() / 2 - 1) > 0.2
+    assert weight[-1] != float(state.extra.kl_weight[0])
+    if events:  # the regularised optimum of that weight has this very KL
+        prior = enumerated(w, np.log(w.table), 0.0, True)[1]
+        tilted = prior * np.exp(w.rewards / weight[-100:].mean())
+        tilted /= tilted.sum()
+        np.testing.assert_allclose(np.sum(tilted * np.log(tilted / prior)), 0.3, rtol=0.15)
+
+
 def state_table(params):
     return lambda x, t, cond=None: params[codes(x)]
 
@@ -630,6 +651,7 @@ def test_what_cannot_work_is_refused_when_it_is_built():
         ("minibatches must divide", {"minibatches": 3, "clip": 0.2}),
         ("groups must divide", {"advantage": advantages.group_relative(3)}),
         ("one for each", {"kl_weight": 0.1}),
+        ("kl_budget needs a KL term", {"kl_budget": 0.1}),
         ("batch_normalised\\(\\), got <function", {"advantage": advantages.batch_normalised}),
         ("kl_gradient must be one of", {"kl_gradient": "ful"}),
         ("clip must be", {"clip": -1.0}),
@@ -741,4 +763,6 @@ def test_sft_pg_continues_and_does_not_trace_again():
     other = run(dataclasses.replace(tuner, penalty=f32(1.0)), tuner.init(params), 4)
     assert len(count) == before
     assert (np.asarray(other.extra[1].params) != np.asarray(whole.extra[1].params)).any()
-    assert int(whole.extra[1].step) == 4 * 5 and int(whole.extra[0][0].step) == 4  # critic's and value's own steps
+    assert (
+        int(whole.extra[1].step) == 4 * 5 and int(whole.extra[0].advantage[0].step) == 4
+    )  # critic's and value's own steps

@@ -369,6 +369,10 @@ def test_gradients_pass_both_branches_of_classifier_free_guidance():
     ("options", "message"),
     [
         ({"kl_budget": 1.0}, "kl_budget needs a KL term"),
+        (
+            {"kl_budget": 1.0, "penalty": "eps_mse", "reference": lambda x, t, c=None: x, "kl_weight": 1.0},
+            "is of a KL",
+        ),
         ({"micro_batches": 3}, "must divide the batch of 8"),
         ({"gradient": "score_function", "truncation": 2}, "takes the whole chain"),
         ({"gradient": "score_function", "micro_batches": 8}, "at least 2 samples"),

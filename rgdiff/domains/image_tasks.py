@@ -104,19 +104,28 @@ def digit(
     heads: int = 1,
     reduce: str = "lower",
     caution: float = 1.0,
+    examples: int | None = None,
 ) -> Task:
     """Make the task: log p(target | x) of a classifier trained on the training split, judged by the held-out one.
 
     Args:
       heads, reduce, caution: several classifiers, trained from keys of their own and joined by `rewards.ensemble`, are harder
         to exploit than one.
+      examples: images that they are trained on, all by default. What few have taught is exploited sooner, and the judge sees it.
     """
     if not isinstance(domain, ImageDomain):
         raise ValueError("reward=digit is for images with labels; choose an image domain, e.g. domain=digits")
     checks.one_of("reward.target", target, range(domain.classes))
     classify = image_rewards.classifier_reward
     keys = [key] if checks.at_least("heads", heads, 1) == 1 else list(jax.random.split(key, heads))
-    heard = [classify(train_classifier(k, domain.train_x, domain.train_y, domain.classes), target) for k in keys]
+    rows = slice(None)
+    if examples is not None:
+        every = len(domain.train_x)
+        if not domain.classes <= examples <= every:
+            raise ValueError(f"reward.examples must be {domain.classes} (the classes) to {every}, got {examples}")
+        rows = np.asarray(jax.random.permutation(jax.random.fold_in(key, heads), every))[:examples]
+    x, y = domain.train_x[rows], domain.train_y[rows]
+    heard = [classify(train_classifier(k, x, y, domain.classes), target) for k in keys]
     reward = heard[0] if heads == 1 else ensemble(heard, reduce, caution=caution)
     return Task(reward, classify(judge.classifier, target), target)
 

@@ -62,7 +62,12 @@ def summary_of(name: str, group: str | None = None) -> str:
 
 
 def compose(recipe: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Compose a recipe and overrides into the resolved config, a dict of plain values.
+    """Return the first of what `composed` returns."""
+    return composed(recipe, overrides)[0]
+
+
+def composed(recipe: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], dict[str, str | None]]:
+    """Compose a recipe and overrides into the resolved config, a dict of plain values, and the choice of each group.
 
     Args:
       recipe: a name from `names()`, or the path of a YAML file of the same form.
@@ -75,7 +80,7 @@ def compose(recipe: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf
+    from omegaconf import OmegaConf, open_dict
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
@@ -101,7 +106,10 @@ def compose(recipe: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     try:
         with initialize_config_dir(str(folder), version_base="1.3"):
             choices = [o for o in overrides if _is_choice(o)]
-            base = hydra_compose(name, overrides=choices + search)
+            base = hydra_compose(name, overrides=choices + search, return_hydra_config=True)
+            chosen = dict(base.hydra.runtime.choices)
+            with open_dict(base):
+                del base["hydra"]
             known = list(_keys(OmegaConf.to_container(base, resolve=False)))
             for override in overrides:
                 key = override.partition("=")[0]
@@ -121,7 +129,7 @@ def compose(recipe: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     assert isinstance(plain, dict)
     for key, default in COMMON.items():
         plain.setdefault(key, default)
-    return {str(key): value for key, value in plain.items()}
+    return {str(key): value for key, value in plain.items()}, {key: chosen.get(key) for key in GROUPS}
 
 
 def _is_choice(override: str) -> bool:

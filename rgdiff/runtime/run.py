@@ -30,6 +30,10 @@ from rgdiff.tuners.stopping import EarlyStopping
 PATIENCE = 20  # a phase stops after more skipped updates than this since it began or was resumed
 
 
+class Diverged(ValueError):
+    """A method's training was stopped because too many of its updates were not finite; its last good state is on disk."""
+
+
 class Clock:
     """Wall seconds of a phase, with those spent compiling apart."""
 
@@ -100,7 +104,7 @@ class Run:
           chunk: steps to a compiled call, at most: fewer, down to half, where that divides `steps` and saves compiling the rest.
 
         Raises:
-          ValueError: after more than PATIENCE non-finite updates; the last good state is kept on disk.
+          Diverged: after more than PATIENCE non-finite updates; the last good state is kept on disk.
         """
         state = tuner.init(params)
         chunk = pieces(steps, chunk, (chunk + 1) // 2) or chunk
@@ -125,7 +129,7 @@ class Run:
                     if bad > PATIENCE:  # what was skipped was undone: the state is the last good one
                         checkpoints.save(done, state)
                         advice = getattr(tuner, "advice", "lower the learning rate or look at the reward")
-                        raise ValueError(
+                        raise Diverged(
                             f"{phase}: {bad} of {done - began} updates before step {done} were not finite or out of bounds and were "
                             f"skipped; {advice} (the last good state is kept, step {done})"
                         )

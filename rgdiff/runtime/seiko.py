@@ -16,7 +16,7 @@ import numpy as np
 
 from rgdiff import checks, guides, metrics, samplers, seiko, surrogates, values
 from rgdiff.processes import MaskedProcess
-from rgdiff.rewards import Task
+from rgdiff.rewards import HostReward, Task
 from rgdiff.runtime.campaign import Campaign
 from rgdiff.runtime.methods import Outcome, draw, draw_with_kl, nothing
 from rgdiff.runtime.priors import Prior, unconditional
@@ -168,14 +168,14 @@ class Seiko:
                 return campaign
             ids, x0 = campaign.ask()
             noise = [self.noise * jax.random.normal(jax.random.fold_in(run.key(f"{name}_noise"), int(i))) for i in ids]
-            answers = np.asarray(_score(task.reward, jax.tree.map(jnp.asarray, x0)), np.float64) + np.asarray(noise)
+            answers = np.asarray(_asked(name, task.reward, x0), np.float64) + np.asarray(noise)
             campaign.tell(ids, np.where(np.isfinite(answers), answers, np.nan))
 
     def figures(self, run: Run, name: str, campaign: Campaign, prior: Prior, task: Task) -> dict[str, Any]:
         """Return the figures of the current model, and of the round that made it."""
         where = campaign.round
         x0, kl = judged(run, f"{name}_{where}", campaign, prior, self.evaluate)
-        rewards = np.asarray(_score(task.reward, x0))
+        rewards = np.asarray(_asked(name, task.reward, x0))
         feasible = np.isfinite(rewards)
         told = [row for row in run.log.rows if row["phase"] == name and row["step"] == where - 1]
         figures = {
@@ -199,6 +199,19 @@ def judged(run: Run, phase: str, campaign: Campaign, prior: Prior, count: int) -
 
 
 _score = jax.jit(lambda reward, x0: reward(x0))
+
+
+def _asked(name: str, reward: Any, x0: Any) -> Any:
+    """The laboratory's answers. A black box that raises has not answered: its samples are not infeasible."""
+    if not isinstance(reward, HostReward):
+        return _score(reward, jax.tree.map(jnp.asarray, x0))
+    try:
+        return reward.answers(x0)
+    except Exception as error:
+        raise ValueError(
+            f"{name}: the reward raised {type(error).__name__}: {error}; none of these samples is answered, "
+            "and resume=true asks for the same again"
+        ) from error
 
 
 def _steer(process: Process, denoiser: Any, temperature: float, name: str, options: dict[str, Any]) -> Any:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from rgdiff import checks
 from rgdiff.processes import GaussianProcess, ProductProcess, along
@@ -32,6 +34,23 @@ def weighed_references(reference: Any, kl_weight: Any) -> tuple[tuple[Denoiser, 
     numbers = [checks.positive("kl_weight", weight, zero=True) for weight in weights]
     denoisers = tuple(callable_pytree(one, "a denoiser") for one in references)
     return denoisers, jnp.stack(numbers) if numbers else jnp.zeros(0)
+
+
+def budget_of(kl_budget: Any, references: Any, weights: Any) -> Array | None:
+    """Return the budget of the KL to the first reference, checked, or None."""
+    if kl_budget is None:
+        return None
+    if not (references and (isinstance(weights, Tracer) or (np.asarray(weights) > 0).all())):
+        raise ValueError(
+            "kl_budget needs a KL term, whose weight it multiplies: give reference= and kl_weight= above 0"
+        )
+    return checks.positive("kl_budget", kl_budget)
+
+
+def towards_budget(weights: Array, kl: Array, budget: Array, rate: Array) -> Array:
+    """Return the weights of the next step, times exp(rate * (kl / budget - 1)), clipped to exp(+-rate): dual ascent."""
+    excess = jnp.clip(kl / budget - 1.0, -1.0, 1.0)
+    return weights * jnp.exp(rate * jnp.where(jnp.isfinite(excess), excess, 0.0))
 
 
 class Plan(NamedTuple):

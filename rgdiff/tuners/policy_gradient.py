@@ -17,7 +17,7 @@ from rgdiff import checks
 from rgdiff.processes import ProductProcess
 from rgdiff.samplers._loop import roll
 from rgdiff.tuners import advantages
-from rgdiff.tuners._chain import Carry, Chain, weighed_references
+from rgdiff.tuners._chain import Carry, Chain, budget_of, towards_budget, weighed_references
 from rgdiff.tuners._loop import TrainState, start, update
 from rgdiff.tuners.advantages import Advantage, Returns, summed
 from rgdiff.tuners.online import feasible_mean, minibatch_rows
@@ -54,7 +54,10 @@ class Experience(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What an update needs of some of the chains: leaves with the batch on axis 1 (path, log_prob, advantage) or 0."""
+    """What an update needs of some of the chains: leaves with the batch on axis 1 (path, log_prob, advantage) or 0.
+
+    kl_weight [n] is of them all.
+    """
 
     path: State
     log_prob: Array
@@ -62,11 +65,20 @@ class Rows(NamedTuple):
     weight: Array
     scale: Array
     cond: Cond
+    kl_weight: Array
 
     def take(self, index: Array) -> Rows:
         second = lambda leaf: leaf[:, index]  # noqa: E731
         moves = (jax.tree.map(second, self.path), self.log_prob[:, index], self.advantage[:, index])
-        return Rows(*moves, *jax.tree.map(lambda leaf: leaf[index], (self.weight, self.scale, self.cond)))
+        weight, scale, cond = jax.tree.map(lambda leaf: leaf[index], (self.weight, self.scale, self.cond))
+        return Rows(*moves, weight, scale, cond, self.kl_weight)
+
+
+class Extra(NamedTuple):
+    """What a state holds besides: the advantage's own state, and the weights [n] of the KLs where a budget moves them."""
+
+    advantage: Any
+    kl_weight: Array | None
 
 
 @pytree
@@ -78,6 +90,8 @@ class PolicyGradient:
     times: Array
     references: tuple[Denoiser, ...]
     kl_weight: Array
+    kl_budget: Array | None
+    kl_rate: Array
     clip: Array | None
     advantage: Any
     ema_decay: Array | None
@@ -90,8 +104,9 @@ class PolicyGradient:
     kl_gradient: str = static(default="full")
 
     def init(self, params: Params) -> TrainState:
-        """Return a state; its `extra` is the advantage's."""
-        return start(params, self.optimizer, average=self.ema_decay is not None, extra=self.advantage.init())
+        """Return a state; its `extra` is an `Extra`."""
+        extra = Extra(self.advantage.init(), None if self.kl_budget is None else self.kl_weight)
+        return start(params, self.optimizer, average=self.ema_decay is not None, extra=extra)
 
     def rollout(self, key: Key, state: TrainState, cond: Cond = None) -> Experience:
         """Draw B chains, `repeats` consecutive ones for every row of cond."""
@@ -127,6 +142,9 @@ class PolicyGradient:
         else:
             new, sums = jax.lax.scan(one, state, minibatch_rows(key, self.batch, self.epochs, self.minibatches))
             sums = jax.tree.map(lambda leaf: leaf.mean(0), sums)
+        if self.kl_budget is not None:
+            info["kl_weight"] = rows.kl_weight[0]
+            extra = extra._replace(kl_weight=towards_budget(rows.kl_weight, info["kl"], self.kl_budget, self.kl_rate))
         state = new._replace(step=state.step + 1, extra=extra)
         return state, info | sums | {"skipped": state.skipped}
 
@@ -151,23 +169,25 @@ class PolicyGradient:
         denoiser = callable_pytree(self.model(params), "a denoiser")
         return Chain(self.process, denoiser, self.references, pathwise=False)
 
-    def _weigh(self, extra: Any, experience: Experience, rewards: Array) -> tuple[Rows, Any, Info]:
+    def _weigh(self, extra: Extra, experience: Experience, rewards: Array) -> tuple[Rows, Extra, Info]:
         """Advantages and weights of all chains; none is feasible: NaN, so that the step is skipped and counted."""
         feasible = jnp.isfinite(rewards)
         reward = jnp.where(feasible, rewards, 0.0).astype(jnp.float32)
         info = {"reward": feasible_mean(reward, rewards), "infeasible": jnp.sum(~feasible)}
         togo = jnp.broadcast_to(reward, experience.log_prob.shape)
+        kl_weight = self.kl_weight if extra.kl_weight is None else extra.kl_weight
         if experience.penalty is not None:
             kl = experience.penalty.sum(0).mean(-1)
             info |= {"kl" if i == 0 else f"kl_{i + 1}": value for i, value in enumerate(kl)}
             if self.kl_gradient == "full":
-                cost = jnp.einsum("n,tnb->tb", self.kl_weight, experience.penalty)
+                cost = jnp.einsum("n,tnb->tb", kl_weight, experience.penalty)
                 togo = togo - jnp.cumsum(cost[::-1], 0)[::-1][1:]
         returns = Returns(togo, reward, feasible, experience.path, self.times, experience.cond)
-        estimate, extra, more = self.advantage(extra, returns)
+        estimate, own, more = self.advantage(extra.advantage, returns)
         weight = jnp.where(feasible.any(), feasible / jnp.maximum(feasible.sum(), 1), jnp.nan)
         moves = experience.path, experience.log_prob, estimate.advantage
-        return Rows(*moves, weight, estimate.scale, experience.cond), extra, info | more
+        rows = Rows(*moves, weight, estimate.scale, experience.cond, kl_weight)
+        return rows, extra._replace(advantage=own), info | more
 
     def _gradients(self, params: Params, rows: Rows, terminal: Reward | None) -> tuple[Params, Info]:
         """Gradient of minus the weighted sum of surrogates, less KL costs: summed over moves, one at a time."""
@@ -199,7 +219,7 @@ class PolicyGradient:
             outside = jnp.sum(held * advantage < ratio * advantage).astype(jnp.float32)
         if self.references:
             others = [self.process.reverse(x, t, s, other(x, t, rows.cond)) for other in self.references]
-            gain = gain - self.kl_weight @ jnp.stack([kernel.kl(other) for other in others]) / (rows.scale * self._per)
+            gain = gain - rows.kl_weight @ jnp.stack([kernel.kl(other) for other in others]) / (rows.scale * self._per)
         return -jnp.sum(rows.weight * gain), outside
 
     def _end(self, params: Params, rows: Rows, terminal: Reward | None) -> Array:
@@ -208,7 +228,7 @@ class PolicyGradient:
         x0, info = self._chain(params).final(Carry(last, jnp.int32(0)), self.times[-1], rows.cond)
         gain = jnp.float32(0) if terminal is None else terminal(x0, rows.cond)
         if self.references:
-            gain = gain - self.kl_weight @ info["penalty"]
+            gain = gain - rows.kl_weight @ info["penalty"]
         return -jnp.sum(rows.weight * gain / (rows.scale * self._per))
 
     @property
@@ -238,6 +258,8 @@ def ddpo(
     per_dim: bool = False,
     reference: Denoiser | Sequence[Denoiser] | None = None,
     kl_weight: float | Sequence[float] | None = None,
+    kl_budget: float | None = None,
+    kl_rate: float = 0.1,
     kl_gradient: str = "full",
     ema_decay: float | None = None,
 ) -> PolicyGradient:
@@ -259,6 +281,7 @@ def ddpo(
       per_dim: divide log-ratios, and KL terms with them, by D, the dimensions of an example: the published setting.
       reference, kl_weight: subtract kl_weight * path KL(tuned || reference), nats per sample, over all moves and the
         projection; in the reward's unit per nat, also where advantages are scaled. Several references have a weight each.
+      kl_budget, kl_rate: nats; the weights follow the KL to the first reference, as in `reward_backprop`, once a batch.
       kl_gradient: `full`, each draw also pays for the KL of later moves, so that the optimum is the regularised one;
         or `direct`, only each move's own KL is differentiated.
       ema_decay: keep an average of the parameters, `state.best`.
@@ -301,6 +324,8 @@ def ddpo(
         times,
         references,
         weights,
+        budget_of(kl_budget, references, weights),
+        checks.positive("kl_rate", kl_rate, zero=True),
         None if clip is None else checks.positive("clip", clip),
         advantage,
         None if ema_decay is None else checks.positive("ema_decay", ema_decay, zero=True),

@@ -12,13 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 
 from rgdiff import checks
 from rgdiff.rewards import differentiable
 from rgdiff.samplers._loop import REMAT, rematerialize, roll
-from rgdiff.tuners._chain import PENALTIES, Carry, Chain, hold, weighed_references
+from rgdiff.tuners._chain import PENALTIES, Carry, Chain, budget_of, hold, towards_budget, weighed_references
 from rgdiff.tuners._loop import TrainState, start, update
 from rgdiff.typing import (
     Array,
@@ -78,8 +76,7 @@ class RewardBackprop:
         state, more = update(state, gradients, self.optimizer, self.ema_decay)
         if self.kl_budget is not None:
             info["kl_weight"] = weight[0]
-            excess = jnp.clip(info["kl"] / self.kl_budget - 1.0, -1.0, 1.0)
-            state = state._replace(extra=weight * jnp.exp(self.kl_rate * jnp.where(jnp.isfinite(excess), excess, 0.0)))
+            state = state._replace(extra=towards_budget(weight, info["kl"], self.kl_budget, self.kl_rate))
         return state, info | more
 
     def network_calls(self) -> int:
@@ -342,16 +339,14 @@ def reward_backprop(
         checks.law(process, "a KL term")
     if references and penalty == "eps_mse" and not hasattr(process, "eps"):
         raise ValueError('penalty="eps_mse" compares predicted noise and needs a Gaussian process; use penalty="kl"')
-    if kl_budget is not None and not (references and (isinstance(weights, Tracer) or (np.asarray(weights) > 0).all())):
-        raise ValueError(
-            "kl_budget needs a KL term, whose weight it multiplies: give reference= and kl_weight= above 0"
-        )
     if checks.one_of("gradient", gradient, GRADIENTS) == "pathwise":
         differentiable('gradient="pathwise"', reward)
     else:
         checks.law(process, "a score-function gradient")
         if plan is not None or live < calls or renoised:
             raise ValueError("a score-function gradient takes the whole chain: leave out truncation and renoised")
+    if kl_budget is not None and penalty != "kl":
+        raise ValueError(f'kl_budget is of a KL, and penalty="{penalty}" has none; leave kl_budget out')
     batch = checks.at_least("batch", batch, 1)
     micro_batches = checks.divides("micro_batches", micro_batches, batch)
     if gradient == "score_function" and batch // micro_batches < 2:
@@ -363,7 +358,7 @@ def reward_backprop(
         times,
         references,
         weights,
-        None if kl_budget is None else checks.positive("kl_budget", kl_budget),
+        budget_of(kl_budget, references, weights),
         checks.positive("kl_rate", kl_rate, zero=True),
         checks.positive("projection", projection, zero=True),
         None if heldout is None else callable_pytree(heldout, "a held-out reward"),

@@ -88,6 +88,14 @@ class EarlyStopping:
 
         return self._unless_stopped(state, go)
 
+    def gradients(self, params: Params, key: Key, cond: Any = None) -> tuple[Params, Info]:
+        """Those of the tuner that is watched (see `gradient_statistics`)."""
+        return self.tuner.gradients(params, key, cond)
+
+    @property
+    def batch(self) -> int:
+        return self.tuner.batch
+
     def network_calls(self) -> int:
         return self.tuner.network_calls()
 
