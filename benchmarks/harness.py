@@ -148,7 +148,11 @@ def machine() -> dict[str, str]:
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     dirty = subprocess.run(
-        ["git", "status", "--porcelain", "rgdiff"], cwd=ROOT, capture_output=True, text=True, check=False
+        ["git", "status", "--porcelain", "rgdiff", "benchmarks", ":!benchmarks/results"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
@@ -158,5 +162,5 @@ def machine() -> dict[str, str]:
         "machine": f"{model}, {os.cpu_count()} cores",
         "load at the start": " ".join(f"{load:.1f}" for load in os.getloadavg()),
         "python": platform.python_version(),
-        "commit": (commit.stdout.strip() or "unknown") + (" with changes in rgdiff/" if dirty.stdout.strip() else ""),
+        "commit": (commit.stdout.strip() or "unknown") + (" with changes" if dirty.stdout.strip() else ""),
     }

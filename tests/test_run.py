@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,6 +49,8 @@ def test_a_phase_stops_after_too_many_skipped_updates(tmp_path, monkeypatch, chu
     with Checkpoints(run.folder.path / "checkpoints" / "tune") as kept:
         state, step, _ = kept.restore(tuner.init(jnp.zeros(2)))
     assert int(state.step) == step > PATIENCE and jnp.isfinite(state.params).all()
+    clean = [int(entry) for entry in os.listdir(kept.folder) if entry.isdigit() and int(entry) <= 10]
+    assert clean == ([] if chunk == 100 else [10])  # the last that nothing was skipped before (chunks of 7 become 5, of 200)
     assert float(state.params[0]) == pytest.approx(-1.0)  # what ten good steps made of it
 
 

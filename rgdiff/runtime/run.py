@@ -104,7 +104,7 @@ class Run:
           chunk: steps to a compiled call, at most: fewer, down to half, where that divides `steps` and saves compiling the rest.
 
         Raises:
-          Diverged: after more than PATIENCE non-finite updates; the last good state is kept on disk.
+          Diverged: after more than PATIENCE non-finite updates; on disk are the newest state of a chunk without one, and the last.
         """
         state = tuner.init(params)
         chunk = pieces(steps, chunk, (chunk + 1) // 2) or chunk
@@ -117,26 +117,31 @@ class Run:
             else:
                 self.log.rewind(phase, 0)
             saved, began, skipped = time.monotonic(), int(state.step), int(state.skipped)
+            before = skipped  # the count that the last chunk began with
             with progress(phase, steps, done=began) as advance:
 
                 def on_chunk(state: Any, infos: dict[str, np.ndarray]) -> None:
-                    nonlocal saved
+                    nonlocal saved, before
                     count = len(infos["gradient_norm"])
                     done = int(state.step)
                     for index in range(count):
                         self.log.write(phase, done - count + index, {k: v[index] for k, v in infos.items()})
                     bad = int(infos["skipped"][-1]) - skipped
-                    if bad > PATIENCE:  # what was skipped was undone: the state is the last good one
+                    if bad > PATIENCE:  # what was skipped was undone: the state is finite, if no longer good
+                        checkpoints.wait()
+                        clean = checkpoints.latest()
                         checkpoints.save(done, state)
                         advice = getattr(tuner, "advice", "lower the learning rate or look at the reward")
+                        earlier = "" if clean is None else f"step {clean}, before any was, and "
                         raise Diverged(
                             f"{phase}: {bad} of {done - began} updates before step {done} were not finite or out of bounds and were "
-                            f"skipped; {advice} (the last good state is kept, step {done})"
+                            f"skipped; {advice} (kept: {earlier}the last good state, step {done})"
                         )
+                    clean, before = int(infos["skipped"][-1]) == before, int(infos["skipped"][-1])
                     shown = next(name for name in ("reward", "loss", "gradient_norm") if name in infos)
                     advance(count, f"{shown} {float(np.mean(infos[shown])):.4g}" + (f", {bad} skipped" if bad else ""))
                     over = done == steps or bool(getattr(state, "stopped", False))
-                    if over or time.monotonic() - saved > self._save_every:
+                    if over or (clean and time.monotonic() - saved > self._save_every):
                         checkpoints.save(done, state)
                         saved = time.monotonic()
 

@@ -47,7 +47,7 @@ class BestOfN:
 
 
 def best_of_n(sampler: Sampler, reward: Reward, count: int) -> BestOfN:
-    """Keep the best of `count` samples, per sample; NaN rewards (infeasible) never win.
+    """Keep the best of `count` samples, per sample; NaN rewards (infeasible) win only where all `count` are.
 
     The law of the kept sample is known: with reward quantile function Q its reward is Q of a Beta(count, 1) variable,
     and its KL to the prior is at most log count - (count - 1) / count nats (exactly that without ties).

@@ -1,8 +1,8 @@
 """SVDD: soft value-based decoding (arXiv 2408.08252). Draw M candidates from the kernel, keep one in proportion to exp(v/tau).
 
 Nothing is differentiated and nothing is trained, so the reward may be a black box. The samples do not interact (but
-for `replace`); as M grows the law tends to p_pre(x) exp(r(x)/tau)/Z when v is the exact soft value, with an error of
-order 1/M.
+for `replace`); as M grows the law tends to p_pre(x) exp(r(x)/tau)/Z when v is the exact soft value and the initial draw is
+selected too (a masked chain begins at one state, and needs no selection there), with an error of order 1/M.
 """
 
 from __future__ import annotations
@@ -265,11 +265,12 @@ def svdd(
       denoiser: of the prior. Where the value is `posterior_mean` of this same object, each candidate costs one network
         call and the winner's prediction is the next step's: M calls a move, not M + 1.
       value: (x, t, cond) -> [B], in the reward's unit.
-      temperature: tau in the reward's unit; the target is p_pre(x) exp(r(x)/tau)/Z.
+      temperature: tau in the reward's unit; the target is p_pre(x) exp(r(x)/tau)/Z, up to the law of x_T (select_initial).
       candidates: M.
       chunk: candidates evaluated at once (a divisor of M; all by default, one with `distinct`), to bound memory.
       selection: `soft`, or `argmax`: the best candidate, whatever the temperature.
-      select_initial: also select x_T among M draws of the prior.
+      select_initial: also select x_T among M draws of the prior. Without it a Gaussian chain tends to prior(x_T) times tilted
+        moves, which is the target only where x_T says nothing of x0.
       proposal: a guide on the kernel; candidates come from the guided law and are weighted by kernel/proposal too
         (algorithm 6), so that the target stays the same.
       replace: fraction of the batch that each move replaces, the lowest values by draws from the whole batch in

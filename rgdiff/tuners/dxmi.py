@@ -75,6 +75,7 @@ def dxmi(
     value: Any,
     times: Array | None = None,
     *,
+    decay_steps: float,
     energy: Any = None,
     energy_steps: int = 1,
     gamma: float = 1.0,
@@ -92,6 +93,7 @@ def dxmi(
     Args:
       model, process, times, options: see `dxdp`, tau and all; the batch of chains is `batch`, the rows of data `fit`'s own.
       value: params -> V (x, t, cond) -> [B]; at t = 0 it is the energy, and it is asked there only at data and ends of chains.
+      decay_steps: iterations over which all rates fall to 0: as many as the run takes. Without an end (infinity) the game orbits.
       energy: params -> E (x, t, cond) -> [B], called at t = 0: a network of its own, with parameters "energy"; V is then not asked at t = 0.
       energy_steps: of Adam an iteration; several for an energy of its own, which otherwise lags behind the sampler.
       gamma: keeps energies near 0, per unit of energy. At rest E = -(p - q) / (2 gamma (p + q)) for data p and samples q: the sampler is
@@ -106,16 +108,14 @@ def dxmi(
       `tuner.togo(params)` all costs to go, for `params = state.best`.
 
     Note:
-      Give `decay_steps`, the number of iterations, without which the game orbits, and `warmup=300` for a pre-trained sampler.
-      A gamma that falls takes some of its bias away and damps less. On 8 Gaussians, one seed each, sliced Wasserstein distance
-      from a DDPM start: 0.047 for last_gamma = 0.5, 0.066 for 0.3, where the parameters orbit at the end; from scratch 0.070 for
-      1, 0.062 for 0.3, 0.101 for 0.1.
+      Give `warmup=300` for a pre-trained sampler. A gamma that falls takes some of its bias away and damps less: last_gamma = 0.5
+      is the recipes' (benchmarks/results/dxmi-2d.md); with 0.3 the parameters of 8 Gaussians orbited at the end.
     """
     gamma_ = checks.positive("gamma", gamma, zero=True)
     limit = 100.0 / jnp.where(gamma_ > 0, jnp.clip(gamma_, 1e-6, 1.0), 1.0) if energy_limit is None else energy_limit
     return InverseLearning(
         reward=None,
-        **settings(model, process, value, times, **options),
+        **settings(model, process, value, times, decay_steps=decay_steps, **options),
         energy_model=None if energy is None else callable_pytree(energy, "energy (params -> E)"),
         gamma=gamma_,
         last_gamma=checks.positive("last_gamma", gamma if last_gamma is None else last_gamma, zero=True),
@@ -142,7 +142,7 @@ def dxmi_released(
       dim: D, the number of dimensions of an example.
       tau1, tau2: entropy's and velocity's weights per dimension; ours are tau = tau1 / D and velocity_tau = tau2 / D per example.
       time_cost: of the sigmoid.
-      options: of `dxmi`; the configuration's rates are rate=1e-7, sigma_rate=1e-5, value_rate=1e-5.
+      options: of `dxmi`; no decay unless given; the configuration's rates are rate=1e-7, sigma_rate=1e-5, value_rate=1e-5.
 
     Note:
       tau1 = 10 tau2 has no optimum of sigma_t in a flat V: it grows until V's curvature stops it, or the policy's `reach`. The code
@@ -160,5 +160,6 @@ def dxmi_released(
         "resample": False,
         "expectation": "sampled",
         "ema_decay": None,
+        "decay_steps": float("inf"),
     }
     return dxmi(model, process, value, times, **(fixed | options))
