@@ -315,6 +315,21 @@ def alignprop(number=0.5):
     ), net(2, 2)
 
 
+def alignprop_subset(number=0.5):
+    process = gaussian(number)
+    return tuners.alignprop_subset(
+        gaussian_model, process, gaussian_reward, process.times(4), ADAM, batch=B, ema_decay=number
+    ), net(2, 2)
+
+
+def draft_plus(number=0.5):
+    process = gaussian(0.0)
+    return tuners.draft_plus(
+        gaussian_model, process, gaussian_reward, process.times(4), ADAM, k=2, batch=B, reference=Net(net(2, 2, 5)),
+        kl_weight=number,
+    ), net(2, 2)  # fmt: skip
+
+
 def drtune_budget(number=0.5):
     process = gaussian(number)
     return tuners.drtune(
@@ -469,7 +484,7 @@ def _masked_value(params, x, t, cond=None):
 ADAM = optax.adam(1e-2)
 TUNERS = [
     draft, draft_k, draft_lv, draft_masked, pretraining_gaussian, pretraining_masked, value_regression,
-    value_soft_rollouts, value_temporal_difference, refl_stopped, alignprop, drtune_budget, drakes,
+    value_soft_rollouts, value_temporal_difference, refl_stopped, alignprop, alignprop_subset, draft_plus, drtune_budget, drakes,
     drakes_score_function, drakes_log_variance, drakes_published, elegant, elegant_initial, elegant_value, ddpo, dpok,
     reward_weighted, filtered, sft_pg, gradient_guidance,
 ]  # fmt: skip

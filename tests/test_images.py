@@ -262,6 +262,21 @@ def test_classifier_is_a_pytree_of_parameters():
 # rewards
 
 
+def test_likeness_is_minus_the_distance_to_the_nearest_image(digits):
+    real, x = digits.heldout_x[:30], np.concatenate([digits.heldout_x[3:5], np.zeros((1, 8, 8, 1), np.float32)])
+    expected = -np.sqrt(((x[:, None] - real) ** 2).mean((2, 3, 4))).min(1)
+    np.testing.assert_allclose(rewards.likeness(real)(jnp.asarray(x)), expected, atol=1e-5)
+    gradient = jax.grad(lambda x: rewards.likeness(real)(x).sum())(jnp.asarray(x))  # also where an image is met
+    assert np.isfinite(gradient).all() and np.abs(gradient[2]).max() > 0
+    with pytest.raises(ValueError, match=r"N >= 1"):
+        rewards.likeness(real[:0])
+    judge = types.SimpleNamespace(classifier=None)
+    few = image_tasks.digit(digits, judge, jax.random.key(0), examples=20, judged="likeness")
+    assert few.heldout.images.shape[0] == (digits.heldout_y == 3).sum()
+    with pytest.raises(ValueError, match=r"reward.examples must be 10 .* got 9"):
+        image_tasks.digit(digits, judge, jax.random.key(0), examples=9)
+
+
 def test_classifier_reward_is_a_log_probability():
     classifier = small_tree()
     x = jax.random.normal(jax.random.key(2), (5, 4, 4, 1))

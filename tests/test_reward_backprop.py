@@ -96,6 +96,71 @@ def test_every_plan_has_the_gradient_it_says(name):
     np.testing.assert_allclose(info["reward"], f(THETA), rtol=1e-4)
 
 
+NAMED = {
+    "refl": (tuners.refl, {"m": 3}),
+    "alignprop": (tuners.alignprop, {"std": 2.0}),
+    "alignprop_subset": (tuners.alignprop_subset, {}),
+    "drtune": (tuners.drtune, {"k": 2, "m": 2}),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_named_settings_have_the_gradient_of_the_plan_they_draw(name):
+    w, (setting, options) = world(), NAMED[name]
+    tuner, calls = setting(w.model, w.process, w.reward, w.times, SGD, batch=6, **options), len(w.grid)
+    gradient, drawn, step = jax.jit(tuner.gradients), set(), 1e-5
+    for seed in range(6):
+        key = jax.random.key(seed)
+        chain = jax.random.split(key)[0]
+        plan = tuner.plan(jax.random.fold_in(chain, calls + 1), calls)
+        x = np.asarray(w.process.prior(6).sample(jax.random.fold_in(chain, 0)), float)
+        f = lambda theta, x=x, plan=plan: held_chain(w, x, theta, plan, tuner.input_gradient)  # noqa: E731
+        exact = np.array([(f(THETA + step * u) - f(THETA - step * u)) / (2 * step) for u in np.eye(2)])
+        assert (np.linalg.norm(exact) > 1e-2) == bool(plan.live.any())  # `alignprop_subset` may draw none
+        got = -np.asarray(gradient(f32(THETA), key)[0])
+        np.testing.assert_allclose(got, exact, rtol=2e-3, atol=2e-3 * np.linalg.norm(exact))
+        drawn.add((tuple(np.asarray(plan.live).tolist()), int(plan.cut), int(plan.end)))
+    assert len(drawn) > 1
+
+
+@pytest.mark.slow
+def test_alignprop_pays_the_kl_of_the_truncation_it_draws():
+    w = world(eta=1.0)
+    kl = {"reference": w.model(f32([0.0, 1.0])), "kl_weight": 0.3}
+    tuner, calls = tuners.alignprop(w.model, w.process, w.reward, w.times, SGD, batch=8, std=2.0, **kl), len(w.grid)
+    gradient, lengths = jax.jit(tuner.gradients), set()
+    for seed in range(3):
+        key = jax.random.key(seed)
+        plan = tuner.plan(jax.random.fold_in(jax.random.split(key)[0], calls + 1), calls)
+        k = int(plan.live.sum())
+        static = tuners.draft_k(w.model, w.process, w.reward, w.times, SGD, k=k, batch=8, **kl)
+        got, expected = gradient(f32(THETA), key), static.gradients(f32(THETA), key)
+        np.testing.assert_allclose(got[0], expected[0], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(got[1]["kl"], expected[1]["kl"], rtol=1e-5)
+        lengths.add(k)
+    assert len(lengths) > 1
+
+
+def test_projection_weighs_the_last_calls_kl():
+    """KL of the projection: SNR / 2 |x0 - x0_ref|^2; of a shift in both dimensions SNR shift^2, whose derivative is 2 SNR shift."""
+    w, shift, kl_weight = world(eta=1.0), 0.3, 0.5
+    reference = w.model(f32([THETA[0] + shift, THETA[1]]))
+    gradients, kls = {}, []
+    for factor in (0.0, 0.25, 1.0):
+        tuner = tuners.draft_k(
+            w.model, w.process, w.reward, w.times, SGD, k=1, batch=8, reference=reference, kl_weight=kl_weight,
+            projection=factor,
+        )  # fmt: skip
+        gradient, info = tuner.gradients(f32(THETA), jax.random.key(0))
+        gradients[factor] = np.asarray(gradient)
+        kls.append(float(info["kl"]))
+    snr = (SCHEDULES["linear_vp"].alpha(w.grid[-1]) / SCHEDULES["linear_vp"].sigma(w.grid[-1])) ** 2
+    for factor in (0.25, 1.0):
+        paid = gradients[factor] - gradients[0.0]
+        np.testing.assert_allclose(paid[0], -2 * kl_weight * factor * snr * shift, rtol=1e-3)
+    np.testing.assert_allclose(kls, kls[0])  # all of it is reported
+
+
 @pytest.mark.parametrize("kl_weight", [None, pytest.param(0.3, marks=pytest.mark.slow)])
 def test_dynamic_truncation_is_the_static_one_and_compiles_once(kl_weight):
     w, traces = world(eta=1.0), []

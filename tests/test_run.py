@@ -50,7 +50,9 @@ def test_a_phase_stops_after_too_many_skipped_updates(tmp_path, monkeypatch, chu
         state, step, _ = kept.restore(tuner.init(jnp.zeros(2)))
     assert int(state.step) == step > PATIENCE and jnp.isfinite(state.params).all()
     clean = [int(entry) for entry in os.listdir(kept.folder) if entry.isdigit() and int(entry) <= 10]
-    assert clean == ([] if chunk == 100 else [10])  # the last that nothing was skipped before (chunks of 7 become 5, of 200)
+    assert clean == (
+        [] if chunk == 100 else [10]
+    )  # the last that nothing was skipped before (chunks of 7 become 5, of 200)
     assert float(state.params[0]) == pytest.approx(-1.0)  # what ten good steps made of it
 
 

@@ -1,4 +1,4 @@
-"""Rewards on images: log-probability of a class, left-right symmetry, amount of ink, and size when compressed.
+"""Rewards on images: log-probability of a class, likeness to real ones, left-right symmetry, amount of ink, and size when compressed.
 
 Each is a callable pytree (x0, cond) -> [B] on images [B, H, W, C] in [-1, 1]; all but `compressibility` are
 differentiable, and none holds a temperature. Training the classifier and the door for host functions are left to their
@@ -17,6 +17,31 @@ import numpy as np
 
 from rgdiff.domains.images import to_uint8
 from rgdiff.typing import Array, Cond, Reward, callable_pytree, pytree
+
+
+@pytree
+class Likeness:
+    """Minus the distance to the nearest of `images` [N, H, W, C]; see `likeness`."""
+
+    images: Array
+
+    def __call__(self, x0: Array, cond: Cond = None) -> Array:
+        flat = self.images.reshape(self.images.shape[0], -1)
+        square = jnp.min(jnp.sum((x0.reshape(x0.shape[0], 1, -1) - flat) ** 2, -1), -1) / flat.shape[1]
+        return -jnp.sqrt(jnp.maximum(square, 1e-12))
+
+
+def likeness(images: Array) -> Reward:
+    """Reward nearness to real images: minus the root mean squared difference of pixels from the nearest of them, [B].
+
+    A judge that a classifier's blind spots do not fool: what is like no image scores low, whatever its class is said to be.
+
+    Args:
+      images: [N, H, W, C], N >= 1, in [-1, 1], the unit of the reward.
+    """
+    if jnp.ndim(images) != 4 or not len(images):
+        raise ValueError(f"likeness needs images [N, H, W, C], N >= 1, got shape {list(jnp.shape(images))}")
+    return Likeness(jnp.asarray(images, jnp.float32))
 
 
 @pytree

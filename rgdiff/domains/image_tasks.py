@@ -105,13 +105,16 @@ def digit(
     reduce: str = "lower",
     caution: float = 1.0,
     examples: int | None = None,
+    judged: str = "classifier",
 ) -> Task:
-    """Make the task: log p(target | x) of a classifier trained on the training split, judged by the held-out one.
+    """Make the task: log p(target | x) of a classifier trained on the training split, judged by held-out images.
 
     Args:
       heads, reduce, caution: several classifiers, trained from keys of their own and joined by `rewards.ensemble`, are harder
         to exploit than one.
-      examples: images that they are trained on, all by default. What few have taught is exploited sooner, and the judge sees it.
+      examples: images that they are trained on, all by default. What few have taught is exploited sooner.
+      judged: by a `classifier` trained on the held-out split, or by `likeness` to its images of the target, which sees also
+        what no classifier does: samples that are like no image.
     """
     if not isinstance(domain, ImageDomain):
         raise ValueError("reward=digit is for images with labels; choose an image domain, e.g. domain=digits")
@@ -127,7 +130,9 @@ def digit(
     x, y = domain.train_x[rows], domain.train_y[rows]
     heard = [classify(train_classifier(k, x, y, domain.classes), target) for k in keys]
     reward = heard[0] if heads == 1 else ensemble(heard, reduce, caution=caution)
-    return Task(reward, classify(judge.classifier, target), target)
+    if checks.one_of("reward.judged", judged, ("classifier", "likeness")) == "classifier":
+        return Task(reward, classify(judge.classifier, target), target)
+    return Task(reward, image_rewards.likeness(domain.heldout_x[domain.heldout_y == target]), target)
 
 
 @pytree
