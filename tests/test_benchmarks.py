@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from benchmarks import drakes_rows, rows, seiko_rows, sequence_rows, tuner_rows
+from benchmarks import drakes_rows, dxmi_rows, rows, seiko_rows, sequence_rows, tuner_rows
 
 pytest.importorskip("torch", reason="the twins need PyTorch, which the library never does: pip install torch")
 
@@ -46,6 +46,14 @@ def test_both_sides_agree(case):
     if case.row == "svdd":  # the winner's prediction, kept or computed again, is the same
         again = dataclasses.replace(case, reuse=False)
         assert rows.Torch(again, given, compiled=False, threads=1, mode=None).check() < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reuse", [True, False])
+def test_ten_iterations_of_dxmi_have_the_same_losses(reuse):
+    case = rows.Case("dxmi", "dxmi", reuse=reuse)
+    given = dxmi_rows.Ours(case).export()
+    assert dxmi_rows.Torch(case, given, compiled=False, threads=1, mode=None).check() < 1e-4
 
 
 def test_a_wrong_transplant_is_seen():

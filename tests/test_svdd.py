@@ -133,6 +133,26 @@ def test_a_batch_of_one_and_a_single_candidate():
     np.testing.assert_allclose(world.frequencies(draws), world.law(), atol=0.02)
 
 
+def test_chunks_bound_memory_and_change_nothing():
+    """Same keys, same samples; what a step holds at once falls with the candidates evaluated at once."""
+    world, wide = world_of_copies(), 4096
+    rise = jax.random.normal(jax.random.key(1), (12, wide))
+    fall = jax.random.normal(jax.random.key(2), (wide, 9)) / wide
+
+    def denoiser(x, t, cond=None):  # with a wide layer
+        return world.denoiser(x, t) + (jnp.tanh(x.reshape(-1, 12) @ rise) @ fall).reshape(-1, 3, 3)
+
+    def program(chunk):
+        value = values.posterior_mean(world.reward, world.process, denoiser)
+        sampler = samplers.svdd(world.process, denoiser, value, temperature=0.7, candidates=8, chunk=chunk)
+        return jax.jit(lambda key: samplers.sample(sampler, key, 64, world.times).x0).lower(jax.random.key(0)).compile()
+
+    whole, pieces = program(None), program(2)
+    np.testing.assert_array_equal(whole(jax.random.key(0)), pieces(jax.random.key(0)))
+    held = [p.memory_analysis().temp_size_in_bytes for p in (whole, pieces)]
+    assert held[0] > 8 * 64 * wide * 4 > 3 * held[1], held
+
+
 @pytest.mark.parametrize("reward", BAD)
 @pytest.mark.parametrize("options", [{}, {"selection": "argmax"}, {"replace": 0.1}])
 def test_bad_rewards_end_in_finite_samples(reward, options):
