@@ -101,29 +101,6 @@ def test_an_anomaly_recipe_runs(tmp_path):
     assert summary["isolation_forest/auroc_wine"] > 0.8
 
 
-@pytest.mark.slow
-def test_the_plane_s_recipe_runs(tmp_path):
-    from rgdiff.cli import main
-
-    few = [
-        "prior.train.steps=20",
-        "prior.train.optimizer.warmup=1",
-        "methods.sft_pg.iterations=2",
-        "methods.energy_mcmc.iterations=3",
-        "methods.energy_mcmc.draws=3",
-    ]
-    names = ("dxmi", "dxmi_scratch", "dxmi_tau_0", "dxmi_released", "gcd")
-    few += [f"methods.{m}.iterations=5" for m in names] + [
-        f"methods.{m}.pretraining.steps=5" for m in (*names, "ddpm_own_steps")
-    ]
-    assert main(["run", "dxmi_2d", *tiny(tmp_path / "run", tmp_path / "cache", *few)]) == 0
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    for method in (*names, "ddpm", "ddim", "ddpm_own_steps", "sft_pg", "energy_mcmc"):
-        assert summary[f"{method}/sliced_w2"] > 0 and summary[f"{method}/not_finite"] == 0
-    report = (tmp_path / "run" / "report.html").read_text()
-    assert "dxmi: V at t = 0" in report and "s_t by move" in report
-
-
 def few_steps(**options):
     return dxmi.FewSteps(**({"network": object()} | options))
 

@@ -12,6 +12,9 @@ import pytest
 from rgdiff import metrics, policies, tuners
 from rgdiff.domains import planar
 from rgdiff.kernels import Gaussian
+from rgdiff.runtime.dxmi import density_figures
+from rgdiff.runtime.folder import RunFolder
+from rgdiff.runtime.run import Run
 from rgdiff.tuners.energy_model import Langevin, langevin_energy, log_partition
 from rgdiff.tuners.gcd import gcd
 
@@ -98,6 +101,19 @@ def test_log_partition_of_a_gaussian_in_many_dimensions():
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_figures_of_an_energy_as_a_density(tmp_path):
+    """N(m, s^2 I) on the plane: log Z = log(2 pi s^2) both ways, data of the law have -log(2 pi e s^2); outside the box nothing counts."""
+    run = Run(RunFolder.create(tmp_path / "run", {}), 0, tmp_path / "cache")
+    m, s = jnp.float32([0.5, -1.0]), 0.6
+    energy = lambda x: jnp.where(jnp.abs(x).max(-1) < 4, jnp.sum((x - m) ** 2, -1) / (2 * s**2), -100.0)  # noqa: E731
+    data = m + s * jax.random.normal(jax.random.key(0), (20_000, 2))
+    figures = density_figures(run, "law", energy, data, 4.0)
+    volume = np.log(2 * np.pi * s**2)
+    assert abs(figures["energy_log_z_quadrature"] - volume) < 1e-3 and abs(figures["energy_log_z"] - volume) < 0.05
+    assert abs(figures["energy_log_likelihood"] + volume + 1) < 0.03
+
+
 def test_log_partition_of_a_mixture_with_and_without_a_gradient():
     law = planar.eight_gaussians()
     energy = lambda x, cond=None: -law.log_prob(x) - 3.0  # noqa: E731

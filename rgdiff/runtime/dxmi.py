@@ -22,7 +22,7 @@ from rgdiff.runtime.methods import Curves, Outcome, nothing
 from rgdiff.runtime.priors import GaussianPrior, Prior, initial
 from rgdiff.runtime.run import Run
 from rgdiff.runtime.values import LearnedModel
-from rgdiff.typing import Array, Params
+from rgdiff.typing import Array, Cond, Params, callable_pytree, pytree
 
 SETTINGS = {name: getattr(tuners, name) for name in ("dxmi", "dxmi_released", "gcd", "dxdp")}
 LEVELS = {
@@ -33,6 +33,7 @@ LEVELS = {
 }
 STARTS = ("scratch", "denoiser", "prior")
 CLOUD = 10_000  # points on either side of an AUC
+BOXES = 400  # of a quadrature, a side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,6 +221,8 @@ class MaximumEntropy(FewSteps):
         pictures = {}
         if prior.shape == (2,):
             learnt = times[-1:] if self.setting == "gcd" else times[::-1]
+            if self.setting != "dxdp" and float(getattr(tuner, "tau", 0.0)) > 0:
+                figures |= density_figures(run, phase, lambda x: energy(x) / tuner.tau, prior.fresh, self.noise_box)
             maps = [(t, planar_tasks.field(jax.jit(lambda x, t=t: togo(x, jnp.float32(t))))) for t in learnt]
             pictures = {f"{phase}: V at t = {t:.3g}": picture[None] for t, picture in maps}
         return Learned(
@@ -260,3 +263,35 @@ def energy_auc(run: Run, energy: Callable[[Array], Array], data: Array, box: flo
     noise = jax.random.uniform(run.key("noise"), data.shape, minval=-box, maxval=box)
     high, low = np.asarray(energy(noise)), np.asarray(energy(data))
     return metrics.auroc(high, low) if np.isfinite(high).all() and np.isfinite(low).all() else float("nan")
+
+
+@pytree
+class Boxed:
+    """An energy on [-box, box]^D, infinite outside, where nothing has taught a network what it is."""
+
+    energy: Any
+    box: Array
+
+    def __call__(self, x0: Array, cond: Cond = None) -> Array:
+        inside = (jnp.abs(x0) <= self.box).reshape(x0.shape[0], -1).all(-1)
+        return jnp.where(inside, self.energy(x0), jnp.inf)
+
+
+def density_figures(
+    run: Run, phase: str, energy: Callable[[Array], Array], data: Array, box: float
+) -> dict[str, float]:
+    """Return what an energy in nats on the plane is as a density on [-box, box]^2.
+
+    Its log Z by `tuners.log_partition` and by quadrature, and the mean log-likelihood of data under it, nats.
+    """
+    boxed = Boxed(callable_pytree(energy, "an energy"), jnp.float32(box))
+    estimate = tuners.log_partition(run.key(f"{phase}_log_z"), boxed, (2,), scale=box / 2, particles=4096, twist=None)
+    side = (np.arange(BOXES) + 0.5) / BOXES * 2 * box - box
+    grid = jnp.asarray(np.stack(np.meshgrid(side, side), -1).reshape(-1, 2), jnp.float32)
+    log_z = float(jax.nn.logsumexp(-energy(grid)) + 2 * np.log(2 * box / BOXES))
+    inside = np.asarray(data)[(np.abs(data) <= box).all(-1)]
+    return {
+        "energy_log_z": float(estimate.log_z),
+        "energy_log_z_quadrature": log_z,
+        "energy_log_likelihood": float(jnp.mean(-energy(jnp.asarray(inside)))) - log_z,
+    }

@@ -12,7 +12,7 @@ import numpy as np
 from rgdiff import checks, samplers, tuners
 from rgdiff.domains import planar_tasks
 from rgdiff.rewards import Task
-from rgdiff.runtime.dxmi import Learned, energy_auc, needs_data, training_curves
+from rgdiff.runtime.dxmi import Learned, density_figures, energy_auc, needs_data, training_curves
 from rgdiff.runtime.methods import Outcome, nothing
 from rgdiff.runtime.priors import initial
 from rgdiff.runtime.run import Run
@@ -152,8 +152,13 @@ class LangevinTraining:
                 _chains(Langevin(energy, tuner.step_size), key, tuner.spread, count, self.draws, prior.shape)
             )
         judged = jax.jit(lambda x: energy(x))
+        figures = {
+            "skipped": float(state.skipped),
+            "energy_auc": energy_auc(run, judged, prior.fresh, self.noise_box),
+        }
         pictures = {}
         if prior.shape == (2,):
+            figures |= density_figures(run, phase, judged, prior.fresh, self.noise_box)
             pictures = {f"{phase}: energy": planar_tasks.field(judged)[None]}
         return Learned(
             x0,
@@ -163,10 +168,7 @@ class LangevinTraining:
             clock.compile_seconds,
             tuning_network_calls=0,
             curves=training_curves(run, phase),
-            figures={
-                "skipped": float(state.skipped),
-                "energy_auc": energy_auc(run, judged, prior.fresh, self.noise_box),
-            },
+            figures=figures,
             energy=judged,
             pictures=pictures,
         )

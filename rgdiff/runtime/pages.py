@@ -95,6 +95,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         "off_support",
         "sliced_w2",
         "energy_auc",
+        "energy_log_likelihood",
         "auroc_mean",
         "diversity",
         "kl",
