@@ -289,8 +289,8 @@ def density_figures(
     side = (np.arange(BOXES) + 0.5) / BOXES * 2 * box - box
     grid = jnp.asarray(np.stack(np.meshgrid(side, side), -1).reshape(-1, 2), jnp.float32)
     log_z = float(jax.nn.logsumexp(-energy(grid)) + 2 * np.log(2 * box / BOXES))
-    data = np.asarray(data)
-    inside = jnp.asarray(data[(np.abs(data) <= box).all(-1)])
+    points = np.asarray(data)
+    inside = jnp.asarray(points[(np.abs(points) <= box).all(-1)])
     return {
         "energy_log_z": float(estimate.log_z),
         "energy_log_z_quadrature": log_z,
