@@ -31,7 +31,7 @@ class Likeness:
         return -jnp.sqrt(jnp.maximum(square, 1e-12))
 
 
-def likeness(images: Array) -> Reward:
+def likeness(images: Array | np.ndarray) -> Reward:
     """Reward nearness to real images: minus the root mean squared difference of pixels from the nearest of them, [B].
 
     A judge that a classifier's blind spots do not fool: what is like no image scores low, whatever its class is said to be.
