@@ -34,7 +34,7 @@ class Net:
         if self.rows:
             jax.debug.callback(lambda _: ROWS.append(x.shape[0]), jnp.float32(0))
         out = jnp.tanh(x @ self.params) * (1 - 0.5 * jnp.broadcast_to(t, x.shape[:1]).reshape(-1, *[1] * (x.ndim - 1)))
-        return out if cond is None else out + cond.reshape(-1, *[1] * (x.ndim - 1))
+        return out if cond is None else out.at[..., 0].add(cond.reshape(-1, *[1] * (x.ndim - 2)))
 
 
 def net(rows_in: int, rows_out: int, seed: int = 0) -> jax.Array:
@@ -560,6 +560,31 @@ def test_interrupted_anywhere_is_uninterrupted(make):
     """Off the chunks' bounds the programs differ, and with them the last bits of float32."""
     close(train(make, 6, state=train(make, 2, chunk=3), chunk=3), train(make, 6, chunk=3), rtol=1e-4, atol=1e-5)
     close(train(make, 6, chunk=1), train(make, 6, chunk=6), rtol=1e-4, atol=1e-5)
+
+
+CONDITIONED = [
+    draft, draft_k, draft_lv, draft_masked, refl_stopped, alignprop, alignprop_subset, draft_plus, drtune_budget, drakes,
+    drakes_score_function, drakes_log_variance, drakes_published, ddpo, dpok, reward_weighted, filtered,
+]  # fmt: skip
+
+
+@table_of(CONDITIONED, draft_lv, drakes)
+def test_every_network_call_gets_the_condition(make, monkeypatch):
+    """One prompt in every row is the same run as networks that have the prompt built in: chains, references, values, data."""
+    prompt = 0.7
+    tuner, params = make()
+    step = lambda cond: jax.jit(lambda key, state: tuner.step(key, state, cond))(jax.random.key(0), tuner.init(params))  # noqa: E731
+    given, without = step(jnp.full(B, prompt)), step(None)
+    plain = Net.__call__
+
+    def built_in(self, x, t, cond=None):
+        return plain(self, x, t, jnp.full(x.shape[0], prompt))
+
+    monkeypatch.setattr(Net, "__call__", built_in)
+    known = step(None)
+    close(given[0].params, known[0].params, rtol=1e-4, atol=1e-5)
+    close(given[1], known[1], rtol=1e-4, atol=1e-5)
+    assert not np.allclose(given[1]["reward"], without[1]["reward"], rtol=1e-3)
 
 
 @pytest.mark.parametrize("make", [draft_k, draft_lv, draft_masked], ids=lambda f: f.__name__)

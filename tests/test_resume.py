@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -29,18 +30,26 @@ SMALL = [
 ]
 
 
-def start(out, cache, *, resume):
+def start(out, cache, *, resume, room=None):
     command = [sys.executable, "-m", "rgdiff", "run", "steer", *SMALL, f"out={out}", f"cache_dir={cache}"]
     environment = os.environ | {"XLA_FLAGS": QUICK, "JAX_PLATFORMS": "cpu", "RGDIFF_SAVE_EVERY": "0"}
+    full = None if room is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
     return subprocess.Popen(
         command + [f"resume={str(resume).lower()}"],
-        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=ROOT, env=environment, preexec_fn=full, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
 
 def rows(folder):
     log = folder / "metrics.jsonl"
     return log.read_bytes().count(b"\n") if log.exists() else 0
+
+
+def same_samples(whole, broken):
+    one, two = np.load(whole / "samples.npz"), np.load(broken / "samples.npz")
+    assert set(one) == set(two)
+    for name in one:
+        np.testing.assert_array_equal(one[name], two[name])
 
 
 def kill_and_resume(tmp_path, kills, seed):
@@ -66,10 +75,7 @@ def kill_and_resume(tmp_path, kills, seed):
     assert process.returncode == 0, output
     assert "damaged" not in output
 
-    one, two = np.load(whole / "samples.npz"), np.load(broken / "samples.npz")
-    assert set(one) == set(two)
-    for name in one:
-        np.testing.assert_array_equal(one[name], two[name])
+    same_samples(whole, broken)
     from rgdiff.runtime.checkpoint import load_params
 
     last = sorted((whole / "checkpoints" / "draft_k").iterdir())[-1].name
@@ -91,3 +97,21 @@ def test_killed_run_resumes_bit_equal(tmp_path):
 @pytest.mark.slow
 def test_twenty_kills(tmp_path):
     kill_and_resume(tmp_path, kills=20, seed=1)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
+    """No file may grow beyond some size, as where a disk is full: the run stops, says so, and goes on when there is room."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    output, _ = (process := start(whole, tmp_path / "cache_a", resume=False)).communicate(timeout=600)
+    assert process.returncode == 0, output
+    for room in (60_000, 25_000, 6_000):
+        process = start(broken, tmp_path / "cache_b", resume=True, room=room)
+        output, _ = process.communicate(timeout=600)
+        assert process.returncode == 2, output
+        last = output.strip().splitlines()[-1]
+        assert last.startswith("rgdiff: ") and ("too large" in last.lower() or "written" in last), output
+    process = start(broken, tmp_path / "cache_b", resume=True)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    same_samples(whole, broken)
