@@ -26,8 +26,9 @@ def write_pages(
     stopped: Sequence[str],
 ) -> None:
     """Write report.html: pictures or logos before and after, curves, histograms, the table, the config, and why methods stopped."""
+    number = {key: i for i, key in enumerate(rows)}  # of a method's color, the same in all plots
     plots: list[Any] = [
-        Plot(title, [Series(key, *curve) for key, curve in curves.items()])
+        Plot(title, [Series(key, *curve, color=number.get(key)) for key, curve in curves.items()])
         for title, curves in shared(outcomes).items()
     ]
     if any(row["phase"] == "prior" for row in run.log.rows):
@@ -61,7 +62,8 @@ def trade_offs(rows: dict[str, dict[str, Any]]) -> list[Any]:
             if row.get("reward_mean") is not None and row.get(metric) is not None
         }
         if len(points) > 2 and any(guide != other for guide, other in points.values()):
-            series = [Series(key, [guide], [other]) for key, (guide, other) in points.items()]
+            number = {key: i for i, key in enumerate(rows)}
+            series = [Series(key, [guide], [other], color=number[key]) for key, (guide, other) in points.items()]
             plots.append(Plot(f"{name} against the guiding reward, every method", series, "guiding reward", name))
     return plots
 

@@ -47,13 +47,14 @@ class Grid:
 
 @dataclass(frozen=True)
 class Series:
-    """One curve: y over x, and optionally a band from low to high."""
+    """One curve: y over x, and optionally a band from low to high. `color` is a number, its place among the curves by default."""
 
     name: str
     x: Any  # sequences or arrays of numbers, all of one length
     y: Any
     low: Any = None
     high: Any = None
+    color: int | None = None
 
 
 @dataclass(frozen=True)
@@ -297,7 +298,7 @@ def _lines(axes: Any, plot: Plot) -> None:
     for index, series in enumerate(plot.series):
         if not len(series.x) == len(series.y):
             raise ValueError(f"plot {plot.title!r}: series {series.name!r} has {len(series.x)} x and {len(series.y)} y")
-        color = _COLORS[index % len(_COLORS)]
+        color = _COLORS[(index if series.color is None else series.color) % len(_COLORS)]
         if series.low is not None and series.high is not None:
             axes.fill_between(series.x, series.low, series.high, color=color, alpha=0.2, linewidth=0)
         marker = "o" if len(series.x) < 3 else ""
