@@ -139,7 +139,7 @@ def test_bad_input_is_refused_in_one_line(make, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["dxmi_2d", "dxmi_digits", "dxmi_mnist", "dxmi_anomaly", "dxdp_reward"])
+@pytest.mark.parametrize("name", ["dxmi_2d", "dxmi_digits", "dxmi_mnist", "dxmi_anomaly", "dxdp_reward", "dxdp_digits"])
 def test_recipes_compose_and_their_arguments_fit(name):
     config = recipe.compose(name)
     recipe.check(config, set())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -28,7 +29,7 @@ def write_pages(
     """Write report.html: pictures or logos before and after, curves, histograms, the table, the config, and why methods stopped."""
     number = {key: i for i, key in enumerate(rows)}  # of a method's color, the same in all plots
     plots: list[Any] = [
-        Plot(title, [Series(key, *curve, color=number.get(key)) for key, curve in curves.items()])
+        Plot(title, [replace(Series(key, *curve), color=number.get(key)) for key, curve in curves.items()])
         for title, curves in shared(outcomes).items()
     ]
     if any(row["phase"] == "prior" for row in run.log.rows):

@@ -129,7 +129,8 @@ def plot_rows(
         of_phase = (row for row in rows if phase is None or row.get("phase") == phase)
         points = [(row[x], row[name]) for row in of_phase if row.get(x) is not None and row.get(name) is not None]
         if points:
-            series.append(Series(name, *zip(*points, strict=True)))
+            at, values = zip(*points, strict=True)
+            series.append(Series(name, at, values))
     return Plot(title, series, xlabel=x)
 
 
