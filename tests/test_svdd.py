@@ -133,6 +133,23 @@ def test_a_batch_of_one_and_a_single_candidate():
     np.testing.assert_allclose(world.frequencies(draws), world.law(), atol=0.02)
 
 
+def test_the_initial_selection_can_be_looked_at():
+    """One move alone: what it began with is among the initial candidates, the one of the carry."""
+    world = GaussianWorld([0.5], [[0.8]], schedule="flow", steps=5, eta=0.8)
+    value = values.posterior_mean(world.reward, world.process, world.denoiser)
+    sampler = samplers.svdd(
+        world.process, world.denoiser, value, temperature=0.5, candidates=6, select_initial=True, selection="argmax"
+    )
+    key = jax.random.key(3)
+    carry, info = sampler.initial(jax.random.fold_in(key, 0), 4, world.times[0])
+    assert info["candidates"].shape == (6, 4, 1) and info["values"].shape == info["log_weights"].shape == (6, 4)
+    best = np.asarray(info["values"]).argmax(0)
+    np.testing.assert_array_equal(carry.x, np.asarray(info["candidates"])[best, np.arange(4)])
+    np.testing.assert_array_equal(carry.x, sampler.init(jax.random.fold_in(key, 0), 4, world.times[0]).x)
+    out = samplers.sample(sampler, key, 4, world.times[:1])  # a chain of no move ends where it began
+    np.testing.assert_allclose(out.x0, sampler.final(carry, world.times[0])[0], rtol=1e-6)
+
+
 def test_chunks_bound_memory_and_change_nothing():
     """Same keys, same samples; what a step holds at once falls with the candidates evaluated at once."""
     world, wide = world_of_copies(), 4096

@@ -66,17 +66,24 @@ class Svdd:
     timeless: bool = static(default=False)
 
     def init(self, key: Key, batch: int, t: Array, cond: Cond = None) -> Carry:
+        return self.initial(key, batch, t, cond)[0]
+
+    def initial(self, key: Key, batch: int, t: Array, cond: Cond = None) -> tuple[Carry, Info]:
+        """Return the beginning of chains and, with `select_initial`, the info of its selection, as of a move's.
+
+        That of `sample(sampler, key, ...)` is `sampler.initial(jax.random.fold_in(key, 0), batch, times[0], cond)`: `keep` sees moves.
+        """
         key_draw, key_select = jax.random.split(key)
         prior = self.process.prior(batch)
         if self.select_initial:
-            return self._choose(key_select, self._draw(key_draw, prior), None, t, cond)[0]
+            return self._choose(key_select, self._draw(key_draw, prior), None, t, cond)
         x = prior.sample(key_draw)
         if not self.timeless:
-            return Carry(x, self.denoiser(x, t, cond) if self.shared else None, None, None)
+            return Carry(x, self.denoiser(x, t, cond) if self.shared else None, None, None), {}
         value, prediction = evaluate(self.process, self.value, self.shared, x, t, cond)
         if self.shared:
-            return Carry(x, prediction, value, None)
-        return Carry(x, self.denoiser(x, t, cond), value, jnp.zeros(batch, bool))
+            return Carry(x, prediction, value, None), {}
+        return Carry(x, self.denoiser(x, t, cond), value, jnp.zeros(batch, bool)), {}
 
     def step(self, key: Key, carry: Carry, t: Array, s: Array, cond: Cond = None) -> tuple[Carry, Info]:
         key_draw, key_select = jax.random.split(key)
