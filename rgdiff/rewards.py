@@ -31,8 +31,10 @@ class HostReward:
 
     def answers(self, x0: State, cond: Cond = None) -> np.ndarray:
         """Return the function's values [B] outside of compiled code, where what it raises stops the caller."""
-        values = np.asarray(self.function(jax.tree.map(np.asarray, x0), cond), np.float32)
-        batch = jax.tree.leaves(x0)[0].shape[0]
+        values = self.function(jax.tree.map(np.asarray, x0), cond)
+        if isinstance(values, tuple):
+            values = np.where(np.asarray(values[1], bool), values[0], np.nan)
+        values, batch = np.asarray(values, np.float32), jax.tree.leaves(x0)[0].shape[0]
         if values.shape != (batch,):
             raise ValueError(f"a reward must return one number per sample, [{batch}], got {list(values.shape)}")
         return values
@@ -47,11 +49,27 @@ class HostReward:
 def from_host(function: Callable[..., Any]) -> Reward:
     """Make a black-box host function (x0 as NumPy [B, ...], cond) -> [B] a reward that works inside compiled code.
 
-    It has no gradient. An exception, or a result of the wrong shape, marks the whole batch infeasible (NaN).
+    It may return (values [B], valid [B]) instead. It has no gradient. An exception, or a result of the wrong shape, marks the whole batch infeasible (NaN).
     """
     if not callable(function):
         raise ValueError(f"from_host expects a function (x0, cond) -> [B], got {function!r}")
     return HostReward(function)
+
+
+@pytree
+class WhereValid:
+    """A reward whose function says which samples are valid. Build it with `where_valid`."""
+
+    function: Any
+
+    def __call__(self, x0: State, cond: Cond = None) -> Array:
+        values, valid = self.function(x0, cond)
+        return jnp.where(valid, values, jnp.nan)
+
+
+def where_valid(function: Callable[..., Any]) -> Reward:
+    """Make (x0, cond) -> (values [B], valid bool [B]) a reward: NaN, which is infeasible, where it is not valid."""
+    return WhereValid(callable_pytree(function, "a function of samples"))
 
 
 def differentiable(what: str, reward: Any) -> None:

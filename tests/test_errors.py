@@ -209,6 +209,15 @@ def test_host_rewards_work_compiled_and_failures_become_nan():
     np.testing.assert_array_equal(jax.jit(both)(x0), [10, 12, 14, np.nan])
 
 
+def test_a_reward_may_say_which_samples_are_valid():
+    x0 = jnp.arange(4.0)[:, None]
+    pair = lambda x0, cond=None: (2 * x0[:, 0], x0[:, 0] > 1)  # noqa: E731
+    for reward in (rewards.where_valid(pair), rewards.from_host(pair)):
+        np.testing.assert_array_equal(jax.jit(reward)(x0), [np.nan, np.nan, 4, 6])
+    gradient = jax.grad(lambda x: jnp.nansum(rewards.where_valid(pair)(x)))(x0)
+    np.testing.assert_array_equal(gradient[:, 0], [0, 0, 2, 2])
+
+
 def test_svdd_with_a_host_reward_that_fails_gives_finite_samples():
     calls = []
 

@@ -12,9 +12,10 @@ import numpy as np
 import optax
 import pytest
 
-from rgdiff import denoisers, processes, samplers, schedules, seiko, surrogates, tuners
+from rgdiff import denoisers, nets, processes, samplers, schedules, seiko, surrogates, tuners
 from rgdiff.domains import enumeration, regret
 from rgdiff.typing import pytree, static
+from tests.worlds import GaussianWorld
 
 
 def solved(f, alpha, beta, prior, previous):
@@ -319,3 +320,43 @@ def test_refusals():
     with pytest.raises(ValueError, match="eta = 0"):
         point = processes.gaussian(schedules.linear_vp(), (2,), eta=0.0)
         seiko.seiko(model, point, point.times(4), ridge(), inner, prior=model(PRIOR), alpha=1.0, batch=1, capacity=1)
+
+
+@pytest.mark.slow
+def test_rounds_on_a_mixed_state():
+    """A number and two tokens at once: 96 noisy queries raise the number and the share of the token that is worth something."""
+    number = GaussianWorld([0.0], [[0.5]], schedule="flow", steps=5, eta=1.0)
+    process = processes.product(x=number.process, c=processes.masked(schedules.log_linear_mask(), 2, K))
+    times = process.times(5)
+
+    def network(params, x, t, cond=None):
+        logits = jnp.broadcast_to(params["c"], (x["x"].shape[0], 2, K))
+        return {"x": number.model(params["x"])(x["x"], t), "c": logits}
+
+    mixed = lambda params: denoisers.from_function(network, params)  # noqa: E731
+    begin = {"x": jnp.float32([0.0, 1.0]), "c": jnp.zeros((2, K))}
+    truth = lambda s: s["x"][:, 0] + 2.0 * s["c"][:, 0, 2]  # noqa: E731
+
+    def inner(reward, **kl):
+        return tuners.drakes(
+            mixed, process, reward, times, optax.adam(3e-2), batch=128, estimator="straight_through", remat="none", **kl
+        )
+
+    surrogate = surrogates.ensemble(nets.ValueMLP((32,)), optax.adam(1e-2), heads=3, steps=200, batch=32)
+    method = seiko.seiko(
+        mixed, process, times, surrogate, inner, prior=mixed(begin), alpha=0.3, batch=32, capacity=96, steps=60
+    )
+    noisy = lambda s, cond=None: truth(s) + 0.1 * jnp.sin(1e4 * s["x"][:, 0])  # noqa: E731
+    tuner = tuners.as_tuner(method, noisy)
+    state = tuners.fit(tuner, jax.random.key(0), tuner.init(begin), 3)
+    draw = lambda params: (
+        samplers.sample(  # noqa: E731
+            samplers.ancestral(process, mixed(params)), jax.random.key(1), 4096, times
+        ).x0
+    )
+    before, after = draw(begin), draw(state.params)
+    worth = float(after["c"][:, 0, 2].mean())
+    assert int(state.observations.answered.sum()) == 96
+    assert float(truth(after).mean()) > float(truth(before).mean()) + 1.0
+    assert worth > 0.6 > 0.4 > float(before["c"][:, 0, 2].mean())
+    assert abs(float(after["c"][:, 1, 2].mean()) - 1 / 3) < 0.2  # of no worth: near the prior's

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rgdiff import checks
+from rgdiff.rewards import HostReward
 from rgdiff.tuners._loop import draw_rows
 from rgdiff.tuners.stopping import EarlyStopping
 from rgdiff.typing import Array, Cond, Info, Key, Online, Params, Reward, callable_pytree, pytree
@@ -116,7 +117,7 @@ def fit_online(
       state: from `online.init(params)` or a checkpoint; its buffers are donated.
       steps: the total number, so that continuing an interrupted run is the same call.
       reward: any Python function (x0 as NumPy [B, ...], cond as NumPy [B, ...] or None) -> B numbers; NaN marks an
-        infeasible sample. It may be as slow as it likes.
+        infeasible sample, or (numbers, valid) does. It may be as slow as it likes.
       data: conditions, a pytree of arrays [N, ...]; every step gets `batch` rows of it, drawn uniformly, as in `fit`.
       batch: rows per step, where there are data.
       heldout: another such function, reported as info["heldout"].
@@ -168,9 +169,8 @@ def minibatch_rows(key: Key, batch: int, epochs: int, minibatches: int) -> Array
 
 
 def _on_host(reward: Callable[..., Any], x0: Any, cond: Any, state: Any, step: int) -> np.ndarray:
-    size = jax.tree.leaves(x0)[0].shape[0]
     try:
-        values = np.asarray(reward(x0, cond), np.float32)
+        return HostReward(reward).answers(x0, cond)
     except Exception as error:
         raise RewardFailure(
             f"the reward raised {type(error).__name__} at step {step}: {error}; "
@@ -178,10 +178,6 @@ def _on_host(reward: Callable[..., Any], x0: Any, cond: Any, state: Any, step: i
             state,
             step,
         ) from error
-    if values.shape != (size,):
-        message = f"the reward must return one number per sample, [{size}], got {list(values.shape)} at step {step}"
-        raise RewardFailure(message, state, step)
-    return values
 
 
 def _keys(key: Key, step: Array) -> tuple[Key, Key, Key]:
