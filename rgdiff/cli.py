@@ -119,7 +119,7 @@ def sweep(name: str, overrides: Sequence[str]) -> None:
         try:
             rows.append(settings | run_recipe(name, combination))
         except Diverged as failure:  # the other combinations are worth having
-            rows.append(settings | {"stopped": str(failure)})
+            rows.append(settings | failure.summary | {"stopped": str(failure)})
         buffer = io.StringIO()
         writer = csv.DictWriter(buffer, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
@@ -133,6 +133,8 @@ def sweep(name: str, overrides: Sequence[str]) -> None:
 
 def run_recipe(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     """Run one recipe and write its folder; return the summary. A method that diverges is left out, and raises at the end."""
+    import numpy as np
+
     from rgdiff.runtime import recipe
     from rgdiff.runtime.folder import RunFolder
     from rgdiff.runtime.methods import Ancestral
@@ -177,7 +179,11 @@ def run_recipe(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     stopped: dict[str, str] = {}
     for key, method in built.items():
         try:
-            outcomes[key] = method.run(run, key, prior, tasks[key], count)
+            outcome = method.run(run, key, prior, tasks[key], count)
+            finite = np.isfinite(outcome.x0).reshape(len(outcome.x0), -1).all(-1).sum()
+            if finite < 2:
+                raise Diverged(f"{key}: {finite} of {count} samples are finite; lower its learning rate or its scale")
+            outcomes[key] = outcome
         except Diverged as failure:  # the others are worth having
             stopped[key] = str(failure)
             run.say(stopped[key])
@@ -196,7 +202,7 @@ def run_recipe(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     run.say(table(rows))
     run.say(f"report: {folder.path / 'report.html'}")
     if stopped:
-        raise Diverged("; ".join(stopped.values()))
+        raise Diverged("; ".join(stopped.values()), summary)
     return summary
 
 

@@ -32,9 +32,10 @@ class HostReward:
     def answers(self, x0: State, cond: Cond = None) -> np.ndarray:
         """Return the function's values [B] outside of compiled code, where what it raises stops the caller."""
         values = self.function(jax.tree.map(np.asarray, x0), cond)
-        if isinstance(values, tuple):
+        batch = jax.tree.leaves(x0)[0].shape[0]
+        if isinstance(values, tuple) and [np.shape(part) for part in values] == [(batch,)] * 2:
             values = np.where(np.asarray(values[1], bool), values[0], np.nan)
-        values, batch = np.asarray(values, np.float32), jax.tree.leaves(x0)[0].shape[0]
+        values = np.asarray(values, np.float32)
         if values.shape != (batch,):
             raise ValueError(f"a reward must return one number per sample, [{batch}], got {list(values.shape)}")
         return values

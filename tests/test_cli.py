@@ -336,6 +336,17 @@ def test_a_sweep_leaves_a_table(tmp_path, cache):
         assert float(row["dps/reward_mean"]) == summary["dps/reward_mean"]
 
 
+@pytest.mark.slow
+def test_a_sweep_goes_on_past_a_method_that_diverges(tmp_path, cache, capsys):
+    few = ["method=draft_lv", "method.batch=4", "method.steps=30", "method.optimizer.learning_rate=1e38,1e-4"]
+    argv = ["run", "steer", "--multirun", *TINY, *few, f"out={tmp_path / 'sweep'}", f"cache_dir={cache}"]
+    assert "1 of 2 runs stopped" in failing(capsys, *argv)
+    with open(tmp_path / "sweep" / "sweep.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert "not finite" in rows[0]["stopped"] and not rows[1]["stopped"]
+    assert rows[0]["prior/reward_mean"] == rows[1]["prior/reward_mean"] != "" and float(rows[1]["draft_lv/reward_mean"])
+
+
 @pytest.mark.parametrize(
     "method",
     [

@@ -101,7 +101,6 @@ def test_log_partition_of_a_gaussian_in_many_dimensions():
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_figures_of_an_energy_as_a_density(tmp_path):
     """N(m, s^2 I) on the plane: log Z = log(2 pi s^2) both ways, data of the law have -log(2 pi e s^2); outside the box nothing counts."""
     run = Run(RunFolder.create(tmp_path / "run", {}), 0, tmp_path / "cache")
@@ -114,6 +113,7 @@ def test_figures_of_an_energy_as_a_density(tmp_path):
     assert abs(figures["energy_log_likelihood"] + volume + 1) < 0.03
 
 
+@pytest.mark.slow
 def test_log_partition_of_a_mixture_with_and_without_a_gradient():
     law = planar.eight_gaussians()
     energy = lambda x, cond=None: -law.log_prob(x) - 3.0  # noqa: E731
@@ -136,7 +136,7 @@ def linear_chain(tau):
     process = policies.few_step(policies.variances((0.6, 0.5)), (1,))
     policy = policies.policy(process, lambda theta: lambda x, t, cond=None: theta * x, reach=1e6)
     value = lambda k: lambda x, t, cond=None: 0.5 * k * jnp.sum(x**2, -1)  # noqa: E731
-    tuner = gcd(policy, process, value, tau=tau, batch=65_536, ema_decay=None)
+    tuner = gcd(policy, process, value, decay_steps=jnp.inf, tau=tau, batch=65_536, ema_decay=None)
     return tuner, {"policy": policy.init(jnp.float32(-0.3)), "value": jnp.float32(2.0)}
 
 

@@ -1,6 +1,6 @@
 """Properties under rewards of any kind: tables with NaN, infinities, 1e30, ties, all the same, as hypothesis finds them.
 
-Every sampler of values ends in valid sequences; infeasible ones are kept only where nothing feasible was met; weights are weights.
+Every sampler of values ends in valid sequences, weights are weights, the best of N is the best that is feasible.
 """
 
 from __future__ import annotations

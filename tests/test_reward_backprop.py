@@ -374,6 +374,7 @@ def test_gradient_statistics_against_numpy():
     key, draws = jax.random.key(0), 512
     got = tuners.gradient_statistics(make(4), key, f32(THETA), draws)
     alone = tuners.gradient_statistics(make(4), key, f32(THETA), draws, chunk=1)  # without vmap
+    np.testing.assert_allclose(tuners.gradient_statistics(tuners.early_stopping(make(4)), key, f32(THETA), draws), got)
     np.testing.assert_allclose(alone, got, rtol=1e-4)
     gradients = jax.vmap(lambda k: make(4).gradients(f32(THETA), k)[0])(jax.random.split(key, draws))
     g = np.asarray(gradients, float)

@@ -349,11 +349,11 @@ def test_rounds_on_a_mixed_state():
     noisy = lambda s, cond=None: truth(s) + 0.1 * jnp.sin(1e4 * s["x"][:, 0])  # noqa: E731
     tuner = tuners.as_tuner(method, noisy)
     state = tuners.fit(tuner, jax.random.key(0), tuner.init(begin), 3)
-    draw = lambda params: (
-        samplers.sample(  # noqa: E731
-            samplers.ancestral(process, mixed(params)), jax.random.key(1), 4096, times
-        ).x0
-    )
+
+    def draw(params):
+        sampler = samplers.ancestral(process, mixed(params))
+        return samplers.sample(sampler, jax.random.key(1), 4096, times).x0
+
     before, after = draw(begin), draw(state.params)
     worth = float(after["c"][:, 0, 2].mean())
     assert int(state.observations.answered.sum()) == 96

@@ -285,7 +285,9 @@ def density_figures(
     Its log Z by `tuners.log_partition` and by quadrature, and the mean log-likelihood of data under it, nats.
     """
     boxed = Boxed(callable_pytree(energy, "an energy"), jnp.float32(box))
-    estimate = tuners.log_partition(run.key(f"{phase}_log_z"), boxed, (2,), scale=box / 2, particles=4096, twist=None)
+    estimate = tuners.log_partition(
+        run.key(f"{phase}_log_z"), boxed, (2,), scale=box / 2, detail=min(0.3, box / 2), particles=4096, twist=None
+    )
     side = (np.arange(BOXES) + 0.5) / BOXES * 2 * box - box
     grid = jnp.asarray(np.stack(np.meshgrid(side, side), -1).reshape(-1, 2), jnp.float32)
     log_z = float(jax.nn.logsumexp(-energy(grid)) + 2 * np.log(2 * box / BOXES))

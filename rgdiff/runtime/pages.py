@@ -27,14 +27,11 @@ def write_pages(
     stopped: Sequence[str],
 ) -> None:
     """Write report.html: pictures or logos before and after, curves, histograms, the table, the config, and why methods stopped."""
-    number = {key: i for i, key in enumerate(rows)}  # of a method's color, the same in all plots
-    plots: list[Any] = [
-        Plot(title, [replace(Series(key, *curve), color=number.get(key)) for key, curve in curves.items()])
-        for title, curves in shared(outcomes).items()
-    ]
+    colors = numbered(outcomes, rows)
+    plots: list[Any] = [Plot(title, series) for title, series in shared(outcomes, colors).items()]
     if any(row["phase"] == "prior" for row in run.log.rows):
         plots.append(plot_rows(run.log.rows, ["loss"], title="prior: training loss", phase="prior"))
-    plots += trade_offs(rows)
+    plots += trade_offs(rows, colors)
     samples = {key: outcome.x0 for key, outcome in outcomes.items()}
     samples |= {f"{key}: {what}": x0 for key, outcome in outcomes.items() for what, x0 in outcome.shown.items()}
     pictures = judge.pictures(samples, task)
@@ -53,7 +50,13 @@ def write_pages(
     write_report(run.folder.path / "report.html", report)
 
 
-def trade_offs(rows: dict[str, dict[str, Any]]) -> list[Any]:
+def numbered(outcomes: dict[str, Any], rows: dict[str, Any]) -> dict[str, int]:
+    """Return the number of every method's color, the same in all plots: first those that have curves."""
+    drawn = [key for key, outcome in outcomes.items() if outcome.curves]
+    return {key: i for i, key in enumerate([*drawn, *(key for key in rows if key not in drawn)])}
+
+
+def trade_offs(rows: dict[str, dict[str, Any]], colors: dict[str, int]) -> list[Any]:
     """Return what a higher guiding reward costs: each method a point, by its held-out reward and by its diversity."""
     plots = []
     for metric, name in (("heldout_reward_mean", "held-out reward"), ("diversity", "diversity")):
@@ -63,19 +66,20 @@ def trade_offs(rows: dict[str, dict[str, Any]]) -> list[Any]:
             if row.get("reward_mean") is not None and row.get(metric) is not None
         }
         if len(points) > 2 and any(guide != other for guide, other in points.values()):
-            number = {key: i for i, key in enumerate(rows)}
-            series = [Series(key, [guide], [other], color=number[key]) for key, (guide, other) in points.items()]
+            series = [Series(key, [guide], [other], color=colors[key]) for key, (guide, other) in points.items()]
             plots.append(Plot(f"{name} against the guiding reward, every method", series, "guiding reward", name))
     return plots
 
 
-def shared(outcomes: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return all curves by title, then by method: those of one title share axes. An outcome may have several, by name."""
-    curves: dict[str, dict[str, Any]] = {}
+def shared(outcomes: dict[str, Any], colors: dict[str, int]) -> dict[str, list[Series]]:
+    """Return all curves by title: those of one title share axes. An outcome may have several of one title, by name."""
+    curves: dict[str, list[Series]] = {}
     for key, outcome in outcomes.items():
         for title, curve in outcome.curves.items():
             several = curve if isinstance(curve, dict) else {"": curve}
-            curves.setdefault(title, {}).update({f"{key} {name}".strip(): part for name, part in several.items()})
+            for dash, (name, part) in enumerate(several.items()):
+                one = replace(Series(f"{key} {name}".strip(), *part), color=colors[key], dash=dash)
+                curves.setdefault(title, []).append(one)
     return curves
 
 

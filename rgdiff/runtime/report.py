@@ -25,7 +25,11 @@ import numpy as np
 from rgdiff.runtime.folder import write_atomic
 
 _GRID_WIDTH, _TILE = 280, 96  # CSS pixels: four grids side by side on a page of 1212; the largest picture
-_COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#888888")  # Tol, bright
+_COLORS = (  # Tol's bright ones, then of his muted
+    "#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#888888",
+    "#332288", "#44aa99", "#999933", "#882255", "#cc6600",
+)  # fmt: skip
+_DASHES = ("-", "--", ":", "-.")
 _INK = "#010203"  # stands for the page's own text colour in a plot
 _LETTERS = {  # colours of letters: nucleotides, and what of the amino acids is not one: acids, bases, polar, hydrophobic
     **dict(zip("ACGTU", ("#228833", "#4477aa", "#ccbb44", "#ee6677", "#ee6677"), strict=True)),
@@ -47,7 +51,10 @@ class Grid:
 
 @dataclass(frozen=True)
 class Series:
-    """One curve: y over x, and optionally a band from low to high. `color` is a number, its place among the curves by default."""
+    """One curve: y over x, and optionally a band from low to high.
+
+    `color` and `dash` are numbers of a color and a line style; the color's is the curve's place by default.
+    """
 
     name: str
     x: Any  # sequences or arrays of numbers, all of one length
@@ -55,6 +62,7 @@ class Series:
     low: Any = None
     high: Any = None
     color: int | None = None
+    dash: int = 0
 
 
 @dataclass(frozen=True)
@@ -267,7 +275,7 @@ def _logo(logo: Logo, top: float) -> str:
                 where = (
                     f"translate({place * column:.1f} {_LOGO_HEIGHT - below:.2f}) scale({column * 0.96:.2f} {-size:.2f})"
                 )
-                marks += f'<path fill="{_LETTERS.get(letter, _COLORS[-1])}" transform="{where}" d="{_glyph(letter)}"/>'
+                marks += f'<path fill="{_LETTERS.get(letter, "#888888")}" transform="{where}" d="{_glyph(letter)}"/>'
             below += size
     width = math.ceil(column * len(bits))
     caption = f"<figcaption><b>{_text(logo.title)}</b> full height {_number(round(top, 3))} bits</figcaption>"
@@ -303,7 +311,8 @@ def _lines(axes: Any, plot: Plot) -> None:
         if series.low is not None and series.high is not None:
             axes.fill_between(series.x, series.low, series.high, color=color, alpha=0.2, linewidth=0)
         marker = "o" if len(series.x) < 3 else ""
-        axes.plot(series.x, series.y, color=color, linewidth=1.6, label=series.name, marker=marker)
+        style = _DASHES[series.dash % len(_DASHES)]
+        axes.plot(series.x, series.y, style, color=color, linewidth=1.6, label=series.name, marker=marker)
         if len(series.x) == 1:
             axes.annotate(series.name, (series.x[0], series.y[0]), (4, 4), textcoords="offset points", fontsize=7)
     axes.set_xlabel(plot.xlabel)

@@ -31,7 +31,14 @@ PATIENCE = 20  # a phase stops after more skipped updates than this since it beg
 
 
 class Diverged(ValueError):
-    """A method's training was stopped because too many of its updates were not finite; its last good state is on disk."""
+    """A method's training was stopped because too many of its updates were not finite; its last good state is on disk.
+
+    `summary` has the figures of the methods that were not, where there are any.
+    """
+
+    def __init__(self, message: str, summary: dict[str, Any] | None = None):
+        super().__init__(message)
+        self.summary = summary or {}
 
 
 class Clock:
@@ -104,7 +111,8 @@ class Run:
           chunk: steps to a compiled call, at most: fewer, down to half, where that divides `steps` and saves compiling the rest.
 
         Raises:
-          Diverged: after more than PATIENCE non-finite updates; on disk are the newest state of a chunk without one, and the last.
+          Diverged: after more than PATIENCE non-finite updates; the newest state that was saved is kept: chunks with such an update
+            are not saved, but where there is no other.
         """
         state = tuner.init(params)
         chunk = pieces(steps, chunk, (chunk + 1) // 2) or chunk
@@ -127,15 +135,15 @@ class Run:
                     for index in range(count):
                         self.log.write(phase, done - count + index, {k: v[index] for k, v in infos.items()})
                     bad = int(infos["skipped"][-1]) - skipped
-                    if bad > PATIENCE:  # what was skipped was undone: the state is finite, if no longer good
+                    if bad > PATIENCE:
                         checkpoints.wait()
-                        clean = checkpoints.latest()
-                        checkpoints.save(done, state)
+                        kept = checkpoints.latest()
+                        if kept is None:  # what was skipped was undone: the state is finite, if no longer good
+                            checkpoints.save(kept := done, state)
                         advice = getattr(tuner, "advice", "lower the learning rate or look at the reward")
-                        earlier = "" if clean is None else f"step {clean}, before any was, and "
                         raise Diverged(
                             f"{phase}: {bad} of {done - began} updates before step {done} were not finite or out of bounds and were "
-                            f"skipped; {advice} (kept: {earlier}the last good state, step {done})"
+                            f"skipped; {advice} (the last good state that was saved is kept, step {kept})"
                         )
                     clean, before = int(infos["skipped"][-1]) == before, int(infos["skipped"][-1])
                     shown = next(name for name in ("reward", "loss", "gradient_norm") if name in infos)

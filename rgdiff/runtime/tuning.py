@@ -207,8 +207,7 @@ class FineTuning:
             key, params_then = run.key(f"{phase}_noise"), self.start(run, phase, prior)
             cond = prior.conditions(self.batch // self.options.get("repeats", 1))
             noise = tuners.gradient_statistics(tuner, key, params_then, self.diagnose, cond, chunk=1)
-            per_example = float(noise.variance_per_example / noise.squared_mean)
-            figures |= {"gradient_snr": float(noise.snr), "gradient_noise_per_example": per_example}
+            figures["gradient_snr"] = float(noise.snr)
         if self.scales:
             rewards = {"reward": task.reward, "held-out reward": task.heldout}
             scaled = {scale: LoRAModel(prior.params, prior.model, scale)(params) for scale in self.scales}

@@ -46,18 +46,20 @@ class Contrastive(InverseLearning):
         return jnp.mean(self.energy(params)(x0, cond) - self.tau * entropies[-1])
 
 
-def gcd(model: Any, process: Process, value: Any, times: Array | None = None, **options: Any) -> Contrastive:
+def gcd(
+    model: Any, process: Process, value: Any, times: Array | None = None, *, decay_steps: float, **options: Any
+) -> Contrastive:
     """Train a sampler and an energy against each other without dynamic programming (GCD, arXiv 2312.03397).
 
         min over E, max over pi of  E_data[E] - E_pi[E] + tau H(pi(x_T | x_{T-1})) + gamma (E_data[E^2] + E_pi[E^2])
 
     Args:
-      model, process, value, times, options: of `dxmi`; the value is the energy and is asked at t = 0 alone. What concerns
+      model, process, value, times, decay_steps, options: of `dxmi`; the value is the energy and is asked at t = 0 alone. What concerns
         costs to go and speeds has no effect, but that speeds are still watched for divergence.
 
     Note:
       Conditioning lowers entropy, so H(x_T) >= H(x_T | x_{T-1}): the bound that a chain gives without an auxiliary law. The
       abstract names the game and not the estimator of the entropy; that of the paper's experiments may differ.
     """
-    tuner = dxmi(model, process, value, times, **options)
+    tuner = dxmi(model, process, value, times, decay_steps=decay_steps, **options)
     return Contrastive(**{name: getattr(tuner, name) for name in tuner.__dataclass_fields__})  # type: ignore[attr-defined]

@@ -21,7 +21,7 @@ CONSTRAINTS = ("gradient_penalty", "weight_clipping")
 
 @pytree
 class ShortcutTuning:
-    """A tuner for `fit`. Build it with `sft_pg`. Its state's `extra` is (the advantage's, the critic's TrainState)."""
+    """A tuner for `fit`. Build it with `sft_pg`. Its state's `extra` is (the policy's own, the critic's TrainState)."""
 
     policy: PolicyGradient
     critic: Any
@@ -48,8 +48,8 @@ class ShortcutTuning:
     def step(self, key: Key, state: TrainState, batch: Any) -> tuple[TrainState, Info]:
         """Take one step on batch = {"x0": data [M, ...]} and, optionally, "cond" [M, ...], for which samples are then drawn."""
         key_rollout, key_critic, key_update = jax.random.split(key, 3)
-        advantage, critic = state.extra
-        state = state._replace(extra=advantage)
+        own, critic = state.extra
+        state = state._replace(extra=own)
         experience = self.policy.rollout(key_rollout, state, batch.get("cond"))
         critic, info = self._learn(key_critic, critic, batch["x0"], experience.x0, batch.get("cond"), experience.cond)
         f = lambda x0, cond=None: self.critic(critic.params)(x0, cond)  # noqa: E731
