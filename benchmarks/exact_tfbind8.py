@@ -211,6 +211,8 @@ def picture(path: Path, points: list[tuple[int, float, float]], slope: float) ->
     height = np.exp(np.mean(np.log(b[clear]) - slope * np.log(m[clear])))
     axes.plot(m, height * m**slope, label=f"slope {slope:.2f} (points above 4 standard errors)")
     axes.set(xscale="log", yscale="log", xlabel="M, candidates", ylabel="exact E[r] minus SVDD's")
+    axes.set_xticks(m, [f"{count:.0f}" for count in m], minor=False)
+    axes.set_xticks([], minor=True)
     axes.legend(frameon=False, fontsize=7)
     page.savefig(path)
 
