@@ -50,7 +50,8 @@ class HostReward:
 def from_host(function: Callable[..., Any]) -> Reward:
     """Make a black-box host function (x0 as NumPy [B, ...], cond) -> [B] a reward that works inside compiled code.
 
-    It may return (values [B], valid [B]) instead. It has no gradient. An exception, or a result of the wrong shape, marks the whole batch infeasible (NaN).
+    It may return (values [B], valid [B]) instead. It has no gradient. An exception, or a result of the wrong shape, marks the
+    whole batch infeasible (NaN).
     """
     if not callable(function):
         raise ValueError(f"from_host expects a function (x0, cond) -> [B], got {function!r}")
