@@ -182,7 +182,9 @@ def run_recipe(name: str, overrides: Sequence[str]) -> dict[str, Any]:
             outcome = method.run(run, key, prior, tasks[key], count)
             finite = np.isfinite(outcome.x0).reshape(len(outcome.x0), -1).all(-1).sum()
             if finite < 2:
-                raise Diverged(f"{key}: {finite} of {len(outcome.x0)} samples are finite; lower its learning rate or its scale")
+                raise Diverged(
+                    f"{key}: {finite} of {len(outcome.x0)} samples are finite; lower its learning rate or its scale"
+                )
             outcomes[key] = outcome
         except Diverged as failure:  # the others are worth having
             stopped[key] = str(failure)

@@ -351,9 +351,10 @@ def test_a_sweep_goes_on_past_a_method_that_diverges(tmp_path, cache, capsys):
     "method",
     [
         ["method=steered_rounds", "method.steering=best_of_n", "~method.options", *ROUNDS],
-        pytest.param(["method=ddpo", "method.batch=4", "method.steps=3"], marks=pytest.mark.slow),
+        ["method=ddpo", "method.batch=4", "method.steps=3"],
     ],
 )
+@pytest.mark.slow
 def test_a_failing_oracle_stops_the_run_which_resumes(method, tmp_path, cache, monkeypatch, capsys):
     """A black box that raises is no NaN: one line, and the run goes on from before the step that failed."""
     (tmp_path / "my_oracle.py").write_text(

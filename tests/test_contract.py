@@ -568,7 +568,7 @@ CONDITIONED = [
 ]  # fmt: skip
 
 
-@table_of(CONDITIONED, draft_lv, drakes)
+@table_of(CONDITIONED, drakes)
 def test_every_network_call_gets_the_condition(make, monkeypatch):
     """One prompt in every row is the same run as networks that have the prompt built in: chains, references, values, data."""
     prompt = 0.7

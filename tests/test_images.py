@@ -19,6 +19,7 @@ from rgdiff.domains import image_rewards as rewards
 from rgdiff.domains import image_tasks, images
 from rgdiff.domains.classifier import Classifier, augment, train_classifier
 
+pytestmark = pytest.mark.xdist_group("images")  # one process trains the classifiers
 DATA = Path(os.environ.get("RGDIFF_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 
 

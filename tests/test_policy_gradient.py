@@ -523,6 +523,7 @@ def same(a, b, **tolerance):
     jax.tree.map(lambda x, y: compare(np.asarray(x), np.asarray(y), **tolerance), a, b)
 
 
+@pytest.mark.slow
 def test_early_stopping_is_the_same_with_the_reward_on_the_host():
     """A held-out reward that falls from the start: two windows without a new best, and the best of the first is given back."""
     online, params, reward = conditional()

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,6 +59,7 @@ def kill_and_resume(tmp_path, kills, seed):
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
 
+    shutil.copytree(tmp_path / "cache_a" / "xla", tmp_path / "cache_b" / "xla")  # programs, and not the prior
     rng = random.Random(seed)
     total = rows(whole)
     for kill in range(kills):  # each falls a random while after a random row of its own share of the run, or before it

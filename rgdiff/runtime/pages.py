@@ -7,9 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from rgdiff.runtime.report import Grid, Histogram, Logo, Plot, Report, Series, plot_rows, write_report
 from rgdiff.runtime.run import Run
 
@@ -85,6 +82,9 @@ def shared(outcomes: dict[str, Any], colors: dict[str, int]) -> dict[str, list[S
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """Return the rows as a table for the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
     shown = (
         "reward_mean",
         "reward_se",
