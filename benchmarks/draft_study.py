@@ -362,11 +362,11 @@ INTRODUCTION = [
     "",
     "- DRaFT-LV halves nothing: it needs as many steps as DRaFT-1, and three times the queries. Its gradient's variance is smaller by a",
     "  twelfth only, since what it draws anew is the noise of the last call, and most of the variance is between final samples, which it keeps.",
-    "- More of the chain brings larger and noisier gradients (K = 1 to 50: norm x 18, signal-to-noise less than half). Up to K = 10 it saves steps",
-    "  for the seconds it costs; K = 25 and 50 save none, and cost 3 and 7 times the seconds.",
-    "- DDPO needs more queries than either, not a hundred times as many: the reward is met after some ten chains of DRaFT, and no method has",
-    "  a hundredth of that to spare. Per second the distance is larger.",
-    "- Diversity falls with the adapter's scale as the reward rises. Two adapters mix: their sum keeps nearly all of the one reward and more than",
+    "- More of the chain brings larger and noisier gradients (K = 1 to 50: norm x 18, signal-to-noise less than half). Up to K = 10 it saves steps;",
+    "  K = 25 and 50 save none more, and cost two and four times the seconds of K = 5 (K = 1, at .011 s a step, was disturbed: .007 in the first table).",
+    "- DDPO needs 21 times the queries of DRaFT-LV and 56 times those of DRaFT-1, not a hundred: the reward is met after some ten chains",
+    "  of DRaFT, and no method has a hundredth of that to spare. In seconds it is 66 times DRaFT-LV's.",
+    "- Under a KL diversity falls with the adapter's scale as the reward rises. Two adapters mix: their sum keeps nearly all of the one reward and more than",
     "  half of the other's gain (last row). Without a KL the adapter for ink turns every picture white, and then nothing mixes.",
 ]
 
