@@ -276,6 +276,7 @@ def test_a_prior_sampled_otherwise_is_not_trained_again(tmp_path, cache):
     assert kept() == before
 
 
+@pytest.mark.slow
 def test_a_method_may_have_a_guide_of_its_own(tmp_path, cache, capsys):
     guide = "+rewards.best_of_n._target_=rgdiff.domains.image_tasks.inked"
     few = ["method=best_of_n", "method.candidates=4"]

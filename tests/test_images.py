@@ -309,6 +309,7 @@ def test_target_is_dynamic():
     assert len(traces) == 2 and levels == pytest.approx([-0.25, -0.0625])
 
 
+@pytest.mark.slow
 def test_guiding_reward_transfers_to_the_judge(digits, classifiers):
     """A few ascent steps on one classifier's reward from real images must convince the other too."""
     guide, judge = classifiers

@@ -209,6 +209,7 @@ def test_the_average_follows_its_formula():
 # ---------------------------------------------------------------- values
 
 
+@pytest.mark.slow
 def test_value_regression_reaches_the_posterior_mean_of_a_linear_reward():
     """E[<b, x0> | x_t] = <b, G x_t + g>: the loss at it is the posterior variance, its gradient zero, and a fit finds it."""
     w = GaussianWorld([0.5], [[0.6]], schedule="flow", b=[2.0])

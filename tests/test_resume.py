@@ -34,6 +34,7 @@ SMALL = [
 def start(out, cache, *, resume, room=None):
     command = [sys.executable, "-m", "rgdiff", "run", "steer", *SMALL, f"out={out}", f"cache_dir={cache}"]
     environment = os.environ | {"XLA_FLAGS": QUICK, "JAX_PLATFORMS": "cpu", "RGDIFF_SAVE_EVERY": "0"}
+    environment["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"  # else the cache's own path is part of its keys
     full = None if room is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
     return subprocess.Popen(
         command + [f"resume={str(resume).lower()}"],

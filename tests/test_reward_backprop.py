@@ -250,6 +250,7 @@ def test_offloaded_residuals_change_no_gradient():
     np.testing.assert_allclose(*grads, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_several_references_have_a_weight_each():
     w = world(eta=1.0)
     references = [w.model(f32(t)) for t in ([0.0, 1.0], [0.5, 0.7])]

@@ -530,6 +530,7 @@ def test_a_file_of_ones_own_runs_to_a_report(tmp_path, fasta):
     assert samples.shape == (16, 4, 4) and (samples.sum(-1) == 1).all()
 
 
+@pytest.mark.slow
 def test_the_factorised_prior_needs_no_training_and_svdd_may_have_the_exact_value(tmp_path, fasta):
     options = [f"domain.source={fasta}", "prior=factorised", "reward=gc", "method=svdd_exact", "method.temperature=0.2"]
     assert run(tmp_path, *options, "samples=128", "method.candidates=64") == 0

@@ -94,6 +94,7 @@ def test_conditions_reach_the_distinct():
 
 
 @pytest.mark.parametrize("make", ["gaussian", pytest.param("masked", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_guided_proposal_leaves_the_target(make):
     """Candidates from a tilted kernel, weighted by kernel/proposal: the error still falls as 1/M towards the same law."""
     if make == "gaussian":
