@@ -112,6 +112,7 @@ def test_what_cannot_be_read_ends_in_one_line(world, options, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_brightness_is_learned_in_two_halves_and_dark_is_infeasible(world):
     domain = proteins.gfp(world, "own.tsv", sha256=None)
     judge = domain.evaluator(jax.random.key(1))

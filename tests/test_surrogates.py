@@ -340,6 +340,7 @@ def test_vmapped_heads_are_the_heads_fitted_one_after_another():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a[head], b, atol=2e-5), both, alone)  # noqa: B023
 
 
+@pytest.mark.slow
 def test_a_bootstrap_is_multinomial_over_the_answered_rows():
     rows = jnp.array([1, 0, 1, 1, 0, 0, 1, 1], bool)
     many = jax.jit(jax.vmap(networks.bootstrap, (0, None)))
@@ -477,6 +478,7 @@ def test_the_deviation_at_zero_has_a_finite_gradient():
 
 
 # Features
+@pytest.mark.slow
 def test_pairs_are_products_of_letters_and_expectations_on_the_simplex():
     x = letters(KEY, 3, length=3, classes=2)
     pairs = jax.jit(surrogates.pairs)
