@@ -1,1 +1,1 @@
-"""Side-by-side measurements against PyTorch: `python -m benchmarks.run`. Not part of the library."""
+"""Side-by-side measurements against PyTorch: `python -m benchmarks.speed`. Not part of the library."""

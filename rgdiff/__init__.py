@@ -1,28 +1,61 @@
 """rgdiff: reward-guided diffusion in JAX. Pure functions over any denoiser: steer its samples by a reward, or fine-tune it.
 
-`rgdiff.typing` is the vocabulary; `kernels`, `schedules`, `processes`, `denoisers`, `rewards` and `values` are the
-words; `samplers` and `tuners` the methods; `nets` and `domains` reference parts; `runtime` and `cli` the command line.
+`typing` is the vocabulary; `kernels`, `schedules`, `processes`, `denoisers`, `rewards` and `values` are the words;
+`samplers` and `tuners` hold the methods, `guides`, `policies`, `surrogates` and `seiko` what some of them need; `nets`,
+`domains` and `exact` are reference parts; `recipes`, `runtime` and `cli` are the command line.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from typing import TYPE_CHECKING
+
+from rgdiff._lazy import submodules
+
+if TYPE_CHECKING:
+    from rgdiff import (
+        denoisers,
+        domains,
+        exact,
+        guides,
+        kernels,
+        metrics,
+        nets,
+        policies,
+        processes,
+        recipes,
+        resampling,
+        rewards,
+        runtime,
+        samplers,
+        schedules,
+        seiko,
+        surrogates,
+        tuners,
+        typing,
+        values,
+    )
+    from rgdiff.samplers import sample
+    from rgdiff.tuners import fit, fit_online
 
 __version__ = "0.1.0"
 
-_MODULES = (
+__all__ = [
     "denoisers",
     "domains",
+    "exact",
+    "fit",
+    "fit_online",
     "guides",
     "kernels",
     "metrics",
     "nets",
     "policies",
     "processes",
+    "recipes",
     "resampling",
     "rewards",
     "runtime",
+    "sample",
     "samplers",
     "schedules",
     "seiko",
@@ -30,10 +63,6 @@ _MODULES = (
     "tuners",
     "typing",
     "values",
-)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(f"rgdiff.{name}")
-    raise AttributeError(f"module 'rgdiff' has no attribute {name!r}; it has {', '.join(_MODULES)}")
+]
+_FUNCTIONS = {"sample": "samplers", "fit": "tuners", "fit_online": "tuners"}
+__getattr__, __dir__ = submodules(__name__, [name for name in __all__ if name not in _FUNCTIONS], _FUNCTIONS)

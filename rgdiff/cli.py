@@ -67,7 +67,7 @@ def options_first(argv: Sequence[str]) -> list[str]:
 
 def listing() -> str:
     """Return the text of `rgdiff list`."""
-    from rgdiff.runtime import recipe
+    from rgdiff.recipes import compose as recipe
 
     lines = []
     for title, group in (
@@ -83,7 +83,7 @@ def shown(name: str, overrides: Sequence[str]) -> str:
     """Return the resolved config as YAML."""
     from omegaconf import OmegaConf
 
-    from rgdiff.runtime import recipe
+    from rgdiff.recipes import compose as recipe
 
     return OmegaConf.to_yaml(OmegaConf.create(recipe.compose(name, overrides)))
 
@@ -135,11 +135,11 @@ def run_recipe(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     """Run one recipe and write its folder; return the summary. A method that diverges is left out, and raises at the end."""
     import numpy as np
 
-    from rgdiff.runtime import recipe
+    from rgdiff.recipes import compose as recipe
+    from rgdiff.recipes.outcome import Ancestral
+    from rgdiff.recipes.pages import table, write_pages
+    from rgdiff.recipes.priors import default_cache
     from rgdiff.runtime.folder import RunFolder
-    from rgdiff.runtime.methods import Ancestral
-    from rgdiff.runtime.pages import table, write_pages
-    from rgdiff.runtime.priors import default_cache
     from rgdiff.runtime.run import Diverged, Run, use_compilation_cache
 
     # Parse: one resolved config, checked whole.
@@ -212,10 +212,10 @@ def judge_and_tasks(
     config: Any, trusted: set[str], domain: Any, settings: Any, built: dict[str, Any], run: Any
 ) -> tuple[Any, Any, Any]:
     """Train the judge and the rewards, and refuse those that do not fit the prior or a method: the judge, the task, and every method's."""
+    from rgdiff.recipes import compose as recipe
     from rgdiff.rewards import Task
-    from rgdiff.runtime import recipe
 
-    judge = domain.evaluator(run.key("judge"))
+    judge = recipe.build(config["judge"], trusted, domain=domain, key=run.key("judge"))
     task = recipe.build(config["reward"], trusted, domain=domain, judge=judge, key=run.key("reward"))
     tasks = dict.fromkeys(built, task)
     for key, settings_of in (config.get("rewards") or {}).items():  # guides of their own, judged alike

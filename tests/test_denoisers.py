@@ -9,7 +9,7 @@ import pytest
 
 from rgdiff import denoisers, samplers
 from rgdiff.typing import pytree
-from tests.worlds import SCHEDULES, GaussianWorld, MixtureWorld
+from tests.worlds.worlds import SCHEDULES, GaussianWorld, MixtureWorld
 
 f32 = lambda a: jnp.asarray(a, jnp.float32)  # noqa: E731
 

@@ -21,7 +21,7 @@ from rgdiff.kernels import (
     Product,
     draw_token,
 )
-from tests.worlds import assert_mean
+from tests.worlds.worlds import assert_mean
 
 KEY = jax.random.key(0)
 MEAN = np.array([[0.3, -1.0], [2.0, 0.1], [0.0, 0.5]])

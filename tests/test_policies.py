@@ -13,7 +13,7 @@ import pytest
 
 from rgdiff import denoisers, policies, processes, samplers, schedules, tuners, values
 from rgdiff.typing import Move
-from tests.worlds import GaussianWorld
+from tests.worlds.worlds import GaussianWorld
 
 
 def affine(params, x, t, cond=None):

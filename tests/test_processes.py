@@ -9,7 +9,7 @@ import pytest
 
 from rgdiff import checks, processes
 from rgdiff.kernels import Gaussian, PointMass
-from tests.worlds import MASK_SCHEDULES, SCHEDULES
+from tests.worlds.worlds import MASK_SCHEDULES, SCHEDULES
 
 PAIRS = [(0.9, 0.6), (0.5, 0.45), (0.3, 0.02)]
 f32 = lambda a: jnp.asarray(a, jnp.float32)  # noqa: E731

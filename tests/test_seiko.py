@@ -13,9 +13,9 @@ import optax
 import pytest
 
 from rgdiff import denoisers, nets, processes, samplers, schedules, seiko, surrogates, tuners
-from rgdiff.domains import enumeration, regret
+from rgdiff.exact import enumeration, regret
 from rgdiff.typing import pytree, static
-from tests.worlds import GaussianWorld
+from tests.worlds.worlds import GaussianWorld
 
 
 def solved(f, alpha, beta, prior, previous):
@@ -68,7 +68,7 @@ def test_rounds_on_six6_have_the_closed_form():
     folder = os.environ.get("RGDIFF_DATA")
     if not folder or not (Path(folder) / "SIX6_REF_R1_8mers.txt").exists():
         pytest.skip("needs SIX6_REF_R1_8mers.txt in RGDIFF_DATA")
-    from rgdiff.domains.sequences import tfbind8
+    from rgdiff.domains.sequences.data import tfbind8
 
     table = np.asarray(tfbind8(folder).table, np.float64).reshape(-1)
     prior = np.full(table.size, 1 / table.size)

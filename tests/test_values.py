@@ -15,7 +15,7 @@ from scipy import optimize, special
 
 from rgdiff import denoisers, nets, processes, samplers, schedules, tuners, values
 from rgdiff.typing import pytree
-from tests.worlds import (
+from tests.worlds.worlds import (
     CategoricalWorld,
     GaussianWorld,
     MixedWorld,

@@ -15,20 +15,26 @@ import numpy as np
 
 from rgdiff import metrics, rewards
 from rgdiff.rewards import Task
-from rgdiff.typing import Reward
+from rgdiff.typing import Key, Reward
 
 _apply = jax.jit(lambda reward, x: reward(x))
 
 
 class Judge:
-    """Measures samples of examples [*shape]. A domain's judge fills in `row` and what of the rest it has."""
+    """Measures samples of a domain. A domain's judge fills in `row` and what of the rest it has.
 
-    def __init__(self, shape: tuple[int, ...]):
-        self._shape = shape
+    Args:
+      domain: what is judged; `shape` is that of one example.
+      key: PRNG key of what the judge trains or draws.
+    """
+
+    def __init__(self, domain: Any, key: Key):
+        self.domain = domain
+        self._key = key
 
     def check(self, task: Task) -> None:
         """Refuse a reward that does not give one float per example."""
-        blank = jnp.zeros((2, *self._shape), jnp.float32)
+        blank = jnp.zeros((2, *self.domain.shape), jnp.float32)
         rewards.check(task.reward, blank)
         rewards.check(task.heldout, blank)
 

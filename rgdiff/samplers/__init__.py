@@ -1,12 +1,12 @@
 """Sampling methods, one a page, driven by one loop: `sample(sampler, key, batch, times)`."""
 
+from rgdiff.samplers._ancestral import ancestral, path_kl, projection_kl, total_path_kl
+from rgdiff.samplers._best_of_n import best_of_n
+from rgdiff.samplers._event_driven import event_driven
 from rgdiff.samplers._loop import Samples, drawing, roll, sample
-from rgdiff.samplers.ancestral import ancestral, path_kl, projection_kl, total_path_kl
-from rgdiff.samplers.best_of_n import best_of_n
-from rgdiff.samplers.event_driven import event_driven
-from rgdiff.samplers.resampled import resampled
-from rgdiff.samplers.smc import das, das_tempering, fk_steering, smc, tds
-from rgdiff.samplers.svdd import svdd
+from rgdiff.samplers._resampled import resampled
+from rgdiff.samplers._svdd import svdd
+from rgdiff.samplers.particles import das, das_tempering, fk_steering, smc, tds
 
 __all__ = [
     "Samples",

@@ -15,7 +15,7 @@ from jax.core import Tracer
 
 from rgdiff import checks
 from rgdiff.processes import GaussianProcess, ProductProcess, along
-from rgdiff.samplers.ancestral import projection_kl
+from rgdiff.samplers._ancestral import projection_kl
 from rgdiff.typing import Array, Cond, Denoiser, Info, Key, Process, State, callable_pytree, pytree, static
 
 PENALTIES = ("kl", "eps_mse")

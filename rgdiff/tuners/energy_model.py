@@ -17,8 +17,8 @@ import numpy as np
 from rgdiff import checks, processes, samplers, schedules, values
 from rgdiff.resampling import log_mean_exp
 from rgdiff.samplers._loop import roll
+from rgdiff.tuners._elegant import standard_normal
 from rgdiff.tuners._loop import TrainState, start, update
-from rgdiff.tuners.elegant import standard_normal
 from rgdiff.typing import Array, Cond, Info, Key, Params, callable_pytree, pytree, static
 
 

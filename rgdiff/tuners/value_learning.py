@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from rgdiff import checks
 from rgdiff.samplers import ancestral, sample
 from rgdiff.tuners._loop import TrainState, start, update
-from rgdiff.tuners.pretraining import stratified_times
+from rgdiff.tuners._pretraining import stratified_times
 from rgdiff.typing import (
     Array,
     Cond,

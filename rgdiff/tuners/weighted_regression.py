@@ -16,9 +16,9 @@ from rgdiff import checks
 from rgdiff.samplers import ancestral
 from rgdiff.samplers._loop import Drawing
 from rgdiff.tuners._loop import TrainState, update
+from rgdiff.tuners._pretraining import Pretraining, pretraining
 from rgdiff.tuners.advantages import in_groups
 from rgdiff.tuners.online import feasible_mean, minibatch_rows
-from rgdiff.tuners.pretraining import Pretraining, pretraining
 from rgdiff.typing import (
     Array,
     Cond,

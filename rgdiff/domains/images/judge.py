@@ -1,0 +1,95 @@
+"""Tasks on images, and their judge: what `reward/*.yaml` name, and how samples of any method are measured and shown.
+
+The judge's classifier is trained on the held-out split and never guides, so that over-optimisation of the guiding
+reward shows in its figures. Rewards themselves are in `image_rewards`, figures in `rgdiff.metrics`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rgdiff import metrics
+from rgdiff.domains.images.classifier import train_classifier
+from rgdiff.domains.images.data import ImageDomain
+from rgdiff.domains.images.rewards import Restored
+from rgdiff.domains.judging import Judge
+from rgdiff.rewards import Task
+from rgdiff.typing import Key
+
+SHOWN = 25  # pictures in a grid of the report
+
+
+class ImageJudge(Judge):
+    """Measures samples of an image domain with a classifier of its own."""
+
+    def __init__(self, domain: ImageDomain, key: Key):
+        super().__init__(domain, key)
+        self.classifier = train_classifier(key, domain.heldout_x, domain.heldout_y, domain.classes)
+        self._features = jax.jit(lambda classifier, x: classifier.features(x))
+        self._classes = jax.jit(lambda classifier, x: classifier.logits(x).argmax(-1))
+
+    def real(self, task: Task) -> np.ndarray:
+        """Return the real images that samples are compared with: of the target's class where there is one, from all splits."""
+        d = self.domain
+        x = np.concatenate([d.train_x, d.heldout_x, d.test_x])
+        y = np.concatenate([d.train_y, d.heldout_y, d.test_y])
+        return x if task.target is None else x[y == task.target]
+
+    def row(self, outcome: Any, task: Task, prior: Any = None) -> dict[str, Any]:
+        """Return the figures of one method, flat: rewards under both rewards, distances, diversity, KL, cost."""
+        x0 = outcome.x0
+        finite = x0[np.isfinite(x0).reshape(len(x0), -1).all(-1)]
+        if len(finite) < 2:
+            raise ValueError(
+                f"{len(x0) - len(finite)} of {len(x0)} samples are not finite; lower the learning rate or check the reward"
+            )
+        row = self.reward_figures(x0, task)
+        asked = np.arange(len(x0)) % self.domain.classes if task.conditional else task.target
+        if asked is not None:
+            found = np.asarray(self._classes(self.classifier, jnp.asarray(x0)))
+            row["heldout_accuracy"] = float(np.mean(found == asked))
+        real, fake = (np.asarray(self._features(self.classifier, jnp.asarray(x))) for x in (self.real(task), finite))
+        precision, recall = metrics.precision_recall(real, fake)
+        return (
+            row
+            | {
+                "frechet": metrics.frechet_distance(real, fake),
+                "precision": precision,
+                "recall": recall,
+                "diversity": metrics.diversity(finite),
+            }
+            | self.costs(outcome)
+        )
+
+    def in_turn(self) -> np.ndarray:
+        """Return real images of class 0, 1, ... in turn, as the samples of a conditional task are."""
+        x, y = self.domain.train_x, self.domain.train_y
+        of = [x[y == c] for c in range(self.domain.classes) if (y == c).any()]
+        return np.stack([of[i % len(of)][i // len(of) % len(of[i % len(of)])] for i in range(SHOWN)])
+
+    def pictures(self, samples: dict[str, np.ndarray], task: Task) -> list[tuple[str, np.ndarray, list[float]]]:
+        """Return (title, 8-bit pictures, their guiding rewards) for the report: real images, then each method's samples."""
+        title = "real images" if task.target is None else f"real images of class {task.target}"
+        shown = {title: self.in_turn() if task.conditional else self.real(task), **samples}
+        if isinstance(task.heldout, Restored):
+            told = task.heldout
+            shown = {"the image, and what was seen of it": np.stack([told.truth, told.seen])} | shown
+        first = {name: x0[:SHOWN] for name, x0 in shown.items()}
+        return [(name, self.domain.decode(x0), self.rewards(task.reward, x0).tolist()) for name, x0 in first.items()]
+
+    def notes(self, task: Task) -> list[str]:
+        """Return what a reader of the report should know."""
+        compared = "all real images" if task.target is None else f"the real images of class {task.target}"
+        accuracy = np.mean(
+            np.asarray(self._classes(self.classifier, jnp.asarray(self.domain.test_x))) == self.domain.test_y
+        )
+        return [
+            f"Frechet distance, precision and recall: against {compared}, in the features of the judging classifier, "
+            f"which is trained on other images than the prior and the guiding reward (its accuracy on test images: {accuracy:.3f}).",
+            "kl: path KL to the prior in nats per sample; for tuned models that of their ancestral chain, for SVDD the estimate "
+            "of the selections' KL. network_calls: per sample. seconds: without compilation. Under each picture: its guiding reward.",
+        ]

@@ -1,0 +1,139 @@
+"""Tasks on images: what `reward/*.yaml` name. Each is a guiding reward and a held-out one.
+
+A learned reward is judged by a classifier of other images, so that over-optimisation shows. The rewards themselves are in `rewards`.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rgdiff import checks, guides
+from rgdiff.domains.images import rewards as image_rewards
+from rgdiff.domains.images.classifier import Classifier, train_classifier
+from rgdiff.domains.images.data import ImageDomain
+from rgdiff.domains.images.judge import ImageJudge
+from rgdiff.domains.images.rewards import InTurn, Restored
+from rgdiff.rewards import Task, ensemble, weighted_sum
+from rgdiff.typing import Array, Key
+
+
+def digit(
+    domain: ImageDomain,
+    judge: ImageJudge,
+    key: Key,
+    target: int = 3,
+    heads: int = 1,
+    reduce: str = "lower",
+    caution: float = 1.0,
+    examples: int | None = None,
+    judged: str = "classifier",
+) -> Task:
+    """Make the task: log p(target | x) of a classifier trained on the training split, judged by held-out images.
+
+    Args:
+      heads, reduce, caution: several classifiers, trained from keys of their own and joined by `rewards.ensemble`, are harder
+        to exploit than one.
+      examples: images that they are trained on, all by default. What few have taught is exploited sooner.
+      judged: by a `classifier` trained on the held-out split, or by `likeness` to its images of the target, which sees also
+        what no classifier does: samples that are like no image.
+    """
+    if not isinstance(domain, ImageDomain):
+        raise ValueError("reward=digit is for images with labels; choose an image domain, e.g. domain=digits")
+    checks.one_of("reward.target", target, range(domain.classes))
+    classify = image_rewards.classifier_reward
+    keys = [key] if checks.at_least("heads", heads, 1) == 1 else list(jax.random.split(key, heads))
+    rows = slice(None)
+    if examples is not None:
+        every = len(domain.train_x)
+        if not domain.classes <= examples <= every:
+            raise ValueError(f"reward.examples must be {domain.classes} (the classes) to {every}, got {examples}")
+        rows = np.asarray(jax.random.permutation(jax.random.fold_in(key, heads), every))[:examples]
+    x, y = domain.train_x[rows], domain.train_y[rows]
+    heard = [classify(train_classifier(k, x, y, domain.classes), target) for k in keys]
+    reward = heard[0] if heads == 1 else ensemble(heard, reduce, caution=caution)
+    if checks.one_of("reward.judged", judged, ("classifier", "likeness")) == "classifier":
+        return Task(reward, classify(judge.classifier, target), target)
+    return Task(reward, image_rewards.likeness(domain.heldout_x[domain.heldout_y == target]), target)
+
+
+def labelled(domain: ImageDomain, judge: ImageJudge, key: Key) -> Task:
+    """Make the task of a conditional prior: log p(label | x) of the label that each sample was drawn with, every class in turn."""
+    if not isinstance(domain, ImageDomain):
+        raise ValueError("reward=labelled is for images with labels; choose an image domain, e.g. domain=digits")
+    guide: Classifier = train_classifier(key, domain.train_x, domain.train_y, domain.classes)
+    classify = image_rewards.classifier_reward
+    reward, heldout = (InTurn(classify(one), domain.classes) for one in (guide, judge.classifier))
+    return Task(reward, heldout, conditional=True)
+
+
+def inpainted(
+    domain: ImageDomain, judge: ImageJudge, key: Key, image: int = 0, hidden: str = "right", noise: float = 0.1
+) -> Task:
+    """Make the task: log-likelihood of half of a test image's pixels, seen with noise, in nats; judged by the other half.
+
+    Args:
+      image: its number among the test images; its class is the task's target.
+      hidden: the half that is not seen, left, right, top or bottom.
+      noise: standard deviation in the unit of pixels, which span 2.
+    """
+    truth, target = _measured_image(domain, image)
+    half = dict(zip(("left", "right", "top", "bottom"), ((1, 0), (1, 1), (0, 0), (0, 1)), strict=True))
+    axis, far = half[checks.one_of("reward.hidden", hidden, half)]
+    size = truth.shape[axis]
+    index = jnp.arange(size).reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
+    unseen = jnp.broadcast_to((index >= size // 2) == bool(far), truth.shape).astype(jnp.float32)
+    y = truth + checks.positive("reward.noise", noise) * jax.random.normal(key, truth.shape)
+    reward = guides.inpainting(1 - unseen, y, noise)
+    return Task(reward, Restored(truth, jnp.where(unseen > 0, domain.value_range[0], y), unseen), target)
+
+
+def downsampled(
+    domain: ImageDomain, judge: ImageJudge, key: Key, image: int = 0, factor: int = 2, noise: float = 0.1
+) -> Task:
+    """Make the task: log-likelihood of a test image's block means, seen with noise, in nats; judged by all of its pixels.
+
+    Args:
+      image, noise: as `inpainted`.
+      factor: side of a block; it divides the image's sides.
+    """
+    truth, target = _measured_image(domain, image)
+    high, wide, channels = domain.shape
+    checks.at_least("reward.factor", factor, 1)
+    if high % factor or wide % factor:
+        raise ValueError(
+            f"images of {high} x {wide} pixels have no blocks of {factor} x {factor}; choose another reward.factor"
+        )
+    rows, columns = (np.kron(np.eye(n // factor), np.ones((1, factor)) / factor) for n in (high, wide))
+    matrix = np.kron(np.kron(rows, columns), np.eye(channels))
+    y = jnp.asarray(matrix @ np.asarray(truth, np.float64).reshape(-1), jnp.float32)
+    y = y + checks.positive("reward.noise", noise) * jax.random.normal(key, y.shape)
+    seen = jnp.asarray(np.asarray(y) @ matrix * factor**2, jnp.float32).reshape(domain.shape)
+    reward = guides.linear(jnp.asarray(matrix, jnp.float32), y, noise, shape=domain.shape)
+    return Task(reward, Restored(truth, seen, jnp.ones_like(truth)), target)
+
+
+def _measured_image(domain: ImageDomain, image: int) -> tuple[Array, int]:
+    if not isinstance(domain, ImageDomain):
+        raise ValueError("this reward measures an image; choose an image domain, e.g. domain=digits")
+    count = len(domain.test_x)
+    if checks.at_least("reward.image", image, 0) >= count:
+        raise ValueError(f"reward.image is the number of a test image, 0 to {count - 1}, got {image}")
+    return jnp.asarray(domain.test_x[image]), int(domain.test_y[image])
+
+
+def symmetric() -> Task:
+    """Make the task: left-right symmetry, judged by itself."""
+    return Task(image_rewards.symmetry(), image_rewards.symmetry())
+
+
+def inked(target: float | None = None, slope: float = 1.0) -> Task:
+    """Make the task: mean ink in [0, 1], or closeness to a target amount, times `slope`, judged by itself."""
+    reward = weighted_sum([image_rewards.ink(target)], [slope])
+    return Task(reward, reward)
+
+
+def compressible(level: int = 6) -> Task:
+    """Make the task: minus the zlib size of the 8-bit image in bytes, a black box, judged by itself."""
+    return Task(image_rewards.compressibility(level), image_rewards.compressibility(level))

@@ -1,0 +1,268 @@
+"""Points in the plane: 8 Gaussians, 2 spirals, a checkerboard, 3 rings, curves; each sampled by key, each with its log density.
+
+A law here is a pytree with `sample(key, count)` [count, 2] and `log_prob(x)` [...], nats. It assumes states [B, 2] and
+knows neither priors nor rewards except `feasible`, which bounds a reward to the neighbourhood of a curve. What reports
+show of samples is `planar_tasks`' business.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rgdiff import checks
+from rgdiff.typing import Array, Cond, Key, Reward, callable_pytree, pytree, static
+
+TRAINING = 65_536  # examples for training a network
+EXTENT = 4.0  # half the side of the square that holds the sets
+NODES = 256  # of the quadrature along an arm of the spirals
+
+
+class Law(Protocol):
+    """A law on the plane."""
+
+    def sample(self, key: Key, count: int) -> Array: ...
+
+    def log_prob(self, x: Array) -> Array: ...
+
+
+@pytree
+class Mixture:
+    """Equal Gaussians of standard deviation `std` at `centres` [M, 2]."""
+
+    centres: Array
+    std: Array
+
+    def sample(self, key: Key, count: int) -> Array:
+        key_centre, key_noise = jax.random.split(key)
+        index = jax.random.randint(key_centre, (count,), 0, len(self.centres))
+        return self.centres[index] + self.std * jax.random.normal(key_noise, (count, 2))
+
+    def log_prob(self, x: Array) -> Array:
+        squared = jnp.sum((x[..., None, :] - self.centres) ** 2, -1)
+        scale = jnp.log(2 * jnp.pi * self.std**2 * len(self.centres))
+        return jax.nn.logsumexp(-squared / (2 * self.std**2), -1) - scale
+
+
+@pytree
+class Spirals:
+    """Two arms +-c(n), c(n) = (-n cos n, n sin n)/3, n = 3 pi sqrt(U), blurred by U[0, 1/6]^2 (towards +c) and by noise `std`.
+
+    The density is a quadrature over n; its relative error is below 1e-4 where the density exceeds 1e-6 of its peak.
+    """
+
+    std: Array
+
+    def _arm(self, n: Array) -> Array:
+        return jnp.stack([-n * jnp.cos(n), n * jnp.sin(n)], -1) / 3
+
+    def sample(self, key: Key, count: int) -> Array:
+        key_n, key_blur, key_arm, key_noise = jax.random.split(key, 4)
+        n = 3 * jnp.pi * jnp.sqrt(jax.random.uniform(key_n, (count,)))
+        sign = jax.random.rademacher(key_arm, (count, 1), jnp.float32)
+        arm = sign * (self._arm(n) + jax.random.uniform(key_blur, (count, 2), maxval=1 / 6))
+        return arm + self.std * jax.random.normal(key_noise, (count, 2))
+
+    def log_prob(self, x: Array) -> Array:
+        nodes, weights = np.polynomial.legendre.leggauss(NODES)
+        n = jnp.asarray(1.5 * np.pi * (nodes + 1), jnp.float32)
+        log_weight = jnp.asarray(np.log((nodes + 1) / 2 * weights * 36 / 2), jnp.float32)
+
+        def arm(sign: float) -> Array:
+            from_corner = (sign * x[..., None, :] - self._arm(n)) / self.std
+            inside = log_probability(from_corner - 1 / (6 * self.std), from_corner)
+            return jax.nn.logsumexp(log_weight + jnp.sum(inside, -1), -1)
+
+        return jnp.logaddexp(arm(1.0), arm(-1.0))
+
+
+@pytree
+class Checkerboard:
+    """Uniform on the 8 black squares, of side 2, of [-4, 4]^2: floor(x/2) + floor(y/2) even. Density 1/32, or 0."""
+
+    def sample(self, key: Key, count: int) -> Array:
+        key_place, key_row = jax.random.split(key)
+        place = jax.random.uniform(key_place, (count, 2)) * jnp.array([8.0, 2.0]) + jnp.array([-4.0, 0.0])
+        row = 2 * jax.random.randint(key_row, (count,), -1, 1) + jnp.floor(place[:, 0] / 2) % 2
+        return place.at[:, 1].add(2 * row)
+
+    def log_prob(self, x: Array) -> Array:
+        black = jnp.sum(jnp.floor(x / 2), -1) % 2 == 0
+        return jnp.where(black & jnp.all(jnp.abs(x) < 4, -1), -math.log(32.0), -jnp.inf)
+
+
+@pytree
+class Rings:
+    """Equal parts on circles of `radii` [M] about 0, with Gaussian noise `std` in both coordinates.
+
+    Each: p(x) = exp(-(|x| - R)^2 / 2 std^2) I0e(|x| R / std^2) / (2 pi std^2), I0e the scaled Bessel function.
+    """
+
+    radii: Array
+    std: Array
+
+    def sample(self, key: Key, count: int) -> Array:
+        key_ring, key_angle, key_noise = jax.random.split(key, 3)
+        radius = jax.random.choice(key_ring, self.radii, (count,))
+        angle = jax.random.uniform(key_angle, (count,), maxval=2 * jnp.pi)
+        point = radius[:, None] * jnp.stack([jnp.cos(angle), jnp.sin(angle)], -1)
+        return point + self.std * jax.random.normal(key_noise, (count, 2))
+
+    def log_prob(self, x: Array) -> Array:
+        length = jnp.sqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-12))
+        bessel = jnp.log(jax.scipy.special.i0e(length * self.radii / self.std**2))
+        each = -((length - self.radii) ** 2) / (2 * self.std**2) + bessel
+        return jax.nn.logsumexp(each, -1) - jnp.log(2 * jnp.pi * self.std**2 * len(self.radii))
+
+
+@pytree
+class Curve:
+    """Uniform along a polygonal line through `vertices` [V + 1, 2], with Gaussian noise `std` in both coordinates.
+
+    The density is exact: along each segment an integral of normal densities, across it a normal density.
+    """
+
+    vertices: Array
+    std: Array
+
+    def _segments(self) -> tuple[Array, Array, Array]:
+        """Beginnings [V, 2], unit directions [V, 2] and lengths [V]."""
+        steps = jnp.diff(self.vertices, axis=0)
+        lengths = jnp.linalg.norm(steps, axis=-1)
+        return self.vertices[:-1], steps / lengths[:, None], lengths
+
+    def _along_across(self, x: Array) -> tuple[Array, Array]:
+        """Coordinates of x [...] along and across every segment, [..., V] each."""
+        begin, unit, _ = self._segments()
+        relative = x[..., None, :] - begin
+        return jnp.sum(relative * unit, -1), relative[..., 1] * unit[:, 0] - relative[..., 0] * unit[:, 1]
+
+    def sample(self, key: Key, count: int) -> Array:
+        key_segment, key_place, key_noise = jax.random.split(key, 3)
+        begin, unit, lengths = self._segments()
+        index = jax.random.categorical(key_segment, jnp.log(lengths), shape=(count,))
+        place = jax.random.uniform(key_place, (count, 1)) * lengths[index][:, None]
+        return begin[index] + place * unit[index] + self.std * jax.random.normal(key_noise, (count, 2))
+
+    def log_prob(self, x: Array) -> Array:
+        along, across = self._along_across(x)
+        lengths = self._segments()[2]
+        within = log_probability((along - lengths) / self.std, along / self.std)
+        each = within - 0.5 * (across / self.std) ** 2 - 0.5 * jnp.log(2 * jnp.pi * self.std**2)
+        return jax.nn.logsumexp(each, -1) - jnp.log(jnp.sum(lengths))
+
+    def distance(self, x: Array) -> Array:
+        """Return the distance of x [..., 2] to the line, [...]."""
+        along, across = self._along_across(x)
+        beyond = along - jnp.clip(along, 0.0, self._segments()[2])
+        squared = jnp.min(across**2 + beyond**2, -1)
+        return jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1.0)), 0.0)
+
+
+def log_probability(low: Array, high: Array) -> Array:
+    """Compute log(Phi(high) - Phi(low)), low < high, without cancellation in either tail."""
+    flip = low + high > 0  # take both from the lower tail
+    low, high = jnp.where(flip, -high, low), jnp.where(flip, -low, high)
+    top = jax.scipy.special.log_ndtr(high)
+    return top + jnp.log(-jnp.expm1(jnp.minimum(jax.scipy.special.log_ndtr(low) - top, -1e-30)))
+
+
+def eight_gaussians() -> Mixture:
+    """Make the law of 8 equal Gaussians on a circle of radius 4/1.414, of standard deviation .5/1.414 (arXiv 2407.00626's)."""
+    angles = jnp.arange(8) * jnp.pi / 4
+    return Mixture(jnp.stack([jnp.cos(angles), jnp.sin(angles)], -1) * (4 / 1.414), jnp.float32(0.5 / 1.414))
+
+
+def two_spirals() -> Spirals:
+    """Make the law of two spirals of 1.5 turns, with noise .1."""
+    return Spirals(jnp.float32(0.1))
+
+
+def checkerboard() -> Checkerboard:
+    """Make the uniform law on the black squares of a 4 x 4 board."""
+    return Checkerboard()
+
+
+def rings(radii: tuple[float, ...] = (1.0, 2.0, 3.0), std: float = 0.1) -> Rings:
+    """Make the law of equal parts on circles of these radii."""
+    return Rings(jnp.asarray([checks.positive("a radius", r) for r in radii]), checks.positive("std", std))
+
+
+def arc(thickness: float = 0.05, segments: int = 128) -> Curve:
+    """Make the law on three quarters of a circle of radius 2, open at the lower right."""
+    angles = jnp.linspace(0.0, 1.5 * jnp.pi, checks.at_least("segments", segments, 1) + 1)
+    return Curve(2 * jnp.stack([jnp.cos(angles), jnp.sin(angles)], -1), checks.positive("thickness", thickness))
+
+
+def figure_eight(thickness: float = 0.05, segments: int = 128) -> Curve:
+    """Make the law on the closed curve (2 sin u, sin 2u), which crosses itself at 0."""
+    u = jnp.linspace(0.0, 2 * jnp.pi, checks.at_least("segments", segments, 1) + 1)
+    return Curve(jnp.stack([2 * jnp.sin(u), jnp.sin(2 * u)], -1), checks.positive("thickness", thickness))
+
+
+CURVES = {"arc": arc, "figure_eight": figure_eight}
+LAWS: dict[str, Any] = {
+    "eight_gaussians": eight_gaussians,
+    "two_spirals": two_spirals,
+    "checkerboard": checkerboard,
+    "rings": rings,
+    **CURVES,
+}
+
+
+@pytree
+class Feasible:
+    """A reward within `limit` of a curve; NaN, infeasible, beyond. Build it with `feasible`."""
+
+    reward: Reward
+    curve: Curve
+    limit: Array
+
+    def __call__(self, x0: Array, cond: Cond = None) -> Array:
+        return jnp.where(self.curve.distance(x0) <= self.limit, self.reward(x0, cond), jnp.nan)
+
+
+def feasible(reward: Reward, curve: Curve, limit: float) -> Feasible:
+    """Bound a reward to the neighbourhood of a curve: NaN where `curve.distance(x0)` exceeds `limit`."""
+    if not isinstance(curve, Curve):
+        raise ValueError(
+            f"feasible needs a curve, got {type(curve).__name__}; use planar.arc() or planar.figure_eight()"
+        )
+    return Feasible(callable_pytree(reward, "a reward"), curve, checks.positive("limit", limit))
+
+
+@pytree
+class PlanarDomain:
+    """A law on the plane as a domain of recipes. Build it with `planar` or `curve`."""
+
+    law: Any
+    name: str = static()
+    shape: tuple[int, ...] = static(default=(2,))
+    value_range: None = static(default=None)
+
+    @property
+    def train_x(self) -> np.ndarray:
+        """65,536 examples for training a network, the same on every machine."""
+        return np.asarray(self.data(jax.random.key(0), TRAINING))
+
+    def data(self, key: Key, count: int) -> Array:
+        """Draw examples [count, 2]."""
+        return self.law.sample(key, count)
+
+
+def planar(name: str = "eight_gaussians") -> PlanarDomain:
+    """Make the domain of a law of `LAWS`.
+
+    Raises:
+      ValueError: for an unknown name.
+    """
+    return PlanarDomain(LAWS[checks.one_of("domain.name", name, LAWS)](), name)
+
+
+def curve(name: str = "arc", thickness: float = 0.05) -> PlanarDomain:
+    """Make the domain of a curve, `arc` or `figure_eight`, with noise `thickness` about it."""
+    return PlanarDomain(CURVES[checks.one_of("domain.name", name, CURVES)](thickness), name)

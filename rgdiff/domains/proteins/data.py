@@ -1,0 +1,172 @@
+"""Variants of one protein, given as lists of mutations: the reader, the wild type that they imply, and GFP's brightness.
+
+A variant `A108D,N144D` says which letters of the wild type it changes, so the file itself holds the wild type wherever
+something was ever mutated; other positions stay unknown (X) and are no part of the state, which is one-hot [L, 20] over
+the known positions of a window. Learned brightness and its judge are in `protein_tasks`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from rgdiff import checks
+from rgdiff.domains.sequences import files as sequence_files
+from rgdiff.domains.sequences.data import ALPHABETS, SequenceDomain, halves
+from rgdiff.typing import Array, pytree, static
+
+AVGFP_SHA256 = "7a7f299bafedfe6d41e2a0aae45da3064620d3a4f32eb865c22291d86393786d"
+MUTATION = re.compile(r"([A-Z])(\d+)([A-Z*])")
+STOP = "*"
+
+
+class Variants(NamedTuple):
+    """Variants of one wild type.
+
+    wild_type: its letters from position `first` on, X where no variant says. tokens: [N, len(wild_type)] letters as classes
+    0..19, 20 for a stop, 255 at X. mutations: [N], how many letters differ.
+    """
+
+    wild_type: str
+    first: int
+    tokens: np.ndarray
+    mutations: np.ndarray
+
+
+def variants(texts: Sequence[str], name: str = "variants") -> Variants:
+    """Read variants written as mutations, e.g. `A108D,N144D`; an empty text is the wild type itself.
+
+    Raises:
+      ValueError: for what is no mutation, a position with two wild types or mutated twice, no mutation at all; with the row
+        of the table.
+    """
+    letters = ALPHABETS["protein"].letters + STOP
+    wild: dict[int, str] = {}
+    changes: list[list[tuple[int, int]]] = []
+    for row, text in enumerate(texts, 2):
+        found: dict[int, int] = {}
+        for part in text.split(",") if text.strip() else []:
+            match = MUTATION.fullmatch(part.strip())
+            if match is None or match[1] not in letters or match[3] not in letters:
+                raise ValueError(f"{name}, row {row}: expected mutations such as A108D,N144D, found {part!r}")
+            place = int(match[2])
+            if wild.setdefault(place, match[1]) != match[1]:
+                raise ValueError(f"{name}, row {row}: {part} begins at {match[1]}, other rows have {wild[place]} there")
+            if place in found:
+                raise ValueError(f"{name}, row {row}: position {place} is mutated twice in {text!r}")
+            found[place] = letters.index(match[3])
+        changes.append(list(found.items()))
+    if not wild:
+        raise ValueError(f"{name}: no variant has a mutation, so nothing tells the wild type")
+    first = min(wild)
+    wild_type = "".join(wild.get(place, "X") for place in range(first, max(wild) + 1))
+    codes = _codes(wild_type)
+    tokens = np.tile(codes, (len(texts), 1))
+    rows = np.repeat(np.arange(len(texts)), [len(c) for c in changes])
+    flat = np.array([change for c in changes for change in c], int).reshape(-1, 2)
+    tokens[rows, flat[:, 0] - first] = flat[:, 1]
+    return Variants(wild_type, first, tokens, (tokens != codes).sum(1))
+
+
+def two_modes(values: Array | np.ndarray) -> float:
+    """Return the threshold between two modes: the split with the largest variance between its sides (Otsu 1979).
+
+    The split that leaves the least squared error about the two means, halfway between the values beside it.
+
+    Raises:
+      ValueError: for fewer than two different values.
+    """
+    ordered = np.sort(np.asarray(values, np.float64))
+    if len(ordered) < 2 or ordered[0] == ordered[-1]:
+        raise ValueError("two modes need at least two different values")
+    count = np.arange(1, len(ordered))
+    below = np.cumsum(ordered)[:-1] / count
+    above = (ordered.sum() - np.cumsum(ordered)[:-1]) / (len(ordered) - count)
+    between = count * (len(ordered) - count) * (above - below) ** 2
+    between[ordered[1:] == ordered[:-1]] = -1  # equal values stay together
+    best = int(np.argmax(between))
+    return float((ordered[best] + ordered[best + 1]) / 2)
+
+
+@pytree
+class ProteinDomain(SequenceDomain):
+    """Variants of one protein at `places`, positions of its numbering; `dark` is the measurement below which one is infeasible."""
+
+    wild: np.ndarray | None = None  # [L] classes of the wild type
+    places: tuple[int, ...] = static(default=())
+    dark: float = static(default=float("-inf"))
+
+
+def gfp(
+    data_dir: str | os.PathLike | None = None,
+    source: str | os.PathLike = "avgfp.tsv",
+    window: Sequence[int] | None = None,
+    most: int | None = None,
+    sha256: str | None = AVGFP_SHA256,
+) -> ProteinDomain:
+    """Load the measured brightness of variants of the green fluorescent protein avGFP: log fluorescence, 1.28 to 4.12.
+
+    A state is one-hot [L, 20] over the positions of the window whose wild type the file tells: 233 of 235 without a window.
+    Variants with a mutation elsewhere, or with a stop codon, are left out. The prior may see all the others; the two
+    random halves of them are for the rewards that guide and that judge. Brightness has two modes, dark (near 1.3) and
+    bright (near 3.6): `dark` is the threshold between them (`two_modes` of all measurements), about 2.5.
+
+    Args:
+      source: a table with columns `variant` (mutations) and `score`.
+      window: first and last position, both included, in the file's numbering (its 1 is K3 of the protein; the chromophore is
+        63-65); null for all.
+      most: leave out variants with more mutations.
+      sha256: of the file; null for another one in the same form.
+
+    Raises:
+      FileNotFoundError: for a missing file, with where to get it.
+      ValueError: for another file, a malformed row, a window without two variants.
+
+    References: Sarkisyan et al. 2016, doi:10.1038/nature17995; the file is that of github.com/gitter-lab/nn4dms.
+    """
+    hint = "it is data/avgfp/avgfp.tsv of github.com/gitter-lab/nn4dms"
+    data = sequence_files.read_bytes(source, data_dir=data_dir, sha256=sha256, hint=hint)
+    label = os.fspath(source)
+    texts, column = sequence_files.read_table(data, ["variant", "score"], label)
+    score, read = sequence_files.numbers(column, label), variants(texts, label)
+    places = np.arange(read.first, read.first + len(read.wild_type))
+    known = np.array([letter != "X" for letter in read.wild_type])
+    if window is not None:
+        if len(window) != 2 or not window[0] <= window[1]:
+            raise ValueError(f"window must be the first and the last position, e.g. [1, 116], got {list(window)}")
+        inside = (window[0] <= places) & (places <= window[1])
+    else:
+        inside = np.ones(len(places), bool)
+    kept = known & inside
+    wild = _codes(read.wild_type)
+    outside = (read.tokens != wild)[:, ~inside].any(1)
+    whole = (read.tokens[:, known] < 20).all(1)
+    most = None if most is None else checks.at_least("most", most, 1)
+    rows = np.flatnonzero(whole & ~outside & ~np.isnan(score) & (most is None or read.mutations <= most))
+    if not kept.any() or len(rows) < 2:
+        raise ValueError(f"{label} has {len(rows)} variants within window={window} and most={most}; expected 2 or more")
+    first, second = halves(np.array(texts)[rows])
+    rows = rows[np.concatenate([first, second])]  # halves are then views of the whole
+    x = np.eye(20, dtype=np.uint8)[read.tokens[rows][:, kept]]
+    y, n = score[rows], len(first)
+    return ProteinDomain(
+        x,
+        x[:n],
+        y[:n],
+        x[n:],
+        y[n:],
+        name="gfp",
+        alphabet=ALPHABETS["protein"],
+        wild=wild[kept],
+        places=tuple(int(place) for place in places[kept]),
+        dark=two_modes(score[~np.isnan(score)]),
+    )
+
+
+def _codes(wild_type: str) -> np.ndarray:
+    letters = ALPHABETS["protein"].letters
+    return np.array([255 if letter == "X" else letters.index(letter) for letter in wild_type], np.uint8)

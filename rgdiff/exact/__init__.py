@@ -1,0 +1,5 @@
+"""Exact laws of chains, knowing no domain: `enumeration` of masked ones, `quadrature` on the line, and `regret`."""
+
+from rgdiff.exact import enumeration, quadrature, regret
+
+__all__ = ["enumeration", "quadrature", "regret"]

@@ -1,0 +1,237 @@
+"""Methods of recipes that spend a budget of queries: SEIKO and its rivals, each a campaign (`rgdiff.runtime.campaign`).
+
+The task's reward is the laboratory: it is asked for the queries alone, with noise, and NaN is an infeasible answer. Its
+noiseless values judge every round's model, at no cost to the budget.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rgdiff import checks, guides, metrics, samplers, seiko, surrogates, values
+from rgdiff.processes import MaskedProcess
+from rgdiff.recipes.methods.tuning import FineTuning
+from rgdiff.recipes.outcome import Outcome, draw, draw_with_kl, nothing
+from rgdiff.recipes.priors import Prior, unconditional
+from rgdiff.rewards import HostReward, Task
+from rgdiff.runtime.campaign import Campaign
+from rgdiff.runtime.run import Run
+from rgdiff.typing import Process
+
+STEERING = ("svdd", "smc", "guidance", "best_of_n")
+OPTIMISM = ("upper", "mean", "thompson")
+SHOWN = {
+    "reward": "reward of the model's samples, by queries",
+    "infeasible": "infeasible share of the model's samples, by queries",
+    "kl": "path KL to the prior, by queries",
+    "diversity": "diversity of the model's samples, by queries",
+    "best": "best answer so far, by queries",
+    "bonus": "bonus at the queries, before their answers",
+    "covered": "share of a round's answers within 1.96 deviations of their prediction, noise included, before they are seen",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Seiko:
+    """Rounds of queries, refits and better models; arguments as `rgdiff.seiko.seiko` unless said.
+
+    Args:
+      surrogate: from `rgdiff.surrogates`.
+      queries: of every round; one round is the non-adaptive baseline.
+      tuning: settings of the inner tuner (a reward gradient), its `steps` those of a round; its kl_weight is not used.
+      steering: svdd, smc, guidance or best_of_n steer the prior's chain by the optimistic reward instead; `options` are the
+        sampler's, for best_of_n `candidates`, and for smc `particles` per sample too.
+      optimism: `upper`; `mean` is greedy; `thompson` takes one draw of the posterior a round.
+      noise: standard deviation of an answer, reward's unit.
+      seeds: campaigns, shown as bands from the lowest to the highest.
+      evaluate: samples that judge a round's model.
+    """
+
+    surrogate: Any
+    queries: Sequence[int] = (64, 64, 64, 64)
+    tuning: FineTuning | None = None
+    steering: str | None = None
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    optimism: str = "upper"
+    alpha: float = 0.1
+    beta: float | None = None
+    schedule: str = "linear"
+    feasibility: Any = None
+    feasibility_weight: float = 0.0
+    noise: float = 0.0
+    seeds: int = 1
+    evaluate: int = 256
+
+    def check(self, prior: Any, shape: tuple[int, ...]) -> None:
+        """Refuse settings that do not fit each other or the prior, before anything is trained."""
+        blank: Any = nothing
+        unconditional(prior, "a campaign of queries", "choose a prior without labels")
+        if isinstance(self.queries, int) or not len(self.queries):
+            raise ValueError(f"queries is a list, how many in every round, e.g. [64, 64, 64, 64]; got {self.queries!r}")
+        for count in self.queries:
+            checks.at_least("queries", count, 1)
+        if (self.tuning is None) == (self.steering is None):
+            raise ValueError(f"give one of tuning (settings of a reward gradient) and steering ({', '.join(STEERING)})")
+        for name in ("kl_weight", "noise", "stopping", "heldout", "adapter", "scales", "diagnose"):
+            if getattr(self.tuning, name, None):
+                raise ValueError(
+                    f"rounds of queries do not read method.tuning.{name}; leave it out (method.noise is the answers')"
+                )
+        process = prior.process(shape) if self.tuning is None else prior.process(shape, self.tuning.eta)
+        rounds = self.rounds(process, process.times(prior.steps), blank, blank)
+        if isinstance(rounds, seiko.Seiko):
+            rounds.inner(blank, reference=[blank, blank], kl_weight=[self.alpha, self.alpha])
+        else:
+            rounds.steer(blank)
+        checks.at_least("seeds", self.seeds, 1)
+
+    def rounds(self, process: Process, times: Any, model: Any, denoiser: Any) -> Any:
+        """Build the method; one object serves all seeds, so that they share compiled programs."""
+        wrap = {"upper": lambda s: s, "mean": surrogates.greedy, "thompson": surrogates.thompson}
+        shared: dict[str, Any] = {
+            "prior": denoiser,
+            "batch": max(self.queries),
+            "capacity": sum(self.queries),
+            "feasibility": self.feasibility,
+            "feasibility_weight": self.feasibility_weight,
+            "noise": self.noise,
+        }
+        surrogate = wrap[checks.one_of("optimism", self.optimism, OPTIMISM)](self.surrogate)
+        if self.tuning is None:
+            steer = _steer(process, denoiser, self.alpha, str(self.steering), self.options)
+            return seiko.steered(process, times, surrogate, steer, **shared)
+        tuning = self.tuning
+
+        def inner(reward: Any, **anchors: Any) -> Any:
+            return tuning.gradient(model, process, reward, times, **anchors)
+
+        anchors = {"alpha": self.alpha, "beta": self.beta, "schedule": self.schedule, "steps": tuning.steps}
+        return seiko.seiko(model, process, times, surrogate, inner, **shared, **anchors)
+
+    def run(self, run: Run, phase: str, prior: Prior, task: Task, count: int) -> Outcome:
+        process, model, params = prior.process, prior.model, prior.params
+        if self.tuning is not None:
+            process, params = prior.with_eta(self.tuning.eta), self.tuning.start(run, phase, prior)
+            model = self.tuning.model(prior)
+        with run.clock() as clock:
+            method = self.rounds(process, prior.times, model, prior.denoiser)
+            names = [phase] if self.seeds == 1 else [f"{phase}_{seed}" for seed in range(self.seeds)]
+            campaigns = [self.campaign(run, name, method, params, prior, task) for name in names]
+            last = campaigns[0]
+            x0, kl = judged(run, f"{phase}_samples", last, prior, count)
+        rows = [[row for row in run.log.rows if row["phase"] == f"{name}_model"] for name in names]
+        curves: dict[str, Any] = {}
+        for name, title in SHOWN.items():
+            series = np.array([[np.nan if row.get(name) is None else row[name] for row in one] for one in rows], float)
+            some = ~np.isnan(series).all(0)
+            if some.any():
+                at, seen = np.array([row["queries"] for row in rows[0]])[some], series[:, some]
+                curves[title] = {"": (at, np.nanmean(seen, 0), np.nanmin(seen, 0), np.nanmax(seen, 0))}
+        calls = last.sampler.network_calls(len(prior.times) - 1)
+        spent = self.seeds * sum(self.queries)
+        trained = 0 if self.tuning is None else self.tuning.steps * self.tuning.batch * len(self.queries) * self.seeds
+        asked = {f"queries of round {i + 1}": np.asarray(x0) for i, (x0, _) in enumerate(last.history())}
+        return Outcome(
+            x0,
+            calls,
+            kl,
+            clock.seconds,
+            clock.compile_seconds,
+            tuning_network_calls=(spent + trained) * method.network_calls(),
+            curves=curves,
+            figures={"reward_queries": float(sum(self.queries))},
+            temperature=self.alpha,
+            shown=asked,
+        )
+
+    def campaign(self, run: Run, name: str, method: Any, params: Any, prior: Prior, task: Task) -> Campaign:
+        """Run one campaign to its end, judging the model of every round once."""
+        steps = 1 if self.tuning is None else self.tuning.steps
+        campaign = Campaign(run, name, method, params, self.queries, steps=steps)
+        told = {row["step"] for row in run.log.rows if row["phase"] == f"{name}_model"}
+        while True:
+            campaign.finish()
+            if campaign.round not in told:
+                told.add(campaign.round)
+                figures = self.figures(run, name, campaign, prior, task)
+                run.log.write(f"{name}_model", campaign.round, figures)
+                run.say(f"{name}: {figures['queries']} queries, " + ", ".join(
+                    f"{key} {figures[key]:.4g}" for key in ("reward", "infeasible", "kl", "best") if figures.get(key) is not None
+                ))  # fmt: skip
+            if campaign.done:
+                return campaign
+            ids, x0 = campaign.ask()
+            noise = [self.noise * jax.random.normal(jax.random.fold_in(run.key(f"{name}_noise"), int(i))) for i in ids]
+            answers = np.asarray(_asked(name, task.reward, x0), np.float64) + np.asarray(noise)
+            campaign.tell(ids, np.where(np.isfinite(answers), answers, np.nan))
+
+    def figures(self, run: Run, name: str, campaign: Campaign, prior: Prior, task: Task) -> dict[str, Any]:
+        """Return the figures of the current model, and of the round that made it."""
+        where = campaign.round
+        x0, kl = judged(run, f"{name}_{where}", campaign, prior, self.evaluate)
+        rewards = np.asarray(_asked(name, task.reward, x0))
+        feasible = np.isfinite(rewards)
+        told = [row for row in run.log.rows if row["phase"] == name and row["step"] == where - 1]
+        figures = {
+            "queries": sum(self.queries[:where]),
+            "reward": float(rewards[feasible].mean()) if feasible.any() else None,
+            "infeasible": float(1 - feasible.mean()),
+            "diversity": metrics.diversity(x0),
+            "kl": kl,
+        }
+        best = [row["best"] for row in run.log.rows if row["phase"] == name and row["best"] is not None]
+        figures["best"] = max(best) if best else None
+        return figures | {key: row[key] for row in told for key in ("bonus", "covered")}
+
+
+def judged(run: Run, phase: str, campaign: Campaign, prior: Prior, count: int) -> tuple[np.ndarray, float]:
+    """Draw samples of the current model and, of the same chains, its path KL to the prior; NaN where it is steered."""
+    sampler = campaign.sampler
+    if not isinstance(campaign.method, seiko.Seiko):
+        return np.asarray(draw(run, phase, sampler, prior, count).x0), float("nan")
+    return draw_with_kl(run, phase, sampler, prior, count)
+
+
+_score = jax.jit(lambda reward, x0: reward(x0))
+
+
+def _asked(name: str, reward: Any, x0: Any) -> Any:
+    """The laboratory's answers. A black box that raises has not answered: its samples are not infeasible."""
+    if not isinstance(reward, HostReward):
+        return _score(reward, jax.tree.map(jnp.asarray, x0))
+    try:
+        return reward.answers(x0)
+    except Exception as error:
+        raise ValueError(
+            f"{name}: the reward raised {type(error).__name__}: {error}; none of these samples is answered, "
+            "and resume=true asks for the same again"
+        ) from error
+
+
+def _steer(process: Process, denoiser: Any, temperature: float, name: str, options: dict[str, Any]) -> Any:
+    """A function reward -> sampler of the prior's chain under that reward."""
+    checks.one_of("steering", name, STEERING)
+
+    def steer(reward: Any) -> Any:
+        value = values.posterior_mean(reward, process, denoiser)
+        if name == "svdd":
+            return samplers.svdd(process, denoiser, value, temperature=temperature, **{"candidates": 16, **options})
+        if name == "smc":
+            chosen = dict(options)
+            particles = chosen.pop("particles", 4)
+            return samplers.resampled(
+                samplers.smc(process, denoiser, value, temperature=temperature, **chosen), particles
+            )
+        if name == "best_of_n":
+            return samplers.best_of_n(samplers.ancestral(process, denoiser), reward, options.get("candidates", 16))
+        if isinstance(process, MaskedProcess):
+            return samplers.ancestral(process, denoiser, guide=guides.gradient_guide(value, 1 / temperature))
+        return samplers.ancestral(process, guides.classifier_guidance(denoiser, process, value, 1 / temperature))
+
+    return steer

@@ -1,0 +1,69 @@
+"""Particles as samples of equal weight, for whoever takes no weights: rounds of queries, a chain begun at draws."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+
+from rgdiff import checks
+from rgdiff.resampling import systematic
+from rgdiff.samplers.particles import Particles, Smc
+from rgdiff.typing import Array, Cond, Info, Key, Process, State, pytree, static
+
+
+class Carry(NamedTuple):
+    """The particles, and the key of the draw at the end."""
+
+    particles: Particles
+    key: Key
+
+
+@pytree
+class Resampled:
+    """Runs a particle sampler on `count` particles per sample. Build it with `resampled`."""
+
+    sampler: Smc
+    count: int = static()
+
+    @property
+    def process(self) -> Process:
+        return self.sampler.process
+
+    def init(self, key: Key, batch: int, t: Array, cond: Cond = None) -> Carry:
+        if cond is not None:
+            raise ValueError("the particles of one problem share their condition; leave cond out")
+        key_first, key_last = jax.random.split(key)
+        return Carry(self.sampler.init(key_first, batch * self.count, t), key_last)
+
+    def step(self, key: Key, carry: Carry, t: Array, s: Array, cond: Cond = None) -> tuple[Carry, Info]:
+        particles, info = self.sampler.step(key, carry.particles, t, s)
+        return carry._replace(particles=particles), info
+
+    def final(self, carry: Carry, t: Array, cond: Cond = None) -> tuple[State, Info]:
+        """Resample all particles by their weights and keep B of them, chosen at random."""
+        x0, info = self.sampler.final(carry.particles, t)
+        key_draw, key_choose = jax.random.split(carry.key)
+        total = info["log_weights"].shape[0]
+        chosen = jax.random.permutation(key_choose, total)[: total // self.count]
+        source = systematic(key_draw, info["log_weights"])[chosen]
+        return jax.tree.map(lambda leaf: leaf[source], x0), {"log_z": info["log_z"], "ess": info["ess"]}
+
+    def network_calls(self, moves: int) -> int:
+        """Calls of the denoiser per sample."""
+        return self.count * self.sampler.network_calls(moves)
+
+
+def resampled(sampler: Smc, count: int = 4) -> Resampled:
+    """Draw B samples of equal weight from `count` * B particles of one problem.
+
+    They have the law that the particles estimate, with its bias of order 1 / (count B), and are not independent: lineages
+    meet. A larger count makes copies rarer.
+
+    Args:
+      sampler: from `smc`, `fk_steering`, `tds` or `das`.
+      count: particles per sample.
+    """
+    if not isinstance(sampler, Smc):
+        raise ValueError(f"resampled takes a particle sampler such as smc, got {type(sampler).__name__}")
+    return Resampled(sampler, checks.at_least("count", count, 1))

@@ -1,0 +1,105 @@
+"""Deep-feature UCB: a network fitted to the answers, then `ridge` on what its last dense layer takes in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rgdiff import checks
+from rgdiff.surrogates import networks
+from rgdiff.surrogates._ridge import Ridge, RidgeBelief
+from rgdiff.surrogates.features import with_constant
+from rgdiff.surrogates.observations import Observations
+from rgdiff.typing import Array, Key, Params, State, pytree, static
+
+
+@pytree
+class LastHidden:
+    """A constant 1 and the input of a network's last dense layer, [B, 1 + F]."""
+
+    params: Params
+    network: Any = static()
+
+    def __call__(self, x0: State) -> Array:
+        return with_constant(networks.last_hidden(self.network, self.params, x0))
+
+
+@pytree
+class DeepFeatures:
+    """A surrogate. Build it with `deep_features`."""
+
+    regularization: Array
+    noise: Array
+    bonus: Array
+    network: Any = static()
+    optimizer: Any = static()
+    steps: int = static()
+    batch: int = static()
+    centred: bool = static()
+    warm: bool = static()
+
+    def fit(self, key: Key, observations: Observations, previous: Any = None) -> RidgeBelief:
+        """Fit the network to all answers, then its last layer in closed form."""
+        key_init, key_fit = jax.random.split(key)
+        if self.warm and previous is not None:
+            params = previous.features.params
+        else:
+            params = networks.initial(key_init, self.network, observations.x0)
+        target = (observations.values - observations.mean) / observations.deviation
+        fitting = networks.Fitting(
+            observations.x0,
+            target,
+            jnp.zeros_like(target),
+            observations.answered.astype(jnp.int32),
+            self.network,
+            self.optimizer,
+            self.batch,
+        )
+        features = LastHidden(networks.fit_network(key_fit, params, fitting, self.steps), self.network)
+        last = Ridge(features, self.regularization, self.noise, self.bonus, None, self.centred)
+        return last.fit(key, observations)
+
+
+def deep_features(
+    network: Any,
+    optimizer: Any,
+    *,
+    steps: int = 300,
+    batch: int = 64,
+    regularization: float = 1.0,
+    noise: float = 1.0,
+    bonus: float = 1.0,
+    centred: bool = False,
+    warm: bool = False,
+) -> DeepFeatures:
+    """Believe in a network's last hidden layer as features of a linear reward (SEIKO-UCB, arXiv 2402.16359).
+
+    The network is trained by least squares on standardised answers; mean, deviation and bonus are those of `ridge` on its
+    last hidden layer and a constant, around the mean of the answers. The deviation is that of the last layer alone: it
+    knows nothing of other features that the network might have learnt, and is no calibrated figure where those matter.
+
+    Args:
+      network: a Linen module that ends in `flax.linen.Dense`, x0 or (x, t, cond) -> [B] or one number a position
+        (features are then averaged over positions), e.g. `nets.ValueMLP((128, 16))`.
+      optimizer, steps, batch, warm: as in `ensemble`.
+      regularization, noise, bonus, centred: as in `ridge`.
+
+    Raises:
+      ValueError: for what is not a Linen module, numbers that are not positive.
+
+    Note:
+      The released code takes the mean from the network itself and the bonus from a centred covariance (`centred`).
+    """
+    return DeepFeatures(
+        checks.positive("regularization", regularization),
+        checks.positive("noise", noise),
+        checks.positive("bonus", bonus, zero=True),
+        networks.check(network),
+        optimizer,
+        checks.at_least("steps", steps, 1),
+        checks.at_least("batch", batch, 1),
+        bool(centred),
+        bool(warm),
+    )

@@ -1,0 +1,224 @@
+"""DRAKES: reward gradients with a path KL in masked and mixed chains; the optimum is the prior times exp(r(x0)/alpha).
+
+Tokens have no derivative, so an estimator must be chosen. `drakes` is a setting of `reward_backprop` with exact unmasking
+events and the true path KL; `drakes_published` is what the released code does, kept as a baseline.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rgdiff import checks
+from rgdiff.kernels import draw_token
+from rgdiff.processes import MaskedProcess, ProductProcess, along
+from rgdiff.tuners._chain import Chain, hold
+from rgdiff.tuners._reward_backprop import RewardBackprop, reward_backprop
+from rgdiff.typing import Array, Cond, Denoiser, Key, Model, Process, Reward, State, pytree
+
+ESTIMATORS = ("reinmax", "straight_through", "gumbel", "score_function", "log_variance")
+
+
+def with_estimator(process: Process, estimator: str, temperature: Any = 1.0) -> Process:
+    """Return the process whose tokens' draws pass gradients as named; a masked part of a mixed state alike."""
+    if isinstance(process, ProductProcess):
+        parts = {name: with_estimator(part, estimator, temperature) for name, part in process.parts.items()}
+        return ProductProcess(parts)
+    if isinstance(process, MaskedProcess):
+        return dataclasses.replace(process, relaxation=estimator, temperature=jnp.asarray(temperature, jnp.float32))
+    return process
+
+
+def drakes(
+    model: Model,
+    process: Process,
+    reward: Reward,
+    times: Array,
+    optimizer: Any,
+    *,
+    reference: Denoiser,
+    kl_weight: float,
+    estimator: str = "reinmax",
+    temperature: float = 1.0,
+    **options: Any,
+) -> RewardBackprop:
+    """DRAKES: E[r(x0)] - kl_weight * path KL to the prior, through the tokens of a masked chain (arXiv 2410.13643).
+
+    Args:
+      process: masked, or a product with a masked part. Of `processes.first_hitting(...)` the optimum is the tilted prior
+        itself; a chain of T independent steps has an optimum of its own, short of it by its factorisation.
+      reward: takes tokens [B, ..., K]; differentiable but for the last two estimators.
+      estimator: of the token's gradient: `reinmax` (second order, arXiv 2304.08612), `straight_through`, `gumbel`
+        (straight-through, with `temperature`), or, unbiased and for any reward, `score_function` (leave-one-out) and
+        `log_variance` (see `LogVariance`: less noise the nearer the optimum; masked processes alone). The score
+        function treats the continuous parts of a mixed process alike.
+
+    Note:
+      The published scheme relaxes the unmasking event too, truncates to the last 50 of 128 moves, and its KL term is
+      zero at every hard step: `drakes_published`. Here events are exact (they do not depend on the parameters), states
+      are hard, and the KL is sum over moves of P(move) * sum over masked positions of KL(p || p_prior), nats.
+    """
+    masked = [process] if not isinstance(process, ProductProcess) else list(process.parts.values())
+    if not any(isinstance(part, MaskedProcess) for part in masked):
+        raise ValueError(
+            "drakes needs a masked process, or a product with a masked part; for Gaussian ones see elegant"
+        )
+    checks.one_of("estimator", estimator, ESTIMATORS)
+    gradient = "score_function" if estimator in ("score_function", "log_variance") else "pathwise"
+    if estimator == "log_variance" and isinstance(process, ProductProcess):
+        raise ValueError('estimator="log_variance" needs a masked process; for a mixed one take "score_function"')
+    if gradient == "pathwise":
+        process = with_estimator(process, estimator, temperature)
+    tuner = reward_backprop(
+        model,
+        process,
+        reward,
+        times,
+        optimizer,
+        reference=reference,
+        kl_weight=kl_weight,
+        gradient=gradient,
+        **options,
+    )
+    if estimator == "log_variance":
+        tuner = LogVariance(**{field.name: getattr(tuner, field.name) for field in dataclasses.fields(tuner)})
+    return tuner
+
+
+@pytree
+class Ratios(Chain):
+    """A chain whose penalties are the sampled log-ratios log p(y | x) - log p'(y | x) of its draws, as constants."""
+
+    def _move(
+        self, key: Key, x: State, t: Array, s: Array, cond: Cond, live: Array | bool
+    ) -> tuple[State, dict[str, Array]]:
+        law = lambda denoiser: self.process.reverse(hold(x, False), t, s, denoiser(hold(x, False), t, cond))  # noqa: E731
+        kernel = law(self.denoiser)
+        y = kernel.sample(key)
+        log_prob = kernel.log_prob(y)
+        ratios = jnp.stack([log_prob - law(reference).log_prob(y) for reference in self.references])
+        return y, {"log_prob": log_prob, "penalty": jax.lax.stop_gradient(ratios)}
+
+
+@pytree
+class LogVariance(RewardBackprop):
+    """The score function with *sampled* log-ratios: every path is paid r(x0) - alpha * log p(path)/p'(path), whole.
+
+    At the optimum that is alpha * log Z whatever the path, so the gradient's noise vanishes there, where that of the
+    exact KL's does not. Its mean is the same: the leave-one-out gradient of the log-variance divergence (arXiv 2005.05409,
+    2010.10436). `info["kl"]` is a sampled estimate of the path KL.
+    """
+
+    def _chain(self, denoiser: Denoiser, **options: Any) -> Chain:
+        return Ratios(self.process, denoiser, self.references, pathwise=False, **options)
+
+    def _surrogate(self, rewards: Array, feasible: Array, log_prob: Array, cost: Array) -> Array:
+        paid = jnp.where(feasible, rewards - cost.sum(0), 0.0)
+        others = jnp.maximum(jnp.sum(feasible) - 1, 1)
+        return jax.lax.stop_gradient(paid - (paid.sum() - paid) / others) * log_prob.sum(0)
+
+
+@pytree
+class SoftAbsorbing:
+    """The published relaxed step: x <- c x + (1 - c) softmax((log q + Gumbel)/temperature), c = 1 - x[mask].
+
+    q holds the mask and the tokens. Its `kl` is the published term, which is no KL: sum over positions and tokens of
+    c x_k (-p_k + p'_k + p_k log(p_k / p'_k)) / rate_t, zero wherever x is hard.
+    """
+
+    x: Array
+    logits: Array
+    log_move: Array
+    log_stay: Array
+    rate: Array
+    temperature: Array
+
+    @property
+    def log_q(self) -> Array:
+        log_p = jax.nn.log_softmax(self.logits) + self.log_move[..., None]
+        return jnp.concatenate([log_p, jnp.broadcast_to(self.log_stay[..., None], (*log_p.shape[:-1], 1))], -1)
+
+    @property
+    def undecided(self) -> Array:
+        """Positions at which the mask outweighs every token; the others keep their token."""
+        return jnp.argmax(self.x, -1) == self.x.shape[-1] - 1
+
+    def _mix(self, drawn: Array) -> Array:
+        copied = 1 - self.x[..., -1:]
+        return copied * self.x + (1 - copied) * drawn
+
+    def sample(self, key: Key) -> Array:
+        return jax.lax.stop_gradient(self._mix(draw_token(key, self.log_q, "straight_through", 1.0)))
+
+    def rsample(self, key: Key) -> Array:
+        return self._mix(draw_token(key, self.log_q, "relaxed", self.temperature))
+
+    def kl(self, other: SoftAbsorbing) -> Array:
+        log_p, log_other = jax.nn.log_softmax(self.logits), jax.nn.log_softmax(other.logits)
+        p = jnp.exp(log_p)
+        each = jnp.sum(self.x[..., :-1] * (jnp.exp(log_other) - p + p * (log_p - log_other)), -1)
+        total = jnp.where(self.undecided, (1 - self.x[..., -1]) * each, 0.0) / self.rate
+        return jnp.sum(total.reshape(total.shape[0], -1), -1)
+
+    def log_prob(self, x: Array) -> Array:
+        raise ValueError("the published relaxed step has no log_prob; take tuners.drakes")
+
+    entropy = tilt = log_prob
+
+
+@pytree
+class PublishedProcess(MaskedProcess):
+    """The masked process whose steps are relaxed as published; its samples are made hard by straight-through at the end."""
+
+    def reverse(self, x: Array, t: Array, s: Array, prediction: Array) -> SoftAbsorbing:  # type: ignore[override]
+        rate_t, rate_s = self.schedule.rate(t), self.schedule.rate(s)
+        positions = x[..., -1]
+        move = jnp.broadcast_to(along(jnp.log((rate_t - rate_s) / rate_t), positions), positions.shape)
+        stay = jnp.broadcast_to(along(jnp.log(rate_s / rate_t), positions), positions.shape)
+        return SoftAbsorbing(x, prediction, move, stay, along(rate_t, positions), self.temperature)
+
+    def finalize(self, x: Array, t: Array, prediction: Array) -> Array:
+        soft = x[..., :-1]
+        hard = jax.nn.one_hot(jnp.argmax(soft, -1), self.classes, dtype=soft.dtype)
+        return soft + jax.lax.stop_gradient(hard - soft)
+
+
+def drakes_published(
+    model: Model,
+    process: MaskedProcess,
+    reward: Reward,
+    times: Array,
+    optimizer: Any,
+    *,
+    reference: Denoiser,
+    kl_weight: float,
+    truncation: int,
+    temperature: float = 1.0,
+    **options: Any,
+) -> RewardBackprop:
+    """The baseline: DRAKES as its released code does it, for comparison only.
+
+    Relaxed states in the last `truncation` moves (50 of 128), hard and constant ones before; the penalty reported as `kl`
+    is the released one and not a KL (see `SoftAbsorbing`). It does not aim at p(x0) exp(r/alpha): the strength of its
+    regularisation depends on the number of moves and on the truncation.
+    """
+    if type(process) is not MaskedProcess:
+        raise ValueError(f"the published scheme needs a masked process, got {type(process).__name__}")
+    published = PublishedProcess(
+        process.schedule, checks.positive("temperature", temperature), process.shape, process.classes
+    )
+    return reward_backprop(
+        model,
+        published,  # type: ignore[arg-type]
+        reward,
+        times,
+        optimizer,
+        truncation=truncation,
+        reference=reference,
+        kl_weight=kl_weight,
+        penalize="live",
+        **options,
+    )

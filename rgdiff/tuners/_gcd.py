@@ -1,0 +1,65 @@
+"""GCD, the predecessor of DxMI: energy and sampler in one game, the sampler's gradient taken through all of its steps.
+
+What DxMI adds, and this baseline lacks, are the costs to go and the auxiliary law of the way: here the energy's own
+gradient passes along the whole chain, and the entropy of the samples is bounded by that of the last step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from rgdiff.samplers._loop import roll
+from rgdiff.tuners._dxmi import InverseLearning, dxmi
+from rgdiff.tuners._max_ent import Paths, _Walk
+from rgdiff.typing import Array, Cond, Info, Key, Params, Process, callable_pytree, pytree
+
+
+@pytree
+class _Flow(_Walk):
+    """The chain of a policy with its gradient; info has the entropy of every step, [B] nats."""
+
+    def step(self, key: Key, x: Array, t: Array, s: Array, cond: Cond = None) -> tuple[Array, Info]:
+        kernel: Any = self.process.reverse(x, t, s, self.denoiser(x, t, cond))
+        return kernel.rsample(key), {"entropy": kernel.entropy()}
+
+
+@pytree
+class Contrastive(InverseLearning):
+    """A tuner for `fit(data={"x0": ...})`. Build it with `gcd`."""
+
+    def network_calls(self) -> int:
+        return 2 * (self.times.shape[0] - 1)
+
+    def _learn_values(self, key: Key, carry: Any, *_: Any) -> tuple[Any, Info]:
+        """There are no costs to go."""
+        return carry, {"loss": jnp.float32(0)}
+
+    def policy_loss(
+        self, policy: Params, key: Key, params: Params, paths: Paths, speed: Array, shift: Array, cond: Cond = None
+    ) -> Array:
+        """Mean of E(x_T) - tau H(pi(x_T | x_{T-1})) over fresh chains, reparameterised from their first state."""
+        flow = _Flow(self.process, callable_pytree(self.model(policy), "a denoiser"))
+        x, entropies = roll(flow, key, paths.x[0], self.times, cond, keep=lambda _, info: info["entropy"])  # type: ignore[arg-type]
+        x0 = self.process.finalize(x, self.times[-1], None)
+        return jnp.mean(self.energy(params)(x0, cond) - self.tau * entropies[-1])
+
+
+def gcd(
+    model: Any, process: Process, value: Any, times: Array | None = None, *, decay_steps: float, **options: Any
+) -> Contrastive:
+    """Train a sampler and an energy against each other without dynamic programming (GCD, arXiv 2312.03397).
+
+        min over E, max over pi of  E_data[E] - E_pi[E] + tau H(pi(x_T | x_{T-1})) + gamma (E_data[E^2] + E_pi[E^2])
+
+    Args:
+      model, process, value, times, decay_steps, options: of `dxmi`; the value is the energy and is asked at t = 0 alone. What concerns
+        costs to go and speeds has no effect, but that speeds are still watched for divergence.
+
+    Note:
+      Conditioning lowers entropy, so H(x_T) >= H(x_T | x_{T-1}): the bound that a chain gives without an auxiliary law. The
+      abstract names the game and not the estimator of the entropy; that of the paper's experiments may differ.
+    """
+    tuner = dxmi(model, process, value, times, decay_steps=decay_steps, **options)
+    return Contrastive(**{name: getattr(tuner, name) for name in tuner.__dataclass_fields__})  # type: ignore[attr-defined]

@@ -1,0 +1,667 @@
+"""One table over every public sampler and tuner: what any method of this library must keep to."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rgdiff import denoisers, guides, processes, samplers, schedules, tuners, values
+from rgdiff.runtime.mesh import data_mesh
+from rgdiff.samplers._loop import _whole, roll
+from rgdiff.typing import Function, pytree, static
+from tests.worlds.worlds import GaussianWorld, factorised
+
+B = 8
+TRACES = []  # one entry each time a network's Python body runs
+ROWS = []  # rows of every network call that really runs
+
+
+@pytree
+class Net:
+    """A small denoiser that counts its traces and, with `rows`, its calls."""
+
+    params: Any
+    rows: bool = static(default=False)
+
+    def __call__(self, x, t, cond=None):
+        TRACES.append(1)
+        if self.rows:
+            jax.debug.callback(lambda _: ROWS.append(x.shape[0]), jnp.float32(0))
+        out = jnp.tanh(x @ self.params) * (1 - 0.5 * jnp.broadcast_to(t, x.shape[:1]).reshape(-1, *[1] * (x.ndim - 1)))
+        return out if cond is None else out.at[..., 0].add(cond.reshape(-1, *[1] * (x.ndim - 2)))
+
+
+def net(rows_in: int, rows_out: int, seed: int = 0) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), (rows_in, rows_out)) * 0.5
+
+
+def gaussian(eta=1.0):
+    return processes.gaussian(schedules.linear_vp(), (2,), eta=eta)
+
+
+def masked():
+    return processes.masked(schedules.log_linear_mask(), 3, 3)
+
+
+def gaussian_reward(x0, cond=None):
+    return x0[:, 0] - 0.3 * x0[:, 1] ** 2
+
+
+def masked_reward(x0, cond=None):
+    return x0[..., 0].sum(-1) + 0.5 * x0[:, 0, 1]
+
+
+def value_net(x, t, cond=None):
+    return x.reshape(x.shape[0], -1)[:, :2].sum(-1) * (1 - t)
+
+
+# Samplers: make(number, seed, net_type), `number` a dynamic number of the method
+def ancestral_gaussian(number=0.5, seed=0, net_type=Net):
+    return samplers.ancestral(gaussian(number), net_type(net(2, 2, seed)))
+
+
+def ancestral_masked(number=0.5, seed=0, net_type=Net):
+    return samplers.ancestral(masked(), net_type(net(4, 3, seed) * number))
+
+
+def svdd_pm_gaussian(number=0.5, seed=0, net_type=Net):
+    denoiser = net_type(net(2, 2, seed))
+    value = values.posterior_mean(gaussian_reward, gaussian(), denoiser)
+    return samplers.svdd(gaussian(), denoiser, value, temperature=number, candidates=4, chunk=2, select_initial=True)
+
+
+def svdd_pm_masked(number=0.5, seed=0, net_type=Net):
+    denoiser = net_type(net(4, 3, seed))
+    value = values.posterior_mean(masked_reward, masked(), denoiser)
+    return samplers.svdd(masked(), denoiser, value, temperature=number, candidates=4)
+
+
+def svdd_learned_gaussian(number=0.5, seed=0, net_type=Net):
+    value = values.learned(value_net)
+    return samplers.svdd(gaussian(), net_type(net(2, 2, seed)), value, temperature=number, candidates=4)
+
+
+def svdd_learned_masked(number=0.5, seed=0, net_type=Net):
+    value = values.learned(value_net, masked_reward, masked())
+    return samplers.svdd(masked(), net_type(net(4, 3, seed)), value, temperature=number, candidates=4)
+
+
+def guided_gaussian(number=0.5, seed=0, net_type=Net):
+    denoiser = net_type(net(2, 2, seed))
+    guided = guides.classifier_guidance(denoiser, gaussian(), values.learned(value_net), number)
+    return samplers.ancestral(gaussian(), guided, guide=guides.gradient_guide(value_net, number))
+
+
+def best_of_n_masked(number=0.5, seed=0, net_type=Net):
+    return samplers.best_of_n(ancestral_masked(number, seed, net_type), masked_reward, 3)
+
+
+def smc_gaussian(number=0.5, seed=0, net_type=Net):
+    denoiser = net_type(net(2, 2, seed))
+    value = values.posterior_mean(gaussian_reward, gaussian(), denoiser)
+    return samplers.smc(gaussian(), denoiser, value, temperature=number, adaptive=0.5, potential="max")
+
+
+def smc_masked(number=0.5, seed=0, net_type=Net):
+    value = values.learned(value_net, masked_reward, masked())
+    return samplers.smc(masked(), net_type(net(4, 3, seed)), value, temperature=number, twist=number)
+
+
+def svdd_distinct(number=0.5, seed=0, net_type=Net):
+    denoiser = net_type(net(4, 3, seed))
+    value = values.posterior_mean(masked_reward, masked(), denoiser)
+    return samplers.svdd(masked(), denoiser, value, temperature=number, candidates=4, distinct=True, replace=0.3)
+
+
+INDEPENDENT = [
+    ancestral_gaussian, ancestral_masked, svdd_pm_gaussian, svdd_pm_masked, svdd_learned_gaussian, svdd_learned_masked,
+    guided_gaussian, best_of_n_masked,
+]  # fmt: skip
+SAMPLERS = [*INDEPENDENT, smc_gaussian, smc_masked, svdd_distinct]
+each_sampler = pytest.mark.parametrize("make", SAMPLERS, ids=lambda f: f.__name__)
+
+
+def table_of(makers, *first):
+    """All of them; those named first in the default suite, the others among the slow tests."""
+    params = [m if m in first else pytest.param(m, marks=pytest.mark.slow) for m in makers]
+    return pytest.mark.parametrize("make", params, ids=lambda f: f.__name__)
+
+
+STEPS = 4
+
+
+def keep_state(carry, info):
+    return carry[0] if isinstance(carry, tuple) else carry
+
+
+def close(a, b, **tolerance):
+    tolerance = tolerance or {"rtol": 1e-5, "atol": 1e-6}
+    jax.tree.map(lambda u, v: np.testing.assert_allclose(u, v, **tolerance), a, b)
+
+
+def equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@table_of(SAMPLERS, ancestral_gaussian, ancestral_masked, svdd_pm_gaussian, svdd_learned_masked)
+def test_sampler_jit_equals_no_jit(make):
+    """`sample` is init, steps and final with keys folded by index, called one after another without jit."""
+    sampler, key = make(), jax.random.key(0)
+    times = sampler.process.times(3 if sampler.process.projects else 2)
+    run = samplers.sample(sampler, key, B, times, keep=keep_state)
+    carry = sampler.init(jax.random.fold_in(key, 0), B, times[0])
+    before = jax.eval_shape(lambda: carry)
+    for i in range(times.shape[0] - 1):
+        carry, _ = sampler.step(jax.random.fold_in(key, 1 + i), carry, times[i], times[i + 1])
+        close(keep_state(carry, {}), run.kept[i])
+        assert jax.eval_shape(lambda c=carry: c) == before  # dtypes, shapes and structure are stable
+    close(sampler.final(carry, times[-1])[0], run.x0)
+    dtypes = {leaf.dtype.name for leaf in jax.tree.leaves((run, carry))}
+    assert dtypes == {"float32"} or (dtypes == {"float32", "int32"} and "smc" in make.__name__)  # a count of moves
+
+
+@each_sampler
+def test_sampler_compiles_once(make):
+    """Another key, temperature or eta, other parameters and other times run the same program."""
+    sampler = make()
+    times = sampler.process.times(STEPS)
+    samplers.sample(sampler, jax.random.key(0), B, times)
+    TRACES.clear()
+    cond_free = samplers.sample(make(0.9, seed=1), jax.random.key(1), B, times)
+    samplers.sample(make(0.2, seed=2), jax.random.key(1), B, sampler.process.times(STEPS) ** 1.1)
+    assert TRACES == [] and np.all(np.isfinite(cond_free.x0))
+    if make is ancestral_gaussian:  # the counter can count
+        samplers.sample(sampler, jax.random.key(0), B + 1, times)
+        assert TRACES
+
+
+@table_of(SAMPLERS, ancestral_gaussian, svdd_pm_masked, smc_gaussian)
+def test_sampler_in_chunks_is_the_same_to_the_bit(make):
+    sampler, key, done = make(), jax.random.key(0), []
+    times = sampler.process.times(STEPS)
+    moves = times.shape[0] - 1
+    whole = samplers.sample(sampler, key, B, times, keep=keep_state)
+    for chunk in (1, 3, 10) if make is ancestral_gaussian else (3 if moves == 4 else 2,):  # a last chunk of one move
+        done.clear()
+        pieces = samplers.sample(
+            sampler, key, B, times, keep=keep_state, chunk=chunk, on_chunk=lambda i, n: done.append((i, n))
+        )
+        equal(pieces, whole)
+        assert done == [(min(i, moves), moves) for i in range(chunk, moves + chunk, chunk)]
+
+
+@table_of(SAMPLERS, ancestral_masked, svdd_pm_gaussian, svdd_distinct)
+def test_sampler_vmaps_over_keys(make):
+    sampler, keys = make(), jax.random.split(jax.random.key(0), 3)
+    times = sampler.process.times(STEPS)
+    together = jax.vmap(lambda k: samplers.sample(sampler, k, B, times).x0)(keys)
+    for i, key in enumerate(keys):
+        close(together[i], samplers.sample(sampler, key, B, times).x0)
+
+
+@table_of(INDEPENDENT, ancestral_gaussian, svdd_pm_masked, guided_gaussian, best_of_n_masked)
+def test_sampler_on_eight_devices_gives_the_numbers_of_one_without_collectives(make):
+    """Examples do not interact: each device works on its own rows, and the numbers are those of one device."""
+    assert len(jax.devices()) == 8
+    sampler, mesh = make(), data_mesh()
+    key, times, cond = jax.random.key(0), sampler.process.times(STEPS), jnp.linspace(-1, 1, 16)
+    one = samplers.sample(sampler, key, 16, times, cond, keep=keep_state)
+    program = _whole.lower(sampler, key, times, cond, 16, keep_state, mesh).compile()
+    eight = program(sampler, key, times, cond)
+    assert len(eight[0].sharding.device_set) == 8 and len(one.x0.sharding.device_set) == 1
+    close(samplers.Samples(*eight), one)
+    for word in ("all-reduce", "all-gather", "all-to-all", "collective-permute"):
+        assert word not in program.as_text(), word
+    if make is ancestral_gaussian:  # through the public door, and in chunks
+        equal(samplers.sample(sampler, key, 16, times, cond, keep=keep_state, mesh=mesh).x0, eight[0])
+        close(samplers.sample(sampler, key, 16, times, cond, chunk=2, mesh=mesh).x0, one.x0)
+
+
+def test_problems_of_particles_split_over_devices_without_collectives():
+    """Particles of one problem interact; problems do not, and each device keeps its own."""
+    sampler, mesh = smc_gaussian(), data_mesh()
+    times, keys = sampler.process.times(STEPS), jax.random.split(jax.random.key(0), 8)
+    many = jax.jit(jax.vmap(lambda key: samplers.sample(sampler, key, B, times)))
+    split = jax.device_put(keys, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
+    close(many(split), many(keys))
+    program = many.lower(split).compile().as_text()
+    assert "all-" not in program and "collective-permute" not in program
+
+
+@each_sampler
+def test_sampler_counts_its_network_calls(make):
+    """network_calls(moves) is the rows that reach the network, over the batch; at most, where copies cost nothing."""
+    sampler = make(net_type=lambda params: Net(params, True))
+    times = sampler.process.times(STEPS)
+    samplers.sample(sampler, jax.random.key(0), B, times)  # a first run may trace; only calls that run are counted
+    jax.effects_barrier()
+    ROWS.clear()
+    samplers.sample(sampler, jax.random.key(1), B, times).x0.block_until_ready()
+    jax.effects_barrier()
+    calls = sampler.network_calls(times.shape[0] - 1)
+    assert 1 <= sum(ROWS) / B < calls if make is svdd_distinct else sum(ROWS) / B == calls
+
+
+def test_a_chain_is_the_same_in_a_head_and_a_tail():
+    sampler, key = ancestral_gaussian(), jax.random.key(0)
+    times = sampler.process.times(6)
+    x = sampler.init(jax.random.fold_in(key, 0), B, times[0])
+    whole, _ = roll(sampler, key, x, times)
+    for cut in (0, 1, 4, 5):
+        head, _ = roll(sampler, key, x, times[: cut + 1])
+        tail, _ = roll(sampler, key, head, times[cut:], first=cut)
+        close(tail, whole)
+
+
+def test_samplers_with_one_network_call():
+    """steps = 1 is the smallest chain: no move and a projection, or one move to data."""
+    for make in (ancestral_gaussian, svdd_pm_gaussian, svdd_pm_masked):
+        sampler = make()
+        times = sampler.process.times(1)
+        x0 = samplers.sample(sampler, jax.random.key(0), B, times, keep=keep_state).x0
+        assert x0.shape[0] == B and np.all(np.isfinite(x0))
+        equal(samplers.sample(sampler, jax.random.key(0), B, times, keep=keep_state, chunk=1).x0, x0)
+
+
+# ---------------------------------------------------------------- tuners
+
+
+def gaussian_model(params):
+    return Net(params)
+
+
+def draft(number=0.1):
+    process = gaussian()
+    reference = Net(net(2, 2, 5))
+    return tuners.draft(
+        gaussian_model, process, gaussian_reward, process.times(4), ADAM, batch=B, reference=reference, kl_weight=number
+    ), net(2, 2)
+
+
+def draft_k(number=0.5):
+    process = gaussian(number)
+    return tuners.draft_k(gaussian_model, process, gaussian_reward, process.times(4), ADAM, k=2, batch=B), net(2, 2)
+
+
+def draft_lv(number=0.5):
+    process = gaussian(number)
+    return tuners.draft_lv(gaussian_model, process, gaussian_reward, process.times(4), ADAM, n=2, batch=B), net(2, 2)
+
+
+def draft_masked(number=0.5):
+    process = processes.masked(schedules.log_linear_mask(), 3, 3, relaxation="gumbel", temperature=number)
+    return tuners.draft_k(gaussian_model, process, masked_reward, process.times(4), ADAM, k=3, batch=B), net(4, 3)
+
+
+def refl_stopped(number=0.5):
+    process = gaussian(number)
+    tuner = tuners.refl(
+        gaussian_model, process, gaussian_reward, process.times(4), ADAM, m=2, batch=B, heldout=gaussian_reward
+    )
+    return tuners.early_stopping(tuner, window=2, patience=9), net(2, 2)
+
+
+def alignprop(number=0.5):
+    process = gaussian()
+    return tuners.alignprop(
+        gaussian_model, process, gaussian_reward, process.times(4), ADAM, std=10 * number, batch=B, ema_decay=number
+    ), net(2, 2)
+
+
+def alignprop_subset(number=0.5):
+    process = gaussian(number)
+    return tuners.alignprop_subset(
+        gaussian_model, process, gaussian_reward, process.times(4), ADAM, batch=B, ema_decay=number
+    ), net(2, 2)
+
+
+def draft_plus(number=0.5):
+    process = gaussian(0.0)
+    return tuners.draft_plus(
+        gaussian_model, process, gaussian_reward, process.times(4), ADAM, k=2, batch=B, reference=Net(net(2, 2, 5)),
+        kl_weight=number,
+    ), net(2, 2)  # fmt: skip
+
+
+def drtune_budget(number=0.5):
+    process = gaussian(number)
+    return tuners.drtune(
+        gaussian_model, process, gaussian_reward, process.times(4), ADAM, k=2, m=2, batch=B, micro_batches=2,
+        reference=Net(net(2, 2, 5)), kl_weight=number, kl_budget=number,
+    ), net(2, 2)  # fmt: skip
+
+
+def drakes(number=0.5):
+    process = processes.first_hitting(masked())
+    return tuners.drakes(
+        gaussian_model, process, masked_reward, process.times(), ADAM, batch=B, reference=Net(net(4, 3, 5)), kl_weight=number
+    ), net(4, 3)  # fmt: skip
+
+
+def drakes_score_function(number=0.5):
+    return tuners.drakes(
+        gaussian_model, masked(), masked_reward, masked().times(4), ADAM, batch=B, reference=Net(net(4, 3, 5)),
+        kl_weight=number, estimator="score_function",
+    ), net(4, 3)  # fmt: skip
+
+
+def drakes_log_variance(number=0.5):
+    return tuners.drakes(
+        gaussian_model, masked(), masked_reward, masked().times(4), ADAM, batch=B, reference=Net(net(4, 3, 5)),
+        kl_weight=number, estimator="log_variance",
+    ), net(4, 3)  # fmt: skip
+
+
+def elegant(number=0.5):
+    """The main chain, begun at what another sampler draws."""
+    process = processes.gaussian(schedules.flow(), (2,), eta=number)
+    start = processes.initial_law(process, schedules.linear_vp())
+    draw = samplers.drawing(samplers.ancestral(start, Net(net(2, 2, 7))), start.times(3))
+    return tuners.elegant(
+        gaussian_model, process, gaussian_reward, process.times(4), ADAM, batch=B, reference=Net(net(2, 2, 5)),
+        kl_weight=number, initial=draw,
+    ), net(2, 2)  # fmt: skip
+
+
+def elegant_initial(number=0.5):
+    start = processes.initial_law(gaussian(), schedules.linear_vp())
+    value = value_model(net(2, 3))
+    return tuners.initial_tuner(
+        gaussian_model, start, value, start.times(3), ADAM, kl_weight=number, batch=B
+    ), net(2, 2)  # fmt: skip
+
+
+def elegant_value(number=0.5):
+    return tuners.initial_value(value_model, gaussian(), gaussian().times(3), ADAM, kl_weight=number), net(2, 3)
+
+
+def drakes_published(number=0.5):
+    return tuners.drakes_published(
+        gaussian_model, masked(), masked_reward, masked().times(4), ADAM, batch=B, reference=Net(net(4, 3, 5)),
+        kl_weight=number, truncation=2, temperature=number,
+    ), net(4, 3)  # fmt: skip
+
+
+def ddpo(number=0.5):
+    process = gaussian(number)
+    online = tuners.ddpo(
+        gaussian_model, process, process.times(4), ADAM, batch=B, clip=number, epochs=2, minibatches=2,
+        advantage=tuners.advantages.batch_normalised(), reference=Net(net(2, 2, 5)), kl_weight=number, kl_budget=number,
+        kl_rate=number, ema_decay=number,
+    )  # fmt: skip
+    return tuners.as_tuner(online, gaussian_reward, heldout=gaussian_reward), net(2, 2)
+
+
+def dpok(number=0.5):
+    process = gaussian(number)
+    online = tuners.dpok(
+        gaussian_model, process, process.times(4), ADAM, batch=B, reference=Net(net(2, 2, 5)), kl_weight=number,
+        value=value_model, value_params=net(2, 3), value_optimizer=ADAM, value_steps=2,
+    )  # fmt: skip
+    return tuners.as_tuner(online, gaussian_reward, noise=number), net(2, 2)
+
+
+def filtered(number=0.5):
+    process = gaussian()
+    online = tuners.filtered(gaussian_model, process, process.times(4), ADAM, batch=B, fraction=number)
+    return tuners.as_tuner(online, gaussian_reward), net(2, 2)
+
+
+def reward_weighted(number=0.5):
+    process = gaussian(number)
+    online = tuners.reward_weighted(gaussian_model, process, process.times(4), ADAM, batch=B, temperature=number)
+    return tuners.as_tuner(online, gaussian_reward), net(2, 2)
+
+
+def sft_pg(number=0.5):
+    process = gaussian(number)
+    return tuners.sft_pg(
+        gaussian_model, process, process.times(3), ADAM, batch=B, critic=critic_model, critic_params=net(2, 3, 4),
+        critic_optimizer=ADAM, critic_steps=2, penalty=number,
+    ), net(2, 2)  # fmt: skip
+
+
+def critic_model(params):
+    return lambda x0, cond=None: jnp.tanh(x0 @ params).sum(-1)
+
+
+def gradient_guidance(number=0.5):
+    refit = tuners.pretraining(gaussian_model, gaussian(), ADAM, ema_decay=number)
+    return tuners.gradient_guidance(
+        gaussian_model, gaussian(), gaussian_reward, gaussian().times(4), batch=B, target=guides.increment(number),
+        refit=refit, updates=2, memory=2,
+    ), net(2, 2)  # fmt: skip
+
+
+def pretraining_gaussian(number=0.9):
+    return tuners.pretraining(gaussian_model, gaussian(), ADAM, ema_decay=number), net(2, 2)
+
+
+def pretraining_masked(number=0.9):
+    return tuners.pretraining(gaussian_model, masked(), ADAM, ema_decay=number), net(4, 3)
+
+
+def value_model(params):
+    return values.learned(denoisers.from_function(_value, params))
+
+
+def _value(params, x, t, cond=None):
+    TRACES.append(1)
+    return jnp.tanh(x @ params).sum(-1)
+
+
+def value_regression(number=0.9):
+    return tuners.value_regression(value_model, gaussian(), ADAM, ema_decay=number), net(2, 3)
+
+
+def value_soft_rollouts(number=0.9):
+    times = gaussian().times(3)
+    return tuners.value_regression(value_model, gaussian(), ADAM, temperature=number, times=times), net(2, 3)
+
+
+def value_temporal_difference(number=0.9):
+    denoiser, times = Net(net(4, 3)), masked().times(2)
+    return tuners.temporal_difference(
+        masked_value_model, masked(), denoiser, times, ADAM, temperature=number, candidates=2
+    ), net(4, 3)
+
+
+def masked_value_model(params):
+    return values.learned(denoisers.from_function(_masked_value, params), masked_reward, masked())
+
+
+def _masked_value(params, x, t, cond=None):
+    return _value(params, x, t).sum(-1)
+
+
+ADAM = optax.adam(1e-2)
+TUNERS = [
+    draft, draft_k, draft_lv, draft_masked, pretraining_gaussian, pretraining_masked, value_regression,
+    value_soft_rollouts, value_temporal_difference, refl_stopped, alignprop, alignprop_subset, draft_plus, drtune_budget, drakes,
+    drakes_score_function, drakes_log_variance, drakes_published, elegant, elegant_initial, elegant_value, ddpo, dpok,
+    reward_weighted, filtered, sft_pg, gradient_guidance,
+]  # fmt: skip
+each_tuner = table_of(
+    TUNERS, ddpo, draft, draft_k, draft_lv, draft_masked, pretraining_masked, value_regression, refl_stopped, drakes
+)
+
+
+def data_of(make):
+    if make in (pretraining_gaussian, sft_pg):
+        return {"x0": jax.random.normal(jax.random.key(9), (50, 2))}
+    if make is pretraining_masked:
+        return {"x0": jax.nn.one_hot(jax.random.randint(jax.random.key(9), (50, 3), 0, 3), 3)}
+    if make is value_regression:
+        return {"x0": jax.random.normal(jax.random.key(9), (50, 2)), "reward": jnp.arange(50.0) / 50}
+    if make is elegant_value:
+        return {"path": jax.random.normal(jax.random.key(9), (50, 1, 2)), "reward": jnp.arange(50.0) / 50}
+    if make is value_soft_rollouts:
+        return {"path": jax.random.normal(jax.random.key(9), (50, 3, 2)), "reward": jnp.arange(50.0) / 50}
+    if make is value_temporal_difference:
+        return data_of(pretraining_masked) | {"reward": jnp.arange(50.0) / 50}
+    return None
+
+
+def train(make, steps, state=None, number=None, key=0, **options):
+    tuner, params = make() if number is None else make(number)
+    data = data_of(make)
+    state = tuner.init(params) if state is None else state
+    batch = None if data is None else B
+    return tuners.fit(tuner, jax.random.key(key), state, steps, data=data, batch=batch, **options)
+
+
+@table_of(TUNERS, draft_lv, pretraining_masked, value_regression)
+def test_tuner_jit_equals_no_jit(make):
+    tuner, params = make()
+    data = data_of(make)
+    batch = None if data is None else jax.tree.map(lambda leaf: leaf[:B], data)
+    state = tuner.init(params)
+    plain, info = tuner.step(jax.random.key(0), state, batch)
+    jitted, jitted_info = jax.jit(tuner.step)(jax.random.key(0), state, batch)
+    close(plain, jitted, rtol=1e-4, atol=1e-5)
+    close(info, jitted_info, rtol=1e-4, atol=1e-5)
+    shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)  # noqa: E731
+    assert shapes(plain) == shapes(state)
+    trained = getattr(plain, "train", plain)  # rounds of gradient guidance hold a training state
+    numbers = (trained.params, getattr(trained, "average", None), info)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(numbers)} <= {"float32", "int32"}
+
+
+@each_tuner
+def test_tuner_compiles_once(make):
+    train(make, 6, chunk=3)
+    TRACES.clear()
+    state = train(make, 6, chunk=3, number=0.3, key=1)
+    assert TRACES == [] and int(state.step) == 6
+    if make is draft_k:  # the counter can count
+        train(make, 4, chunk=4)
+        assert TRACES
+
+
+@each_tuner
+def test_interrupted_and_continued_is_uninterrupted_to_the_bit(make):
+    whole = train(make, 6, chunk=3)
+    continued = train(make, 6, state=train(make, 3, chunk=3), chunk=3)
+    equal(continued, whole)
+    infos = []
+    train(make, 6, chunk=3, on_chunk=lambda state, info: infos.append(info))
+    assert len(infos) == 2 and all(leaf.shape[0] == 3 for leaf in jax.tree.leaves(infos))
+
+
+@pytest.mark.parametrize("make", [draft_k, pretraining_gaussian], ids=lambda f: f.__name__)
+def test_interrupted_anywhere_is_uninterrupted(make):
+    """Off the chunks' bounds the programs differ, and with them the last bits of float32."""
+    close(train(make, 6, state=train(make, 2, chunk=3), chunk=3), train(make, 6, chunk=3), rtol=1e-4, atol=1e-5)
+    close(train(make, 6, chunk=1), train(make, 6, chunk=6), rtol=1e-4, atol=1e-5)
+
+
+CONDITIONED = [
+    draft, draft_k, draft_lv, draft_masked, refl_stopped, alignprop, alignprop_subset, draft_plus, drtune_budget, drakes,
+    drakes_score_function, drakes_log_variance, drakes_published, ddpo, dpok, reward_weighted, filtered,
+]  # fmt: skip
+
+
+@table_of(CONDITIONED, drakes)
+def test_every_network_call_gets_the_condition(make, monkeypatch):
+    """One prompt in every row is the same run as networks that have the prompt built in: chains, references, values, data."""
+    prompt = 0.7
+    tuner, params = make()
+    step = lambda cond: jax.jit(lambda key, state: tuner.step(key, state, cond))(jax.random.key(0), tuner.init(params))  # noqa: E731
+    given, without = step(jnp.full(B, prompt)), step(None)
+    plain = Net.__call__
+
+    def built_in(self, x, t, cond=None):
+        return plain(self, x, t, jnp.full(x.shape[0], prompt))
+
+    monkeypatch.setattr(Net, "__call__", built_in)
+    known = step(None)
+    close(given[0].params, known[0].params, rtol=1e-4, atol=1e-5)
+    close(given[1], known[1], rtol=1e-4, atol=1e-5)
+    assert not np.allclose(given[1]["reward"], without[1]["reward"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("make", [draft_k, draft_lv, draft_masked], ids=lambda f: f.__name__)
+def test_tuner_counts_its_network_calls(make):
+    tuner, params = make()
+    counting = dataclasses.replace(tuner, model=Function(_rows_model))
+    loss = jax.jit(lambda p, k: counting.loss(p, k)[0])
+    loss(params, jax.random.key(0)).block_until_ready()
+    jax.effects_barrier()
+    ROWS.clear()
+    loss(params, jax.random.key(1)).block_until_ready()
+    jax.effects_barrier()
+    assert sum(ROWS) / B == tuner.network_calls()
+
+
+def _rows_model(params):
+    return Net(params, True)
+
+
+@each_tuner
+def test_tuner_leaves_the_callers_parameters_alone(make):
+    """`fit` donates its state, never what `init` was given."""
+    tuner, params = make()
+    before = np.array(params)
+    train(make, 3, state=tuner.init(params), chunk=3)
+    np.testing.assert_array_equal(params, before)
+
+
+def test_steps_without_finite_gradients_are_skipped_and_counted():
+    """A NaN gradient changes neither parameters, optimiser state nor average; the count goes up and training goes on."""
+    process = gaussian()
+    tuner = tuners.pretraining(gaussian_model, process, ADAM, ema_decay=0.9)
+    state = tuner.init(net(2, 2))
+    good, bad = {"x0": jnp.ones((B, 2))}, {"x0": jnp.full((B, 2), jnp.nan)}
+    state, _ = tuner.step(jax.random.key(0), state, good)
+    after, info = jax.jit(tuner.step)(jax.random.key(1), state, bad)
+    equal((after.params, after.opt_state, after.average), (state.params, state.opt_state, state.average))
+    assert int(after.skipped) == int(info["skipped"]) == 1 and int(after.step) == 2
+    again, info = tuner.step(jax.random.key(2), after, good)
+    assert int(info["skipped"]) == 1 and np.abs(again.params - after.params).max() > 0
+
+
+def test_infeasible_rewards_are_left_out_and_counted():
+    process = gaussian()
+    reward = lambda x0, cond=None: jnp.where(x0[:, 0] > 0, x0[:, 1], jnp.nan)  # noqa: E731
+    tuner = tuners.draft(gaussian_model, process, reward, process.times(3), ADAM, batch=64)
+    params, key = net(2, 2), jax.random.key(0)
+    loss, info = tuner.loss(params, key)
+    x0 = samplers.sample(samplers.ancestral(process, Net(params)), jax.random.split(key)[0], 64, process.times(3)).x0
+    ok = np.asarray(x0[:, 0] > 0)
+    assert int(info["infeasible"]) == (~ok).sum() > 0
+    np.testing.assert_allclose(-loss, np.asarray(x0[:, 1])[ok].mean(), rtol=1e-5)
+    state, info = tuner.step(key, tuner.init(params))
+    assert int(info["skipped"]) == 0 and np.all(np.isfinite(state.params))
+    never = lambda x0, cond=None: jnp.full(x0.shape[0], jnp.nan)  # noqa: E731
+    tuner = tuners.draft(gaussian_model, process, never, process.times(3), ADAM, batch=4)
+    state, info = tuner.step(key, tuner.init(params))
+    assert int(info["skipped"]) == 1 and int(info["infeasible"]) == 4 and np.isnan(info["reward"])
+    equal(state.params, params)
+
+
+def test_tracers_do_not_outlive_a_step():
+    """Models that return closures over their parameters leak nothing."""
+    process = gaussian()
+    model = lambda params: lambda x, t, cond=None: jnp.tanh(x @ params)  # noqa: E731
+    tuner = tuners.draft_k(model, process, gaussian_reward, process.times(3), ADAM, k=1, batch=4)
+    with jax.checking_leaks():
+        jax.jit(tuner.step)(jax.random.key(0), tuner.init(net(2, 2)))
+
+
+def test_worlds_run_on_eight_devices_too():
+    """The exact worlds of the law tests, sharded: the same tokens."""
+    world = factorised()
+    sampler = samplers.ancestral(world.process, world.denoiser)
+    one = samplers.sample(sampler, jax.random.key(0), 64, world.times).x0
+    equal(samplers.sample(sampler, jax.random.key(0), 64, world.times, mesh=data_mesh()).x0, one)
+    world = GaussianWorld([0.5], [[0.6]])
+    sampler = samplers.ancestral(world.process, world.denoiser)
+    one = samplers.sample(sampler, jax.random.key(0), 64, world.times).x0
+    close(samplers.sample(sampler, jax.random.key(0), 64, world.times, mesh=data_mesh()).x0, one)
