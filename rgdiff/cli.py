@@ -136,7 +136,7 @@ def run_recipe(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     import numpy as np
 
     from rgdiff.recipes import compose as recipe
-    from rgdiff.recipes.outcome import Ancestral
+    from rgdiff.recipes.methods.steering import PriorSampling
     from rgdiff.recipes.pages import table, write_pages
     from rgdiff.recipes.priors import default_cache
     from rgdiff.runtime.folder import RunFolder
@@ -175,7 +175,7 @@ def run_recipe(name: str, overrides: Sequence[str]) -> dict[str, Any]:
         raise
     identity = {"domain": config["domain"], "prior": config["prior"], "seed": config["seed"]}
     prior = settings.obtain(run, domain, identity)
-    outcomes = {"prior": Ancestral().run(run, "prior_samples", prior, task, count)}
+    outcomes = {"prior": PriorSampling().run(run, "prior_samples", prior, task, count)}
     stopped: dict[str, str] = {}
     for key, method in built.items():
         try:

@@ -20,7 +20,7 @@ from rgdiff.typing import Key, Reward
 _apply = jax.jit(lambda reward, x: reward(x))
 
 
-class Judge:
+class BaseJudge:
     """Measures samples of a domain. A domain's judge fills in `row` and what of the rest it has.
 
     Args:

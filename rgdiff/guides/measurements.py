@@ -41,7 +41,7 @@ class Measurement(Protocol):
 
 
 @pytree
-class Linear:
+class LinearMeasurement:
     """y = A x0 + sigma * noise. Build it with `linear`."""
 
     matrix: Array
@@ -129,7 +129,7 @@ def _log_normal(r: Array, variance: Array) -> Array:
     return -0.5 * (r**2 / variance + jnp.log(2 * jnp.pi * variance))
 
 
-def linear(matrix: Array, y: Array, sigma: float, *, shape: tuple[int, ...] | None = None) -> Linear:
+def linear(matrix: Array, y: Array, sigma: float, *, shape: tuple[int, ...] | None = None) -> LinearMeasurement:
     """Measure y = A x0 + sigma * noise.
 
     Args:
@@ -148,7 +148,7 @@ def linear(matrix: Array, y: Array, sigma: float, *, shape: tuple[int, ...] | No
         raise ValueError(f"matrix has {matrix.shape[1]} columns, but states have shape {list(shape)}; pass shape=")
     checks.shape("y", y, (matrix.shape[0],) if y.ndim < 2 else (None, matrix.shape[0]))
     values, vectors = jnp.linalg.eigh(_dot(matrix, matrix.T))
-    return Linear(matrix, y, checks.positive("sigma", sigma), jnp.maximum(values, 0.0), vectors, shape)
+    return LinearMeasurement(matrix, y, checks.positive("sigma", sigma), jnp.maximum(values, 0.0), vectors, shape)
 
 
 def inpainting(mask: Array, y: Array, sigma: float) -> Inpainting:

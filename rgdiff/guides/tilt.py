@@ -37,7 +37,7 @@ class GradientGuide:
 
 
 @pytree
-class Chain:
+class Composed:
     """Guides applied one after the other. Build it with `chain`."""
 
     guides: tuple[Guide, ...]
@@ -99,4 +99,4 @@ def chain(*guides: Guide) -> Guide:
     """Apply guides one after the other."""
     if not guides:
         raise ValueError("chain needs at least one guide")
-    return Chain(tuple(callable_pytree(guide, "a guide") for guide in guides))
+    return Composed(tuple(callable_pytree(guide, "a guide") for guide in guides))

@@ -1,46 +1,27 @@
-"""Methods of recipes: what `method/*.yaml` name. Each takes a prior and a task and returns samples and what they cost.
-
-A method here only assembles the library's own samplers and tuners; the mathematics is theirs.
-"""
+"""What a method returns, and how samples are drawn inside a run: with progress, the phase's keys and the prior's conditions."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
 from rgdiff import samplers
-from rgdiff.recipes.priors import Prior
-from rgdiff.rewards import Task
+from rgdiff.recipes.typing import Outcome, ReadyPrior
 from rgdiff.runtime.progress import pieces, progress
-from rgdiff.runtime.run import Run
+from rgdiff.runtime.run import Clock, Run
+from rgdiff.typing import Array, Denoiser, Sampler
 
-Curves = dict[str, tuple[Sequence[float], Sequence[float]]]
 
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """Samples x0 [N, ...] of one method, its costs, curves for the report, name -> (x, y), and figures of its own for the table.
-
-    `shown` are other samples that the report draws beside x0, by what they are; `pictures` are drawn already, 8-bit
-    [N, H, W, C] by title.
-    """
-
-    x0: np.ndarray
-    network_calls: int
-    kl: float
-    seconds: float
-    compile_seconds: float
-    tuning_network_calls: int = 0
-    curves: Curves = dataclasses.field(default_factory=dict)
-    figures: dict[str, float] = dataclasses.field(default_factory=dict)
-    shown: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    pictures: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    temperature: float | None = None  # of the law that the method aims at, p(x) exp(r(x)/temperature)/Z, if it has one
+def outcome(x0: Any, network_calls: int, clock: Clock, kl: float = math.nan, **more: Any) -> Outcome:
+    """Build an outcome from samples (an array, or `samplers.Samples`), a count of network calls and a stopped clock."""
+    x0 = getattr(x0, "x0", x0)
+    return Outcome(np.asarray(x0), network_calls, kl, clock.seconds, clock.compile_seconds, **more)
 
 
 @contextlib.contextmanager
@@ -61,33 +42,38 @@ def shown(phase: str, moves: int) -> Iterator[dict[str, Any]]:
         yield {"chunk": chunk, "on_chunk": on_chunk}
 
 
-def draw(run: Run, phase: str, sampler: Any, prior: Prior, count: int, keep: Any = None) -> Any:
-    """Draw `count` samples on the prior's times, and under its conditions, with progress; the keys are the phase's."""
-    with shown(phase, prior.times.shape[0] - 1) as options:
-        out = samplers.sample(
-            sampler, run.key(phase), count, prior.times, prior.conditions(count), keep=keep, **options
-        )
+def draw(
+    run: Run,
+    phase: str,
+    sampler: Sampler,
+    prior: ReadyPrior,
+    count: int,
+    *,
+    times: Array | None = None,
+    keep: Any = None,
+) -> samplers.Samples:
+    """Draw `count` samples on the prior's times or others, under its conditions, with progress; the keys are the phase's."""
+    times = prior.times if times is None else times
+    with shown(phase, times.shape[0] - 1) as options:
+        out = samplers.sample(sampler, run.key(phase), count, times, prior.conditions(count), keep=keep, **options)
         return jax.block_until_ready(out)
 
 
-def draw_with_kl(run: Run, phase: str, sampler: Any, prior: Prior, count: int) -> tuple[np.ndarray, float]:
+def draw_with_kl(run: Run, phase: str, sampler: Any, prior: ReadyPrior, count: int) -> tuple[np.ndarray, float]:
     """Draw samples and, of the same chains, their mean path KL in nats to the prior."""
     compared = dataclasses.replace(sampler, reference=prior.denoiser)
     out = draw(run, phase, compared, prior, count, keep=samplers.path_kl)
     return np.asarray(out.x0), float(samplers.total_path_kl(out).mean())
 
 
-@dataclasses.dataclass(frozen=True)
-class Ancestral:
-    """The prior itself."""
-
-    def run(self, run: Run, phase: str, prior: Prior, task: Task, count: int) -> Outcome:
-        sampler = samplers.ancestral(prior.process, prior.denoiser)
-        with run.clock() as clock:
-            out = draw(run, phase, sampler, prior, count)
-        calls = sampler.network_calls(len(prior.times) - 1)
-        return Outcome(np.asarray(out.x0), calls, 0.0, clock.seconds, clock.compile_seconds)
+def path_kl(run: Run, phase: str, prior: ReadyPrior, tuned: Denoiser, count: int) -> float:
+    """Return the mean path KL in nats of a tuned model's ancestral chain to the prior's, whatever eta it was tuned with."""
+    process = prior.process if prior.process.stochastic else prior.with_eta(1.0)
+    return draw_with_kl(run, f"{phase}_kl", samplers.ancestral(process, tuned), prior, count)[1]
 
 
-def nothing(*_: Any) -> Any:
-    """Stand in for a denoiser, a value or a reward while settings are checked; it is never called."""
+def _nothing(*_: Any) -> Any:
+    raise AssertionError("a stand-in is never called")
+
+
+nothing: Any = _nothing  # stands in for a denoiser, a value or a reward while settings are checked

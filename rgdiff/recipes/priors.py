@@ -1,7 +1,7 @@
-"""Priors of recipes: a network, a schedule and how it is trained; trained once, cached by content, and reused.
+"""Priors of recipes: what `prior/*.yaml` name. A network, a schedule and how it is trained; or a law that is known.
 
-It assumes a domain with `shape` and `train_x`. What is sampled from a prior, and how it is tuned, is left to
-`rgdiff.recipes.outcome`.
+A trained prior is trained once, cached by content, and reused. What is sampled from a prior, and how it is tuned, is left
+to the methods.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rgdiff import checks, denoisers, processes, tuners
+from rgdiff import checks, denoisers, processes, schedules, tuners
 from rgdiff.exact.enumeration import Factorised
+from rgdiff.recipes.typing import Domain, Prior, ReadyPrior, Shape
 from rgdiff.runtime.checkpoint import load_params, save_params
 from rgdiff.runtime.run import Run
 from rgdiff.typing import Denoiser, Model, Params, Process, pytree, static
+
+FRESH = 10_000  # points that a law is drawn for, beside those a prior learns from
 
 
 @pytree
@@ -51,38 +55,22 @@ class FactorisedModel:
         return Factorised(params)
 
 
-@dataclasses.dataclass(frozen=True)
-class Prior:
-    """A prior ready for use: `model(params)` denoises under `process`, in chains over `times`."""
-
-    process: Process
-    times: jax.Array
-    model: Model
-    params: Params
-    settings: Any
-    shape: tuple[int, ...]
-    classes: int | None = None
-
-    def conditions(self, count: int) -> jax.Array | None:
-        """Return the labels [count] that samples of a conditional prior are drawn with, every class in turn."""
-        return None if self.classes is None else jnp.arange(count) % self.classes
-
-    @property
-    def denoiser(self) -> Denoiser:
-        return self.model(self.params)
-
-    def with_eta(self, eta: float | None) -> Process:
-        """Return the process with another eta."""
-        return self.settings.process(self.shape, eta)
+def needs_data(prior: Prior) -> None:
+    """Refuse the settings of a prior that has no data to hand on, or is conditional, before it is trained."""
+    if not getattr(prior, "gives_data", False):
+        raise ValueError(
+            "this method learns from data, which Gaussian priors hand on, e.g. prior=planar_mlp or prior=unet"
+        )
+    unconditional(prior, "a method that learns from data", "choose a prior without prior.guidance")
 
 
-def unconditional(settings: Any, what: str, instead: str) -> None:
+def unconditional(prior: Prior, what: str, instead: str) -> None:
     """Refuse the settings of a conditional prior, before it is trained."""
-    if getattr(settings, "guidance", None) is not None:
+    if getattr(prior, "guidance", None) is not None:
         raise ValueError(f"{what} is not offered for a conditional prior; {instead}")
 
 
-def initial(network: Any, key: jax.Array, shape: tuple[int, ...]) -> Params:
+def initial(network: Any, key: jax.Array, shape: Shape) -> Params:
     """Draw a Linen network's parameters for states [B, *shape] without running it."""
     blank, t = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, *shape), (1,)))
     return network.lazy_init(key, blank, t)["params"]
@@ -93,25 +81,35 @@ def state_shape(process: Process) -> tuple[int, ...]:
     return jax.eval_shape(lambda: process.prior(1).sample(jax.random.key(0))).shape[1:]
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainedPrior:
-    """What priors with a network share: how their parameters are found."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainedPrior(Prior):
+    """What priors with a network share: how their parameters are found.
+
+    Args:
+      network: a Linen module called as (x, t, cond).
+      schedule: of `rgdiff.schedules`.
+      train: steps, batch and the arguments of `rgdiff.tuners.pretraining`.
+      steps: network calls of a sampling chain.
+      checkpoint: parameters of your own, an Orbax folder or a .safetensors file, in place of training.
+    """
 
     network: Any
     schedule: Any
-    steps: int
-    checkpoint: str | None
     train: dict[str, Any]
+    steps: int
+    checkpoint: str | None = None
 
     unseen = ("steps", "checkpoint")  # settings that training does not see: priors that differ in them alone are one
 
-    def digest(self, identity: Any) -> str:
+    def digest(self, identity: Mapping[str, Any]) -> str:
         """Return the name of the cache entry: a hash of what training sees of the settings."""
         seen = {name: value for name, value in identity["prior"].items() if name not in self.unseen}
-        identity = identity | {"prior": seen, "conditional": self.train.get("null") is not None}
+        identity = {**identity, "prior": seen, "conditional": self.train.get("null") is not None}
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
-    def parameters(self, run: Run, model: Model, process: Process, domain: Any, identity: Any) -> Params:
+    def parameters(
+        self, run: Run, model: Model, process: Process, domain: Domain, identity: Mapping[str, Any]
+    ) -> Params:
         """Load the parameters from the checkpoint or the cache, or train and cache them.
 
         Args:
@@ -133,29 +131,40 @@ class TrainedPrior:
         tuner = tuners.pretraining(model, process, **options)
         data = {"x0": jnp.asarray(domain.train_x)}
         if options.get("null") is not None:
-            data["cond"] = jnp.asarray(domain.train_y)
+            labelled: Any = domain
+            data["cond"] = jnp.asarray(labelled.train_y)
         params = run.fit("prior", tuner, key, like, steps, data=data, batch=batch).best
         cached.parent.mkdir(parents=True, exist_ok=True)
         save_params(cached, params, meta={"identity": identity})
         return params
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class GaussianPrior(TrainedPrior):
-    """The settings of a Gaussian prior. Build it with `gaussian_prior`."""
+    """A Gaussian prior. It hands its data on to methods that learn from data.
+
+    Args:
+      prediction: what the network predicts (`rgdiff.denoisers.predicts`).
+      eta: of sampling.
+      clip: clip predictions of x0 to the data's range when sampling.
+      guidance: scale of classifier-free guidance by the domain's labels, which then condition the prior; null for none.
+    """
 
     prediction: str
-    eta: float
-    clip: bool
+    steps: int = 25
+    eta: float = 1.0
+    clip: bool = True
     guidance: float | None = None
+
+    gives_data = True
 
     unseen = (*TrainedPrior.unseen, "eta", "clip", "guidance")  # whether there are conditions is seen
 
-    def process(self, shape: tuple[int, ...], eta: float | None = None) -> Process:
+    def process(self, shape: Shape, eta: float | None = None) -> Process:
         """Return the process on examples of this shape, with the prior's own eta or another."""
         return processes.gaussian(self.schedule, shape, eta=self.eta if eta is None else eta)
 
-    def obtain(self, run: Run, domain: Any, identity: Any) -> Prior:
+    def obtain(self, run: Run, domain: Domain, identity: Mapping[str, Any]) -> ReadyPrior:
         """Make the prior ready; `identity` as in `parameters`."""
         model = PriorModel(self.schedule, self.network, self.prediction)
         process = self.process(domain.shape)
@@ -172,22 +181,31 @@ class GaussianPrior(TrainedPrior):
         clipped = dataclasses.replace(model, value_range=domain.value_range) if self.clip else model
         if classes is not None:
             clipped = dataclasses.replace(clipped, classes=classes, guidance=self.guidance)
-        return Prior(process, process.times(self.steps), clipped, params, self, domain.shape, classes)
+        drawn: Any = domain
+        fresh = drawn.data(run.key("fresh"), FRESH) if hasattr(domain, "data") else getattr(domain, "heldout_x", None)
+        return ReadyPrior(
+            process, process.times(self.steps), clipped, params, self, domain.shape, classes, domain.train_x, fresh
+        )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MaskedPrior(TrainedPrior):
-    """The settings of a masked prior with a network. Build it with `masked_prior`."""
+    """A masked prior of sequences (MDLM, arXiv 2406.07524), whose network maps [B, L, K + 1] to logits [B, L, K].
 
+    Args:
+      order: `independent` positions in `steps` moves, or `first_hitting`, one position a move (`processes.first_hitting`).
+    """
+
+    steps: int = 32
     order: str = "independent"
 
     unseen = (*TrainedPrior.unseen, "order")
 
-    def process(self, shape: tuple[int, ...], eta: float | None = None) -> Process:
+    def process(self, shape: Shape, eta: float | None = None) -> Process:
         """Return the process on one-hot examples of this shape, (L, K)."""
         return _masked(self.schedule, shape, eta, self.order)
 
-    def obtain(self, run: Run, domain: Any, identity: Any) -> Prior:
+    def obtain(self, run: Run, domain: Domain, identity: Mapping[str, Any]) -> ReadyPrior:
         """Make the prior ready; `identity` as in `parameters`."""
         process = self.process(domain.shape)
         blank, t = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, *state_shape(process)), (1,)))
@@ -199,33 +217,44 @@ class MaskedPrior(TrainedPrior):
             )
         model = denoisers.LinenModel(self.network)
         params = self.parameters(run, model, process, domain, identity)
-        return Prior(process, process.times(self.steps), model, params, self, domain.shape)
+        return ReadyPrior(process, process.times(self.steps), model, params, self, domain.shape)
 
 
-@dataclasses.dataclass(frozen=True)
-class FactorisedPrior:
-    """The settings of a masked prior of independent positions. Build it with `factorised_prior`."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FactorisedPrior(Prior):
+    """A masked prior of independent positions, whose exact denoiser is known: letter frequencies of the training data.
+
+    Args:
+      steps: of a sampling chain.
+      pseudocount: added to the count of every letter at every position.
+      uniform: all letters alike, whatever the data.
+      order: as in `MaskedPrior`.
+    """
 
     schedule: Any
-    steps: int
-    pseudocount: float
-    uniform: bool
+    steps: int = 16
+    pseudocount: float = 1.0
+    uniform: bool = False
     order: str = "independent"
 
-    def process(self, shape: tuple[int, ...], eta: float | None = None) -> Process:
+    def __post_init__(self) -> None:
+        if not self.uniform and not self.pseudocount > 0:
+            raise ValueError(f"pseudocount must be > 0, so that no letter is impossible, got {self.pseudocount!r}")
+
+    def process(self, shape: Shape, eta: float | None = None) -> Process:
         """Return the process on one-hot examples of this shape, (L, K)."""
         return _masked(self.schedule, shape, eta, self.order)
 
-    def obtain(self, run: Run, domain: Any, identity: Any) -> Prior:
+    def obtain(self, run: Run, domain: Domain, identity: Mapping[str, Any]) -> ReadyPrior:
         """Count the letters of the training sequences; nothing is trained."""
         process = self.process(domain.shape)
         counts = np.asarray(domain.train_x).sum(0, dtype=np.float64) + self.pseudocount
         p = np.ones_like(counts) if self.uniform else counts
         logits = jnp.asarray(np.log(p / p.sum(-1, keepdims=True)), jnp.float32)
-        return Prior(process, process.times(self.steps), FactorisedModel(), logits, self, domain.shape)
+        return ReadyPrior(process, process.times(self.steps), FactorisedModel(), logits, self, domain.shape)
 
 
-def _masked(schedule: Any, shape: tuple[int, ...], eta: float | None, order: str) -> Process:
+def _masked(schedule: Any, shape: Shape, eta: float | None, order: str) -> Process:
     if eta is not None:
         raise ValueError(f"eta is for Gaussian priors, and this one is masked; give method.eta=null instead of {eta}")
     process = processes.masked(schedule, shape[:-1], shape[-1])
@@ -233,68 +262,75 @@ def _masked(schedule: Any, shape: tuple[int, ...], eta: float | None, order: str
     return processes.first_hitting(process) if first else process
 
 
-def gaussian_prior(
-    network: Any,
-    schedule: Any,
-    prediction: str,
-    train: dict[str, Any],
-    steps: int = 25,
-    eta: float = 1.0,
-    clip: bool = True,
-    checkpoint: str | None = None,
-    guidance: float | None = None,
-) -> GaussianPrior:
-    """Describe a Gaussian prior.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VectorPrior(GaussianPrior):
+    """A Gaussian prior with a network on a domain whose exact denoiser is known, to which it is compared."""
 
-    Args:
-      network: a Linen module called as (x, t, cond).
-      schedule: of `rgdiff.schedules`.
-      prediction: what the network predicts (`rgdiff.denoisers.predicts`).
-      train: steps, batch and the arguments of `rgdiff.tuners.pretraining`.
-      steps: network calls of a sampling chain.
-      eta: of sampling.
-      clip: clip predictions of x0 to the data's range when sampling.
-      checkpoint: parameters of your own, an Orbax folder or a .safetensors file, in place of training.
-      guidance: scale of classifier-free guidance by the domain's labels, which then condition the prior; null for none.
-    """
-    return GaussianPrior(network, schedule, steps, checkpoint, train, prediction, eta, clip, guidance)
+    def obtain(self, run: Run, domain: Any, identity: Mapping[str, Any]) -> ReadyPrior:
+        """Train or load the prior, and measure its eps-error on fresh data, beside that of the exact denoiser (the Bayes error)."""
+        prior = super().obtain(run, domain, identity)
+        x0, key = domain.data(run.key("prior_error_data"), 8192), run.key("prior_error")
+        error = lambda model, params: float(  # noqa: E731
+            jax.jit(tuners.pretraining(model, prior.process, None, grid=self.steps).loss)(params, key, x0)
+        )
+        figures = {
+            "prior_eps_error": error(prior.model, prior.params),
+            "exact_eps_error": error(*domain.family(self.schedule, self.steps)),
+        }
+        run.say("prior: " + ", ".join(f"{name} {value:.5f}" for name, value in figures.items()))
+        return dataclasses.replace(prior, figures=figures)
 
 
-def masked_prior(
-    network: Any,
-    schedule: Any,
-    train: dict[str, Any],
-    steps: int = 32,
-    checkpoint: str | None = None,
-    order: str = "independent",
-) -> MaskedPrior:
-    """Describe a masked prior of sequences (MDLM, arXiv 2406.07524).
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExactPrior(Prior):
+    """The exact denoiser of a domain that has one, under any Gaussian schedule; nothing is trained."""
 
-    Args:
-      network: a Linen module called as (x, t, cond) on [B, L, K + 1], returning logits [B, L, K].
-      schedule: a mask schedule of `rgdiff.schedules`.
-      train: steps, batch and the arguments of `rgdiff.tuners.pretraining`.
-      steps: network calls of a sampling chain.
-      checkpoint: parameters of your own, an Orbax folder or a .safetensors file, in place of training.
-      order: `independent` positions in `steps` moves, or `first_hitting`, one position a move (`processes.first_hitting`).
-    """
-    return MaskedPrior(network, schedule, steps, checkpoint, train, order)
+    schedule: Any
+    steps: int = 200
+    eta: float = 1.0
+
+    def process(self, shape: Shape, eta: float | None = None) -> Process:
+        """Return the process on examples of this shape, with the prior's own eta or another."""
+        return processes.gaussian(self.schedule, shape, eta=self.eta if eta is None else eta)
+
+    def obtain(self, run: Run, domain: Any, identity: Mapping[str, Any]) -> ReadyPrior:
+        """Make the prior."""
+        process = self.process(domain.shape)
+        model, params = domain.family(self.schedule, self.steps)
+        return ReadyPrior(process, process.times(self.steps), model, params, self, domain.shape)
 
 
-def factorised_prior(
-    schedule: Any, steps: int = 16, pseudocount: float = 1.0, uniform: bool = False, order: str = "independent"
-) -> FactorisedPrior:
-    """Describe a masked prior of independent positions, whose exact denoiser is known: letter frequencies of the training data.
+@pytree
+class ConstantModel:
+    """A model without parameters."""
 
-    Args:
-      steps: of a sampling chain.
-      pseudocount: added to the count of every letter at every position.
-      uniform: all letters alike, whatever the data.
-      order: as in `masked_prior`.
-    """
-    if not uniform and not pseudocount > 0:
-        raise ValueError(f"pseudocount must be > 0, so that no letter is impossible, got {pseudocount!r}")
-    return FactorisedPrior(schedule, steps, pseudocount, uniform, order)
+    denoiser: Denoiser
+
+    def __call__(self, params: Params) -> Denoiser:
+        return self.denoiser
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OneClassPrior(Prior):
+    """The standard normal law, which needs no training, with the problems of `domain=anomaly`."""
+
+    steps: int = 10
+
+    gives_data = True
+
+    @property
+    def schedule(self) -> Any:
+        return schedules.cosine_vp()
+
+    def process(self, shape: Shape, eta: float | None = None) -> Process:
+        """Return the process on examples of this shape."""
+        return processes.gaussian(self.schedule, shape, eta=1.0 if eta is None else eta)
+
+    def obtain(self, run: Run, domain: Any, identity: Mapping[str, Any]) -> ReadyPrior:
+        """Make the prior."""
+        process: Any = self.process(domain.shape)
+        model = ConstantModel(tuners.standard_normal(process))
+        return ReadyPrior(process, process.times(self.steps), model, None, self, domain.shape, problems=domain.problems)
 
 
 def default_cache() -> Path:

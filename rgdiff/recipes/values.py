@@ -15,33 +15,32 @@ import numpy as np
 from rgdiff import checks, guides, samplers, tuners, values
 from rgdiff.denoisers import from_linen
 from rgdiff.exact import enumeration
-from rgdiff.recipes.outcome import Curves, draw, nothing, shown
-from rgdiff.recipes.priors import Prior, initial, state_shape, unconditional
+from rgdiff.recipes.outcome import draw, nothing, shown
+from rgdiff.recipes.priors import initial, state_shape, unconditional
+from rgdiff.recipes.typing import Obtained, Prior, ReadyPrior, Shape, ValueSource
 from rgdiff.rewards import Task
 from rgdiff.runtime.run import Run
-from rgdiff.typing import Array, Params, Process, Reward, pytree, static
+from rgdiff.typing import Array, Denoiser, Params, Process, Reward, pytree, static
 
 
 @dataclasses.dataclass(frozen=True)
-class PosteriorMean:
+class PosteriorMeanValue(ValueSource):
     """r(E[x0 | x_t]): no training. `plug_in` is mean, or mode for tokens (`rgdiff.values.posterior_mean`)."""
 
     plug_in: str = "mean"
 
-    def check(self, prior: Any, shape: tuple[int, ...], temperature: float) -> None:
-        """Refuse a plug-in that the process does not have."""
+    def check(self, prior: Prior, shape: Shape, temperature: float) -> None:
         stand_in: Any = nothing
         values.posterior_mean(stand_in, prior.process(shape), stand_in, plug_in=self.plug_in)
 
     def obtain(
-        self, run: Run, phase: str, prior: Prior, task: Task, denoiser: Any, temperature: float
-    ) -> tuple[Any, Curves]:
-        """Plug the prediction into the reward."""
-        return values.posterior_mean(task.reward, prior.process, denoiser, plug_in=self.plug_in), {}
+        self, run: Run, phase: str, prior: ReadyPrior, task: Task, denoiser: Denoiser, temperature: float
+    ) -> Obtained:
+        return Obtained(values.posterior_mean(task.reward, prior.process, denoiser, plug_in=self.plug_in), {})
 
 
 @dataclasses.dataclass(frozen=True)
-class Likelihood:
+class LikelihoodValue(ValueSource):
     """log p(y | x_t) of a task whose reward is a measurement (`rgdiff.guides.likelihood`): PiGDM's value and TDS's twist, no training.
 
     Args:
@@ -50,21 +49,17 @@ class Likelihood:
 
     prior_variance: float = 1.0
 
-    def check(self, prior: Any, shape: tuple[int, ...], temperature: float) -> None:
-        """Refuse a prior that is not Gaussian, or a temperature that makes it another likelihood."""
-        blank: Any = nothing
-        guides.likelihood(blank, prior.process(shape), blank, prior_variance=self.prior_variance)
+    def check(self, prior: Prior, shape: Shape, temperature: float) -> None:
+        guides.likelihood(nothing, prior.process(shape), nothing, prior_variance=self.prior_variance)
         unit_temperature(temperature)
 
     def obtain(
-        self, run: Run, phase: str, prior: Prior, task: Task, denoiser: Any, temperature: float
-    ) -> tuple[Any, Curves]:
-        """Join the measurement and the prediction."""
+        self, run: Run, phase: str, prior: ReadyPrior, task: Task, denoiser: Denoiser, temperature: float
+    ) -> Obtained:
         y: Any = task.reward
-        return guides.likelihood(denoiser, prior.process, y, prior_variance=self.prior_variance), {}
+        return Obtained(guides.likelihood(denoiser, prior.process, y, prior_variance=self.prior_variance), {})
 
     def suits(self, task: Task) -> None:
-        """Refuse a reward that is not a measurement."""
         measurement(task, "value@method.value=likelihood")
 
 
@@ -81,7 +76,7 @@ def measurement(task: Task, what: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Learned:
+class LearnedValue(ValueSource):
     """A network trained on rewarded samples of the prior (SVDD-MC, noise-aware classifier guidance).
 
     Args:
@@ -102,8 +97,7 @@ class Learned:
     data: str = "noised"
     backup: int | None = None
 
-    def check(self, prior: Any, shape: tuple[int, ...], temperature: float) -> None:
-        """Refuse settings that do not fit each other or the prior, before anything is trained."""
+    def check(self, prior: Prior, shape: Shape, temperature: float) -> None:
         checks.one_of("data", self.data, ("noised", "rollouts"))
         unconditional(prior, "a learnt value", "give value@method.value=posterior_mean")
         process = prior.process(shape)
@@ -120,9 +114,8 @@ class Learned:
         )
 
     def obtain(
-        self, run: Run, phase: str, prior: Prior, task: Task, denoiser: Any, temperature: float
-    ) -> tuple[Any, Curves]:
-        """Train the value, or go on with it, and measure it on chains held out."""
+        self, run: Run, phase: str, prior: ReadyPrior, task: Task, denoiser: Denoiser, temperature: float
+    ) -> Obtained:
         process, times = prior.process, prior.times
         if self.data == "rollouts":
             data = self._rollouts(run, f"{phase}_data", prior, task, denoiser, self.samples)
@@ -138,9 +131,11 @@ class Learned:
         grid, explained, bias = (np.asarray(a).tolist() for a in (times, error.explained, error.bias))
         curves = {"held-out variance of the reward explained, by t": (grid, explained), "bias, by t": (grid, bias)}
         ends = {} if process.projects else {"reward": task.reward, "process": process}
-        return LearnedModel(self.network, **ends)(state.best), curves
+        return Obtained(LearnedModel(self.network, **ends)(state.best), curves)
 
-    def _rollouts(self, run: Run, phase: str, prior: Prior, task: Task, denoiser: Any, count: int) -> dict[str, Any]:
+    def _rollouts(
+        self, run: Run, phase: str, prior: ReadyPrior, task: Task, denoiser: Denoiser, count: int
+    ) -> dict[str, Any]:
         with shown(phase, prior.times.shape[0] - 1) as options:
             out = tuners.rollouts(run.key(phase), prior.process, denoiser, prior.times, task.reward, count, **options)
             return jax.block_until_ready(out)
@@ -159,17 +154,15 @@ class LearnedModel:
 
 
 @dataclasses.dataclass(frozen=True)
-class Exact:
+class ExactValue(ValueSource):
     """The exact soft value of an enumerable masked prior's own chain: what is left of an error is the sampler's."""
 
-    def check(self, prior: Any, shape: tuple[int, ...], temperature: float) -> None:
-        """Refuse a prior with too many states to enumerate."""
+    def check(self, prior: Prior, shape: Shape, temperature: float) -> None:
         enumeration.sizes(prior.process(shape))
 
     def obtain(
-        self, run: Run, phase: str, prior: Prior, task: Task, denoiser: Any, temperature: float
-    ) -> tuple[Any, Curves]:
-        """Enumerate the value."""
+        self, run: Run, phase: str, prior: ReadyPrior, task: Task, denoiser: Denoiser, temperature: float
+    ) -> Obtained:
         rewards = enumeration.all_rewards(task.reward, *enumeration.sizes(prior.process))
         process: Any = prior.process
-        return enumeration.chain_value(process, denoiser, prior.times, rewards, temperature), {}
+        return Obtained(enumeration.chain_value(process, denoiser, prior.times, rewards, temperature), {})

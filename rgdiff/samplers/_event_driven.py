@@ -16,7 +16,7 @@ from rgdiff.samplers._evaluate import refresh
 from rgdiff.typing import Array, Cond, Denoiser, Info, Key, Process, State, callable_pytree, pytree, static
 
 
-class Carry(NamedTuple):
+class EventCarry(NamedTuple):
     """The state and the denoiser's prediction there."""
 
     x: State
@@ -31,11 +31,11 @@ class EventDriven:
     denoiser: Denoiser
     rows: int | None = static(default=None)
 
-    def init(self, key: Key, batch: int, t: Array, cond: Cond = None) -> Carry:
+    def init(self, key: Key, batch: int, t: Array, cond: Cond = None) -> EventCarry:
         x = self.process.prior(batch).sample(key)
-        return Carry(x, self.denoiser(x, t, cond))
+        return EventCarry(x, self.denoiser(x, t, cond))
 
-    def step(self, key: Key, carry: Carry, t: Array, s: Array, cond: Cond = None) -> tuple[Carry, Info]:
+    def step(self, key: Key, carry: EventCarry, t: Array, s: Array, cond: Cond = None) -> tuple[EventCarry, Info]:
         x = self.process.reverse(carry.x, t, s, carry.prediction).sample(key)
         batch = x.shape[0]
         changed = (x != carry.x).reshape(batch, -1).any(-1)
@@ -43,10 +43,10 @@ class EventDriven:
         needed = changed & unfinished
         rows = min(self.rows or max(1, -(-batch // 4)), batch)
         prediction = refresh(self.denoiser, carry.prediction, x, s, cond, needed, rows)
-        carry = Carry(x, prediction)
+        carry = EventCarry(x, prediction)
         return carry, {"evaluations": needed.astype(jnp.int32)}
 
-    def final(self, carry: Carry, t: Array, cond: Cond = None) -> tuple[State, Info]:
+    def final(self, carry: EventCarry, t: Array, cond: Cond = None) -> tuple[State, Info]:
         return self.process.finalize(carry.x, t, None), {}
 
     def network_calls(self, moves: int) -> int:

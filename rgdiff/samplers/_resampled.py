@@ -12,7 +12,7 @@ from rgdiff.samplers.particles import Particles, Smc
 from rgdiff.typing import Array, Cond, Info, Key, Process, State, pytree, static
 
 
-class Carry(NamedTuple):
+class ResampledCarry(NamedTuple):
     """The particles, and the key of the draw at the end."""
 
     particles: Particles
@@ -30,17 +30,19 @@ class Resampled:
     def process(self) -> Process:
         return self.sampler.process
 
-    def init(self, key: Key, batch: int, t: Array, cond: Cond = None) -> Carry:
+    def init(self, key: Key, batch: int, t: Array, cond: Cond = None) -> ResampledCarry:
         if cond is not None:
             raise ValueError("the particles of one problem share their condition; leave cond out")
         key_first, key_last = jax.random.split(key)
-        return Carry(self.sampler.init(key_first, batch * self.count, t), key_last)
+        return ResampledCarry(self.sampler.init(key_first, batch * self.count, t), key_last)
 
-    def step(self, key: Key, carry: Carry, t: Array, s: Array, cond: Cond = None) -> tuple[Carry, Info]:
+    def step(
+        self, key: Key, carry: ResampledCarry, t: Array, s: Array, cond: Cond = None
+    ) -> tuple[ResampledCarry, Info]:
         particles, info = self.sampler.step(key, carry.particles, t, s)
         return carry._replace(particles=particles), info
 
-    def final(self, carry: Carry, t: Array, cond: Cond = None) -> tuple[State, Info]:
+    def final(self, carry: ResampledCarry, t: Array, cond: Cond = None) -> tuple[State, Info]:
         """Resample all particles by their weights and keep B of them, chosen at random."""
         x0, info = self.sampler.final(carry.particles, t)
         key_draw, key_choose = jax.random.split(carry.key)

@@ -35,7 +35,7 @@ from rgdiff.typing import (
 SELECTIONS = ("soft", "argmax")
 
 
-class Carry(NamedTuple):
+class SvddCarry(NamedTuple):
     """The state x_t; the denoiser's prediction there, where it is known; where copies reuse them, its value and what is out of date.
 
     `stale` [B] marks the examples whose prediction is of an earlier state (`timeless`, with a value of its own network).
@@ -65,10 +65,10 @@ class Svdd:
     distinct: bool = static(default=False)
     timeless: bool = static(default=False)
 
-    def init(self, key: Key, batch: int, t: Array, cond: Cond = None) -> Carry:
+    def init(self, key: Key, batch: int, t: Array, cond: Cond = None) -> SvddCarry:
         return self.initial(key, batch, t, cond)[0]
 
-    def initial(self, key: Key, batch: int, t: Array, cond: Cond = None) -> tuple[Carry, Info]:
+    def initial(self, key: Key, batch: int, t: Array, cond: Cond = None) -> tuple[SvddCarry, Info]:
         """Return the beginning of chains and, with `select_initial`, the info of its selection, as of a move's.
 
         That of `sample(sampler, key, ...)` is `sampler.initial(jax.random.fold_in(key, 0), batch, times[0], cond)`: `keep` sees moves.
@@ -79,13 +79,13 @@ class Svdd:
             return self._choose(key_select, self._draw(key_draw, prior), None, t, cond)
         x = prior.sample(key_draw)
         if not self.timeless:
-            return Carry(x, self.denoiser(x, t, cond) if self.shared else None, None, None), {}
+            return SvddCarry(x, self.denoiser(x, t, cond) if self.shared else None, None, None), {}
         value, prediction = evaluate(self.process, self.value, self.shared, x, t, cond)
         if self.shared:
-            return Carry(x, prediction, value, None), {}
-        return Carry(x, self.denoiser(x, t, cond), value, jnp.zeros(batch, bool)), {}
+            return SvddCarry(x, prediction, value, None), {}
+        return SvddCarry(x, self.denoiser(x, t, cond), value, jnp.zeros(batch, bool)), {}
 
-    def step(self, key: Key, carry: Carry, t: Array, s: Array, cond: Cond = None) -> tuple[Carry, Info]:
+    def step(self, key: Key, carry: SvddCarry, t: Array, s: Array, cond: Cond = None) -> tuple[SvddCarry, Info]:
         key_draw, key_select = jax.random.split(key)
         prediction = self._predict(carry, t, cond)
         carry = carry._replace(prediction=prediction)
@@ -97,7 +97,7 @@ class Svdd:
         log_ratio = jax.vmap(kernel.log_prob)(candidates) - jax.vmap(proposal.log_prob)(candidates)
         return self._choose(key_select, candidates, carry, s, cond, log_ratio)
 
-    def final(self, carry: Carry, t: Array, cond: Cond = None) -> tuple[State, Info]:
+    def final(self, carry: SvddCarry, t: Array, cond: Cond = None) -> tuple[State, Info]:
         prediction = carry.prediction
         if self.process.projects and not self.shared:
             prediction = self.denoiser(carry.x, t, cond)
@@ -117,7 +117,7 @@ class Svdd:
         """Evaluations of the value per sample, at most."""
         return self.candidates * (moves + self.select_initial)
 
-    def _predict(self, carry: Carry, t: Array, cond: Cond) -> Any:
+    def _predict(self, carry: SvddCarry, t: Array, cond: Cond) -> Any:
         if self.shared:
             return carry.prediction
         if carry.stale is None:
@@ -132,11 +132,11 @@ class Svdd:
         self,
         key: Key,
         candidates: State,
-        parent: Carry | None,
+        parent: SvddCarry | None,
         t: Array,
         cond: Cond,
         log_ratio: Array | None = None,
-    ) -> tuple[Carry, Info]:
+    ) -> tuple[SvddCarry, Info]:
         """Weigh candidates [M, B, ...] at time t by exp(v/tau) kernel/proposal, and keep one per example."""
         values, predictions, evaluations = self._evaluate(candidates, parent, t, cond)
         log_weights = log_soft_weights(values, self.temperature)
@@ -159,7 +159,7 @@ class Svdd:
         if self.distinct:
             info["evaluations"] = evaluations
         x, prediction = jax.tree.map(pick, (candidates, predictions))
-        carry = Carry(x, prediction, info["value"] if self.timeless else None, None)
+        carry = SvddCarry(x, prediction, info["value"] if self.timeless else None, None)
         if self.timeless and not self.shared:
             carry = self._keep_prediction(carry, parent, t, cond)
         if self.replace:
@@ -168,14 +168,14 @@ class Svdd:
             carry, info["value"] = self._resample(jax.random.fold_in(key, 1), carry, info["value"])
         return carry, info
 
-    def _keep_prediction(self, carry: Carry, parent: Carry | None, t: Array, cond: Cond) -> Carry:
+    def _keep_prediction(self, carry: SvddCarry, parent: SvddCarry | None, t: Array, cond: Cond) -> SvddCarry:
         """Hand the parent's prediction on, marked where the state has changed."""
         if parent is None:
             return carry._replace(prediction=self.denoiser(carry.x, t, cond), stale=jnp.zeros(carry.x.shape[0], bool))
         changed = (carry.x != parent.x).reshape(carry.x.shape[0], -1).any(-1)
         return carry._replace(prediction=parent.prediction, stale=changed)
 
-    def _resample(self, key: Key, carry: Carry, values: Array) -> tuple[Carry, Array]:
+    def _resample(self, key: Key, carry: SvddCarry, values: Array) -> tuple[SvddCarry, Array]:
         """Replace the lowest of the batch by draws in proportion to exp(v/tau) from all of it (SVDD-R)."""
         count = round(self.replace * values.shape[0])
         winners = multinomial(key, log_soft_weights(values, self.temperature), count)
@@ -189,7 +189,7 @@ class Svdd:
             return won - jax.nn.logsumexp(log_weights, 0) + jnp.log(self.candidates)
         return jnp.full_like(won, jnp.log(self.candidates) - (self.candidates - 1) / self.candidates)
 
-    def _evaluate(self, candidates: State, parent: Carry | None, t: Array, cond: Cond) -> tuple[Array, Any, Array]:
+    def _evaluate(self, candidates: State, parent: SvddCarry | None, t: Array, cond: Cond) -> tuple[Array, Any, Array]:
         """Values [M, B], predictions [M, B, ...] where the value shares the denoiser, and states evaluated per example [B]."""
         pieces = self.candidates // self.chunk
         batch = jax.tree.leaves(candidates)[0].shape[1]
@@ -216,7 +216,7 @@ class Svdd:
         return *jax.tree.map(unfold, out), jnp.full(batch, self.candidates)
 
     def _evaluate_distinct(
-        self, run: Any, candidates: Array, parent: Carry | None, t: Array, cond: Cond
+        self, run: Any, candidates: Array, parent: SvddCarry | None, t: Array, cond: Cond
     ) -> tuple[Array, Any, Array]:
         """The same for one of each kind of candidate; the parent's own kind is known where nothing depends on t."""
         many, batch = candidates.shape[:2]

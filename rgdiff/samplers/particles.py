@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from rgdiff import checks
+from rgdiff._settings import setting_of
 from rgdiff.guides.tilt import TILTS, scaled, tilt
 from rgdiff.resampling import SCHEMES, ess, log_mean_exp, log_normalize
 from rgdiff.rewards import differentiable
@@ -312,21 +313,26 @@ def das_tempering(times: Array, gamma: float = 0.008) -> Array:
     return jnp.minimum((1 + gamma) ** jnp.arange(times.shape[0], dtype=jnp.float32) - 1, 1.0)
 
 
+@setting_of(smc, defaults={"potential": "max", "resampling": "multinomial"})
 def fk_steering(process: Process, denoiser: Denoiser, value: Value, **options: Any) -> Smc:
     """FK steering as published (arXiv 2501.06848): the prior as proposal, the maximum potential, multinomial resampling."""
-    settings: dict[str, Any] = {"potential": "max", "resampling": "multinomial"} | options
-    return smc(process, denoiser, value, **settings)
+    return smc(process, denoiser, value, **options)
 
 
+@setting_of(smc, defaults={"twist": 1.0, "ess_threshold": 1.0})
 def tds(process: Process, denoiser: Denoiser, value: Value, **options: Any) -> Smc:
     """TDS as published (arXiv 2306.17775, algorithm 1): the twisted proposal, systematic resampling at every move."""
-    settings: dict[str, Any] = {"twist": 1.0, "ess_threshold": 1.0} | options
-    return smc(process, denoiser, value, **settings)
+    return smc(process, denoiser, value, **options)
 
 
+@setting_of(smc, fixed=("tempering",), defaults={"twist": 1.0})
 def das(
     process: Process, denoiser: Denoiser, value: Value, times: Array, *, gamma: float = 0.008, **options: Any
 ) -> Smc:
-    """DAS as published (arXiv 2501.05803, algorithm 1): twisted and tempered, resampling below half the particles."""
-    settings: dict[str, Any] = {"twist": 1.0, "tempering": das_tempering(times, gamma)} | options
-    return smc(process, denoiser, value, **settings)
+    """DAS as published (arXiv 2501.05803, algorithm 1): twisted and tempered, resampling below half the particles.
+
+    Args:
+      times: [T + 1] of the chain, `process.times(steps)`.
+      gamma: growth of the tempering a move, see `das_tempering`.
+    """
+    return smc(process, denoiser, value, tempering=das_tempering(times, gamma), **options)

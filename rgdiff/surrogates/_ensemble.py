@@ -80,7 +80,7 @@ class EnsembleBelief:
 
 
 @pytree
-class Ensemble:
+class BootstrapEnsemble:
     """A surrogate. Build it with `ensemble`."""
 
     bonus: Array
@@ -127,7 +127,7 @@ def ensemble(
     bonus: float = 1.0,
     prior: float = 0.0,
     warm: bool = False,
-) -> Ensemble:
+) -> BootstrapEnsemble:
     """Believe what networks agree on that were fitted to bootstrap resamples (SEIKO-Bootstrap, arXiv 2402.16359).
 
         f_h = argmin_f  sum over resample h of (y - f(x))^2,   upper(x) = max_h f_h(x)   or   mean_h + bonus * deviation_h
@@ -154,7 +154,7 @@ def ensemble(
       The released code resamples into four networks of its own kind, without randomised priors. The spread of few heads
       is a coarse deviation, and without priors it can vanish away from the data.
     """
-    return Ensemble(
+    return BootstrapEnsemble(
         checks.positive("bonus", bonus, zero=True),
         checks.positive("prior", prior, zero=True),
         networks.check(network),

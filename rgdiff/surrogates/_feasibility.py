@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from rgdiff import checks
 from rgdiff.surrogates import networks
-from rgdiff.surrogates._ridge import Linear
+from rgdiff.surrogates._ridge import LinearReward
 from rgdiff.surrogates.observations import EMPTY, Observations
 from rgdiff.tuners._loop import train
 from rgdiff.typing import Array, Cond, Info, Key, Params, State, callable_pytree, pytree, static
@@ -92,7 +92,7 @@ class Feasibility:
         centre = jnp.zeros(phi.shape[1]).at[0].set(succession(observations))
         newton = Newton(phi, observations.answered.astype(jnp.float32), rows, centre, self.regularization)
         state, _ = train(newton, key, newton.init(centre), None, self.steps, None)
-        logit = Linear(self.features, state.weights[1:], state.weights[0])
+        logit = LinearReward(self.features, state.weights[1:], state.weights[0])
         return FeasibilityBelief(logit, jnp.any(observations.infeasible))
 
 

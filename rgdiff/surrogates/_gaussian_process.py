@@ -24,7 +24,7 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 
 @pytree
-class Drawn:
+class PosteriorDraw:
     """A function drawn from the posterior: one of the prior, moved through the answers (Matheron's rule)."""
 
     prior: Any
@@ -66,7 +66,7 @@ class GaussianProcessBelief:
         mean = self.offset + jnp.matmul(near, self.weights, precision=HIGHEST)
         return mean + self.bonus * self._deviation(x0, near)
 
-    def draw(self, key: Key) -> Drawn:
+    def draw(self, key: Key) -> PosteriorDraw:
         """Draw a function, by a prior of random features and an exact update (pathwise conditioning, arXiv 2002.09309)."""
         key_features, key_weights, key_noise = jax.random.split(key, 3)
         rows = self.answered.astype(jnp.float32)
@@ -76,7 +76,7 @@ class GaussianProcessBelief:
         there = jnp.matmul(prior(known), prior_weights, precision=HIGHEST)
         there += self.noise * jax.random.normal(key_noise, rows.shape)
         weights = cho_solve((self.factor, True), rows * (self.target - there))
-        return Drawn(prior, prior_weights, self.kernel, known, rows * weights, self.offset)
+        return PosteriorDraw(prior, prior_weights, self.kernel, known, rows * weights, self.offset)
 
     def _to(self, x0: State) -> Array:
         """Covariance to the answers, [B, N], 0 to other slots."""
@@ -136,7 +136,7 @@ def solve(kernel: Any, noise: Array, observations: Observations, offset: Array) 
 
 
 @pytree
-class GaussianProcess:
+class GaussianProcessRegression:
     """A surrogate. Build it with `gaussian_process`."""
 
     kernel: Any
@@ -185,7 +185,7 @@ def gaussian_process(
     steps: int = 0,
     rate: float = 0.05,
     features: int = 512,
-) -> GaussianProcess:
+) -> GaussianProcessRegression:
     """Believe that the reward is drawn from a Gaussian process with this covariance (GP-UCB).
 
         mean(x) = m + k(x, X) (K + noise^2 I)^-1 (y - m),  deviation(x)^2 = k(x, x) - k(x, X) (K + noise^2 I)^-1 k(X, x),
@@ -211,7 +211,7 @@ def gaussian_process(
     if not hasattr(kernel, "random_features"):
         raise ValueError("a kernel needs random_features(key, x0, count) for posterior draws; use rbf() or tanimoto()")
     steps = checks.at_least("steps", steps, 0)
-    return GaussianProcess(
+    return GaussianProcessRegression(
         kernel,
         checks.positive("noise", noise),
         checks.positive("bonus", bonus, zero=True),

@@ -21,7 +21,7 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 
 @pytree
-class Linear:
+class LinearReward:
     """A linear function of features as a reward: offset + phi(x0) . weights."""
 
     features: Any
@@ -44,7 +44,7 @@ class RidgeBelief:
     bonus: Array
 
     def mean(self, x0: State, cond: Cond = None) -> Array:
-        return Linear(self.features, self.weights, self.offset)(x0)
+        return LinearReward(self.features, self.weights, self.offset)(x0)
 
     def deviation(self, x0: State, cond: Cond = None) -> Array:
         """noise * sqrt(phi^T C^-1 phi), of the mean, not of a further noisy answer."""
@@ -55,11 +55,11 @@ class RidgeBelief:
         mean = self.offset + jnp.matmul(phi, self.weights, precision=HIGHEST)
         return mean + self.bonus * self.noise * root(self._leverage(phi))
 
-    def draw(self, key: Key) -> Linear:
+    def draw(self, key: Key) -> LinearReward:
         """Draw the weights from the posterior."""
         normal = jax.random.normal(key, self.weights.shape)
         shift = solve_triangular(self.factor, normal, lower=False)
-        return Linear(self.features, self.weights + self.noise * shift, self.offset)
+        return LinearReward(self.features, self.weights + self.noise * shift, self.offset)
 
     def _leverage(self, phi: Array) -> Array:
         return jnp.sum(solve_triangular(self.factor, phi.T, lower=False, trans="T") ** 2, 0)

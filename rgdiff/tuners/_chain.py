@@ -66,7 +66,7 @@ class Plan(NamedTuple):
     end: Array
 
 
-class Carry(NamedTuple):
+class ChainCarry(NamedTuple):
     """The state and the index of the next network call."""
 
     x: State
@@ -117,14 +117,14 @@ class Chain:
     penalty: str = static(default="kl")
     penalize_dead: bool = static(default=True)
 
-    def init(self, key: Key, batch: int, t: Array, cond: Cond = None) -> Carry:
-        return Carry(self.process.prior(batch).sample(key), jnp.int32(0))
+    def init(self, key: Key, batch: int, t: Array, cond: Cond = None) -> ChainCarry:
+        return ChainCarry(self.process.prior(batch).sample(key), jnp.int32(0))
 
-    def step(self, key: Key, carry: Carry, t: Array, s: Array, cond: Cond = None) -> tuple[Carry, Info]:
+    def step(self, key: Key, carry: ChainCarry, t: Array, s: Array, cond: Cond = None) -> tuple[ChainCarry, Info]:
         x, call = carry
         if self.plan is None:
             y, info = self._move(key, x, t, s, cond, self.live)
-            return Carry(y, call + 1), info
+            return ChainCarry(y, call + 1), info
         cut, end, live = self.plan.cut, self.plan.end, self.plan.live[call]
         x = hold(x, call != cut)
         if self.references and self.penalize_dead:
@@ -141,9 +141,9 @@ class Chain:
             y, info = jax.lax.cond(call < end, go, lambda x: (x, nothing), x)
         else:
             y, info = go(x)
-        return Carry(y, call + 1), info
+        return ChainCarry(y, call + 1), info
 
-    def final(self, carry: Carry, t: Array, cond: Cond = None) -> tuple[State, Info]:
+    def final(self, carry: ChainCarry, t: Array, cond: Cond = None) -> tuple[State, Info]:
         """Project to data where the process projects or the plan may end the chain early, else drop the mask.
 
         The projection pays too (`samplers.projection_kl`), or a tuner would change the last call for free.

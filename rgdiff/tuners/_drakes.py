@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from rgdiff import checks
+from rgdiff._settings import setting_of
 from rgdiff.kernels import draw_token
 from rgdiff.processes import MaskedProcess, ProductProcess, along
 from rgdiff.tuners._chain import Chain, hold
@@ -32,6 +33,7 @@ def with_estimator(process: Process, estimator: str, temperature: Any = 1.0) -> 
     return process
 
 
+@setting_of(reward_backprop, fixed=("gradient",))
 def drakes(
     model: Model,
     process: Process,
@@ -186,6 +188,7 @@ class PublishedProcess(MaskedProcess):
         return soft + jax.lax.stop_gradient(hard - soft)
 
 
+@setting_of(reward_backprop, fixed=("penalize",))
 def drakes_published(
     model: Model,
     process: MaskedProcess,

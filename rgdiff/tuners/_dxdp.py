@@ -6,14 +6,16 @@ The engine is `_max_ent`; here are its options with their meaning, which `dxmi` 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from rgdiff import checks
+from rgdiff._settings import setting_of
 from rgdiff.rewards import differentiable
-from rgdiff.tuners._max_ent import SWEEPS, MaximumEntropy, Rates
+from rgdiff.tuners._max_ent import Ablation, MaximumEntropy, Rates
 from rgdiff.typing import Array, Process, Reward, callable_pytree
 
 
@@ -50,19 +52,34 @@ def settings(
     time_cost: float | Array = 0.0,
     velocity_decay: float = 0.99,
     speed: Array | None = None,
-    sweep: str = "gauss_seidel",
-    sweeps: int = 1,
-    expectation: str = "exact",
-    resample: bool = True,
-    regularized_values: bool = True,
-    timeless: bool = False,
-    every_move: bool = False,
+    ablation: Ablation | Mapping[str, Any] = Ablation(),  # noqa: B008 - a tuple of constants
     ema_decay: float | None = 0.999,
     target_decay: float | None = None,
     limit: float = 10.0,
     optimizer: Any = None,
 ) -> dict[str, Any]:
-    """Check the options of `dxdp`, which says what they are, and return the fields of the engine."""
+    """Check what `dxdp` and `dxmi` share, and return the fields of the engine.
+
+    Args:
+      batch: B, chains an iteration.
+      tau: reward's unit per nat, for a whole example. All terms of the bound are kept, so that E V at the first time is an
+        upper bound of -tau log of the integral of exp(r / tau), up to the prior's entropy.
+      velocity_tau: of the quadratic part, tau by default.
+      rate, sigma_rate, value_rate, energy_rate: of Adam for the policy's network, its log sigma, V and a separate energy;
+        the first by default. They decay as a cosine to 0 at `decay_steps`.
+      decay_steps: iterations; infinity for rates that stay.
+      warmup: iterations in which the policy stands still. A pre-trained one needs it: V knows nothing at first.
+      clip: largest norm of the policy's gradient.
+      time_cost: one number or one per move [T], e.g. `sigmoid_time_cost(T)`; added to the targets of V.
+      velocity_decay: of the running mean s_t^2 of squared moves.
+      speed: first values of s_t^2 [T]; by default those of 4,096 chains.
+      ablation: an `Ablation`, or a dict of some of its fields.
+      ema_decay: of averaged parameters (`state.best`), or None.
+      target_decay: targets of V from an average of its parameters; None: from V itself.
+      limit: an iteration in which a speed s_t exceeds `limit` times its first, or anything is not finite, is undone, and counted
+        (info `skipped`, `diverged`); `runtime.Run.fit` stops after 20 of them and keeps what was good.
+      optimizer: an Optax scaling of gradients without a rate; Adam by default.
+    """
     checks.law(process, "maximum-entropy policy improvement")
     if process.projects:
         raise ValueError(
@@ -77,7 +94,10 @@ def settings(
     if speed is not None:
         checks.shape("speed", speed, (moves,))
         speed = checks.positive("speed", speed)
-    checks.one_of("expectation", expectation, ("exact", "sampled"))
+    if not isinstance(ablation, Ablation):
+        for name in ablation:
+            checks.one_of("a name in ablation", name, Ablation._fields)
+        ablation = Ablation(**ablation)
     number = lambda name, given, default: checks.positive(name, default if given is None else given, zero=True)  # noqa: E731
     decay = jnp.asarray(decay_steps, jnp.float32)
     return {
@@ -104,16 +124,11 @@ def settings(
         "limit": checks.positive("limit", limit),
         "optimizer": adam() if optimizer is None else optimizer,
         "batch": checks.at_least("batch", batch, 1),
-        "sweep": checks.one_of("sweep", sweep, SWEEPS),
-        "sweeps": checks.at_least("sweeps", sweeps, 1),
-        "exact": expectation == "exact",
-        "resample": bool(resample),
-        "regularized_values": bool(regularized_values),
-        "timeless": bool(timeless),
-        "every_move": bool(every_move),
+        "ablation": ablation.checked(),
     }
 
 
+@setting_of(settings)
 def dxdp(
     model: Any, process: Process, reward: Reward, value: Any, times: Array | None = None, **options: Any
 ) -> MaximumEntropy:
@@ -134,27 +149,6 @@ def dxdp(
       value: params -> V (x, t, cond) -> [B], a cost in the reward's unit: `lambda p: from_linen(nets.ValueMLP(), p)`. It is
         not asked at t = 0, where minus the reward is the cost.
       times: the grid of moves, `process.times()` by default.
-      batch: B, chains an iteration.
-      tau: reward's unit per nat, for a whole example. All terms of the bound are kept, so that E V at the first time is an
-        upper bound of -tau log of the integral of exp(r / tau), up to the prior's entropy.
-      velocity_tau: of the quadratic part, tau by default.
-      rate, sigma_rate, value_rate, energy_rate: of Adam for the policy's network, its log sigma, V and a separate energy;
-        the first by default. They decay as a cosine to 0 at `decay_steps`.
-      warmup: iterations in which the policy stands still. A pre-trained one needs it: V knows nothing at first.
-      clip: largest norm of the policy's gradient.
-      time_cost: per move, or `sigmoid_time_cost(T)`; added to the targets of V.
-      velocity_decay: of s_t^2. speed: its first values [T]; by default those of 4,096 chains.
-      sweep: `gauss_seidel`, T steps of Adam from data to noise, each target with the values just learnt; or `jacobi`, one
-        step for all moves with targets of the old values. sweeps: how many of them an iteration.
-      expectation: `exact` takes the noise's out of |y - x|^2 in closed form, `sampled` does not.
-      resample: targets at fresh draws of y, not at the chain's own.
-      regularized_values: targets with the costs of steps; without, V_t is the expected end, as released.
-      timeless: V is asked at t = 0 throughout: one function of x.
-      every_move: the policy learns from all T B transitions, not from one move of each chain, moves in equal shares.
-      ema_decay: of averaged parameters (`state.best`), or None. target_decay: targets of V from an average; None: from V itself.
-      limit: an iteration in which a speed s_t exceeds `limit` times its first, or anything is not finite, is undone, and counted
-        (info `skipped`, `diverged`); `runtime.Run.fit` stops after 20 of them and keeps what was good.
-      optimizer: an Optax scaling of gradients without a rate; `adam()`.
 
     Returns:
       A tuner for `fit`; parameters are {"policy": ..., "value": ...}. `tuner.model(params["policy"])` is the denoiser to sample

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from rgdiff import checks
+from rgdiff._settings import setting_of
 from rgdiff.tuners._dxdp import settings, sigmoid_time_cost
 from rgdiff.tuners._loop import TrainState
-from rgdiff.tuners._max_ent import MaximumEntropy, Paths, Togo
+from rgdiff.tuners._max_ent import Ablation, MaximumEntropy, Paths, Togo
 from rgdiff.tuners.energy_model import contrast
 from rgdiff.typing import Array, Cond, Info, Params, Process, callable_pytree, pytree, static
 from rgdiff.values import AtTime
@@ -41,7 +42,7 @@ class InverseLearning(MaximumEntropy):
 
     def togo(self, params: Params) -> Togo:
         energy = None if self.energy_model is None else AtTime(self.energy_model(params["energy"]), jnp.float32(0))
-        return Togo(self.value(params["value"]), energy, self.timeless)
+        return Togo(self.value(params["value"]), energy, self.ablation.timeless)
 
     def energy(self, params: Params) -> AtTime:
         """The energy (x, cond) -> [B] of a state's parameters: V at t = 0, or the separate network; exp(-E / tau) is a density."""
@@ -69,6 +70,7 @@ class InverseLearning(MaximumEntropy):
         return (params, opt_state), {"energy_loss": error} | info, bounded
 
 
+@setting_of(settings)
 def dxmi(
     model: Any,
     process: Process,
@@ -91,7 +93,7 @@ def dxmi(
     `fit(data={"x0": [N, ...]}, batch=B)`, with "cond" [N, ...] where sampler and energy are conditional.
 
     Args:
-      model, process, times, options: see `dxdp`, tau and all; the batch of chains is `batch`, the rows of data `fit`'s own.
+      model, process, times: as in `dxdp`. Rows of data are `fit`'s own `batch`.
       value: params -> V (x, t, cond) -> [B]; at t = 0 it is the energy, and it is asked there only at data and ends of chains.
       decay_steps: iterations over which all rates fall to 0: as many as the run takes. Without an end (infinity) the game orbits.
       energy: params -> E (x, t, cond) -> [B], called at t = 0: a network of its own, with parameters "energy"; V is then not asked at t = 0.
@@ -124,6 +126,14 @@ def dxmi(
     )
 
 
+RELEASED = Ablation(timeless=True, regularized_values=False, resample=False, expectation="sampled")
+
+
+@setting_of(
+    dxmi,
+    fixed=("tau", "velocity_tau"),
+    defaults={"ablation": RELEASED, "ema_decay": None, "decay_steps": float("inf")},
+)
 def dxmi_released(
     model: Any,
     process: Process,
@@ -142,12 +152,11 @@ def dxmi_released(
       dim: D, the number of dimensions of an example.
       tau1, tau2: entropy's and velocity's weights per dimension; ours are tau = tau1 / D and velocity_tau = tau2 / D per example.
       time_cost: of the sigmoid.
-      options: of `dxmi`; no decay unless given; the configuration's rates are rate=1e-7, sigma_rate=1e-5, value_rate=1e-5.
 
     Note:
       tau1 = 10 tau2 has no optimum of sigma_t in a flat V: it grows until V's curvature stops it, or the policy's `reach`. The code
       takes next states as drawn by the chain and noise in the quadratic cost as drawn; and keeps no average. Its Adam is shared by
-      energy and values, as ours is.
+      energy and values, as ours is. Its rates are rate=1e-7, sigma_rate=1e-5, value_rate=1e-5, without decay.
     """
     steps = len(process.times() if times is None else times) - 1  # type: ignore[call-arg]
     dim = checks.at_least("dim", dim, 1)
@@ -155,11 +164,5 @@ def dxmi_released(
         "tau": tau1 / dim,
         "velocity_tau": tau2 / dim,
         "time_cost": sigmoid_time_cost(steps, time_cost),
-        "timeless": True,
-        "regularized_values": False,
-        "resample": False,
-        "expectation": "sampled",
-        "ema_decay": None,
-        "decay_steps": float("inf"),
     }
     return dxmi(model, process, value, times, **(fixed | options))

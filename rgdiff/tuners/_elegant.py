@@ -11,6 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from rgdiff._settings import setting_of
 from rgdiff.processes import GaussianProcess, InitialProcess, along, started_from
 from rgdiff.tuners._reward_backprop import RewardBackprop, reward_backprop
 from rgdiff.tuners.value_learning import ValueLearning, value_regression
@@ -54,6 +55,7 @@ class _Sum:
         return self.base(x, t, cond) + self.change(x, t, cond)
 
 
+@setting_of(value_regression, fixed=("temperature",))
 def initial_value(
     model: Any, process: Process, times: Array, optimizer: Any, *, kl_weight: float, **options: Any
 ) -> ValueLearning:
@@ -64,6 +66,7 @@ def initial_value(
     return value_regression(model, process, optimizer, temperature=kl_weight, times=jnp.asarray(times)[:1], **options)
 
 
+@setting_of(reward_backprop, fixed=("reference",))
 def initial_tuner(
     model: Model,
     initial: InitialProcess,
@@ -90,6 +93,7 @@ def initial_tuner(
     return reward_backprop(shifted, initial, reward, times, optimizer, reference=base, kl_weight=kl_weight, **options)
 
 
+@setting_of(reward_backprop)
 def elegant(
     model: Model,
     process: GaussianProcess,

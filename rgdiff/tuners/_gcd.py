@@ -10,6 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from rgdiff._settings import setting_of
 from rgdiff.samplers._loop import roll
 from rgdiff.tuners._dxmi import InverseLearning, dxmi
 from rgdiff.tuners._max_ent import Paths, _Walk
@@ -46,6 +47,7 @@ class Contrastive(InverseLearning):
         return jnp.mean(self.energy(params)(x0, cond) - self.tau * entropies[-1])
 
 
+@setting_of(dxmi)
 def gcd(
     model: Any, process: Process, value: Any, times: Array | None = None, *, decay_steps: float, **options: Any
 ) -> Contrastive:
@@ -54,8 +56,9 @@ def gcd(
         min over E, max over pi of  E_data[E] - E_pi[E] + tau H(pi(x_T | x_{T-1})) + gamma (E_data[E^2] + E_pi[E^2])
 
     Args:
-      model, process, value, times, decay_steps, options: of `dxmi`; the value is the energy and is asked at t = 0 alone. What concerns
-        costs to go and speeds has no effect, but that speeds are still watched for divergence.
+      model, process, times, decay_steps: as in `dxmi`. Keywords that concern costs to go and speeds have no effect, but that
+        speeds are still watched for divergence.
+      value: the energy, asked at t = 0 alone.
 
     Note:
       Conditioning lowers entropy, so H(x_T) >= H(x_T | x_{T-1}): the bound that a chain gives without an auxiliary law. The

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rgdiff import checks
 from rgdiff.kernels import Gaussian
 from rgdiff.samplers._loop import roll
 from rgdiff.tuners._loop import TrainState
@@ -19,6 +20,7 @@ from rgdiff.tuners.ema import ema_update
 from rgdiff.typing import Array, Cond, Info, Key, Params, Process, State, Value, callable_pytree, pytree, static
 
 SWEEPS = ("gauss_seidel", "jacobi")
+EXPECTATIONS = ("exact", "sampled")
 
 
 class Paths(NamedTuple):
@@ -28,7 +30,7 @@ class Paths(NamedTuple):
     kernels: Gaussian
 
 
-class Extra(NamedTuple):
+class MaximumEntropyExtra(NamedTuple):
     """Beside parameters: speeds s_t^2 [T], squared data units, the first ones, and the target network (or None)."""
 
     speed: Array
@@ -43,6 +45,34 @@ class Rates(NamedTuple):
     sigma: Array
     value: Array
     energy: Array
+
+
+class Ablation(NamedTuple):
+    """What the papers' versions of the algorithm do differently; the defaults are ours. All of it shapes the program.
+
+    sweep: `gauss_seidel`, T steps of Adam from data to noise, each target with the values just learnt; or `jacobi`, one
+      step for all moves with targets of the old values. sweeps: how many of them an iteration.
+    expectation: `exact` takes the noise's out of |y - x|^2 in closed form, `sampled` does not.
+    resample: targets at fresh draws of y, not at the chain's own.
+    regularized_values: targets with the costs of steps; without, V_t is the expected end, as released.
+    timeless: V is asked at t = 0 throughout: one function of x.
+    every_move: the policy learns from all T B transitions, not from one move of each chain, moves in equal shares.
+    """
+
+    sweep: str = "gauss_seidel"
+    sweeps: int = 1
+    expectation: str = "exact"
+    resample: bool = True
+    regularized_values: bool = True
+    timeless: bool = False
+    every_move: bool = False
+
+    def checked(self) -> Ablation:
+        """Refuse unknown names and counts below 1."""
+        checks.one_of("ablation.sweep", self.sweep, SWEEPS)
+        checks.at_least("ablation.sweeps", self.sweeps, 1)
+        checks.one_of("ablation.expectation", self.expectation, EXPECTATIONS)
+        return self
 
 
 @pytree
@@ -102,13 +132,7 @@ class MaximumEntropy:
     limit: Array
     optimizer: Any = static()
     batch: int = static()
-    sweep: str = static(default="gauss_seidel")
-    sweeps: int = static(default=1)
-    exact: bool = static(default=True)
-    resample: bool = static(default=True)
-    regularized_values: bool = static(default=True)
-    timeless: bool = static(default=False)
-    every_move: bool = static(default=False)
+    ablation: Ablation = static(default=Ablation())
 
     advice = "lower the rates, or see that the reward is finite wherever chains may end (jnp.maximum(reward, a floor))"
 
@@ -125,12 +149,14 @@ class MaximumEntropy:
         target = None if self.target_decay is None else copy()
         opt_state = {name: self.optimizer.init(part) for name, part in params.items()}
         average = None if self.ema_decay is None else copy()
-        return TrainState(params, opt_state, average, jnp.int32(0), jnp.int32(0), Extra(speed, speed + 0.0, target))
+        return TrainState(
+            params, opt_state, average, jnp.int32(0), jnp.int32(0), MaximumEntropyExtra(speed, speed + 0.0, target)
+        )
 
     def togo(self, params: Params) -> Togo:
         """The cost to go of a state's parameters, a value with lower = better: minus the reward, or the energy, at t = 0."""
         energy = None if self.reward is None else self._minus_reward
-        return Togo(self.value(params["value"]), energy, self.timeless)
+        return Togo(self.value(params["value"]), energy, self.ablation.timeless)
 
     def rollout(self, key: Key, policy: Params, batch: int, cond: Cond = None) -> Paths:
         """Draw chains without gradients."""
@@ -156,7 +182,7 @@ class MaximumEntropy:
     def network_calls(self) -> int:
         """Calls of the tuned denoiser per chain and iteration, forward passes only."""
         moves = self.times.shape[0] - 1
-        return moves + (moves if self.every_move else 1)
+        return moves + (moves if self.ablation.every_move else 1)
 
     # ------------------------------------------------------------ the parts of an iteration
 
@@ -168,14 +194,14 @@ class MaximumEntropy:
         flat = lambda a: jnp.sum(a.reshape(a.shape[0], -1), -1)  # noqa: E731
         size = math.prod(x.shape[1:])
         square = flat((kernel.mean - x) ** 2) + size * jnp.mean(kernel.std**2, axis=tuple(range(1, x.ndim)))
-        square = square if self.exact else flat((y - x) ** 2)
+        square = square if self.ablation.expectation == "exact" else flat((y - x) ** 2)
         entropy = kernel.entropy() - 0.5 * size * jnp.log(2 * jnp.pi * speed)
         return self.velocity_tau * square / (2 * speed) - self.tau * entropy
 
     def _squares(self, paths: Paths) -> Array:
         """E |x_{t+1} - x_t|^2 / D of every move, [T]."""
         mean = lambda a: jnp.mean(a.reshape(a.shape[0], -1), -1)  # noqa: E731
-        if not self.exact:
+        if self.ablation.expectation == "sampled":
             return mean((paths.x[1:] - paths.x[:-1]) ** 2)
         return mean((paths.kernels.mean - paths.x[:-1]) ** 2) + mean(paths.kernels.std**2)
 
@@ -199,9 +225,9 @@ class MaximumEntropy:
         rate = self._rate(self.rates.value, state.step)
 
         def goal(value: Params, key: Key, x: Array, y: Array, kernel: Gaussian, s: Array, speed: Array, extra: Array):
-            y = kernel.sample(key) if self.resample else y
+            y = kernel.sample(key) if self.ablation.resample else y
             source = params | {"value": value} if state.extra.target is None else state.extra.target
-            cost = self.cost(kernel, x, y, speed) if self.regularized_values else 0.0
+            cost = self.cost(kernel, x, y, speed) if self.ablation.regularized_values else 0.0
             return jax.lax.stop_gradient(self.togo(source)(y, s, cond) + cost + extra)
 
         def loss(value: Params, x: Array, t: Array, goals: Array) -> Array:
@@ -219,7 +245,7 @@ class MaximumEntropy:
             keys = jax.random.split(key, moves)
             rest = (keys, paths.x[1:], paths.kernels, self.times[1:], speed, self.time_cost)
             where = (self.times[:-1], paths.x[:-1], *rest)
-            if self.sweep == "gauss_seidel" and moves > 1:
+            if self.ablation.sweep == "gauss_seidel" and moves > 1:
                 return jax.lax.scan(one, inner, where, reverse=True)
             if moves == 1:  # see samplers._loop.roll
                 inner, error = one(inner, jax.tree.map(lambda leaf: leaf[0], where))
@@ -231,7 +257,7 @@ class MaximumEntropy:
             return descend(value, opt, back(jnp.ones_like(errors))[0]), errors
 
         inner = params["value"], opt_state["value"]
-        for one_key in jax.random.split(key, self.sweeps):
+        for one_key in jax.random.split(key, self.ablation.sweeps):
             inner, errors = sweep(inner, one_key)
         params, opt_state = params | {"value": inner[0]}, opt_state | {"value": inner[1]}
         return (params, opt_state), {"loss": jnp.mean(errors)}
@@ -245,7 +271,7 @@ class MaximumEntropy:
         that a network embeds its time once.
         """
         moves, batch = self.times.shape[0] - 1, paths.x.shape[1]
-        rows = batch if self.every_move else -(-batch // moves)
+        rows = batch if self.ablation.every_move else -(-batch // moves)
         denoiser, togo = self.model(policy), self.togo(params)
 
         def one(key: Key, move: Array, t: Array, s: Array, x: Array, speed: Array) -> Array:
@@ -288,7 +314,7 @@ class MaximumEntropy:
             average = ema_update(average, params, self.ema_decay, state.step)  # type: ignore[arg-type]
         if target is not None:
             target = ema_update(target, params, self.target_decay)  # type: ignore[arg-type]
-        extra = Extra(speed, state.extra.first, target)
+        extra = MaximumEntropyExtra(speed, state.extra.first, target)
         kept = _either(
             good, (params, opt_state, average, extra), (state.params, state.opt_state, state.average, state.extra)
         )

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from rgdiff import checks
 from rgdiff.rewards import differentiable
 from rgdiff.samplers._loop import REMAT, rematerialize, roll
-from rgdiff.tuners._chain import PENALTIES, Carry, Chain, budget_of, hold, towards_budget, weighed_references
+from rgdiff.tuners._chain import PENALTIES, Chain, ChainCarry, budget_of, hold, towards_budget, weighed_references
 from rgdiff.tuners._loop import TrainState, start, update
 from rgdiff.typing import (
     Array,
@@ -220,7 +220,7 @@ class RewardBackprop:
         draws = jax.vmap(noised.sample)(jax.random.split(key_noise, self.renoised))
         x = jax.tree.map(lambda d: d.reshape(-1, *d.shape[2:]), draws)
         conds = jax.tree.map(lambda c: jnp.tile(c, (self.renoised,) + (1,) * (c.ndim - 1)), cond)
-        chain, carry = Chain(self.process, denoiser), Carry(x, jnp.int32(last))
+        chain, carry = Chain(self.process, denoiser), ChainCarry(x, jnp.int32(last))
         if self.times.shape[0] - 1 > last:
             carry, _ = roll(chain, key_chain, carry, self.times[last:], conds, first=last, remat=self.remat)
         final = rematerialize(lambda carry: chain.final(carry, self.times[-1], conds)[0], self.remat)

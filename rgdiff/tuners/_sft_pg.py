@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from rgdiff import checks
+from rgdiff._settings import setting_of
 from rgdiff.tuners._loop import TrainState, start, update
 from rgdiff.tuners.policy_gradient import PolicyGradient, ddpo
 from rgdiff.typing import Array, Cond, Info, Key, Model, Params, Process, State, callable_pytree, pytree, static
@@ -101,6 +102,7 @@ class ShortcutTuning:
         return jnp.mean((jnp.sqrt(square + 1e-12) - 1) ** 2)
 
 
+@setting_of(ddpo)
 def sft_pg(
     model: Model,
     process: Process,

@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from rgdiff import checks
+from rgdiff._settings import setting_of
 from rgdiff.processes import ProductProcess
 from rgdiff.samplers._loop import roll
 from rgdiff.tuners import advantages
-from rgdiff.tuners._chain import Carry, Chain, budget_of, towards_budget, weighed_references
+from rgdiff.tuners._chain import Chain, ChainCarry, budget_of, towards_budget, weighed_references
 from rgdiff.tuners._loop import TrainState, start, update
 from rgdiff.tuners.advantages import Advantage, Returns, summed
 from rgdiff.tuners.online import feasible_mean, minibatch_rows
@@ -74,7 +75,7 @@ class Rows(NamedTuple):
         return Rows(*moves, weight, scale, cond, self.kl_weight)
 
 
-class Extra(NamedTuple):
+class PolicyGradientExtra(NamedTuple):
     """What a state holds besides: the advantage's own state, and the weights [n] of the KLs where a budget moves them."""
 
     advantage: Any
@@ -104,8 +105,8 @@ class PolicyGradient:
     kl_gradient: str = static(default="full")
 
     def init(self, params: Params) -> TrainState:
-        """Return a state; its `extra` is an `Extra`."""
-        extra = Extra(self.advantage.init(), None if self.kl_budget is None else self.kl_weight)
+        """Return a state; its `extra` is an `PolicyGradientExtra`."""
+        extra = PolicyGradientExtra(self.advantage.init(), None if self.kl_budget is None else self.kl_weight)
         return start(params, self.optimizer, average=self.ema_decay is not None, extra=extra)
 
     def rollout(self, key: Key, state: TrainState, cond: Cond = None) -> Experience:
@@ -169,7 +170,9 @@ class PolicyGradient:
         denoiser = callable_pytree(self.model(params), "a denoiser")
         return Chain(self.process, denoiser, self.references, pathwise=False)
 
-    def _weigh(self, extra: Extra, experience: Experience, rewards: Array) -> tuple[Rows, Extra, Info]:
+    def _weigh(
+        self, extra: PolicyGradientExtra, experience: Experience, rewards: Array
+    ) -> tuple[Rows, PolicyGradientExtra, Info]:
         """Advantages and weights of all chains; none is feasible: NaN, so that the step is skipped and counted."""
         feasible = jnp.isfinite(rewards)
         reward = jnp.where(feasible, rewards, 0.0).astype(jnp.float32)
@@ -225,7 +228,7 @@ class PolicyGradient:
     def _end(self, params: Params, rows: Rows, terminal: Reward | None) -> Array:
         """Loss of the projection: its KL costs, and the reward through it where it is given as a function."""
         last = jax.tree.map(lambda leaf: leaf[-1], rows.path)
-        x0, info = self._chain(params).final(Carry(last, jnp.int32(0)), self.times[-1], rows.cond)
+        x0, info = self._chain(params).final(ChainCarry(last, jnp.int32(0)), self.times[-1], rows.cond)
         gain = jnp.float32(0) if terminal is None else terminal(x0, rows.cond)
         if self.references:
             gain = gain - rows.kl_weight @ info["penalty"]
@@ -339,6 +342,7 @@ def ddpo(
     )
 
 
+@setting_of(ddpo, fixed=("advantage",))
 def dpok(
     model: Model,
     process: Process,

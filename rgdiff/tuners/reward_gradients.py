@@ -9,11 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 from rgdiff import checks
+from rgdiff._settings import setting_of
 from rgdiff.tuners import plans
 from rgdiff.tuners._reward_backprop import RewardBackprop, reward_backprop
 from rgdiff.typing import Array, Denoiser, Model, Process, Reward
 
 
+@setting_of(reward_backprop, fixed=("truncation",))
 def draft(
     model: Model, process: Process, reward: Reward, times: Array, optimizer: Any, **options: Any
 ) -> RewardBackprop:
@@ -21,6 +23,7 @@ def draft(
     return reward_backprop(model, process, reward, times, optimizer, truncation=None, **options)
 
 
+@setting_of(reward_backprop, fixed=("truncation",))
 def draft_k(
     model: Model,
     process: Process,
@@ -40,6 +43,7 @@ def draft_k(
     return reward_backprop(model, process, reward, times, optimizer, truncation=truncation, **options)
 
 
+@setting_of(reward_backprop, fixed=("truncation", "renoised"))
 def draft_lv(
     model: Model,
     process: Process,
@@ -72,6 +76,7 @@ def draft_lv(
     )
 
 
+@setting_of(reward_backprop, fixed=("truncation", "penalty", "penalize", "kl_budget", "kl_rate"))
 def draft_plus(
     model: Model,
     process: Process,
@@ -107,6 +112,7 @@ def draft_plus(
     )
 
 
+@setting_of(reward_backprop, fixed=("truncation",))
 def refl(
     model: Model, process: Process, reward: Reward, times: Array, optimizer: Any, *, m: int = 20, **options: Any
 ) -> RewardBackprop:
@@ -118,6 +124,7 @@ def refl(
     return reward_backprop(model, process, reward, times, optimizer, truncation=plans.late(m), **options)
 
 
+@setting_of(reward_backprop, fixed=("truncation",))
 def alignprop(
     model: Model,
     process: Process,
@@ -136,6 +143,7 @@ def alignprop(
     return reward_backprop(model, process, reward, times, optimizer, truncation=plans.suffix(mean, std), **options)
 
 
+@setting_of(reward_backprop, fixed=("truncation",))
 def alignprop_subset(
     model: Model, process: Process, reward: Reward, times: Array, optimizer: Any, **options: Any
 ) -> RewardBackprop:
@@ -143,6 +151,7 @@ def alignprop_subset(
     return reward_backprop(model, process, reward, times, optimizer, truncation=plans.Subset(), **options)
 
 
+@setting_of(reward_backprop, fixed=("truncation", "input_gradient"))
 def drtune(
     model: Model,
     process: Process,

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from rgdiff import checks
+from rgdiff._settings import setting_of
 from rgdiff.samplers import ancestral, sample
 from rgdiff.tuners._loop import TrainState, start, update
 from rgdiff.tuners._pretraining import stratified_times
@@ -220,6 +221,7 @@ def temporal_difference(
     )
 
 
+@setting_of(sample, fixed=("keep",))
 def rollouts(
     key: Key,
     process: Process,

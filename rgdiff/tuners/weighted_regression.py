@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from rgdiff import checks
+from rgdiff._settings import setting_of
 from rgdiff.samplers import ancestral
 from rgdiff.samplers._loop import Drawing
 from rgdiff.tuners._loop import TrainState, update
@@ -130,6 +131,43 @@ class WeightedRegression:
         return self.times.shape[0] - 1 + self.process.projects + self.epochs
 
 
+@setting_of(pretraining, fixed=("grid",))
+def _build(
+    scheme: str,
+    number: Array,
+    prior: Denoiser | None,
+    model: Model,
+    process: Process,
+    times: Array,
+    optimizer: Any,
+    batch: int,
+    *,
+    group: int = 0,
+    repeats: int = 1,
+    epochs: int = 1,
+    minibatches: int = 1,
+    **options: Any,
+) -> WeightedRegression:
+    """Build weighted regression on the model's or the prior's samples.
+
+    Args:
+      group: consecutive samples that compete with one another; 0, the whole batch. RAFT's best of K per prompt is
+        group=repeats=K, fraction=1/K.
+      repeats: samples for each row of the conditions.
+      epochs: passes over a batch.
+      minibatches: parts of a pass, an optimiser step each.
+    """
+    batch = checks.at_least("batch", batch, 1)
+    for name, parts in (("group", group or 1), ("repeats", repeats), ("minibatches", minibatches)):
+        checks.divides(name, parts, batch)
+    training = pretraining(model, process, optimizer, **options)
+    epochs = checks.at_least("epochs", epochs, 1)
+    return WeightedRegression(
+        training, checks.times(times, process), number, prior, scheme, batch, group, repeats, epochs, minibatches
+    )
+
+
+@setting_of(_build)
 def reward_weighted(
     model: Model,
     process: Process,
@@ -150,8 +188,6 @@ def reward_weighted(
       prior: a denoiser to draw from at every step. The fixed point is then p(x0) exp(r(x0) / temperature) / Z, p the law
         of its chain. With None samples come from the model itself, and each round tilts it once more: it ends at the
         best samples it knows, whatever the temperature.
-      options: group (weights within groups of so many consecutive samples; 0, the whole batch), repeats (samples for each
-        row of the conditions), epochs, minibatches, and those of `pretraining`, e.g. ema_decay, drop and null.
 
     Returns:
       An online method. info: reward, infeasible, ess (effective number of samples), loss.
@@ -171,6 +207,7 @@ def reward_weighted(
     )
 
 
+@setting_of(_build)
 def filtered(
     model: Model,
     process: Process,
@@ -186,8 +223,7 @@ def filtered(
 
     Args:
       fraction: of each group's feasible samples that is kept, at least one; in (0, 1], dynamic.
-      group: option; samples that compete with one another. RAFT's best of K per prompt is group=repeats=K, fraction=1/K.
-      batch, prior, options: as in `reward_weighted`.
+      batch, prior: as in `reward_weighted`.
     """
     number = checks.positive("fraction", fraction)
     if not isinstance(number, Tracer) and number > 1:
@@ -195,29 +231,3 @@ def filtered(
     if prior is not None:
         prior = callable_pytree(prior, "a denoiser")
     return _build("top", number, prior, model, process, times, optimizer, batch, **options)
-
-
-def _build(
-    scheme: str,
-    number: Array,
-    prior: Denoiser | None,
-    model: Model,
-    process: Process,
-    times: Array,
-    optimizer: Any,
-    batch: int,
-    *,
-    group: int = 0,
-    repeats: int = 1,
-    epochs: int = 1,
-    minibatches: int = 1,
-    **options: Any,
-) -> WeightedRegression:
-    batch = checks.at_least("batch", batch, 1)
-    for name, parts in (("group", group or 1), ("repeats", repeats), ("minibatches", minibatches)):
-        checks.divides(name, parts, batch)
-    training = pretraining(model, process, optimizer, **options)
-    epochs = checks.at_least("epochs", epochs, 1)
-    return WeightedRegression(
-        training, checks.times(times, process), number, prior, scheme, batch, group, repeats, epochs, minibatches
-    )

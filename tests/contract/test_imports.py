@@ -17,7 +17,7 @@ ROOT = Path(rgdiff.__file__).parent
 
 # A package or module imports only from rows above its own, or from itself.
 ORDER = [
-    {"_lazy", "typing", "checks"}, {"keys"}, {"kernels"}, {"schedules"}, {"processes"}, {"denoisers"}, {"policies"}, {"values", "rewards"},
+    {"_lazy", "_settings", "typing", "checks"}, {"keys"}, {"kernels"}, {"schedules"}, {"processes"}, {"denoisers"}, {"policies"}, {"values", "rewards"},
     {"guides"}, {"resampling"}, {"samplers"}, {"tuners"}, {"surrogates"}, {"seiko"}, {"nets"}, {"metrics"}, {"exact"}, {"domains"},
     {"runtime"}, {"recipes"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
@@ -135,3 +135,12 @@ def test_a_public_module_is_not_hidden_by_what_it_holds():
         if package and not last.startswith("_") and getattr(importlib.import_module(package), last) is not found:
             hidden.append(module)
     assert not hidden, hidden
+
+
+def test_no_two_public_classes_bear_one_name():
+    homes: dict[str, list[str]] = {}
+    for path in MODULES:
+        for node in ast.parse((ROOT / path).read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(str(path))
+    assert not {name: where for name, where in homes.items() if len(where) > 1}

@@ -13,9 +13,7 @@ import sklearn.metrics
 from rgdiff.domains.anomaly import data as anomaly
 from rgdiff.domains.anomaly.tasks import typicality
 from rgdiff.recipes import compose as recipe
-from rgdiff.recipes.methods import detectors as dxmi_anomaly
-from rgdiff.recipes.methods import few_step as dxmi
-from rgdiff.recipes.methods import few_step_baselines as dxmi_baselines
+from rgdiff.recipes.methods import detectors, few_step, few_step_baselines
 
 SMALL = {"features": [8]}
 
@@ -76,7 +74,7 @@ def test_a_study_is_means_and_deviations_over_seeds():
             return [anomaly.OneClass(name, *[np.zeros((1, 1))] * 3) for name in ("a", "b")]
 
     table = {("a", 0): 0.8, ("a", 1): 0.9, ("b", 0): 0.6, ("b", 1): 0.9}
-    figures = dxmi_anomaly.study(Prior(), 2, lambda problem, seed: table[problem.name, seed])
+    figures = detectors.study(Prior(), 2, lambda problem, seed: table[problem.name, seed])
     expected = {"auroc_a": 0.85, "auroc_b": 0.75, "auroc_mean": 0.8, "auroc_mean_sd": np.std([0.7, 0.9], ddof=1)}
     for name, value in expected.items():
         assert abs(figures[name] - value) < 1e-12
@@ -106,13 +104,13 @@ def test_an_anomaly_recipe_runs(tmp_path):
 
 
 def few_steps(**options):
-    return dxmi.FewSteps(**({"network": object()} | options))
+    return few_step.FewSteps(**({"network": object()} | options))
 
 
 class Settings:
     """A prior's settings that hand data on."""
 
-    hands_on = True
+    gives_data = True
 
     @property
     def schedule(self):
@@ -128,13 +126,13 @@ class Settings:
         (lambda: anomaly.one_class("wines"), "did you mean 'wine'"),
         (lambda: anomaly.one_class(digits=()), "one at least"),
         (lambda: anomaly.detect("forest", None), "detector must be one of"),
-        (lambda: few_steps().check(object(), (2,)), "learns from data, which prior=planar_mlp"),
+        (lambda: few_steps().check(object(), (2,)), "learns from data, which Gaussian priors hand on"),
         (lambda: few_steps(network=None).check(Settings(), (2,)), "start=denoiser needs method.network"),
         (lambda: few_steps(start="warm").check(Settings(), (2,)), "start must be one of"),
         (lambda: few_steps(steps=4).check(Settings(), (2,)), "5 standard deviations for 4 steps"),
         (lambda: few_steps(levels="edm").check(Settings(), (2,)), "levels must be one of"),
-        (lambda: dxmi_anomaly.Scikit("isolation_forest").check(Settings(), (2,)), "needs prior=one_class"),
-        (lambda: dxmi_baselines.LangevinTraining(None, None).check(object(), (2,)), "this method learns from data"),
+        (lambda: detectors.Scikit("isolation_forest").check(Settings(), (2,)), "needs prior=one_class"),
+        (lambda: few_step_baselines.LangevinTraining(None, None).check(object(), (2,)), "this method learns from data"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(make, message):

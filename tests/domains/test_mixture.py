@@ -11,8 +11,8 @@ from rgdiff import cli, nets
 from rgdiff.domains.mixture import MixtureJudge, mixture
 from rgdiff.domains.mixture.judge import BINS
 from rgdiff.domains.mixture.tasks import quadratic
-from rgdiff.recipes.methods.rounds import ExactPrior
-from rgdiff.recipes.outcome import Outcome
+from rgdiff.recipes.priors import ExactPrior
+from rgdiff.recipes.typing import Outcome
 from rgdiff.schedules import flow
 from tests.worlds.worlds import MixtureWorld, assert_mean
 
@@ -24,7 +24,7 @@ def domain():
 
 
 def prior():
-    return ExactPrior(flow(), steps=8, eta=0.25).obtain(None, domain(), None)  # type: ignore[arg-type]
+    return ExactPrior(schedule=flow(), steps=8, eta=0.25).obtain(None, domain(), None)  # type: ignore[arg-type]
 
 
 def test_the_denoiser_is_the_worlds_own_and_the_network_starts_at_zero():

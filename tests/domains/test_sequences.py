@@ -512,7 +512,7 @@ def fasta(tmp_path):
     return path
 
 
-TINY = ["samples=16", "domain=sequences", "method=svdd", "method.candidates=3", "prior.steps=4"]
+TINY = ["samples=16", "domain=sequences", "method=svdd", "method.options.candidates=3", "prior.steps=4"]
 
 
 def run(tmp_path, *overrides):
@@ -539,7 +539,7 @@ def test_a_file_of_ones_own_runs_to_a_report(tmp_path, fasta):
 @pytest.mark.slow
 def test_the_factorised_prior_needs_no_training_and_svdd_may_have_the_exact_value(tmp_path, fasta):
     options = [f"domain.source={fasta}", "prior=factorised", "reward=gc", "method=svdd_exact", "method.temperature=0.2"]
-    assert run(tmp_path, *options, "samples=128", "method.candidates=64") == 0
+    assert run(tmp_path, *options, "samples=128", "method.options.candidates=64") == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     row = {name: summary[f"svdd_exact/{name}"] for name in ("reward_mean", "reward_se", "exact_reward_mean")}
     assert abs(row["reward_mean"] - row["exact_reward_mean"]) < 4 * row["reward_se"] + 0.02

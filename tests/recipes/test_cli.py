@@ -57,14 +57,14 @@ MORE = {
     "smc": PARTICLES,
     "filtered": POLICY,
     "fk_steering": PARTICLES,
-    "freedom": ["method.window=[0.0,1.0]"],
-    "lgd_mc": ["method.draws=2"],
-    "svdd": ["method.candidates=2", "method.proposal=1.0"],
-    "svdd_mc": ["method.candidates=2", *VALUE],
-    "svdd_r": ["method.candidates=2"],
+    "freedom": ["method.sampling.window=[0.0,1.0]"],
+    "lgd_mc": ["method.options.draws=2"],
+    "svdd": ["method.options.candidates=2", "method.proposal=1.0"],
+    "svdd_mc": ["method.options.candidates=2", *VALUE],
+    "svdd_r": ["method.options.candidates=2"],
     "tds": PARTICLES,
     "tilt": [],
-    "tmpd": ["reward=downsampling", "method.diagonal=true"],
+    "tmpd": ["reward=downsampling", "method.options.diagonal=true"],
 }
 
 
@@ -149,7 +149,10 @@ def test_methods_run(method, tmp_path, cache):
 
 @pytest.mark.slow
 def test_black_box_reward_guides_svdd(tmp_path, cache):
-    assert run(tmp_path, cache, "reward=compress", "method=svdd", "method.candidates=4", "method.temperature=1.0") == 0
+    assert (
+        run(tmp_path, cache, "reward=compress", "method=svdd", "method.options.candidates=4", "method.temperature=1.0")
+        == 0
+    )
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (
         summary["svdd/reward_mean"] == round(summary["svdd/reward_mean"] * 12) / 12
@@ -175,12 +178,12 @@ def test_users_own_parts(tmp_path, cache, monkeypatch):
         "prior.network._target_=my_module.Net",
         "modules=[my_module]",
         "method=svdd",
-        "method.candidates=2",
+        "method.options.candidates=2",
     ]
     argv = ["run", "steer", *mine, "reward=symmetry", f"out={tmp_path / 'net'}", f"cache_dir={cache}"]
     assert main(argv) == 0
     sys.modules.pop("my_module")
-    assert run(tmp_path, cache, *own, "reward.host=true", "method=svdd", "method.candidates=2", out="host") == 0
+    assert run(tmp_path, cache, *own, "reward.host=true", "method=svdd", "method.options.candidates=2", out="host") == 0
 
 
 @pytest.mark.slow
@@ -208,7 +211,14 @@ def test_bad_input_is_one_line(tmp_path, cache, capsys):
         ("run", "steer", "seed"): "key=value",
         ("run", "steer", "reward=custom"): "reward.fn",
         ("run", "steer", "reward=custom", "reward.fn=no_such_module.f", f"out={tmp_path / 'a'}"): "no_such_module",
-        ("run", "steer", "method.candidates=0", *TINY, f"out={tmp_path / 'b'}", f"cache_dir={cache}"): "candidates",
+        (
+            "run",
+            "steer",
+            "method.options.candidates=0",
+            *TINY,
+            f"out={tmp_path / 'b'}",
+            f"cache_dir={cache}",
+        ): "candidates",
         ("run", "steer", "prior.eta=0", *TINY, f"out={tmp_path / 'c'}", f"cache_dir={cache}"): "eta = 0",
         ("run", "steer", "domain=mnist", f"data_dir={tmp_path}", f"out={tmp_path / 'd'}"): "MNIST file missing",
         ("run", "steer", "method=svdd_r", *CONDITIONAL): "away from their conditions",
@@ -261,12 +271,12 @@ def test_a_recipe_file_cannot_call_what_the_user_did_not_name(tmp_path, capsys):
 
 
 def test_another_run_is_not_overwritten(tmp_path, cache, capsys):
-    assert run(tmp_path, cache, "reward=symmetry", "method=svdd", "method.candidates=2") == 0
+    assert run(tmp_path, cache, "reward=symmetry", "method=svdd", "method.options.candidates=2") == 0
     before = (tmp_path / "run" / "samples.npz").read_bytes()
     capsys.readouterr()
     again = ["run", "steer", *TINY, f"out={tmp_path / 'run'}", f"cache_dir={cache}", "reward=symmetry", "method=svdd"]
     assert "already holds a run" in failing(capsys, *again)
-    assert "cannot resume" in failing(capsys, *again, "method.candidates=3", "resume=true")
+    assert "cannot resume" in failing(capsys, *again, "method.options.candidates=3", "resume=true")
     assert (tmp_path / "run" / "samples.npz").read_bytes() == before
 
 
@@ -296,7 +306,7 @@ def test_a_method_may_have_a_guide_of_its_own(tmp_path, cache, capsys):
 
 
 def test_a_method_that_diverges_leaves_the_others(tmp_path, cache, capsys):
-    few = ["prior=mlp", "methods.svdd.candidates=2", "methods.draft_lv.batch=4", "methods.draft_lv.steps=30"]
+    few = ["prior=mlp", "methods.svdd.options.candidates=2", "methods.draft_lv.batch=4", "methods.draft_lv.steps=30"]
     argv = ["run", "quickstart", *TINY, *few, f"out={tmp_path / 'run'}", f"cache_dir={cache}"]
     assert "draft_lv: 2" in failing(capsys, *argv, "methods.draft_lv.optimizer.learning_rate=1e38")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

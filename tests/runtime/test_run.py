@@ -9,9 +9,10 @@ import optax
 import pytest
 
 from rgdiff import guides, processes, schedules, tuners
-from rgdiff.recipes.methods.steering import Smc
-from rgdiff.recipes.priors import Prior, gaussian_prior, masked_prior
-from rgdiff.recipes.values import Likelihood
+from rgdiff.recipes.methods.steering import ParticleSampling
+from rgdiff.recipes.priors import GaussianPrior, MaskedPrior
+from rgdiff.recipes.typing import ReadyPrior
+from rgdiff.recipes.values import LikelihoodValue
 from rgdiff.rewards import Task
 from rgdiff.runtime.checkpoint import Checkpoints
 from rgdiff.runtime.folder import RunFolder
@@ -73,8 +74,8 @@ def test_phases_and_chains_are_cut_into_pieces_of_one_length():
 
 def test_priors_are_one_where_training_sees_no_difference_and_only_there():
     """Cached under one name: settings of sampling alone. A network with a null class is another one than without."""
-    gaussian = lambda **train: gaussian_prior(None, None, "v", {"steps": 5, **train})  # noqa: E731
-    masked = masked_prior(None, None, {"steps": 5})
+    gaussian = lambda **train: GaussianPrior(network=None, schedule=None, prediction="v", train={"steps": 5, **train})  # noqa: E731
+    masked = MaskedPrior(network=None, schedule=None, train={"steps": 5})
     plain = {"domain": {"name": "digits"}, "prior": {"network": "mlp", "train": {"steps": 5}}, "seed": 0}
     sampled = {"steps": 9, "eta": 0.5, "clip": False, "guidance": 2.0, "checkpoint": None}
     other = lambda **changes: plain | {"prior": plain["prior"] | changes}  # noqa: E731
@@ -95,9 +96,9 @@ def test_particles_under_a_likelihood_end_with_the_likelihood_of_x0(tmp_path):
     """The chain ends before t = 0, where the value still has some of x0's variance: the last potential is the measurement's own."""
     process = processes.gaussian(schedules.linear_vp(), (1,))
     seen = guides.inpainting(jnp.ones(1), jnp.float32([0.5]), 0.1)
-    prior = Prior(process, process.times(30), _Exact(process), None, None, (1,))
+    prior = ReadyPrior(process, process.times(30), _Exact(process), None, None, (1,))
     run = Run(RunFolder.create(tmp_path / "run", {}), 0, tmp_path / "cache")
-    method = Smc(setting="tds", particles=8192, temperature=1.0, value=Likelihood())
+    method = ParticleSampling(setting="tds", particles=8192, temperature=1.0, value=LikelihoodValue())
     out = method.run(run, "tds", prior, Task(seen, seen), 8192)
     variance = 1 / (1 + 100)
     assert abs(out.x0.var() / variance - 1) < 0.06 and abs(out.x0.mean() - 50 * variance) < 4 * np.sqrt(variance / 1000)

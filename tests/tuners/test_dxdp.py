@@ -137,7 +137,7 @@ def _inverse(sigma):
 @pytest.mark.parametrize("expectation", ["exact", pytest.param("sampled", marks=pytest.mark.slow)])
 def test_the_policys_gradient_in_magnitude(expectation):
     """Against the derivative of the loss written out for affine steps and parabolic values, away from the optimum."""
-    tuner = build(expectation=expectation, every_move=True)
+    tuner = build(ablation={"expectation": expectation, "every_move": True})
     random = np.random.default_rng(1)
     network = {k: jnp.asarray(0.3 * random.standard_normal(3), jnp.float32) for k in "wb"}
     policy = POLICY.init(network) | {"log_sigma": POLICY.start + jnp.float32([0.6, -0.6, 0.4])}
@@ -176,7 +176,7 @@ def test_costs_are_the_kl_to_the_auxiliary_step():
     want = TAU * kernel.kl(Gaussian(x, jnp.sqrt(speed)))
     y = kernel.sample(jax.random.key(1))
     np.testing.assert_allclose(tuner.cost(kernel, x, y, speed), want, rtol=1e-5)
-    sampled = build(expectation="sampled").cost(kernel, x, y, speed)
+    sampled = build(ablation={"expectation": "sampled"}).cost(kernel, x, y, speed)
     assert sampled.std() > 0.05
     assert abs(float(sampled.mean() - want[0])) < 4 * float(sampled.std()) / np.sqrt(50_000)
 
@@ -230,7 +230,9 @@ def test_gauss_seidel_learns_from_values_just_learnt_and_jacobi_from_old_ones():
     reward = lambda x0, cond=None: jnp.full(x0.shape[0], -8.0)  # noqa: E731
     ends = {}
     for sweep, sweeps in (("gauss_seidel", 1), ("jacobi", 2)):
-        tuner = tuners.dxdp(POLICY, PROCESS, reward, _constant, sweep=sweep, sweeps=sweeps, warmup=2 - sweeps, **zero)
+        tuner = tuners.dxdp(
+            POLICY, PROCESS, reward, _constant, ablation={"sweep": sweep, "sweeps": sweeps}, warmup=2 - sweeps, **zero
+        )
         params = {"policy": blank()["policy"], "value": jnp.zeros(3)}
         state, _ = jax.jit(tuner.step)(jax.random.key(0), tuner.init(params))
         ends[sweep] = np.asarray(state.params["value"], float)
@@ -260,7 +262,7 @@ def test_jacobi_is_gauss_seidel_for_one_move():
     params = {"policy": policy.init({k: jnp.zeros(1) for k in "wb"}), "value": {k: jnp.zeros(1) for k in "cqp"}}
     states = []
     for sweep in ("gauss_seidel", "jacobi"):
-        tuner = tuners.dxdp(policy, process, REWARD, value_model, tau=TAU, sweep=sweep, batch=32)
+        tuner = tuners.dxdp(policy, process, REWARD, value_model, tau=TAU, ablation={"sweep": sweep}, batch=32)
         states.append(tuners.fit(tuner, jax.random.key(0), tuner.init(params), 20, chunk=20))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *states)
 
@@ -390,7 +392,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="one number or one per move"):
         build(time_cost=jnp.ones(2))
     with pytest.raises(ValueError, match="did you mean 'jacobi'"):
-        build(sweep="jacobian")
+        build(ablation={"sweep": "jacobian"})
     with pytest.raises(ValueError, match="speed must have shape"):
         build(speed=jnp.ones(2))
     with pytest.raises(ValueError, match="tau must be a finite number >= 0"):

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from rgdiff.domains.judging import Judge
+from rgdiff.domains.judging import BaseJudge
 from rgdiff.rewards import Task
 
 
-class AnomalyJudge(Judge):
+class AnomalyJudge(BaseJudge):
     """Hands on what detectors measured of themselves: their figures are AUROCs."""
 
     def row(self, outcome: Any, task: Task, prior: Any = None) -> dict[str, Any]:

@@ -16,14 +16,14 @@ from rgdiff import metrics
 from rgdiff.domains.images.classifier import train_classifier
 from rgdiff.domains.images.data import ImageDomain
 from rgdiff.domains.images.rewards import Restored
-from rgdiff.domains.judging import Judge
+from rgdiff.domains.judging import BaseJudge
 from rgdiff.rewards import Task
 from rgdiff.typing import Key
 
 SHOWN = 25  # pictures in a grid of the report
 
 
-class ImageJudge(Judge):
+class ImageJudge(BaseJudge):
     """Measures samples of an image domain with a classifier of its own."""
 
     def __init__(self, domain: ImageDomain, key: Key):

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from rgdiff.domains.judging import Judge
+from rgdiff.domains.judging import BaseJudge
 from rgdiff.exact import quadrature
 from rgdiff.rewards import Task
 
 BINS = 60  # of the compared histograms, over the prior's and the tilted law's range
 
 
-class MixtureJudge(Judge):
+class MixtureJudge(BaseJudge):
     """Measures samples on the line beside the exact laws of the prior's own chain, its tilt, and the tilt with a frozen start."""
 
     def laws(self, temperature: float | None, task: Task, prior: Any) -> quadrature.Laws:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rgdiff import metrics
-from rgdiff.domains.judging import Judge
+from rgdiff.domains.judging import BaseJudge
 from rgdiff.domains.planar.data import EXTENT, Curve, PlanarDomain
 from rgdiff.rewards import Task
 from rgdiff.typing import Array
@@ -26,7 +26,7 @@ COLORS = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [2
 _log_prob = jax.jit(lambda law, x: law.log_prob(x))
 
 
-class PlanarJudge(Judge):
+class PlanarJudge(BaseJudge):
     """Measures samples of a planar domain against as many fresh points of its law."""
 
     domain: PlanarDomain

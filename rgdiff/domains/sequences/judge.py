@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rgdiff import metrics, tuners
-from rgdiff.domains.judging import Judge
+from rgdiff.domains.judging import BaseJudge
 from rgdiff.domains.sequences.data import SequenceDomain
 from rgdiff.domains.sequences.oracle import Oracle, train_oracle
 from rgdiff.exact import enumeration
@@ -30,7 +30,7 @@ BOUNDED = 256  # samples whose likelihood is estimated
 BEST = 0.1  # share of the measured sequences that count as the best
 
 
-class SequenceJudge(Judge):
+class SequenceJudge(BaseJudge):
     """Measures samples of a sequence domain; learned rewards are judged by an oracle of its own half of the measurements."""
 
     def __init__(self, domain: SequenceDomain, key: Key):

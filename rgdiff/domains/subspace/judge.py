@@ -11,11 +11,11 @@ from typing import Any
 import jax.numpy as jnp
 
 from rgdiff import metrics
-from rgdiff.domains.judging import Judge
+from rgdiff.domains.judging import BaseJudge
 from rgdiff.rewards import Task
 
 
-class VectorJudge(Judge):
+class VectorJudge(BaseJudge):
     """Measures samples of a vector domain; every reward judges itself, the data's support is the held-out criterion."""
 
     def row(self, outcome: Any, task: Task, prior: Any = None) -> dict[str, Any]:

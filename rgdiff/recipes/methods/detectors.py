@@ -13,59 +13,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rgdiff import checks, processes, schedules
+from rgdiff import checks
 from rgdiff.domains.anomaly import data as anomaly
-from rgdiff.recipes.methods.few_step import LearningPrior
-from rgdiff.recipes.outcome import Outcome
+from rgdiff.recipes.outcome import outcome
+from rgdiff.recipes.priors import OneClassPrior
+from rgdiff.recipes.typing import Method, Outcome, Prior, ReadyPrior, Shape
 from rgdiff.rewards import Task
 from rgdiff.runtime.run import Run
-from rgdiff.tuners import standard_normal
-from rgdiff.typing import Denoiser, Params, Process, pytree
 
 
-@pytree
-class _Normal:
-    """A model without parameters: standard normal data."""
-
-    denoiser: Denoiser
-
-    def __call__(self, params: Params) -> Denoiser:
-        return self.denoiser
+def problems(prior: ReadyPrior, seed: int) -> list[anomaly.OneClass]:
+    """Return the prior's problems of a seed."""
+    assert prior.problems is not None  # `check` has seen to it
+    return prior.problems(seed)
 
 
-@dataclasses.dataclass(frozen=True)
-class ProblemPrior(LearningPrior):
-    """A prior with the domain's problems."""
-
-    problems: Callable[[int], list[anomaly.OneClass]] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class OneClassPrior:
-    """The standard normal law, which needs no training, with the problems of `domain=anomaly`."""
-
-    steps: int = 10
-    hands_on = True
-
-    @property
-    def schedule(self) -> Any:
-        return schedules.cosine_vp()
-
-    def process(self, shape: tuple[int, ...], eta: float | None = None) -> Process:
-        """Return the process on examples of this shape."""
-        return processes.gaussian(self.schedule, shape, eta=1.0 if eta is None else eta)
-
-    def obtain(self, run: Run, domain: Any, identity: Any) -> ProblemPrior:
-        """Make the prior."""
-        process: Any = self.process(domain.shape)
-        model: Any = _Normal(standard_normal(process))
-        problems = domain.problems
-        return ProblemPrior(process, process.times(self.steps), model, None, self, domain.shape, problems=problems)
-
-
-def study(prior: Any, seeds: int, auroc: Callable[[anomaly.OneClass, int], float]) -> dict[str, float]:
+def study(prior: ReadyPrior, seeds: int, auroc: Callable[[anomaly.OneClass, int], float]) -> dict[str, float]:
     """Return the mean and standard deviation over seeds of every problem's AUROC, and of their mean over problems."""
-    found = [{problem.name: auroc(problem, seed) for problem in prior.problems(seed)} for seed in range(seeds)]
+    found = [{problem.name: auroc(problem, seed) for problem in problems(prior, seed)} for seed in range(seeds)]
     every = {name: np.array([one[name] for one in found]) for name in found[0]}
     every["mean"] = np.mean([*every.values()], axis=0)
     figures = {}
@@ -75,26 +40,25 @@ def study(prior: Any, seeds: int, auroc: Callable[[anomaly.OneClass, int], float
 
 
 @dataclasses.dataclass(frozen=True)
-class Scikit:
+class Scikit(Method):
     """A detector of scikit-learn with its defaults: see `anomaly.detect`."""
 
     detector: str
     seeds: int = 5
 
-    def check(self, prior: Any, shape: tuple[int, ...]) -> None:
-        """Refuse an unknown detector, and a prior without problems."""
+    def check(self, prior: Prior, shape: Shape) -> None:
         checks.one_of("detector", self.detector, anomaly.DETECTORS)
         _problems(prior)
 
-    def run(self, run: Run, phase: str, prior: Any, task: Task, count: int) -> Outcome:
+    def run(self, run: Run, phase: str, prior: ReadyPrior, task: Task, count: int) -> Outcome:
         with run.clock() as clock:
             figures = study(prior, self.seeds, lambda problem, seed: anomaly.detect(self.detector, problem, seed))
-        x0 = np.resize(prior.problems(0)[0].train, (count, *prior.shape))
-        return Outcome(x0, 0, float("nan"), clock.seconds, clock.compile_seconds, figures=figures)
+        x0 = np.resize(problems(prior, 0)[0].train, (count, *prior.shape))
+        return outcome(x0, 0, clock, figures=figures)
 
 
 @dataclasses.dataclass(frozen=True)
-class EnergyDetector:
+class EnergyDetector(Method):
     """An energy as the score of what is anomalous.
 
     Args:
@@ -102,34 +66,32 @@ class EnergyDetector:
       seeds: independent trainings, of every problem.
     """
 
-    training: Any
+    training: Method
     seeds: int = 5
 
-    def check(self, prior: Any, shape: tuple[int, ...]) -> None:
-        """Refuse settings that do not fit each other or the prior, before anything is trained."""
+    def check(self, prior: Prior, shape: Shape) -> None:
         _problems(prior)
         self.training.check(prior, shape)
 
-    def run(self, run: Run, phase: str, prior: Any, task: Task, count: int) -> Outcome:
+    def run(self, run: Run, phase: str, prior: ReadyPrior, task: Task, count: int) -> Outcome:
         outcomes: list[Any] = []
-        size = min(len(problem.train) for problem in prior.problems(0))  # of all, so that one program trains them
+        size = min(len(problem.train) for problem in problems(prior, 0))  # of all, so that one program trains them
 
         def auroc(problem: anomaly.OneClass, seed: int) -> float:
             name = f"{phase}_{problem.name}_{seed}"
             data, fresh = jnp.asarray(problem.train[:size]), jnp.asarray(problem.normal)
             learning = dataclasses.replace(prior, data=data, fresh=fresh)
-            outcome = self.training.run(run, name, learning, task, count)
-            outcomes.append(outcome)
-            return problem.auroc(lambda x: jax.device_get(outcome.energy(jnp.asarray(x))))
+            trained = self.training.run(run, name, learning, task, count)
+            outcomes.append(trained)
+            energy: Any = trained.energy
+            return problem.auroc(lambda x: jax.device_get(energy(jnp.asarray(x))))
 
         with run.clock() as clock:
             figures = study(prior, self.seeds, auroc)
         first = outcomes[0]
-        return Outcome(
-            first.x0, 0, float("nan"), clock.seconds, clock.compile_seconds, curves=first.curves, figures=figures
-        )
+        return outcome(first.x0, 0, clock, curves=first.curves, figures=figures)
 
 
-def _problems(prior: Any) -> None:
+def _problems(prior: Prior) -> None:
     if not isinstance(prior, OneClassPrior):
         raise ValueError("this method detects anomalies and needs prior=one_class and domain=anomaly")

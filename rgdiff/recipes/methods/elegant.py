@@ -6,14 +6,15 @@ Each of the three is a phase of its own with checkpoints; the mathematics is `rg
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from rgdiff import denoisers, processes, samplers, schedules, tuners
 from rgdiff.recipes.methods.tuning import FineTuning
-from rgdiff.recipes.outcome import Outcome
-from rgdiff.recipes.priors import Prior, initial, unconditional
+from rgdiff.recipes.priors import initial, unconditional
+from rgdiff.recipes.typing import Domain, Method, Outcome, Prior, ReadyPrior, Shape
 from rgdiff.recipes.values import LearnedModel
 from rgdiff.rewards import Task
 from rgdiff.runtime.run import Run
@@ -21,19 +22,29 @@ from rgdiff.typing import Process
 
 
 @dataclasses.dataclass(frozen=True)
-class Started:
+class StartedPrior(Prior):
     """A prior's settings whose chains begin at draw(key, batch)."""
 
-    settings: Any
+    settings: Prior
     draw: Any
 
-    def process(self, shape: tuple[int, ...], eta: float | None = None) -> Process:
+    @property
+    def steps(self) -> int:  # type: ignore[override]
+        return self.settings.steps
+
+    def obtain(self, run: Run, domain: Domain, identity: Mapping[str, Any]) -> ReadyPrior:
+        """Make the prior ready, with chains that begin at the draws."""
+        prior = self.settings.obtain(run, domain, identity)
+        return dataclasses.replace(prior, process=self.process(prior.shape), settings=self)
+
+    def process(self, shape: Shape, eta: float | None = None) -> Process:
         """Return the process, begun at the draws."""
-        return processes.started_from(self.settings.process(shape, eta), self.draw)
+        process: Any = self.settings.process(shape, eta)
+        return processes.started_from(process, self.draw)
 
 
 @dataclasses.dataclass(frozen=True)
-class Elegant:
+class Elegant(Method):
     """Learn the value of x_T from rollouts of the prior, tune a chain that draws x_T to it, and the main chain from there.
 
     Args:
@@ -56,17 +67,16 @@ class Elegant:
     steps: int = 800
     batch: int = 256
 
-    def check(self, prior: Any, shape: tuple[int, ...]) -> None:
-        """Refuse settings that do not fit each other or the prior, before anything is trained."""
+    def check(self, prior: Prior, shape: Shape) -> None:
         if not self.tuning.kl_weight:
             raise ValueError("ELEGANT aims at p exp(r/alpha)/Z; give its alpha as method.tuning.kl_weight > 0")
         unconditional(prior, "the law of x_T that ELEGANT learns", "choose a prior without prior.guidance")
         self.tuning.check(prior, shape)
 
-    def run(self, run: Run, phase: str, prior: Prior, task: Task, count: int) -> Outcome:
+    def run(self, run: Run, phase: str, prior: ReadyPrior, task: Task, count: int) -> Outcome:
         with run.clock() as clock:
             draw, kl = self.start(run, phase, prior, task)
-        settings = Started(prior.settings, draw)
+        settings = StartedPrior(prior.settings, draw)
         begun = dataclasses.replace(prior, process=processes.started_from(prior.process, draw), settings=settings)  # type: ignore[arg-type]
         outcome = self.tuning.run(run, phase, begun, task, count)
         return dataclasses.replace(
@@ -80,7 +90,7 @@ class Elegant:
             | {"start_kl": kl, "reward_queries": outcome.figures["reward_queries"] + self.rollouts},
         )
 
-    def start(self, run: Run, phase: str, prior: Prior, task: Task) -> tuple[Any, float]:
+    def start(self, run: Run, phase: str, prior: ReadyPrior, task: Task) -> tuple[Any, float]:
         """Return draw(key, batch) -> x_T and the path KL, in nats, of the chain that draws it."""
         process, alpha = prior.with_eta(self.tuning.eta), float(self.tuning.kl_weight or 0)
         key = run.key(f"{phase}_value")

@@ -1,7 +1,7 @@
 """DxMI and DxDP in recipes: few-step samplers made of a prior or of nothing, trained with an energy or to a reward.
 
 The mathematics is `rgdiff.policies`' and `rgdiff.tuners`'; here samplers get their start, phases, figures and pictures. These
-methods learn from data, which a prior of `DataPrior` hands on.
+methods learn from data, which a Gaussian prior hands on.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import numpy as np
 
 from rgdiff import checks, denoisers, metrics, policies, samplers, tuners
 from rgdiff.domains.planar.judge import field
-from rgdiff.recipes.outcome import Curves, Outcome, nothing
-from rgdiff.recipes.priors import GaussianPrior, Prior, initial
+from rgdiff.recipes.outcome import nothing, outcome
+from rgdiff.recipes.priors import FRESH, initial, needs_data
+from rgdiff.recipes.typing import Curves, Method, Outcome, Prior, ReadyPrior, Shape
 from rgdiff.recipes.values import LearnedModel
 from rgdiff.rewards import Task
 from rgdiff.runtime.run import Run
@@ -32,47 +33,11 @@ LEVELS = {
     "karras": policies.karras,
 }
 STARTS = ("scratch", "denoiser", "prior")
-CLOUD = 10_000  # points on either side of an AUC
 BOXES = 400  # of a quadrature, a side
 
 
 @dataclasses.dataclass(frozen=True)
-class LearningPrior(Prior):
-    """A prior with the data it was trained on, and others [N, ...] that it was not."""
-
-    data: Any = None
-    fresh: Any = None
-
-
-@dataclasses.dataclass(frozen=True)
-class DataPrior(GaussianPrior):
-    """A Gaussian prior that hands its data on to methods that learn from them; arguments as `runtime.priors.gaussian_prior`."""
-
-    hands_on = True  # its data
-
-    def obtain(self, run: Run, domain: Any, identity: Any) -> LearningPrior:
-        """Make the prior ready."""
-        prior = super().obtain(run, domain, identity)
-        fresh = domain.data(run.key("fresh"), CLOUD) if hasattr(domain, "data") else domain.heldout_x
-        known = {field.name: getattr(prior, field.name) for field in dataclasses.fields(prior)}
-        return LearningPrior(**known, data=jnp.asarray(domain.train_x), fresh=jnp.asarray(fresh))
-
-
-def needs_data(prior: Any) -> None:
-    """Refuse the settings of a prior that keeps its data to itself."""
-    if not getattr(prior, "hands_on", False):
-        raise ValueError("this method learns from data, which prior=planar_mlp or unet_data hands on")
-
-
-@dataclasses.dataclass(frozen=True)
-class Learned(Outcome):
-    """An outcome with an energy (x) -> [N], low on data."""
-
-    energy: Callable[[Any], Any] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class FewSteps:
+class FewSteps(Method):
     """A sampler of T Gaussian steps as it begins, untuned: how a prior fares in T steps.
 
     Args:
@@ -95,14 +60,14 @@ class FewSteps:
     )
     reach: float = 4.0
 
-    def check(self, prior: Any, shape: tuple[int, ...]) -> None:
-        """Refuse settings that do not fit each other or the prior, before anything is trained."""
+    def check(self, prior: Prior, shape: Shape) -> None:
         needs_data(prior)
         if checks.one_of("start", self.start, STARTS) != "prior" and self.network is None:
             raise ValueError(f"start={self.start} needs method.network, e.g. rgdiff.nets.MLP")
-        self.process(prior.schedule, shape)
+        scheduled: Any = prior
+        self.process(scheduled.schedule, shape)
 
-    def process(self, schedule: Any, shape: tuple[int, ...]) -> policies.FewStep:
+    def process(self, schedule: Any, shape: Shape) -> policies.FewStep:
         """Build the process of T steps."""
         build = LEVELS[checks.one_of("levels", self.levels, LEVELS)]
         if self.levels == "variances":
@@ -116,9 +81,10 @@ class FewSteps:
             made = build(self.steps, known, **self.settings)
         return policies.few_step(made, shape)
 
-    def policy(self, run: Run, phase: str, prior: Any) -> tuple[policies.Policy, Params]:
+    def policy(self, run: Run, phase: str, prior: ReadyPrior) -> tuple[policies.Policy, Params]:
         """Build the policy and its first parameters; train them as a denoiser where asked."""
-        process = self.process(prior.settings.schedule, prior.shape)
+        settings: Any = prior.settings
+        process = self.process(settings.schedule, prior.shape)
         if self.start == "prior":
             policy = policies.policy(process, prior.model, form="denoiser", reach=self.reach)
             return policy, policy.init(prior.params)
@@ -129,7 +95,7 @@ class FewSteps:
             steps, batch, rate = options["steps"], options["batch"], options["learning_rate"]
             optimizer = tuners.adamw(rate, warmup=min(100, steps // 10), decay_steps=steps)
             tuner = tuners.pretraining(policy.denoising, process.denoising, optimizer, grid=self.steps)
-            data, name = {"x0": prior.data}, f"{phase}_start"
+            data, name = {"x0": jnp.asarray(prior.data)}, f"{phase}_start"
             params = run.fit(name, tuner, run.key(name), params, steps, data=data, batch=batch, chunk=500).best
         return policy, policy.init(params)
 
@@ -140,15 +106,15 @@ class FewSteps:
         sampler = samplers.ancestral(policy.process, policy(params), guide=guide)  # type: ignore[arg-type]
         return np.asarray(samplers.sample(sampler, run.key(phase), count, policy.process.times()).x0)
 
-    def run(self, run: Run, phase: str, prior: Any, task: Task, count: int) -> Outcome:
+    def run(self, run: Run, phase: str, prior: ReadyPrior, task: Task, count: int) -> Outcome:
         with run.clock() as clock:
             policy, params = self.policy(run, phase, prior)
             x0 = self.draw(run, phase, policy, params, count)
-        return Learned(x0, self.steps, float("nan"), clock.seconds, clock.compile_seconds)
+        return outcome(x0, self.steps, clock)
 
 
 @dataclasses.dataclass(frozen=True)
-class MaximumEntropy(FewSteps):
+class FewStepTraining(FewSteps):
     """DxMI, DxDP and their kin; further arguments as `FewSteps`.
 
     Args:
@@ -169,13 +135,13 @@ class MaximumEntropy(FewSteps):
     guidance: float = 0.0
     chunk: int = 200
 
-    def check(self, prior: Any, shape: tuple[int, ...]) -> None:
+    def check(self, prior: Prior, shape: Shape) -> None:
         super().check(prior, shape)
         if self.value is None:
             raise ValueError("give method.value, a network such as rgdiff.nets.ValueMLP")
-        blank: Any = nothing
-        process = self.process(prior.schedule, shape)
-        tuner = self.tuner(policies.policy(process, blank), process, Task(blank, blank))
+        scheduled: Any = prior
+        process = self.process(scheduled.schedule, shape)
+        tuner = self.tuner(policies.policy(process, nothing), process, Task(nothing, nothing))
         if self.guidance and (self.setting == "gcd" or not float(tuner.tau)):
             raise ValueError(
                 "guidance goes by values that gcd does not learn, in units of tau: give setting=dxmi and tau > 0, or guidance=0"
@@ -192,15 +158,15 @@ class MaximumEntropy(FewSteps):
             return setting(policy, process, task.reward, value, **options)
         return setting(policy, process, value, **options)
 
-    def learn(self, run: Run, phase: str, prior: Any, task: Task) -> tuple[Any, Any, Any]:
+    def learn(self, run: Run, phase: str, prior: ReadyPrior, task: Task) -> tuple[Any, Any, Any]:
         """Train; return the policy, the tuner and its last state."""
         policy, params = self.policy(run, phase, prior)
         tuner, key = self.tuner(policy, policy.process, task), run.key(phase)
         start = {"policy": params, "value": initial(self.value, jax.random.fold_in(key, 1), prior.shape)}
-        data = {} if self.setting == "dxdp" else {"data": {"x0": prior.data}, "batch": self.batch}
+        data = {} if self.setting == "dxdp" else {"data": {"x0": jnp.asarray(prior.data)}, "batch": self.batch}
         return policy, tuner, run.fit(phase, tuner, key, start, self.iterations, chunk=self.chunk, **data)
 
-    def run(self, run: Run, phase: str, prior: Any, task: Task, count: int) -> Outcome:
+    def run(self, run: Run, phase: str, prior: ReadyPrior, task: Task, count: int) -> Outcome:
         with run.clock() as clock:
             policy, tuner, state = self.learn(run, phase, prior, task)
             best = state.best
@@ -225,12 +191,10 @@ class MaximumEntropy(FewSteps):
                 figures |= density_figures(run, phase, lambda x: energy(x) / tuner.tau, prior.fresh, self.noise_box)
             maps = [(t, field(jax.jit(lambda x, t=t: togo(x, jnp.float32(t))))) for t in learnt]
             pictures = {f"{phase}: V at t = {t:.3g}": picture[None] for t, picture in maps}
-        return Learned(
+        return outcome(
             x0,
             self.steps,
-            float("nan"),
-            clock.seconds,
-            clock.compile_seconds,
+            clock,
             tuning_network_calls=self.iterations * self.batch * tuner.network_calls(),
             curves=curves,
             figures=figures,
@@ -259,7 +223,7 @@ def training_curves(run: Run, phase: str) -> Curves:
 
 def energy_auc(run: Run, energy: Callable[[Array], Array], data: Array, box: float) -> float:
     """Return the AUC of an energy, data against uniform noise on [-box, box]^D; NaN where an energy is."""
-    data = data[:CLOUD]
+    data = data[:FRESH]
     noise = jax.random.uniform(run.key("noise"), data.shape, minval=-box, maxval=box)
     high, low = np.asarray(energy(noise)), np.asarray(energy(data))
     return metrics.auroc(high, low) if np.isfinite(high).all() and np.isfinite(low).all() else float("nan")

@@ -11,9 +11,10 @@ import numpy as np
 
 from rgdiff import checks, samplers, tuners
 from rgdiff.domains.planar.judge import field
-from rgdiff.recipes.methods.few_step import Learned, density_figures, energy_auc, needs_data, training_curves
-from rgdiff.recipes.outcome import Outcome, nothing
-from rgdiff.recipes.priors import initial
+from rgdiff.recipes.methods.few_step import density_figures, energy_auc, training_curves
+from rgdiff.recipes.outcome import nothing, outcome
+from rgdiff.recipes.priors import initial, needs_data
+from rgdiff.recipes.typing import Method, Outcome, Prior, ReadyPrior, Shape
 from rgdiff.recipes.values import LearnedModel
 from rgdiff.rewards import Task
 from rgdiff.runtime.run import Run
@@ -24,22 +25,21 @@ from rgdiff.values import AtTime
 
 
 @dataclasses.dataclass(frozen=True)
-class ShortChain:
+class ShortChain(Method):
     """The prior in `steps` calls of its network, on its own grid: DDPM with eta = 1, DDIM with eta = 0."""
 
     steps: int = 5
     eta: float = 1.0
 
-    def check(self, prior: Any, shape: tuple[int, ...]) -> None:
-        """Refuse a number of steps or an eta that the prior's process does not take."""
+    def check(self, prior: Prior, shape: Shape) -> None:
         prior.process(shape, self.eta).times(self.steps)
 
-    def run(self, run: Run, phase: str, prior: Any, task: Task, count: int) -> Outcome:
+    def run(self, run: Run, phase: str, prior: ReadyPrior, task: Task, count: int) -> Outcome:
         process = prior.with_eta(self.eta)
         with run.clock() as clock:
             sampler = samplers.ancestral(process, prior.denoiser)
             x0 = np.asarray(samplers.sample(sampler, run.key(phase), count, process.times(self.steps)).x0)
-        return Outcome(x0, self.steps, float("nan"), clock.seconds, clock.compile_seconds)
+        return outcome(x0, self.steps, clock)
 
 
 @pytree
@@ -53,7 +53,7 @@ class StillModel:
 
 
 @dataclasses.dataclass(frozen=True)
-class ShortcutTuning:
+class ShortcutFineTuning(Method):
     """SFT-PG (2301.13362): the prior's short chain brought nearer to the data by policy gradients.
 
     Args:
@@ -71,11 +71,9 @@ class ShortcutTuning:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     chunk: int = 25
 
-    def check(self, prior: Any, shape: tuple[int, ...]) -> None:
-        """Refuse settings that do not fit each other or the prior, before anything is trained."""
+    def check(self, prior: Prior, shape: Shape) -> None:
         needs_data(prior)
-        blank: Any = nothing
-        self.tuner(blank, prior.process(shape, 1.0), None)
+        self.tuner(nothing, prior.process(shape, 1.0), None)
 
     def tuner(self, model: Any, process: Any, params: Params) -> Any:
         """Build the tuner."""
@@ -91,28 +89,26 @@ class ShortcutTuning:
             **self.options,
         )
 
-    def run(self, run: Run, phase: str, prior: Any, task: Task, count: int) -> Outcome:
+    def run(self, run: Run, phase: str, prior: ReadyPrior, task: Task, count: int) -> Outcome:
         process, key = prior.with_eta(1.0), run.key(phase)
         with run.clock() as clock:
             tuner = self.tuner(prior.model, process, initial(self.critic, jax.random.fold_in(key, 1), prior.shape))
-            data = {"x0": prior.data}
+            data = {"x0": jnp.asarray(prior.data)}
             state = run.fit(
                 phase, tuner, key, prior.params, self.iterations, data=data, batch=self.batch, chunk=self.chunk
             )
             sampler = samplers.ancestral(process, prior.model(state.best))
             x0 = np.asarray(samplers.sample(sampler, key, count, process.times(self.steps)).x0)
-        return Learned(
+        return outcome(
             x0,
             self.steps,
-            float("nan"),
-            clock.seconds,
-            clock.compile_seconds,
+            clock,
             tuning_network_calls=self.iterations * self.batch * tuner.network_calls(),
         )
 
 
 @dataclasses.dataclass(frozen=True)
-class LangevinTraining:
+class LangevinTraining(Method):
     """An energy trained with Langevin chains, and samples of chains from noise; arguments as `tuners.langevin_energy`.
 
     Args:
@@ -130,22 +126,21 @@ class LangevinTraining:
     noise_box: float = 4.0
     chunk: int = 100
 
-    def check(self, prior: Any, shape: tuple[int, ...]) -> None:
-        """Refuse settings that do not fit each other or the prior, before anything is trained."""
+    def check(self, prior: Prior, shape: Shape) -> None:
         needs_data(prior)
         checks.at_least("draws", self.draws, 1)
         self.tuner(shape)
 
-    def tuner(self, shape: tuple[int, ...]) -> Any:
+    def tuner(self, shape: Shape) -> Any:
         """Build the tuner."""
         model = StillModel(LearnedModel(self.value))
         return tuners.langevin_energy(model, shape, self.optimizer, batch=self.batch, **self.options)
 
-    def run(self, run: Run, phase: str, prior: Any, task: Task, count: int) -> Outcome:
+    def run(self, run: Run, phase: str, prior: ReadyPrior, task: Task, count: int) -> Outcome:
         tuner, key = self.tuner(prior.shape), run.key(phase)
         with run.clock() as clock:
             params = initial(self.value, jax.random.fold_in(key, 1), prior.shape)
-            data = {"x0": prior.data}
+            data = {"x0": jnp.asarray(prior.data)}
             state = run.fit(phase, tuner, key, params, self.iterations, data=data, batch=self.batch, chunk=self.chunk)
             energy = tuner.energy(state.best)
             x0 = np.asarray(
@@ -160,13 +155,10 @@ class LangevinTraining:
         if prior.shape == (2,):
             figures |= density_figures(run, phase, judged, prior.fresh, self.noise_box)
             pictures = {f"{phase}: energy": field(judged)[None]}
-        return Learned(
+        return outcome(
             x0,
             self.draws,
-            float("nan"),
-            clock.seconds,
-            clock.compile_seconds,
-            tuning_network_calls=0,
+            clock,
             curves=training_curves(run, phase),
             figures=figures,
             energy=judged,
@@ -174,7 +166,7 @@ class LangevinTraining:
         )
 
 
-def _chains(sampler: Langevin, key: Any, spread: Array, count: int, moves: int, shape: tuple[int, ...]) -> Array:
+def _chains(sampler: Langevin, key: Any, spread: Array, count: int, moves: int, shape: Shape) -> Array:
     """Draw the ends of chains from noise."""
 
     def walk(sampler: Any, key: Any, spread: Array) -> Array:

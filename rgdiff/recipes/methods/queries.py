@@ -17,8 +17,9 @@ import numpy as np
 from rgdiff import checks, guides, metrics, samplers, seiko, surrogates, values
 from rgdiff.processes import MaskedProcess
 from rgdiff.recipes.methods.tuning import FineTuning
-from rgdiff.recipes.outcome import Outcome, draw, draw_with_kl, nothing
-from rgdiff.recipes.priors import Prior, unconditional
+from rgdiff.recipes.outcome import draw, draw_with_kl, nothing, outcome
+from rgdiff.recipes.priors import unconditional
+from rgdiff.recipes.typing import Method, Outcome, Prior, ReadyPrior, Shape
 from rgdiff.rewards import HostReward, Task
 from rgdiff.runtime.campaign import Campaign
 from rgdiff.runtime.run import Run
@@ -38,7 +39,7 @@ SHOWN = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Seiko:
+class QueryRounds(Method):
     """Rounds of queries, refits and better models; arguments as `rgdiff.seiko.seiko` unless said.
 
     Args:
@@ -68,9 +69,7 @@ class Seiko:
     seeds: int = 1
     evaluate: int = 256
 
-    def check(self, prior: Any, shape: tuple[int, ...]) -> None:
-        """Refuse settings that do not fit each other or the prior, before anything is trained."""
-        blank: Any = nothing
+    def check(self, prior: Prior, shape: Shape) -> None:
         unconditional(prior, "a campaign of queries", "choose a prior without labels")
         if isinstance(self.queries, int) or not len(self.queries):
             raise ValueError(f"queries is a list, how many in every round, e.g. [64, 64, 64, 64]; got {self.queries!r}")
@@ -84,11 +83,11 @@ class Seiko:
                     f"rounds of queries do not read method.tuning.{name}; leave it out (method.noise is the answers')"
                 )
         process = prior.process(shape) if self.tuning is None else prior.process(shape, self.tuning.eta)
-        rounds = self.rounds(process, process.times(prior.steps), blank, blank)
+        rounds = self.rounds(process, process.times(prior.steps), nothing, nothing)
         if isinstance(rounds, seiko.Seiko):
-            rounds.inner(blank, reference=[blank, blank], kl_weight=[self.alpha, self.alpha])
+            rounds.inner(nothing, reference=[nothing, nothing], kl_weight=[self.alpha, self.alpha])
         else:
-            rounds.steer(blank)
+            rounds.steer(nothing)
         checks.at_least("seeds", self.seeds, 1)
 
     def rounds(self, process: Process, times: Any, model: Any, denoiser: Any) -> Any:
@@ -109,12 +108,12 @@ class Seiko:
         tuning = self.tuning
 
         def inner(reward: Any, **anchors: Any) -> Any:
-            return tuning.gradient(model, process, reward, times, **anchors)
+            return tuning.build(model, process, reward, times, **anchors)
 
         anchors = {"alpha": self.alpha, "beta": self.beta, "schedule": self.schedule, "steps": tuning.steps}
         return seiko.seiko(model, process, times, surrogate, inner, **shared, **anchors)
 
-    def run(self, run: Run, phase: str, prior: Prior, task: Task, count: int) -> Outcome:
+    def run(self, run: Run, phase: str, prior: ReadyPrior, task: Task, count: int) -> Outcome:
         process, model, params = prior.process, prior.model, prior.params
         if self.tuning is not None:
             process, params = prior.with_eta(self.tuning.eta), self.tuning.start(run, phase, prior)
@@ -133,16 +132,15 @@ class Seiko:
             if some.any():
                 at, seen = np.array([row["queries"] for row in rows[0]])[some], series[:, some]
                 curves[title] = {"": (at, np.nanmean(seen, 0), np.nanmin(seen, 0), np.nanmax(seen, 0))}
-        calls = last.sampler.network_calls(len(prior.times) - 1)
+        calls = prior.calls(last.sampler)
         spent = self.seeds * sum(self.queries)
         trained = 0 if self.tuning is None else self.tuning.steps * self.tuning.batch * len(self.queries) * self.seeds
         asked = {f"queries of round {i + 1}": np.asarray(x0) for i, (x0, _) in enumerate(last.history())}
-        return Outcome(
+        return outcome(
             x0,
             calls,
+            clock,
             kl,
-            clock.seconds,
-            clock.compile_seconds,
             tuning_network_calls=(spent + trained) * method.network_calls(),
             curves=curves,
             figures={"reward_queries": float(sum(self.queries))},
@@ -150,7 +148,7 @@ class Seiko:
             shown=asked,
         )
 
-    def campaign(self, run: Run, name: str, method: Any, params: Any, prior: Prior, task: Task) -> Campaign:
+    def campaign(self, run: Run, name: str, method: Any, params: Any, prior: ReadyPrior, task: Task) -> Campaign:
         """Run one campaign to its end, judging the model of every round once."""
         steps = 1 if self.tuning is None else self.tuning.steps
         campaign = Campaign(run, name, method, params, self.queries, steps=steps)
@@ -171,7 +169,7 @@ class Seiko:
             answers = np.asarray(_asked(name, task.reward, x0), np.float64) + np.asarray(noise)
             campaign.tell(ids, np.where(np.isfinite(answers), answers, np.nan))
 
-    def figures(self, run: Run, name: str, campaign: Campaign, prior: Prior, task: Task) -> dict[str, Any]:
+    def figures(self, run: Run, name: str, campaign: Campaign, prior: ReadyPrior, task: Task) -> dict[str, Any]:
         """Return the figures of the current model, and of the round that made it."""
         where = campaign.round
         x0, kl = judged(run, f"{name}_{where}", campaign, prior, self.evaluate)
@@ -190,7 +188,7 @@ class Seiko:
         return figures | {key: row[key] for row in told for key in ("bonus", "covered")}
 
 
-def judged(run: Run, phase: str, campaign: Campaign, prior: Prior, count: int) -> tuple[np.ndarray, float]:
+def judged(run: Run, phase: str, campaign: Campaign, prior: ReadyPrior, count: int) -> tuple[np.ndarray, float]:
     """Draw samples of the current model and, of the same chains, its path KL to the prior; NaN where it is steered."""
     sampler = campaign.sampler
     if not isinstance(campaign.method, seiko.Seiko):

@@ -1,7 +1,4 @@
-"""Methods of recipes that steer samples without touching the network: SVDD, particles, best-of-N and guides.
-
-Each takes its value from `rgdiff.recipes.values`; a method here only assembles the library's own parts.
-"""
+"""Methods of recipes that steer samples without touching the network: SVDD, particles, best-of-N and guides."""
 
 from __future__ import annotations
 
@@ -12,18 +9,26 @@ import jax
 import numpy as np
 
 from rgdiff import checks, guides, samplers, values
-from rgdiff.recipes.outcome import Outcome, draw, draw_with_kl, nothing
-from rgdiff.recipes.priors import Prior, unconditional
-from rgdiff.recipes.values import PosteriorMean, measurement, unit_temperature
+from rgdiff.recipes.assembly import assemble, named, takes
+from rgdiff.recipes.outcome import draw, draw_with_kl, nothing, outcome
+from rgdiff.recipes.priors import unconditional
+from rgdiff.recipes.typing import Method, Obtained, Outcome, Prior, ReadyPrior, Shape, ValueSource
+from rgdiff.recipes.values import PosteriorMeanValue, measurement, unit_temperature
 from rgdiff.resampling import multinomial
 from rgdiff.rewards import Task
 from rgdiff.runtime.run import Run
 from rgdiff.typing import Array, Info, Process
 
 
-def _suits(value: Any, task: Task) -> None:
-    if hasattr(value, "suits"):
-        value.suits(task)
+@dataclasses.dataclass(frozen=True)
+class PriorSampling(Method):
+    """The prior itself."""
+
+    def run(self, run: Run, phase: str, prior: ReadyPrior, task: Task, count: int) -> Outcome:
+        sampler = samplers.ancestral(prior.process, prior.denoiser)
+        with run.clock() as clock:
+            out = draw(run, phase, sampler, prior, count)
+        return outcome(out, prior.calls(sampler), clock, 0.0)
 
 
 def _value_and_kl(carry: Any, info: Info) -> tuple[Array, Array]:
@@ -31,77 +36,52 @@ def _value_and_kl(carry: Any, info: Info) -> tuple[Array, Array]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Svdd:
-    """SVDD; arguments as `rgdiff.samplers.svdd`.
+class CandidateSampling(Method):
+    """SVDD: candidates of every move, one of which a value selects.
 
     Args:
-      value: what selects, of `rgdiff.recipes.values`. The last selection is by the value just before the end: by a measurement's
-        likelihood with what is left of x0's variance then.
-      proposal: scale of a guide by the posterior mean's gradient that proposes candidates (paid for by their weights), or None.
+      temperature: tau, in the reward's unit.
+      value: the value function that scores candidates (group `value`). At the last move it is evaluated at times[-1] > 0, so
+        that a measurement's likelihood still contains the remaining posterior variance.
+      proposal: scale of a guide by the posterior mean's gradient that proposes candidates, or None. Candidates are weighted
+        for it, so that the target stays the same.
+      options: of `rgdiff.samplers.svdd`.
     """
 
     temperature: float = 0.2
-    candidates: int = 16
-    value: Any = PosteriorMean()
-    chunk: int | None = None
-    selection: str = "soft"
-    select_initial: bool = False
-    replace: float = 0.0
-    distinct: bool = False
-    timeless: bool = False
+    value: ValueSource = PosteriorMeanValue()
     proposal: float | None = None
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def check(self, prior: Any, shape: tuple[int, ...]) -> None:
-        """Refuse settings that do not fit each other or the prior, before anything is trained."""
-        if self.replace:
-            unconditional(
-                prior, "method.replace, which moves samples away from their conditions,", "give method.replace=0"
-            )
+    def check(self, prior: Prior, shape: Shape) -> None:
         process = prior.process(shape)
-        self.sampler(process, nothing, nothing, nothing)
+        if self.sampler(process, nothing, nothing, nothing).replace:
+            unconditional(
+                prior, "replace, which moves samples away from their conditions,", "give method.options.replace=0"
+            )
         self.value.check(prior, shape, self.temperature)
 
     def suits(self, task: Task) -> None:
-        """Refuse a reward that the value is not for, before anything is trained."""
-        _suits(self.value, task)
+        self.value.suits(task)
 
     def sampler(self, process: Process, denoiser: Any, value: Any, reward: Any) -> Any:
         """Build the sampler."""
         guide = None
         if self.proposal is not None:
             guide = guides.gradient_guide(values.posterior_mean(reward, process, denoiser), self.proposal)
-        return samplers.svdd(
-            process,
-            denoiser,
-            value,
-            temperature=self.temperature,
-            candidates=self.candidates,
-            chunk=self.chunk,
-            selection=self.selection,
-            select_initial=self.select_initial,
-            proposal=guide,
-            replace=self.replace,
-            distinct=self.distinct,
-            timeless=self.timeless,
-        )
+        shared = {"temperature": self.temperature, "proposal": guide}
+        return samplers.svdd(process, denoiser, value, **shared, **self.options)
 
-    def run(self, run: Run, phase: str, prior: Prior, task: Task, count: int) -> Outcome:
+    def run(self, run: Run, phase: str, prior: ReadyPrior, task: Task, count: int) -> Outcome:
         denoiser = prior.denoiser
         with run.clock() as clock:
             value, curves = self.value.obtain(run, phase, prior, task, denoiser, self.temperature)
             sampler = self.sampler(prior.process, denoiser, value, task.reward)
             out = draw(run, phase, sampler, prior, count, keep=_value_and_kl)
         chosen, kl = (np.asarray(k) for k in out.kept)
-        moves = len(prior.times) - 1
-        return Outcome(
-            np.asarray(out.x0),
-            sampler.network_calls(moves),
-            float(kl.sum(0).mean()),
-            clock.seconds,
-            clock.compile_seconds,
-            curves=curves | {"value along the chain": (list(range(1, moves + 1)), np.nanmean(chosen, 1).tolist())},
-            temperature=self.temperature,
-        )
+        along = {"value along the chain": (list(range(1, len(kl) + 1)), np.nanmean(chosen, 1).tolist())}
+        kl = float(kl.sum(0).mean())
+        return outcome(out, prior.calls(sampler), clock, kl, curves=curves | along, temperature=self.temperature)
 
 
 def _particles(carry: Any, info: Info) -> tuple[Array, Array, Array]:
@@ -109,43 +89,39 @@ def _particles(carry: Any, info: Info) -> tuple[Array, Array, Array]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Smc:
-    """A particle sampler; `setting` is smc, fk_steering, tds or das, `options` as `rgdiff.samplers`.
+class ParticleSampling(Method):
+    """Weighted particles: one problem, from whose weights the samples asked for are drawn.
 
-    `particles` run as one problem; the samples asked for are drawn from their weights.
+    Args:
+      setting: smc, fk_steering, tds, das: a particle sampler of `rgdiff.samplers`, whose `options` are its own.
+      particles: of the one problem.
+      temperature: tau, in the reward's unit.
+      value: the value function of the potentials (group `value`); the last one is the reward's.
     """
 
     setting: str = "smc"
     particles: int = 1024
     temperature: float = 0.2
-    value: Any = PosteriorMean()
+    value: ValueSource = PosteriorMeanValue()
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def check(self, prior: Any, shape: tuple[int, ...]) -> None:
-        """Refuse settings that do not fit each other or the prior, before anything is trained."""
+    def check(self, prior: Prior, shape: Shape) -> None:
         unconditional(prior, "one problem of particles", "choose a prior without prior.guidance")
         process = prior.process(shape)
-        times = process.times(prior.steps)
-        self.sampler(process, nothing, nothing, times)
+        self.sampler(process, nothing, nothing, process.times(prior.steps))
         self.value.check(prior, shape, self.temperature)
         checks.at_least("particles", self.particles, 1)
 
     def suits(self, task: Task) -> None:
-        """Refuse a reward that the value is not for, before anything is trained."""
-        _suits(self.value, task)
+        self.value.suits(task)
 
     def sampler(self, process: Process, denoiser: Any, value: Any, times: Array) -> Any:
         """Build the sampler."""
-        settings: dict[str, Any] = {
-            "smc": samplers.smc,
-            "fk_steering": samplers.fk_steering,
-            "tds": samplers.tds,
-            "das": lambda process, denoiser, value, **options: samplers.das(process, denoiser, value, times, **options),
-        }
-        make = settings[checks.one_of("setting", self.setting, settings)]
-        return make(process, denoiser, value, temperature=self.temperature, **self.options)
+        make = named(samplers, self.setting, "setting", "denoiser", "value", "ess_threshold")
+        parts = {"process": process, "denoiser": denoiser, "value": value, "times": times}
+        return assemble(make, self.options, **parts, temperature=self.temperature)
 
-    def run(self, run: Run, phase: str, prior: Prior, task: Task, count: int) -> Outcome:
+    def run(self, run: Run, phase: str, prior: ReadyPrior, task: Task, count: int) -> Outcome:
         denoiser = prior.denoiser
         with run.clock() as clock:
             value, curves = self.value.obtain(run, phase, prior, task, denoiser, self.temperature)
@@ -163,109 +139,91 @@ class Smc:
         # KL(tilted || prior) = E_tilted[r] / tau - log Z, with the particles' estimates of both.
         rewards = np.asarray(out.info["value"], float)
         kl = float(np.sum(weights * np.where(weights > 0, rewards, 0.0)) / self.temperature - out.info["log_z"])
-        return Outcome(
+        along = {"effective sample size": (moves, ess), "log Z": (moves, log_z), "tempering": (moves, strength)}
+        return outcome(
             x0,
-            round(sampler.network_calls(len(moves)) * self.particles / count),
+            round(prior.calls(sampler) * self.particles / count),
+            clock,
             kl,
-            clock.seconds,
-            clock.compile_seconds,
-            curves=curves
-            | {"effective sample size": (moves, ess), "log Z": (moves, log_z), "tempering": (moves, strength)},
+            curves=curves | along,
             figures={"log_z": float(out.info["log_z"]), "ess": float(out.info["ess"])},
             temperature=self.temperature,
         )
 
 
 @dataclasses.dataclass(frozen=True)
-class BestOfN:
+class BestOfNSampling(Method):
     """The best of `candidates` samples of the prior, per sample."""
 
     candidates: int = 16
 
-    def check(self, prior: Any, shape: tuple[int, ...]) -> None:
-        """Refuse settings that do not fit each other or the prior, before anything is trained."""
+    def check(self, prior: Prior, shape: Shape) -> None:
         checks.at_least("candidates", self.candidates, 1)
 
-    def run(self, run: Run, phase: str, prior: Prior, task: Task, count: int) -> Outcome:
+    def run(self, run: Run, phase: str, prior: ReadyPrior, task: Task, count: int) -> Outcome:
         plain = samplers.ancestral(prior.process, prior.denoiser)
         sampler = samplers.best_of_n(plain, task.reward, self.candidates)
         with run.clock() as clock:
             out = draw(run, phase, sampler, prior, count)
-        kl = np.log(self.candidates) - (self.candidates - 1) / self.candidates
-        calls = sampler.network_calls(len(prior.times) - 1)
-        return Outcome(np.asarray(out.x0), calls, float(kl), clock.seconds, clock.compile_seconds)
+        kl = float(np.log(self.candidates) - (self.candidates - 1) / self.candidates)
+        return outcome(out, prior.calls(sampler), clock, kl)
 
 
 @dataclasses.dataclass(frozen=True)
-class Guided:
+class GuidedSampling(Method):
     """Ancestral sampling under a guide made from the task's reward.
 
     Args:
-      guide: `score` (the score moved by the gradient of the value: DPS for any reward with the posterior mean, classifier
-        guidance with a learnt value, PiGDM with a measurement's likelihood), `lgd_mc` (the reward at `draws` samples around
-        the posterior mean), `tmpd` (for measurements), or `tilt` (the kernel tilted instead; masked priors too).
-      temperature: the scale is 1 / temperature, per unit of the reward.
-      value: of `rgdiff.recipes.values`; not for lgd_mc and tmpd.
-      diagonal: of tmpd: row sums in place of the covariance.
-      recurrences, window: how often each move is made, and in which times (FreeDoM).
+      guide: a guide of `rgdiff.guides`, whose `options` are its own: `classifier_guidance` (the score moved by the gradient of
+        the value: DPS for any reward with the posterior mean, classifier guidance with a learnt value, PiGDM with a
+        measurement's likelihood), `lgd_mc` (the reward at several draws around the posterior mean), `tmpd` (for
+        measurements), or `gradient_guide` (the kernel tilted instead; masked priors too).
+      temperature: the guide's scale is 1 / temperature, per unit of the reward.
+      value: the value function whose gradient guides (group `value`); not for lgd_mc and tmpd.
+      sampling: options of `rgdiff.samplers.ancestral`: recurrences and window (FreeDoM).
     """
 
-    guide: str = "score"
+    guide: str = "classifier_guidance"
     temperature: float = 0.2
-    value: Any = PosteriorMean()
-    draws: int = 4
-    diagonal: bool = False
-    tilts: str = "token"
-    recurrences: int = 1
-    window: tuple[float, float] | None = None
+    value: ValueSource = PosteriorMeanValue()
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    sampling: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def check(self, prior: Any, shape: tuple[int, ...]) -> None:
-        """Refuse settings that do not fit each other or the prior, before anything is trained."""
+    @property
+    def make(self) -> Any:
+        """The guide's constructor."""
+        return named(guides, self.guide, "guide", "scale")
+
+    def check(self, prior: Prior, shape: Shape) -> None:
         process = prior.process(shape)
         self.sampler(process, nothing, nothing, nothing, jax.random.key(0))
-        self.value.check(prior, shape, self.temperature)
-        if self.guide == "tmpd":
+        if takes(self.make, "value"):
+            self.value.check(prior, shape, self.temperature)
+        if takes(self.make, "measurement"):
             unit_temperature(self.temperature)
 
     def suits(self, task: Task) -> None:
-        """Refuse a reward that the guide is not for, before anything is trained."""
-        if self.guide == "tmpd":
-            measurement(task, "method.guide=tmpd")
-        _suits(self.value, task)
+        if takes(self.make, "measurement"):
+            measurement(task, f"method.guide={self.guide}")
+        if takes(self.make, "value"):
+            self.value.suits(task)
 
     def sampler(self, process: Process, denoiser: Any, value: Any, reward: Any, key: Any) -> Any:
         """Build the sampler."""
-        checks.one_of("guide", self.guide, ("score", "lgd_mc", "tmpd", "tilt"))
-        guide, scale = None, 1 / self.temperature
-        if self.guide == "score":
-            denoiser = guides.classifier_guidance(denoiser, process, value, scale)
-        elif self.guide == "lgd_mc":
-            denoiser = guides.lgd_mc(denoiser, process, reward, key, draws=self.draws, scale=scale)
-        elif self.guide == "tmpd":
-            denoiser = guides.tmpd(denoiser, process, reward, diagonal=self.diagonal, scale=scale)
-        else:
-            guide = guides.gradient_guide(value, scale, tilts=self.tilts)
-        window = None if self.window is None else (self.window[0], self.window[1])
-        return samplers.ancestral(process, denoiser, guide=guide, recurrences=self.recurrences, window=window)
+        parts = {"denoiser": denoiser, "process": process, "value": value, "reward": reward, "measurement": reward}
+        made = assemble(self.make, self.options, **parts, key=key, scale=1 / self.temperature)
+        plain, guide = (made, None) if takes(self.make, "denoiser") else (denoiser, made)  # else it is on the kernel
+        return samplers.ancestral(process, plain, guide=guide, **self.sampling)
 
-    def run(self, run: Run, phase: str, prior: Prior, task: Task, count: int) -> Outcome:
+    def run(self, run: Run, phase: str, prior: ReadyPrior, task: Task, count: int) -> Outcome:
         denoiser = prior.denoiser
         with run.clock() as clock:
-            value, curves = None, {}
-            if self.guide not in ("lgd_mc", "tmpd"):
-                value, curves = self.value.obtain(run, phase, prior, task, denoiser, self.temperature)
-            sampler = self.sampler(prior.process, denoiser, value, task.reward, run.key(f"{phase}_guide"))
+            made = Obtained(nothing, {})
+            if takes(self.make, "value"):
+                made = self.value.obtain(run, phase, prior, task, denoiser, self.temperature)
+            sampler = self.sampler(prior.process, denoiser, made.value, task.reward, run.key(f"{phase}_guide"))
             out = draw(run, phase, sampler, prior, count)
         kl = float("nan")  # repeated moves and points have no path KL
-        if self.recurrences == 1 and prior.process.stochastic:
+        if sampler.recurrences == 1 and prior.process.stochastic:
             kl = draw_with_kl(run, f"{phase}_kl", sampler, prior, count)[1]
-        calls = sampler.network_calls(len(prior.times) - 1)
-        return Outcome(
-            np.asarray(out.x0),
-            calls,
-            kl,
-            clock.seconds,
-            clock.compile_seconds,
-            curves=curves,
-            temperature=self.temperature,
-        )
+        return outcome(out, prior.calls(sampler), clock, kl, curves=made.curves, temperature=self.temperature)

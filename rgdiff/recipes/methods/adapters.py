@@ -1,0 +1,95 @@
+"""Methods of recipes that use LoRA adapters: two tuned apart and mixed, and saved ones at any weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rgdiff import samplers
+from rgdiff.nets import LoRAModel, lora_sum
+from rgdiff.recipes.methods.tuning import FineTuning, measured
+from rgdiff.recipes.outcome import draw, outcome, path_kl
+from rgdiff.recipes.typing import Curves, Method, Outcome, Prior, ReadyPrior, Shape
+from rgdiff.rewards import Task
+from rgdiff.runtime.adapters import load_peft
+from rgdiff.runtime.run import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class MixedAdapters(Method):
+    """Two adapters tuned apart, one to the recipe's reward and one to `second`, and their weighted sums without more training.
+
+    Args:
+      tuning: a `FineTuning` with an adapter.
+      second: the other task, e.g. `rgdiff.domains.images.tasks.inked`.
+      weights: of the second adapter, each in [0, 1]; the first has the rest. The samples reported are those of the middle one.
+    """
+
+    tuning: FineTuning
+    second: Task
+    weights: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+    def check(self, prior: Prior, shape: Shape) -> None:
+        self.tuning.check(prior, shape)
+        if self.tuning.adapter is None or not self.weights:
+            raise ValueError(
+                "mixing needs adapters and weights; give method.tuning.adapter=RANK and method.weights=[...]"
+            )
+
+    def run(self, run: Run, phase: str, prior: ReadyPrior, task: Task, count: int) -> Outcome:
+        with run.clock() as clock:
+            first = self.tuning.tune(run, f"{phase}_first", prior, task)
+            second = self.tuning.tune(run, f"{phase}_second", prior, self.second)
+            tuner, model, process = first[0], first[1], first[3]
+            mixed = [lora_sum([(first[2], 1 - w), (second[2], w)]) for w in self.weights]
+            middle = model(mixed[len(mixed) // 2])
+            sampler = samplers.ancestral(process, middle)
+            out = draw(run, phase, sampler, prior, count)
+        rewards = {"reward": task.reward, "held-out reward": task.heldout, "second reward": self.second.reward}
+        rows = [
+            measured(run, f"{phase}_weight_{weight}", prior, rewards, model(adapter), process, count)
+            for weight, adapter in zip(self.weights, mixed, strict=True)
+        ]
+        curves: Curves = {
+            f"{name}, by the weight of the second adapter": (list(self.weights), [row[name] for row in rows])
+            for name in rows[0]
+        }
+        return outcome(
+            out,
+            prior.calls(sampler),
+            clock,
+            path_kl(run, phase, prior, middle, count),
+            tuning_network_calls=2 * self.tuning.steps * self.tuning.batch * tuner.network_calls(),
+            curves=curves,
+            figures={"second_reward": rows[len(rows) // 2]["second reward"]},
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedAdapters(Method):
+    """Sample the prior with adapters that were tuned before: any weighted sum of them, without training.
+
+    Args:
+      adapters: folders in PEFT's format and the weight of each, on top of the scale that is saved with it.
+    """
+
+    adapters: Mapping[str, float] | None = None
+
+    def check(self, prior: Prior, shape: Shape) -> None:
+        if not self.adapters:
+            raise ValueError("give method.adapters={FOLDER: WEIGHT}, e.g. {runs/digits_draft/adapters/adapter: 0.5}")
+        for folder in self.adapters:
+            if not Path(folder).is_dir():
+                raise FileNotFoundError(f"no adapter at {folder}; a run leaves its own under adapters/")
+
+    def run(self, run: Run, phase: str, prior: ReadyPrior, task: Task, count: int) -> Outcome:
+        terms = []
+        for folder, weight in (self.adapters or {}).items():
+            adapter, scale = load_peft(folder, prior.params)
+            terms.append((adapter, weight * scale))
+        denoiser = LoRAModel(prior.params, prior.model)(lora_sum(terms))
+        sampler = samplers.ancestral(prior.process, denoiser)
+        with run.clock() as clock:
+            out = draw(run, phase, sampler, prior, count)
+        return outcome(out, prior.calls(sampler), clock, path_kl(run, phase, prior, denoiser, count))
