@@ -123,6 +123,7 @@ def composed(recipe: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any]
     assert isinstance(plain, dict)
     for key, default in COMMON.items():
         plain.setdefault(key, default)
+    plain["out"] = plain["out"] or f"runs/{name}"
     return {str(key): value for key, value in plain.items()}, {key: chosen.get(key) for key in GROUPS}
 
 
