@@ -27,9 +27,28 @@ def key(value: Any) -> None:
         raise ValueError(f"key must be a single key, got an array of keys with shape {value.shape}; vmap over it")
 
 
+def schedule(value: Any, what: str, *, masks: bool = False) -> Any:
+    """Return `value` if it is a noise schedule: alpha and sigma, or with `masks` a rate of masking."""
+    wanted, instead = (("rate",), "log_linear_mask") if masks else (("alpha", "sigma"), "linear_vp")
+    if not all(hasattr(value, name) for name in wanted):
+        hint = "pass process.schedule" if hasattr(value, "schedule") else f"make one with schedules.{instead}()"
+        kind = "a mask schedule" if masks else "a Gaussian noise schedule"
+        raise ValueError(f"{what} needs {kind}, got {type(value).__name__}; {hint}")
+    return value
+
+
+def noising_process(value: Any, method: str) -> Any:
+    """Return `value` if it is a process: it has a prior and reverse kernels."""
+    if not (hasattr(value, "reverse") and hasattr(value, "prior")):
+        make = "masked" if hasattr(value, "rate") else "gaussian"
+        hint = f"processes.{make}(schedule, shape, ...) makes one" + (" of it" if hasattr(value, "times") else "")
+        raise ValueError(f"{method} needs a process, got {type(value).__name__}; {hint}")
+    return value
+
+
 def law(process: Any, method: str) -> None:
     """Refuse a process whose reverse steps are points: `method` needs a law (log_prob, KL or a second draw)."""
-    if not process.stochastic:
+    if not noising_process(process, method).stochastic:
         raise ValueError(
             f"{method} needs a reverse kernel with a law, but the process has eta = 0; build it with eta > 0"
         )
@@ -78,6 +97,7 @@ def shape(name: str, value: Any, expected: tuple[int | None, ...]) -> None:
 
 def times(value: Any, process: Any) -> jax.Array:
     """Return a time grid as float32 [T + 1]; refuse one that does not decrease within [0, 1] or ends at the wrong place."""
+    noising_process(process, "a time grid")
     grid = jnp.asarray(value, jnp.float32)
     if grid.ndim != 1 or grid.shape[0] < 1:
         raise ValueError(f"times must be a vector [T + 1], got shape {list(grid.shape)}; use process.times(steps)")

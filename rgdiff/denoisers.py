@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from rgdiff import checks
 from rgdiff.processes import along
 from rgdiff.schedules import GaussianSchedule
-from rgdiff.typing import Array, Cond, Denoiser, Params, State, pytree, static
+from rgdiff.typing import Array, Cond, Denoiser, Params, State, callable_pytree, pytree, static
 
 PREDICTIONS = ("x0", "eps", "v", "score", "velocity", "logits")
 
@@ -140,6 +140,9 @@ def predicts(prediction: str, network: Denoiser, schedule: GaussianSchedule | No
     from rgdiff.schedules import Flow
 
     checks.one_of("prediction", prediction, PREDICTIONS)
+    network = callable_pytree(network, "a network")
+    if schedule is not None:
+        checks.schedule(schedule, f"a network that predicts {prediction}")
     if prediction in ("x0", "logits"):
         return network
     if schedule is None:
@@ -166,7 +169,8 @@ class EdmPreconditioned:
 
 def edm_preconditioned(network: Denoiser, schedule: GaussianSchedule, *, sigma_data: float = 0.5) -> Denoiser:
     """Precondition a network for a variance-exploding schedule; `sigma_data` is the data's standard deviation."""
-    return EdmPreconditioned(network, schedule, checks.positive("sigma_data", sigma_data))
+    schedule = checks.schedule(schedule, "edm_preconditioned")
+    return EdmPreconditioned(callable_pytree(network, "a network"), schedule, checks.positive("sigma_data", sigma_data))
 
 
 @pytree
@@ -185,19 +189,27 @@ class ClassifierFree:
         twice = lambda a, b: jax.tree.map(lambda u, w: jnp.concatenate([u, w]), a, b)  # noqa: E731
         t = jnp.broadcast_to(jnp.asarray(t, jnp.float32), (batch,))
         out = self.denoiser(twice(x, x), jnp.concatenate([t, t]), twice(cond, null))
-        return jax.tree.map(lambda o: o[batch:] + self.scale * (o[:batch] - o[batch:]), out)
+        return jax.tree.map(lambda o: _between(o[batch:], o[:batch], self.scale), out)
+
+
+def _between(a: Array, b: Array, weight: Array) -> Array:
+    """a + weight (b - a); where one that has a weight is -inf (a token that is forbidden), -inf."""
+    forbidden = ((a == -jnp.inf) & (weight != 1)) | ((b == -jnp.inf) & (weight != 0))
+    a, b = (jnp.where(leaf == -jnp.inf, 0.0, leaf) for leaf in (a, b))
+    return jnp.where(forbidden, -jnp.inf, a + weight * (b - a))
 
 
 def classifier_free(denoiser: Denoiser, scale: float, null: Any) -> Denoiser:
     """Guide a conditional denoiser (arXiv 2207.12598): scale 1 is the conditional model, 0 the unconditional one.
 
     On predictions of x0 this equals the published combination of eps or scores (both are affine in x0). On logits it
-    combines log-probabilities, p(x0|c)^scale p(x0)^(1 - scale) per token.
+    combines log-probabilities, p(x0|c)^scale p(x0)^(1 - scale) per token; a token that either of them forbids (logit -inf)
+    is forbidden, but for the one whose exponent is 0.
 
     Args:
       null: the condition that means none, a scalar or a pytree like `cond` (for class labels: the number of classes).
     """
-    return ClassifierFree(denoiser, jnp.asarray(scale, jnp.float32), null)
+    return ClassifierFree(callable_pytree(denoiser, "a denoiser"), jnp.asarray(scale, jnp.float32), null)
 
 
 @pytree
@@ -210,7 +222,8 @@ class Annealed:
 
     def __call__(self, x: State, t: Array, cond: Cond = None) -> State:
         out, base = self.denoiser(x, t, cond), self.base(x, t, cond)
-        return jax.tree.map(lambda d, b: d + along(jnp.asarray(t, jnp.float32) ** self.power, d) * (b - d), out, base)
+        weight = jnp.asarray(t, jnp.float32) ** self.power
+        return jax.tree.map(lambda d, b: _between(d, b, along(weight, d)), out, base)
 
 
 def annealed(denoiser: Denoiser, base: Denoiser, power: float = 1.0) -> Denoiser:
@@ -219,6 +232,7 @@ def annealed(denoiser: Denoiser, base: Denoiser, power: float = 1.0) -> Denoiser
     The weight of the prior is t^power, all of it at t = 1; power 0 is the prior throughout, a large one the tuned
     denoiser. On predictions of x0 this equals the published interpolation of eps. Costs one call of each a step.
     """
+    denoiser, base = (callable_pytree(one, "a denoiser") for one in (denoiser, base))
     return Annealed(denoiser, base, checks.positive("power", power, zero=True))
 
 
@@ -238,7 +252,7 @@ def clip_x0(denoiser: Denoiser, low: float = -1.0, high: float = 1.0) -> Denoise
     """Clip predictions of x0 to the range of the data."""
     if not low < high:
         raise ValueError(f"clip_x0 expects low < high, got {low} and {high}")
-    return ClipX0(denoiser, jnp.float32(low), jnp.float32(high))
+    return ClipX0(callable_pytree(denoiser, "a denoiser"), jnp.float32(low), jnp.float32(high))
 
 
 @pytree
@@ -260,4 +274,5 @@ def dynamic_threshold(denoiser: Denoiser, percentile: float = 99.5, *, floor: fl
     """Threshold predictions of x0 per example to the range [-floor, floor]; `percentile` is in percent."""
     if not 0 < percentile <= 100:
         raise ValueError(f"percentile must be in (0, 100], got {percentile}")
+    denoiser = callable_pytree(denoiser, "a denoiser")
     return DynamicThreshold(denoiser, jnp.float32(percentile), checks.positive("floor", floor))

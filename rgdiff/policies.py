@@ -81,6 +81,7 @@ def _levels(
     steps = len(ratio)
     clock, scale = np.arange(steps, 0, -1) / steps if clock is None else clock, np.ones(steps)
     if known is not None:
+        checks.schedule(known, "a few-step process")
         clock = [_time_of(known, 2 * math.log(a / s)) for a, s in zip(alpha[:-1], sigma[:-1], strict=True)]
         scale = np.asarray(known.alpha(jnp.asarray(clock, jnp.float32))) / alpha[:-1]
     parts = alpha, sigma, stds, alpha[1:] * (1 - kept), kept / ratio, clock, scale, prior_std
@@ -95,7 +96,7 @@ def levels(schedule: GaussianSchedule, steps: int, *, last: float = 0.1) -> Leve
       steps: T.
       last: standard deviation of the last move, data units; the others are those of ancestral sampling.
     """
-    times = schedule.times(checks.at_least("steps", steps, 1))
+    times = checks.schedule(schedule, "levels").times(checks.at_least("steps", steps, 1))
     alphas, sigmas = schedule.alpha(times), schedule.sigma(times)
     return _levels(alphas, sigmas, last=last, clock=times, prior_std=float(schedule.prior_std))
 

@@ -250,6 +250,7 @@ def gaussian(schedule: GaussianSchedule, shape: tuple[int, ...], *, eta: float =
     """
     value = checks.positive("eta", eta, zero=True)
     stochastic = isinstance(value, Tracer) or float(value) > 0
+    schedule = checks.schedule(schedule, "a Gaussian process")
     return GaussianProcess(schedule, value, tuple(int(d) for d in shape), stochastic)
 
 
@@ -270,6 +271,9 @@ def initial_law(process: GaussianProcess, schedule: GaussianSchedule) -> Initial
       schedule: of the moves, variance-preserving (alpha^2 + sigma^2 = 1); x_T is the chain's last state times std.
         Where alpha(1) is near 0 the chain forgets its own beginning, and its tuned law is the tilted one.
     """
+    if not isinstance(process, GaussianProcess):
+        raise ValueError(f"initial_law needs a Gaussian process, got {type(process).__name__}")
+    checks.schedule(schedule, "initial_law")
     return InitialProcess(schedule, jnp.float32(1.0), process.shape, True, None, process.schedule.prior_std)
 
 
@@ -292,7 +296,11 @@ def masked(
     shape = (shape,) if isinstance(shape, int) else tuple(int(d) for d in shape)
     checks.one_of("relaxation", relaxation, RELAXATIONS)
     return MaskedProcess(
-        schedule, checks.positive("temperature", temperature), shape, checks.at_least("classes", classes, 2), relaxation
+        checks.schedule(schedule, "a masked process", masks=True),
+        checks.positive("temperature", temperature),
+        shape,
+        checks.at_least("classes", classes, 2),
+        relaxation,
     )
 
 
@@ -314,4 +322,4 @@ def product(**parts: Process) -> ProductProcess:
     """Build a process on mixed states: dicts with one entry per name, e.g. product(adjacency=masked(...), x=gaussian(...))."""
     if not parts:
         raise ValueError("product() needs at least one named process, e.g. product(tokens=masked(...))")
-    return ProductProcess(dict(parts))
+    return ProductProcess({name: checks.noising_process(part, f"product({name}=...)") for name, part in parts.items()})

@@ -60,7 +60,7 @@ def _guided(
     scale: float,
     beta: float | None,
 ) -> GradientGuided:
-    if not isinstance(process, GaussianProcess):
+    if not isinstance(checks.noising_process(process, "gradient guidance"), GaussianProcess):
         raise ValueError(
             f"gradient guidance moves the score of a gaussian process, got {type(process).__name__}; use rgdiff.guides.gradient_guide"
         )

@@ -168,6 +168,8 @@ def masked_bound(key: Key, process: MaskedProcess, denoiser: Denoiser, x0: Array
     positions are masked on average.
     """
     checks.key(key)
+    if not isinstance(process, MaskedProcess):
+        raise ValueError(f"masked_bound needs a masked process, got {type(process).__name__}")
     positions = 1
     for size in process.shape:
         positions *= size
