@@ -112,7 +112,37 @@ def times(value: Any, process: Any) -> jax.Array:
         raise ValueError("times must decrease strictly within [0, 1] (1 is noise); use process.times(steps)")
     if getattr(process, "ends_at_zero", not process.projects) and concrete[-1] != 0:
         raise ValueError(f"times of a masked process must end at 0, got {concrete[-1]:g}; use process.times(steps)")
+    if (own := getattr(process, "levels", None)) is not None and concrete.shape[0] != own.steps + 1:
+        raise ValueError(f"a few-step process makes its {own.steps} moves and no others; use process.times()")
+    _every_move_has_noise(grid, process)
     return grid
+
+
+def _every_move_has_noise(grid: jax.Array, process: Any) -> None:
+    """Refuse a grid with a move of a Gaussian process that is a point: to t = 0, or between two times of one noise level."""
+    for part in getattr(process, "parts", {}).values():
+        _every_move_has_noise(grid, part)
+    schedule: Any = getattr(process, "schedule", None)
+    if not hasattr(schedule, "log_snr") or isinstance(levels := log_snr(schedule, grid), Tracer):
+        return
+    levels = np.asarray(levels)
+    if process.projects and levels[-1] == np.inf:
+        raise ValueError(
+            f"times of a Gaussian process must end above {float(grid[-1]):g}, where no noise is left and the last move would be "
+            "a point; leave that time out (times[:-1]): the projection to data is the step to it"
+        )
+    if not (rises := np.diff(levels) > 0).all():
+        t, s = np.asarray(grid)[np.argmin(rises) :][:2]
+        raise ValueError(
+            f"every move must lower the noise, but the schedule has one level at the times {t:g} and {s:g}; "
+            "use process.times(steps)"
+        )
+
+
+@jax.jit
+def log_snr(schedule: Any, times: jax.Array) -> jax.Array:
+    """The schedule's log_snr, in one call."""
+    return schedule.log_snr(times)
 
 
 def _describe(value: Any) -> str:

@@ -14,6 +14,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from rgdiff import checks
 from rgdiff.processes import along
@@ -134,8 +136,8 @@ def predicts(prediction: str, network: Denoiser, schedule: GaussianSchedule | No
       ValueError: for an unknown prediction, a missing schedule, or velocity with another schedule than flow.
 
     Note:
-      Under the flow schedule alpha is 0 at t = 1, where eps and score say nothing of x0: begin the grid below 1, e.g.
-      times = 0.99 * process.times(steps).
+      Where alpha is 0 (zero terminal SNR: the flow and cosine schedules at t = 1) eps and score say nothing of x0, and a grid
+      that begins there is refused: begin it below, e.g. times = 0.99 * process.times(steps). x0, v and velocity do.
     """
     from rgdiff.schedules import Flow
 
@@ -150,6 +152,35 @@ def predicts(prediction: str, network: Denoiser, schedule: GaussianSchedule | No
     if prediction == "velocity" and not isinstance(schedule, Flow):
         raise ValueError(f"velocity belongs to the flow schedule, got {type(schedule).__name__}; use v, eps or score")
     return Predicts(network, schedule, prediction)
+
+
+def needs_signal(method: Any, times: Array, params: Params = None) -> None:
+    """Refuse a grid that begins where nothing of x0 is left for a network that predicts eps or the score.
+
+    Args:
+      method: a denoiser, or what holds one (a sampler); with `params` a model, which is looked at and not run.
+      times: [T + 1].
+    """
+    found: list[tuple[str, GaussianSchedule]] = []
+
+    def look(method: Any) -> None:
+        for part in jax.tree.leaves(method, is_leaf=lambda part: isinstance(part, Predicts)):
+            if isinstance(part, Predicts) and part.prediction in ("eps", "score"):
+                found.append((part.prediction, part.schedule))
+
+    if params is None:
+        look(method)
+    else:
+        jax.eval_shape(lambda params: look(method(params)), params)
+    for prediction, schedule in found:
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((schedule, times))):
+            continue
+        levels = checks.log_snr(schedule, times)
+        if not isinstance(levels, Tracer) and np.asarray(levels)[0] == -np.inf:
+            raise ValueError(
+                f"times begin at {float(times[0]):g}, where nothing of x0 is left (alpha = 0) and a prediction of {prediction} "
+                "does not say what it is; begin below, e.g. 0.99 * process.times(steps), or take a network of v or x0"
+            )
 
 
 @pytree

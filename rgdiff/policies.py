@@ -84,7 +84,7 @@ def _levels(
         checks.schedule(known, "a few-step process")
         clock = [_time_of(known, 2 * math.log(a / s)) for a, s in zip(alpha[:-1], sigma[:-1], strict=True)]
         scale = np.asarray(known.alpha(jnp.asarray(clock, jnp.float32))) / alpha[:-1]
-    parts = alpha, sigma, stds, alpha[1:] * (1 - kept), kept / ratio, clock, scale, prior_std
+    parts = alpha, sigma, stds, alpha[1:] * (1 - kept), ratio * (sigma[1:] / sigma[:-1]) ** 2, clock, scale, prior_std
     return Levels(*(jnp.asarray(part, jnp.float32) for part in parts))
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from rgdiff import checks
+from rgdiff.denoisers import needs_signal
 from rgdiff.processes import ProductProcess
 from rgdiff.samplers._loop import roll
 from rgdiff.tuners import advantages
@@ -105,6 +106,7 @@ class PolicyGradient:
 
     def init(self, params: Params) -> TrainState:
         """Return a state; its `extra` is an `Extra`."""
+        needs_signal(self.model, self.times, params)
         extra = Extra(self.advantage.init(), None if self.kl_budget is None else self.kl_weight)
         return start(params, self.optimizer, average=self.ema_decay is not None, extra=extra)
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from rgdiff import checks
+from rgdiff.denoisers import needs_signal
 from rgdiff.processes import GaussianProcess, MaskedProcess
 from rgdiff.tuners._loop import TrainState, start, update
 from rgdiff.typing import (
@@ -55,6 +56,8 @@ class Pretraining:
     weighting: str = static(default="uniform")
 
     def init(self, params: Params) -> TrainState:
+        if self.grid is not None:
+            needs_signal(self.model, self.grid, params)
         return start(params, self.optimizer, average=True)
 
     def step(self, key: Key, state: TrainState, batch: Any) -> tuple[TrainState, Info]:
