@@ -95,6 +95,17 @@ def shape(name: str, value: Any, expected: tuple[int | None, ...]) -> None:
         raise ValueError(f"{name} must have shape {wanted}, got {list(got)}")
 
 
+def logits(prediction: Any, x: Any) -> Any:
+    """Return a masked denoiser's prediction at states x [B, ..., K + 1] if it is logits of the K tokens, [B, ..., K]."""
+    wanted = (*x.shape[:-1], x.shape[-1] - 1)
+    if jnp.shape(prediction) != wanted:
+        hint = ", without one for the mask: logits[..., :-1]" if jnp.shape(prediction) == x.shape else ""
+        raise ValueError(
+            f"a denoiser of {wanted[-1]} tokens must return logits {list(wanted)}, got {list(jnp.shape(prediction))}{hint}"
+        )
+    return prediction
+
+
 def times(value: Any, process: Any) -> jax.Array:
     """Return a time grid as float32 [T + 1]; refuse one that does not decrease within [0, 1] or ends at the wrong place."""
     noising_process(process, "a time grid")

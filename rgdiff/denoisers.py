@@ -22,7 +22,7 @@ from rgdiff.processes import along
 from rgdiff.schedules import GaussianSchedule
 from rgdiff.typing import Array, Cond, Denoiser, Params, State, callable_pytree, pytree, static
 
-PREDICTIONS = ("x0", "eps", "v", "score", "velocity", "logits")
+PREDICTIONS = ("x0", "eps", "v", "score", "velocity", "logits", "probabilities")
 
 
 @pytree
@@ -129,8 +129,25 @@ class Predicts:
         return to_x0(self.prediction, self.schedule, x, t, self.network(x, t, cond))
 
 
+@pytree
+class LogOf:
+    """Logits of a network that returns probabilities [B, ..., K]; -inf where one is 0."""
+
+    network: Denoiser
+
+    def __call__(self, x: State, t: Array, cond: Cond = None) -> State:
+        safe_log = lambda p: jnp.where(p > 0, jnp.log(jnp.where(p > 0, p, 1.0)), -jnp.inf)  # noqa: E731
+        return jax.tree.map(safe_log, self.network(x, t, cond))
+
+
 def predicts(prediction: str, network: Denoiser, schedule: GaussianSchedule | None = None) -> Denoiser:
-    """Make a network that predicts `prediction` (x0, eps, v, score, velocity, logits) a denoiser.
+    """Make a network that predicts `prediction` (x0, eps, v, score, velocity, logits, probabilities) a denoiser.
+
+    Args:
+      prediction: of the network. For tokens: `logits` [B, ..., K], unnormalised and without one for the mask, or
+        `probabilities` [B, ..., K], whose logarithm is taken. Probabilities given as logits are as good as uniform.
+      network: (x, t, cond) -> prediction.
+      schedule: of the process; not needed for x0 and tokens.
 
     Raises:
       ValueError: for an unknown prediction, a missing schedule, or velocity with another schedule than flow.
@@ -145,6 +162,8 @@ def predicts(prediction: str, network: Denoiser, schedule: GaussianSchedule | No
     network = callable_pytree(network, "a network")
     if schedule is not None:
         checks.schedule(schedule, f"a network that predicts {prediction}")
+    if prediction == "probabilities":
+        return LogOf(network)
     if prediction in ("x0", "logits"):
         return network
     if schedule is None:

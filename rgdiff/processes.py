@@ -157,11 +157,11 @@ class MaskedProcess:
         positions = x[..., -1]
         log_move = along(jnp.log((rate_t - rate_s) / rate_t), positions)
         log_stay = along(jnp.log(rate_s / rate_t), positions)
-        return Absorbing(x, prediction, log_move, log_stay, self.temperature, self.relaxation)
+        return Absorbing(x, checks.logits(prediction, x), log_move, log_stay, self.temperature, self.relaxation)
 
     def mean(self, x: Array, t: Array, prediction: Array) -> Array:
         """E[x0 | x_t], a point of the simplex per position [B, ..., K]: copies, and softmax of the logits where masked."""
-        return x[..., :-1] + x[..., -1:] * jax.nn.softmax(prediction)
+        return x[..., :-1] + x[..., -1:] * jax.nn.softmax(checks.logits(prediction, x))
 
     def finalize(self, x: Array, t: Array, prediction: Array) -> Array:
         """Drop the mask: at t = 0 no position is masked."""
@@ -188,7 +188,7 @@ class FirstHittingProcess(MaskedProcess):
 
     def reverse(self, x: Array, t: Array, s: Array, prediction: Array) -> FirstHitting:  # type: ignore[override]
         """Law of the state after the next event: a uniformly drawn masked position takes a token; t, s do not enter."""
-        return FirstHitting(x, prediction, 0.0, self.temperature, self.relaxation)
+        return FirstHitting(x, checks.logits(prediction, x), 0.0, self.temperature, self.relaxation)
 
 
 @pytree
@@ -234,7 +234,8 @@ class ProductProcess:
             if part.projects:
                 out[name] = part.finalize(x[name], t, prediction[name])
             else:
-                mode = jax.nn.one_hot(jnp.argmax(prediction[name], -1), part.classes, dtype=jnp.float32)
+                logits = checks.logits(prediction[name], x[name])
+                mode = jax.nn.one_hot(jnp.argmax(logits, -1), part.classes, dtype=jnp.float32)
                 out[name] = x[name][..., :-1] + x[name][..., -1:] * mode
         return out
 
@@ -286,6 +287,9 @@ def masked(
     temperature: float = 1.0,
 ) -> MaskedProcess:
     """Build a masked process on one-hot states [B, *shape, classes + 1], the mask last; data are [B, *shape, classes].
+
+    Its denoisers return logits [B, *shape, classes] of p(x0 | x_t), with none for the mask; a network of probabilities becomes
+    one by `denoisers.predicts("probabilities", network)`.
 
     Args:
       schedule: the rate of masking, from `rgdiff.schedules`.

@@ -296,6 +296,44 @@ def test_masked_reverse_is_bayes_rule(name):
         np.testing.assert_allclose(reverse[1], [0, 1, 0, 0], atol=1e-6)
 
 
+def test_predictions_of_tokens_have_a_logit_for_each_token_and_none_for_the_mask():
+    """K + 1 logits would leave positions without a token; whoever asks a masked process for a kernel or a mean is told."""
+    masked = processes.masked(schedules.log_linear_mask(), 3, 4)
+    hitting, mixed = processes.first_hitting(masked), processes.product(c=masked)
+    x, key, sgd = masked.prior(2).sample(jax.random.key(0)), jax.random.key(0), optax.sgd(0.1)
+    net = lambda width: lambda x, t, cond=None: jnp.zeros((x.shape[0], 3, width))  # noqa: E731
+    words = r"a denoiser of 4 tokens must return logits \[2, 3, 4\], got \[2, 3, 5\], without one for the mask"
+    for call in (
+        lambda: samplers.sample(samplers.ancestral(masked, net(5)), key, 2, masked.times(2)),
+        lambda: samplers.sample(samplers.ancestral(hitting, net(5)), key, 2, hitting.times()),
+        lambda: masked.mean(x, f32(0.5), net(5)(x, 0.5)),
+        lambda: mixed.reverse({"c": x}, f32(0.5), f32(0.2), {"c": net(5)(x, 0.5)}),
+        lambda: tuners.draft(lambda p: net(5), masked, lambda x0, c: x0[:, 0, 0], masked.times(2), sgd, batch=2).loss(
+            jnp.zeros(1), key
+        ),
+        lambda: tuners.pretraining(lambda p: net(5), masked, sgd).loss(jnp.zeros(1), key, x[..., :-1]),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+    for shape in ((2, 3, 3), (3, 4), (2, 1, 4)):
+        with pytest.raises(ValueError, match=r"must return logits \[2, 3, 4\]"):
+            masked.reverse(x, f32(0.5), f32(0.2), jnp.zeros(shape))
+    x0 = samplers.sample(samplers.ancestral(masked, net(4)), key, 50, masked.times(2)).x0
+    np.testing.assert_array_equal(x0.sum(-1), 1.0)
+
+
+def test_a_network_of_probabilities_is_taken_by_its_logarithm():
+    """p = (.7, .2, .1, 0): drawn in these shares and a 0 never; as logits they would be nearly uniform."""
+    p = f32([0.7, 0.2, 0.1, 0.0])
+    denoiser = denoisers.predicts("probabilities", lambda x, t, cond=None: jnp.broadcast_to(p, (x.shape[0], 3, 4)))
+    process = processes.masked(schedules.log_linear_mask(), 3, 4)
+    x0 = samplers.sample(samplers.ancestral(process, denoiser), jax.random.key(0), 20_000, process.times(2)).x0
+    assert_mean(x0.reshape(-1, 4)[:, :3], p[:3])
+    assert x0[..., 3].sum() == 0
+    x, t = process.prior(1).sample(jax.random.key(0)), f32(1.0)
+    np.testing.assert_allclose(process.mean(x, t, denoiser(x, t))[0, 0], p, atol=1e-6)
+
+
 def test_masked_mean_and_finalize():
     process = processes.masked(MASK_SCHEDULES["log_linear"][0](), 2, 3)
     x = jax.nn.one_hot(jnp.array([[1, 3]]), 4)

@@ -158,7 +158,8 @@ def pretraining(
 
 def masked_cross_entropy(logits: Array, x: Array, x0: Array) -> Array:
     """Sum over masked positions of -log p(x0 | x_t), nats [B]."""
-    per_position = -jnp.sum(jnp.where(x0 > 0, jax.nn.log_softmax(logits), 0.0) * x0, -1)
+    log_p = jax.nn.log_softmax(checks.logits(logits, x))
+    per_position = -jnp.sum(jnp.where(x0 > 0, log_p, 0.0) * x0, -1)
     return jnp.sum((x[..., -1] * per_position).reshape(x.shape[0], -1), -1)
 
 
