@@ -18,6 +18,7 @@ import numpy as np
 from rgdiff import checks
 from rgdiff.kernels import Gaussian
 from rgdiff.processes import GaussianProcess, along
+from rgdiff.rewards import differentiable
 from rgdiff.schedules import GaussianSchedule
 from rgdiff.typing import Array, Cond, Move, Params, State, Value, callable_pytree, pytree, static
 
@@ -340,4 +341,5 @@ def value_guidance(value: Value, scale: float = 1.0) -> ValueGuidance:
       The paper's released code moves x by lambda sigma_t grad V, which for lambda > 0 goes *uphill* (it explores with it
       in training); improving samples is a negative lambda there, and a positive scale here. The shift is scale sigma_t^2.
     """
+    differentiable("value_guidance", value)
     return ValueGuidance(callable_pytree(value, "a value"), checks.positive("scale", scale, zero=True))

@@ -140,6 +140,27 @@ REFUSED = {
         ),
         "black box",
     ),
+    "black box and the gradient of a reward": (
+        lambda: guides.reward_guidance(W.denoiser, W.process, BLACK_BOX),
+        "reward_guidance needs the reward's gradient, which a black box",
+    ),
+    "black box and DPS of a likelihood": (
+        lambda: guides.dps(W.denoiser, W.process, rewards.ensemble([W.reward, BLACK_BOX])),
+        "dps needs the reward's gradient, which a black box",
+    ),
+    "black box as a guide's term": (
+        lambda: guides.guided(W.denoiser, W.process, BLACK_BOX),
+        "a guide on the prediction needs the reward's gradient",
+    ),
+    "black box as a policy's cost": (
+        lambda: policies.value_guidance(values.posterior_mean(BLACK_BOX, W.process, W.denoiser)),
+        "value_guidance needs the reward's gradient",
+    ),
+    "black box as a measurement": (
+        lambda: guides.pigdm(W.denoiser, W.process, BLACK_BOX),
+        "pigdm needs a measurement, guides.linear(...) or guides.inpainting(...), got HostReward",
+    ),
+    "a reward as a measurement": (lambda: guides.tmpd(W.denoiser, W.process, W.reward), "tmpd needs a measurement"),
     "black box and LGD": (lambda: guides.lgd_mc(W.denoiser, W.process, BLACK_BOX, KEY, draws=2), "black box"),
     "black box and TDS": (
         lambda: samplers.tds(W.process, W.denoiser, values.posterior_mean(BLACK_BOX, W.process, W.denoiser)),

@@ -16,7 +16,7 @@ ROOT = Path(rgdiff.__file__).parent
 # DESIGN.md, section 3: a module imports only from rows above its own (or its own package). `checks` stands beside
 # `typing`; `metrics` is a leaf that only domains and the command line use.
 ORDER = [
-    {"typing", "checks"}, {"keys"}, {"kernels"}, {"schedules"}, {"processes"}, {"denoisers"}, {"policies"}, {"values", "rewards"}, {"guides"},
+    {"typing", "checks"}, {"keys"}, {"kernels"}, {"schedules"}, {"processes"}, {"denoisers"}, {"values", "rewards"}, {"policies"}, {"guides"},
     {"resampling"}, {"samplers"}, {"tuners"}, {"surrogates"}, {"seiko"}, {"nets"}, {"metrics"}, {"domains"}, {"runtime"}, {"cli"},
     {"__main__"},
 ]  # fmt: skip

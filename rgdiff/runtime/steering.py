@@ -17,7 +17,7 @@ from rgdiff.rewards import Task
 from rgdiff.runtime.methods import Outcome, draw, draw_with_kl, nothing
 from rgdiff.runtime.priors import Prior, unconditional
 from rgdiff.runtime.run import Run
-from rgdiff.runtime.values import PosteriorMean, measurement, unit_temperature
+from rgdiff.runtime.values import PosteriorMean, measurement, unit_temperature, unseen
 from rgdiff.typing import Array, Info, Process
 
 
@@ -222,7 +222,7 @@ class Guided:
     def check(self, prior: Any, shape: tuple[int, ...]) -> None:
         """Refuse settings that do not fit each other or the prior, before anything is trained."""
         process = prior.process(shape)
-        self.sampler(process, nothing, nothing, nothing, jax.random.key(0))
+        self.sampler(process, nothing, nothing, unseen(shape), jax.random.key(0))
         self.value.check(prior, shape, self.temperature)
         if self.guide == "tmpd":
             unit_temperature(self.temperature)

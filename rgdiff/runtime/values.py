@@ -53,7 +53,7 @@ class Likelihood:
     def check(self, prior: Any, shape: tuple[int, ...], temperature: float) -> None:
         """Refuse a prior that is not Gaussian, or a temperature that makes it another likelihood."""
         blank: Any = nothing
-        guides.likelihood(blank, prior.process(shape), blank, prior_variance=self.prior_variance)
+        guides.likelihood(blank, prior.process(shape), unseen(shape), prior_variance=self.prior_variance)
         unit_temperature(temperature)
 
     def obtain(
@@ -72,6 +72,11 @@ def unit_temperature(temperature: float) -> None:
     """Refuse another temperature than a likelihood's own."""
     if temperature != 1:
         raise ValueError(f"a likelihood's temperature is 1, got {temperature}; give method.temperature=1")
+
+
+def unseen(shape: tuple[int, ...]) -> guides.Measurement:
+    """Stand in for a task's measurement while settings are checked."""
+    return guides.inpainting(np.zeros(shape), np.zeros(shape), 1.0)
 
 
 def measurement(task: Task, what: str) -> None:
