@@ -105,7 +105,7 @@ def likelihood(
     """Value log p(y | x_t) with x0 | x_t taken as N(E[x0 | x_t], r_t^2 I), in nats: the twist of TDS (arXiv 2306.17775).
 
     v(x_t) = log N(y; A E[x0 | x_t], r_t^2 A A^T + sigma^2 I); exact for N(m, v I) data. A sampler that ends at a small t
-    needs `reward=measurement` beside it, for the likelihood of x0 itself.
+    must end with the likelihood of x0 itself: particle samplers do, others take `reward=measurement` where they can.
 
     Args:
       denoiser, process: the prior, Gaussian.

@@ -40,9 +40,14 @@ class Measurement(Protocol):
     def rows(self) -> Array: ...
 
 
+def is_measurement(reward: Any) -> bool:
+    """Whether a reward knows its residual, and its likelihood where x0 has a variance."""
+    return hasattr(reward, "residual") and hasattr(reward, "log_prob")
+
+
 def measured(measurement: Any, method: str) -> Measurement:
     """Refuse another reward where a measurement is needed: `method` asks for its residual and its noise."""
-    if not (hasattr(measurement, "residual") and hasattr(measurement, "log_prob")):
+    if not is_measurement(measurement):
         raise ValueError(
             f"{method} needs a measurement, guides.linear(...) or guides.inpainting(...), got {type(measurement).__name__}; "
             "for another reward see guides.reward_guidance"
