@@ -14,13 +14,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from rgdiff import checks
 from rgdiff.processes import along
 from rgdiff.schedules import GaussianSchedule
-from rgdiff.typing import Array, Cond, Denoiser, Params, State, pytree, static
+from rgdiff.typing import Array, Cond, Denoiser, Params, State, callable_pytree, pytree, static
 
-PREDICTIONS = ("x0", "eps", "v", "score", "velocity", "logits")
+PREDICTIONS = ("x0", "eps", "v", "score", "velocity", "logits", "probabilities")
 
 
 @pytree
@@ -127,19 +129,41 @@ class Predicts:
         return to_x0(self.prediction, self.schedule, x, t, self.network(x, t, cond))
 
 
+@pytree
+class LogOf:
+    """Logits of a network that returns probabilities [B, ..., K]; -inf where one is 0."""
+
+    network: Denoiser
+
+    def __call__(self, x: State, t: Array, cond: Cond = None) -> State:
+        safe_log = lambda p: jnp.where(p > 0, jnp.log(jnp.where(p > 0, p, 1.0)), -jnp.inf)  # noqa: E731
+        return jax.tree.map(safe_log, self.network(x, t, cond))
+
+
 def predicts(prediction: str, network: Denoiser, schedule: GaussianSchedule | None = None) -> Denoiser:
-    """Make a network that predicts `prediction` (x0, eps, v, score, velocity, logits) a denoiser.
+    """Make a network that predicts `prediction` (x0, eps, v, score, velocity, logits, probabilities) a denoiser.
+
+    Args:
+      prediction: of the network. For tokens: `logits` [B, ..., K], unnormalised and without one for the mask, or
+        `probabilities` [B, ..., K], whose logarithm is taken. Probabilities given as logits are as good as uniform.
+      network: (x, t, cond) -> prediction.
+      schedule: of the process; not needed for x0 and tokens.
 
     Raises:
       ValueError: for an unknown prediction, a missing schedule, or velocity with another schedule than flow.
 
     Note:
-      Under the flow schedule alpha is 0 at t = 1, where eps and score say nothing of x0: begin the grid below 1, e.g.
-      times = 0.99 * process.times(steps).
+      Where alpha is 0 (zero terminal SNR: the flow and cosine schedules at t = 1) eps and score say nothing of x0, and a grid
+      that begins there is refused: begin it below, e.g. times = 0.99 * process.times(steps). x0, v and velocity do.
     """
     from rgdiff.schedules import Flow
 
     checks.one_of("prediction", prediction, PREDICTIONS)
+    network = callable_pytree(network, "a network")
+    if schedule is not None:
+        checks.schedule(schedule, f"a network that predicts {prediction}")
+    if prediction == "probabilities":
+        return LogOf(network)
     if prediction in ("x0", "logits"):
         return network
     if schedule is None:
@@ -147,6 +171,35 @@ def predicts(prediction: str, network: Denoiser, schedule: GaussianSchedule | No
     if prediction == "velocity" and not isinstance(schedule, Flow):
         raise ValueError(f"velocity belongs to the flow schedule, got {type(schedule).__name__}; use v, eps or score")
     return Predicts(network, schedule, prediction)
+
+
+def needs_signal(method: Any, times: Array, params: Params = None) -> None:
+    """Refuse a grid that begins where nothing of x0 is left for a network that predicts eps or the score.
+
+    Args:
+      method: a denoiser, or what holds one (a sampler); with `params` a model, which is looked at and not run.
+      times: [T + 1].
+    """
+    found: list[tuple[str, GaussianSchedule]] = []
+
+    def look(method: Any) -> None:
+        for part in jax.tree.leaves(method, is_leaf=lambda part: isinstance(part, Predicts)):
+            if isinstance(part, Predicts) and part.prediction in ("eps", "score"):
+                found.append((part.prediction, part.schedule))
+
+    if params is None:
+        look(method)
+    else:
+        jax.eval_shape(lambda params: look(method(params)), params)
+    for prediction, schedule in found:
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((schedule, times))):
+            continue
+        levels = checks.log_snr(schedule, times)
+        if not isinstance(levels, Tracer) and np.asarray(levels)[0] == -np.inf:
+            raise ValueError(
+                f"times begin at {float(times[0]):g}, where nothing of x0 is left (alpha = 0) and a prediction of {prediction} "
+                "does not say what it is; begin below, e.g. 0.99 * process.times(steps), or take a network of v or x0"
+            )
 
 
 @pytree
@@ -166,7 +219,8 @@ class EdmPreconditioned:
 
 def edm_preconditioned(network: Denoiser, schedule: GaussianSchedule, *, sigma_data: float = 0.5) -> Denoiser:
     """Precondition a network for a variance-exploding schedule; `sigma_data` is the data's standard deviation."""
-    return EdmPreconditioned(network, schedule, checks.positive("sigma_data", sigma_data))
+    schedule = checks.schedule(schedule, "edm_preconditioned")
+    return EdmPreconditioned(callable_pytree(network, "a network"), schedule, checks.positive("sigma_data", sigma_data))
 
 
 @pytree
@@ -185,19 +239,27 @@ class ClassifierFree:
         twice = lambda a, b: jax.tree.map(lambda u, w: jnp.concatenate([u, w]), a, b)  # noqa: E731
         t = jnp.broadcast_to(jnp.asarray(t, jnp.float32), (batch,))
         out = self.denoiser(twice(x, x), jnp.concatenate([t, t]), twice(cond, null))
-        return jax.tree.map(lambda o: o[batch:] + self.scale * (o[:batch] - o[batch:]), out)
+        return jax.tree.map(lambda o: _between(o[batch:], o[:batch], self.scale), out)
+
+
+def _between(a: Array, b: Array, weight: Array) -> Array:
+    """a + weight (b - a); where one that has a weight is -inf (a token that is forbidden), -inf."""
+    forbidden = ((a == -jnp.inf) & (weight != 1)) | ((b == -jnp.inf) & (weight != 0))
+    a, b = (jnp.where(leaf == -jnp.inf, 0.0, leaf) for leaf in (a, b))
+    return jnp.where(forbidden, -jnp.inf, a + weight * (b - a))
 
 
 def classifier_free(denoiser: Denoiser, scale: float, null: Any) -> Denoiser:
     """Guide a conditional denoiser (arXiv 2207.12598): scale 1 is the conditional model, 0 the unconditional one.
 
     On predictions of x0 this equals the published combination of eps or scores (both are affine in x0). On logits it
-    combines log-probabilities, p(x0|c)^scale p(x0)^(1 - scale) per token.
+    combines log-probabilities, p(x0|c)^scale p(x0)^(1 - scale) per token; a token that either of them forbids (logit -inf)
+    is forbidden, but for the one whose exponent is 0.
 
     Args:
       null: the condition that means none, a scalar or a pytree like `cond` (for class labels: the number of classes).
     """
-    return ClassifierFree(denoiser, jnp.asarray(scale, jnp.float32), null)
+    return ClassifierFree(callable_pytree(denoiser, "a denoiser"), jnp.asarray(scale, jnp.float32), null)
 
 
 @pytree
@@ -210,7 +272,8 @@ class Annealed:
 
     def __call__(self, x: State, t: Array, cond: Cond = None) -> State:
         out, base = self.denoiser(x, t, cond), self.base(x, t, cond)
-        return jax.tree.map(lambda d, b: d + along(jnp.asarray(t, jnp.float32) ** self.power, d) * (b - d), out, base)
+        weight = jnp.asarray(t, jnp.float32) ** self.power
+        return jax.tree.map(lambda d, b: _between(d, b, along(weight, d)), out, base)
 
 
 def annealed(denoiser: Denoiser, base: Denoiser, power: float = 1.0) -> Denoiser:
@@ -219,6 +282,7 @@ def annealed(denoiser: Denoiser, base: Denoiser, power: float = 1.0) -> Denoiser
     The weight of the prior is t^power, all of it at t = 1; power 0 is the prior throughout, a large one the tuned
     denoiser. On predictions of x0 this equals the published interpolation of eps. Costs one call of each a step.
     """
+    denoiser, base = (callable_pytree(one, "a denoiser") for one in (denoiser, base))
     return Annealed(denoiser, base, checks.positive("power", power, zero=True))
 
 
@@ -238,7 +302,7 @@ def clip_x0(denoiser: Denoiser, low: float = -1.0, high: float = 1.0) -> Denoise
     """Clip predictions of x0 to the range of the data."""
     if not low < high:
         raise ValueError(f"clip_x0 expects low < high, got {low} and {high}")
-    return ClipX0(denoiser, jnp.float32(low), jnp.float32(high))
+    return ClipX0(callable_pytree(denoiser, "a denoiser"), jnp.float32(low), jnp.float32(high))
 
 
 @pytree
@@ -260,4 +324,5 @@ def dynamic_threshold(denoiser: Denoiser, percentile: float = 99.5, *, floor: fl
     """Threshold predictions of x0 per example to the range [-floor, floor]; `percentile` is in percent."""
     if not 0 < percentile <= 100:
         raise ValueError(f"percentile must be in (0, 100], got {percentile}")
+    denoiser = callable_pytree(denoiser, "a denoiser")
     return DynamicThreshold(denoiser, jnp.float32(percentile), checks.positive("floor", floor))

@@ -18,6 +18,7 @@ import numpy as np
 from rgdiff import checks
 from rgdiff.kernels import Gaussian
 from rgdiff.processes import GaussianProcess, along
+from rgdiff.rewards import differentiable
 from rgdiff.schedules import GaussianSchedule
 from rgdiff.typing import Array, Cond, Move, Params, State, Value, callable_pytree, pytree, static
 
@@ -81,9 +82,10 @@ def _levels(
     steps = len(ratio)
     clock, scale = np.arange(steps, 0, -1) / steps if clock is None else clock, np.ones(steps)
     if known is not None:
+        checks.schedule(known, "a few-step process")
         clock = [_time_of(known, 2 * math.log(a / s)) for a, s in zip(alpha[:-1], sigma[:-1], strict=True)]
         scale = np.asarray(known.alpha(jnp.asarray(clock, jnp.float32))) / alpha[:-1]
-    parts = alpha, sigma, stds, alpha[1:] * (1 - kept), kept / ratio, clock, scale, prior_std
+    parts = alpha, sigma, stds, alpha[1:] * (1 - kept), ratio * (sigma[1:] / sigma[:-1]) ** 2, clock, scale, prior_std
     return Levels(*(jnp.asarray(part, jnp.float32) for part in parts))
 
 
@@ -95,7 +97,7 @@ def levels(schedule: GaussianSchedule, steps: int, *, last: float = 0.1) -> Leve
       steps: T.
       last: standard deviation of the last move, data units; the others are those of ancestral sampling.
     """
-    times = schedule.times(checks.at_least("steps", steps, 1))
+    times = checks.schedule(schedule, "levels").times(checks.at_least("steps", steps, 1))
     alphas, sigmas = schedule.alpha(times), schedule.sigma(times)
     return _levels(alphas, sigmas, last=last, clock=times, prior_std=float(schedule.prior_std))
 
@@ -339,4 +341,5 @@ def value_guidance(value: Value, scale: float = 1.0) -> ValueGuidance:
       The paper's released code moves x by lambda sigma_t grad V, which for lambda > 0 goes *uphill* (it explores with it
       in training); improving samples is a negative lambda there, and a positive scale here. The shift is scale sigma_t^2.
     """
+    differentiable("value_guidance", value)
     return ValueGuidance(callable_pytree(value, "a value"), checks.positive("scale", scale, zero=True))

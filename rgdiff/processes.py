@@ -157,11 +157,11 @@ class MaskedProcess:
         positions = x[..., -1]
         log_move = along(jnp.log((rate_t - rate_s) / rate_t), positions)
         log_stay = along(jnp.log(rate_s / rate_t), positions)
-        return Absorbing(x, prediction, log_move, log_stay, self.temperature, self.relaxation)
+        return Absorbing(x, checks.logits(prediction, x), log_move, log_stay, self.temperature, self.relaxation)
 
     def mean(self, x: Array, t: Array, prediction: Array) -> Array:
         """E[x0 | x_t], a point of the simplex per position [B, ..., K]: copies, and softmax of the logits where masked."""
-        return x[..., :-1] + x[..., -1:] * jax.nn.softmax(prediction)
+        return x[..., :-1] + x[..., -1:] * jax.nn.softmax(checks.logits(prediction, x))
 
     def finalize(self, x: Array, t: Array, prediction: Array) -> Array:
         """Drop the mask: at t = 0 no position is masked."""
@@ -188,7 +188,7 @@ class FirstHittingProcess(MaskedProcess):
 
     def reverse(self, x: Array, t: Array, s: Array, prediction: Array) -> FirstHitting:  # type: ignore[override]
         """Law of the state after the next event: a uniformly drawn masked position takes a token; t, s do not enter."""
-        return FirstHitting(x, prediction, 0.0, self.temperature, self.relaxation)
+        return FirstHitting(x, checks.logits(prediction, x), 0.0, self.temperature, self.relaxation)
 
 
 @pytree
@@ -234,7 +234,8 @@ class ProductProcess:
             if part.projects:
                 out[name] = part.finalize(x[name], t, prediction[name])
             else:
-                mode = jax.nn.one_hot(jnp.argmax(prediction[name], -1), part.classes, dtype=jnp.float32)
+                logits = checks.logits(prediction[name], x[name])
+                mode = jax.nn.one_hot(jnp.argmax(logits, -1), part.classes, dtype=jnp.float32)
                 out[name] = x[name][..., :-1] + x[name][..., -1:] * mode
         return out
 
@@ -250,6 +251,7 @@ def gaussian(schedule: GaussianSchedule, shape: tuple[int, ...], *, eta: float =
     """
     value = checks.positive("eta", eta, zero=True)
     stochastic = isinstance(value, Tracer) or float(value) > 0
+    schedule = checks.schedule(schedule, "a Gaussian process")
     return GaussianProcess(schedule, value, tuple(int(d) for d in shape), stochastic)
 
 
@@ -270,6 +272,9 @@ def initial_law(process: GaussianProcess, schedule: GaussianSchedule) -> Initial
       schedule: of the moves, variance-preserving (alpha^2 + sigma^2 = 1); x_T is the chain's last state times std.
         Where alpha(1) is near 0 the chain forgets its own beginning, and its tuned law is the tilted one.
     """
+    if not isinstance(process, GaussianProcess):
+        raise ValueError(f"initial_law needs a Gaussian process, got {type(process).__name__}")
+    checks.schedule(schedule, "initial_law")
     return InitialProcess(schedule, jnp.float32(1.0), process.shape, True, None, process.schedule.prior_std)
 
 
@@ -283,6 +288,9 @@ def masked(
 ) -> MaskedProcess:
     """Build a masked process on one-hot states [B, *shape, classes + 1], the mask last; data are [B, *shape, classes].
 
+    Its denoisers return logits [B, *shape, classes] of p(x0 | x_t), with none for the mask; a network of probabilities becomes
+    one by `denoisers.predicts("probabilities", network)`.
+
     Args:
       schedule: the rate of masking, from `rgdiff.schedules`.
       shape: of the positions of one example (an int for a sequence's length).
@@ -292,7 +300,11 @@ def masked(
     shape = (shape,) if isinstance(shape, int) else tuple(int(d) for d in shape)
     checks.one_of("relaxation", relaxation, RELAXATIONS)
     return MaskedProcess(
-        schedule, checks.positive("temperature", temperature), shape, checks.at_least("classes", classes, 2), relaxation
+        checks.schedule(schedule, "a masked process", masks=True),
+        checks.positive("temperature", temperature),
+        shape,
+        checks.at_least("classes", classes, 2),
+        relaxation,
     )
 
 
@@ -314,4 +326,4 @@ def product(**parts: Process) -> ProductProcess:
     """Build a process on mixed states: dicts with one entry per name, e.g. product(adjacency=masked(...), x=gaussian(...))."""
     if not parts:
         raise ValueError("product() needs at least one named process, e.g. product(tokens=masked(...))")
-    return ProductProcess(dict(parts))
+    return ProductProcess({name: checks.noising_process(part, f"product({name}=...)") for name, part in parts.items()})

@@ -88,13 +88,13 @@ class CosineVP:
         return jnp.float32(1)
 
     def alpha(self, t: Array) -> Array:
-        return jnp.cos(0.5 * jnp.pi * jnp.asarray(t, jnp.float32))
+        return jnp.sin(0.5 * jnp.pi * (1 - jnp.asarray(t, jnp.float32)))  # the cosine, exact where it is 0
 
     def sigma(self, t: Array) -> Array:
         return jnp.sin(0.5 * jnp.pi * jnp.asarray(t, jnp.float32))
 
     def log_snr(self, t: Array) -> Array:
-        return -2 * jnp.log(jnp.tan(0.5 * jnp.pi * jnp.asarray(t, jnp.float32)))
+        return 2 * (jnp.log(self.alpha(t)) - jnp.log(self.sigma(t)))
 
     def times(self, steps: int) -> Array:
         return _trailing(0.992, steps)
@@ -150,7 +150,7 @@ class Flow:
 
 @pytree
 class Tabulated:
-    """The T noise levels of a discrete chain, at t = 1/T, 2/T, ..., 1; elsewhere the nearest one. Build it with `tabulated`."""
+    """The T noise levels of a discrete chain, at t = 1/T, 2/T, ..., 1; between two, log_snr is linear in t. Build it with `tabulated`."""
 
     levels: Array  # log_snr, [T], decreasing
 
@@ -160,8 +160,13 @@ class Tabulated:
 
     def log_snr(self, t: Array) -> Array:
         steps = self.levels.shape[0]
-        index = jnp.round(jnp.asarray(t, jnp.float32) * steps).astype(jnp.int32) - 1
-        return self.levels[jnp.clip(index, 0, steps - 1)]
+        place = jnp.clip(jnp.asarray(t, jnp.float32) * steps - 1, 0, steps - 1)
+        nearest = jnp.round(place)
+        place = jnp.where(jnp.abs(place - nearest) < 1e-3, nearest, place)  # a level's own time, whatever its rounding
+        index = place.astype(jnp.int32)
+        share, level = place - index, self.levels[index]
+        above = self.levels[jnp.minimum(index + 1, steps - 1)]
+        return jnp.where(share > 0, level + share * (above - level), level)
 
     def alpha(self, t: Array) -> Array:
         return jnp.sqrt(jax.nn.sigmoid(self.log_snr(t)))
@@ -206,15 +211,23 @@ def tabulated(alpha_bar: Any) -> Tabulated:
     whole grid, `times(T)`, are DDPM's with the posterior variance, and the projection is its last, noiseless step.
 
     Args:
-      alpha_bar: [T], strictly decreasing in (0, 1).
+      alpha_bar: [T], strictly decreasing in (0, 1); the last may be 0 (zero terminal SNR, arXiv 2305.08891), where
+        predictions of x0 and v say what x0 is, and those of eps do not.
 
     Raises:
       ValueError: for anything else.
     """
     table = np.asarray(alpha_bar, np.float64)
-    if table.ndim != 1 or not len(table) or not (np.diff(table, prepend=1.0, append=0.0) < 0).all():
-        raise ValueError("alpha_bar must be a vector that decreases strictly within (0, 1), noise last")
-    return Tabulated(jnp.asarray(np.log(table) - np.log1p(-table), jnp.float32))
+    if table.ndim != 1 or not len(table) or not (np.diff(table, prepend=1.0) < 0).all() or table[-1] < 0:
+        raise ValueError("alpha_bar must be a vector that decreases strictly below 1 to no less than 0, noise last")
+    with np.errstate(divide="ignore"):
+        return Tabulated(jnp.asarray(np.log(table) - np.log1p(-table), jnp.float32))
+
+
+def zero_terminal_snr(alpha_bar: Any) -> np.ndarray:
+    """Shift and scale sqrt(alpha_bar) so that the last is 0 and the first stays (arXiv 2305.08891, algorithm 1). [T]"""
+    root = np.sqrt(np.asarray(alpha_bar, np.float64))
+    return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
 
 def cosine_ddpm(steps: int = 1000, *, offset: float = 0.008, largest: float = 0.999) -> Tabulated:

@@ -64,6 +64,7 @@ def posterior_mean(reward: Reward, process: Process, denoiser: Denoiser, *, plug
     Raises:
       ValueError: for an unknown plug-in, or the mode of a process without tokens.
     """
+    checks.noising_process(process, "posterior_mean")
     checks.one_of("plug_in", plug_in, ("mean", "mode"))
     if plug_in == "mode" and not _has_tokens(process):
         raise ValueError("plug_in='mode' is for masked processes; a Gaussian posterior mean needs plug_in='mean'")
@@ -125,7 +126,7 @@ def learned(network: Denoiser, reward: Reward | None = None, process: Process | 
     value = Learned(callable_pytree(network, "a value network"))
     if reward is None:
         return value
-    if process is None or process.projects:
+    if process is None or checks.noising_process(process, "learned(network, reward=...)").projects:
         raise ValueError(
             "learned(network, reward=...) is for masked processes and needs process=; leave reward out otherwise"
         )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rgdiff import denoisers, samplers
+from rgdiff import denoisers, processes, samplers, schedules
 from rgdiff.typing import pytree
 from tests.worlds.worlds import SCHEDULES, GaussianWorld, MixtureWorld
 
@@ -80,6 +80,52 @@ def test_classifier_free_guidance_is_that_of_scores():
     assert rows == [12] * 3
     with pytest.raises(ValueError, match="needs cond"):
         denoisers.classifier_free(network, 1.0, 0)(x, f32(t))
+
+
+@pytest.mark.parametrize("name", ["classifier_free", "annealed"])
+def test_forbidden_tokens_stay_forbidden(name):
+    """Logits of -inf: p(c)^w p^(1 - w) over the tokens that no law with a weight forbids; w = 1 and 0 are the laws themselves."""
+    given, free = np.array([0.4, 0.3, 0.3, 0.0, 0.0]), np.array([0.1, 0.4, 0.0, 0.5, 0.0])
+    logits = jnp.log(f32([given, free]))
+    network = lambda x, t, cond: logits[cond][:, None]  # noqa: E731
+    one = lambda i: lambda x, t, cond: network(x, t, jnp.full(1, i))  # noqa: E731
+    x = jnp.zeros((1, 1, 6))
+    for w in (0.0, 0.5, 1.0, 2.0):
+        allowed = ((given > 0) | (w == 0)) & ((free > 0) | (w == 1))
+        expected = np.zeros(5)
+        expected[allowed] = given[allowed] ** w * free[allowed] ** (1 - w)
+        expected /= expected.sum()
+        if name == "classifier_free":
+            guided = lambda w: denoisers.classifier_free(network, w, 1)(x, f32(0.5), jnp.zeros(1, int))  # noqa: E731
+        elif w <= 1:  # at t = w: the weight of the base
+            guided = lambda w: denoisers.annealed(one(1), one(0))(x, w)  # noqa: E731
+        else:
+            continue
+        np.testing.assert_allclose(jax.nn.softmax(guided(f32(w)))[0, 0], expected, atol=1e-6)
+        assert np.isfinite(jax.grad(lambda w: jax.nn.softmax(guided(w))[0, 0, 0])(f32(w)))  # noqa: B023
+
+
+def test_wrappers_take_plain_functions_into_compiled_programs():
+    """As constructors do: the samples are those of the same function bound by `from_function`."""
+    process = processes.gaussian(schedules.cosine_vp(), (2,))
+    network = lambda x, t, cond=None: 0.3 * x  # noqa: E731
+    bound = denoisers.from_function(lambda params, x, t, cond: network(x, t), {})
+    wrappers = {
+        "x0": lambda net: denoisers.predicts("x0", net),
+        "v": lambda net: denoisers.predicts("v", net, process.schedule),
+        "edm": lambda net: denoisers.edm_preconditioned(net, process.schedule),
+        "classifier_free": lambda net: denoisers.classifier_free(net, 2.0, 0),
+        "annealed": lambda net: denoisers.annealed(net, net),
+        "clip": denoisers.clip_x0,
+        "threshold": denoisers.dynamic_threshold,
+    }
+    cond, key = jnp.ones(3, int), jax.random.key(0)
+    draw = jax.jit(lambda d, x: d(x, f32(0.4), cond))
+    x = jax.random.normal(key, (3, 2))
+    for name, wrap in wrappers.items():
+        np.testing.assert_allclose(draw(wrap(network), x), draw(wrap(bound), x), rtol=1e-6, err_msg=name)
+    sampler = samplers.ancestral(process, wrappers["v"](network))
+    assert np.all(np.isfinite(samplers.sample(sampler, key, 3, process.times(3)).x0))
 
 
 def test_clip_and_dynamic_threshold():

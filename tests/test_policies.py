@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from rgdiff import denoisers, policies, processes, samplers, schedules, tuners, values
+from rgdiff import checks, denoisers, policies, processes, samplers, schedules, tuners, values
 from rgdiff.typing import Move
 from tests.worlds.worlds import GaussianWorld
 
@@ -124,7 +124,7 @@ def test_a_priors_network_is_asked_at_its_own_scale(make, schedule):
 # ---------------------------------------------------------------- kernels
 
 
-@pytest.mark.parametrize("schedule", ["linear_vp", "karras_ve"])
+@pytest.mark.parametrize("schedule", ["linear_vp", "karras_ve", "flow"])  # flow's first level has alpha = 0
 def test_a_policy_from_a_prior_makes_the_priors_own_moves(schedule):
     """Every move but the last is the prior's ancestral step, the last has its projection as mean: the exact denoiser of N(m, C)."""
     world = GaussianWorld([0.5, -1.0], [[0.6, 0.2], [0.2, 0.9]], schedule=schedule, steps=4)
@@ -299,6 +299,8 @@ def test_refusals():
         policies.variances((0.5, 1.2))
     with pytest.raises(ValueError, match="these levels are of 3 steps"):
         process.times(4)
+    with pytest.raises(ValueError, match="makes its 3 moves and no others"):
+        checks.times(jnp.float32([1.0, 0.5, 0.0]), process)
     with pytest.raises(ValueError, match="needs a few-step process"):
         policies.policy(processes.gaussian(schedules.linear_vp(), (1,)), affine_model)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="reach is a factor above 1"):

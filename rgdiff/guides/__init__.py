@@ -2,11 +2,12 @@
 
 from rgdiff.guides.gradient import g, g_loss, increment, level
 from rgdiff.guides.inverse import dps, dps_step, likelihood, pigdm, tmpd
-from rgdiff.guides.measurements import inpainting, linear
+from rgdiff.guides.measurements import Measurement, inpainting, linear
 from rgdiff.guides.score import classifier_guidance, guided, lgd_mc, reward_guidance
 from rgdiff.guides.tilt import chain, gradient_guide
 
 __all__ = [
+    "Measurement",
     "chain",
     "classifier_guidance",
     "dps",

@@ -36,7 +36,8 @@ class GradientGuided:
     look_ahead: bool = static(default=True)
 
     def __call__(self, x: Array, t: Array, cond: Cond = None) -> Array:
-        alpha, variance = self.schedule.alpha(t), self.schedule.sigma(t) ** 2
+        signal, variance = self.schedule.alpha(t), self.schedule.sigma(t) ** 2
+        alpha = jnp.where(signal > 0, signal, 1.0)  # where it is 0, x_t says nothing of x0 and nothing is guided
         if self.look_ahead:
             prediction, back = jax.vjp(lambda x: self.denoiser(x, t, cond), x)
             direction = back(self.gradient)[0]
@@ -47,7 +48,7 @@ class GradientGuided:
         if self.beta is not None:
             strength = self.beta * (2.0 if self.look_ahead else 1.0)
         score = self.scale * strength * (self.target - inner(self.gradient, prediction))
-        return prediction + along(variance / alpha * score, x) * direction
+        return prediction + along(jnp.where(signal > 0, variance / alpha * score, 0.0), x) * direction
 
 
 def _guided(
@@ -60,7 +61,7 @@ def _guided(
     scale: float,
     beta: float | None,
 ) -> GradientGuided:
-    if not isinstance(process, GaussianProcess):
+    if not isinstance(checks.noising_process(process, "gradient guidance"), GaussianProcess):
         raise ValueError(
             f"gradient guidance moves the score of a gaussian process, got {type(process).__name__}; use rgdiff.guides.gradient_guide"
         )

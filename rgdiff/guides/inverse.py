@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from rgdiff import checks
-from rgdiff.guides.measurements import Measurement
+from rgdiff.guides.measurements import Measurement, measured
 from rgdiff.guides.score import (
     Guided,
     Point,
@@ -25,6 +25,7 @@ from rgdiff.guides.score import (
     score_weight,
 )
 from rgdiff.processes import GaussianProcess, along
+from rgdiff.rewards import differentiable
 from rgdiff.typing import Array, Cond, Denoiser, Process, callable_pytree, pytree, static
 from rgdiff.values import PosteriorMean
 
@@ -41,6 +42,7 @@ def dps(denoiser: Denoiser, process: Process, measurement: Measurement, scale: f
       measurement: from `linear` or `inpainting`; any other log-likelihood (x0, cond) -> [B] does as well.
       scale: of the log-likelihood.
     """
+    differentiable("dps", measurement)
     return reward_guidance(denoiser, gaussian_only(process, "dps"), measurement, scale)
 
 
@@ -82,7 +84,7 @@ def dps_step(
     Note:
       The norm is per example; released code takes one norm over the batch, so that its results depend on the batch.
     """
-    process = gaussian_only(process, "dps_step")
+    process, measurement = gaussian_only(process, "dps_step"), measured(measurement, "dps_step")
     return guided(denoiser, process, NormStep(measurement, process, checks.times(times, process)), step)
 
 
@@ -103,7 +105,7 @@ def likelihood(
     """Value log p(y | x_t) with x0 | x_t taken as N(E[x0 | x_t], r_t^2 I), in nats: the twist of TDS (arXiv 2306.17775).
 
     v(x_t) = log N(y; A E[x0 | x_t], r_t^2 A A^T + sigma^2 I); exact for N(m, v I) data. A sampler that ends at a small t
-    needs `reward=measurement` beside it, for the likelihood of x0 itself.
+    must end with the likelihood of x0 itself: particle samplers do, others take `reward=measurement` where they can.
 
     Args:
       denoiser, process: the prior, Gaussian.
@@ -112,7 +114,9 @@ def likelihood(
         fit the data leaves particle methods right in the limit and slow to reach it.
     """
     denoiser, v = callable_pytree(denoiser, "a denoiser"), checks.positive("prior_variance", prior_variance)
-    return Likelihood(measurement, gaussian_only(process, "likelihood"), denoiser, prior_variance=v)
+    return Likelihood(
+        measured(measurement, "likelihood"), gaussian_only(process, "likelihood"), denoiser, prior_variance=v
+    )
 
 
 def pigdm(
@@ -134,6 +138,7 @@ def pigdm(
         the published r_t.
       scale: of the score's change; 1 is the method.
     """
+    measured(measurement, "pigdm")
     value = likelihood(denoiser, gaussian_only(process, "pigdm"), measurement, prior_variance=prior_variance)
     return classifier_guidance(value.denoiser, process, value, scale)
 
@@ -179,5 +184,5 @@ def tmpd(
     Note:
       A network's J need not be symmetric; A J A^T is symmetrised.
     """
-    process = gaussian_only(process, "tmpd")
+    process, measurement = gaussian_only(process, "tmpd"), measured(measurement, "tmpd")
     return guided(denoiser, process, TweedieMoments(measurement, process, bool(diagonal)), scale)

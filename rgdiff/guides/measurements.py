@@ -8,7 +8,7 @@ factorisation, and what covariance-aware guides need: the residual, A, A^T and t
 from __future__ import annotations
 
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 
@@ -38,6 +38,21 @@ class Measurement(Protocol):
     def transpose(self, r: Array) -> Array: ...
 
     def rows(self) -> Array: ...
+
+
+def is_measurement(reward: Any) -> bool:
+    """Whether a reward knows its residual, and its likelihood where x0 has a variance."""
+    return hasattr(reward, "residual") and hasattr(reward, "log_prob")
+
+
+def measured(measurement: Any, method: str) -> Measurement:
+    """Refuse another reward where a measurement is needed: `method` asks for its residual and its noise."""
+    if not is_measurement(measurement):
+        raise ValueError(
+            f"{method} needs a measurement, guides.linear(...) or guides.inpainting(...), got {type(measurement).__name__}; "
+            "for another reward see guides.reward_guidance"
+        )
+    return measurement
 
 
 @pytree

@@ -77,7 +77,7 @@ def posterior_variance(process: GaussianProcess, t: Array, prior_variance: Array
 
 def gaussian_only(process: Process, method: str) -> GaussianProcess:
     """Refuse a process that has no score."""
-    if not isinstance(process, GaussianProcess):
+    if not isinstance(checks.noising_process(process, method), GaussianProcess):
         raise ValueError(
             f"{method} moves the score of a Gaussian process, got {type(process).__name__}; "
             "use a guide on the kernel, rgdiff.guides.gradient_guide"
@@ -89,8 +89,9 @@ def guided(denoiser: Denoiser, process: Process, term: Callable[[Point], Array],
     """Move the score by scale * term(point), for any term: a function or callable pytree, Point -> [B, ...].
 
     Raises:
-      ValueError: for a process that is not Gaussian.
+      ValueError: for a process that is not Gaussian, or a black box in the term.
     """
+    differentiable("a guide on the prediction", term)
     return Guided(
         callable_pytree(denoiser, "a denoiser"),
         gaussian_only(process, "a guide on the prediction"),
@@ -149,6 +150,7 @@ def reward_guidance(denoiser: Denoiser, process: Process, reward: Reward, scale:
       scale: 1 / temperature, per unit of the reward; may change without a recompilation.
     """
     process, denoiser = gaussian_only(process, "reward_guidance"), callable_pytree(denoiser, "a denoiser")
+    differentiable("reward_guidance", reward)
     value = posterior_mean(reward, process, denoiser)
     return guided(denoiser, process, ValueGradient(value, True), scale)
 

@@ -50,7 +50,7 @@ class LikelihoodValue(ValueSource):
     prior_variance: float = 1.0
 
     def check(self, prior: Prior, shape: Shape, temperature: float) -> None:
-        guides.likelihood(nothing, prior.process(shape), nothing, prior_variance=self.prior_variance)
+        guides.likelihood(nothing, prior.process(shape), unseen(shape), prior_variance=self.prior_variance)
         unit_temperature(temperature)
 
     def obtain(
@@ -67,6 +67,11 @@ def unit_temperature(temperature: float) -> None:
     """Refuse another temperature than a likelihood's own."""
     if temperature != 1:
         raise ValueError(f"a likelihood's temperature is 1, got {temperature}; give method.temperature=1")
+
+
+def unseen(shape: tuple[int, ...]) -> guides.Measurement:
+    """Stand in for a task's measurement while settings are checked."""
+    return guides.inpainting(np.zeros(shape), np.zeros(shape), 1.0)
 
 
 def measurement(task: Task, what: str) -> None:

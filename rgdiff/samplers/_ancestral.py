@@ -105,6 +105,7 @@ def ancestral(
       ValueError: for a reference or a guide with eta = 0; for repeated moves with a reference or a gradient (a repeated
         move has no density, and its loop has no reverse mode), or of a first-hitting chain.
     """
+    checks.noising_process(process, "ancestral sampling")
     recurrences = checks.at_least("recurrences", recurrences, 1)
     if recurrences > 1 and (reference is not None or differentiable):
         raise ValueError(

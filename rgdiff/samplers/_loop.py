@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from rgdiff import checks
+from rgdiff.denoisers import needs_signal
 from rgdiff.typing import Array, Cond, Info, Key, Sampler, State, pytree
 
 Keep = Callable[[Any, Info], Any]
@@ -101,7 +102,9 @@ class Drawing:
 
 def drawing(sampler: Sampler, times: Array) -> Drawing:
     """Make a sampler the law of another chain's beginning (`processes.started_from`): the draws of `sample`, key for key."""
-    return Drawing(sampler, checks.times(times, sampler.process))  # type: ignore[attr-defined]
+    times = checks.times(times, sampler.process)  # type: ignore[attr-defined]
+    needs_signal(sampler, times)
+    return Drawing(sampler, times)
 
 
 def sample(
@@ -148,6 +151,7 @@ def sample(
     checks.key(key)
     batch = checks.at_least("batch", batch, 1)
     times = checks.times(times, sampler.process)  # type: ignore[attr-defined]
+    needs_signal(sampler, times)
     for leaf in jax.tree.leaves(cond):
         if jnp.ndim(leaf) < 1 or jnp.shape(leaf)[0] != batch:
             raise ValueError(f"cond must have a leading axis of {batch} examples, got shape {list(jnp.shape(leaf))}")

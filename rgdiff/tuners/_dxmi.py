@@ -158,6 +158,7 @@ def dxmi_released(
       takes next states as drawn by the chain and noise in the quadratic cost as drawn; and keeps no average. Its Adam is shared by
       energy and values, as ours is. Its rates are rate=1e-7, sigma_rate=1e-5, value_rate=1e-5, without decay.
     """
+    checks.law(process, "dxmi_released")
     steps = len(process.times() if times is None else times) - 1  # type: ignore[call-arg]
     dim = checks.at_least("dim", dim, 1)
     fixed = {

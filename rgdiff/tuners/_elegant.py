@@ -11,6 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from rgdiff import checks
 from rgdiff._settings import setting_of
 from rgdiff.processes import GaussianProcess, InitialProcess, along, started_from
 from rgdiff.tuners._reward_backprop import RewardBackprop, reward_backprop
@@ -32,7 +33,7 @@ class StandardNormal:
 
 def standard_normal(process: GaussianProcess) -> Denoiser:
     """Return the exact denoiser of standard normal data: what `initial_tuner` begins with and is held to."""
-    return StandardNormal(process)
+    return StandardNormal(checks.noising_process(process, "standard_normal"))
 
 
 @pytree

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from rgdiff import checks
+from rgdiff.denoisers import needs_signal
 from rgdiff.processes import GaussianProcess, MaskedProcess
 from rgdiff.tuners._loop import TrainState, start, update
 from rgdiff.typing import (
@@ -55,6 +56,8 @@ class Pretraining:
     weighting: str = static(default="uniform")
 
     def init(self, params: Params) -> TrainState:
+        if self.grid is not None:
+            needs_signal(self.model, self.grid, params)
         return start(params, self.optimizer, average=True)
 
     def step(self, key: Key, state: TrainState, batch: Any) -> tuple[TrainState, Info]:
@@ -155,7 +158,8 @@ def pretraining(
 
 def masked_cross_entropy(logits: Array, x: Array, x0: Array) -> Array:
     """Sum over masked positions of -log p(x0 | x_t), nats [B]."""
-    per_position = -jnp.sum(jnp.where(x0 > 0, jax.nn.log_softmax(logits), 0.0) * x0, -1)
+    log_p = jax.nn.log_softmax(checks.logits(logits, x))
+    per_position = -jnp.sum(jnp.where(x0 > 0, log_p, 0.0) * x0, -1)
     return jnp.sum((x[..., -1] * per_position).reshape(x.shape[0], -1), -1)
 
 
@@ -168,6 +172,8 @@ def masked_bound(key: Key, process: MaskedProcess, denoiser: Denoiser, x0: Array
     positions are masked on average.
     """
     checks.key(key)
+    if not isinstance(process, MaskedProcess):
+        raise ValueError(f"masked_bound needs a masked process, got {type(process).__name__}")
     positions = 1
     for size in process.shape:
         positions *= size

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from rgdiff import checks
+from rgdiff.denoisers import needs_signal
 from rgdiff.rewards import differentiable
 from rgdiff.samplers._loop import REMAT, rematerialize, roll
 from rgdiff.tuners._chain import PENALTIES, Chain, ChainCarry, budget_of, hold, towards_budget, weighed_references
@@ -67,6 +68,7 @@ class RewardBackprop:
     micro_batches: int = static(default=1)
 
     def init(self, params: Params) -> TrainState:
+        needs_signal(self.model, self.times, params)
         weight = None if self.kl_budget is None else self.kl_weight
         return start(params, self.optimizer, average=self.ema_decay is not None, extra=weight)
 

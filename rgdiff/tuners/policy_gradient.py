@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from rgdiff import checks
 from rgdiff._settings import setting_of
+from rgdiff.denoisers import needs_signal
 from rgdiff.processes import ProductProcess
 from rgdiff.samplers._loop import roll
 from rgdiff.tuners import advantages
@@ -106,6 +107,7 @@ class PolicyGradient:
 
     def init(self, params: Params) -> TrainState:
         """Return a state; its `extra` is an `PolicyGradientExtra`."""
+        needs_signal(self.model, self.times, params)
         extra = PolicyGradientExtra(self.advantage.init(), None if self.kl_budget is None else self.kl_weight)
         return start(params, self.optimizer, average=self.ema_decay is not None, extra=extra)
 

@@ -149,6 +149,7 @@ def value_regression(
       It rolls the prior out, its image variant noises data: noising samples of an *exact* prior gives the pairs
       (x_t, x0) of its rollouts in law; the chain of a trained prior, or of few steps, has values of its own.
     """
+    checks.noising_process(process, "value_regression")
     soft = temperature is not None
     return ValueLearning(
         callable_pytree(model, "model (params -> value)"),

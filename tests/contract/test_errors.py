@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from rgdiff import checks, denoisers, guides, processes, rewards, samplers, schedules, tuners, values
+from rgdiff import checks, denoisers, guides, policies, processes, rewards, samplers, schedules, tuners, values
 from rgdiff.typing import pytree
 from tests.worlds.worlds import GaussianWorld, factorised
 
@@ -19,6 +19,7 @@ KEY = jax.random.key(0)
 ANCESTRAL = samplers.ancestral(W.process, W.denoiser)
 SGD = optax.sgd(0.1)
 BLACK_BOX = rewards.from_host(lambda x0, cond: x0[:, 0])
+SEEN = guides.linear(jnp.eye(1), jnp.ones(1), 0.1)
 EVENTS = processes.first_hitting(processes.masked(schedules.log_linear_mask(), 4, 3))
 
 
@@ -84,6 +85,41 @@ REFUSED = {
     "unknown prediction": (lambda: denoisers.predicts("epsilon", W.denoiser), "must be one of"),
     "prediction without schedule": (lambda: denoisers.predicts("eps", W.denoiser), "process.schedule"),
     "velocity of VP": (lambda: denoisers.predicts("velocity", W.denoiser, W.schedule), "belongs to the flow"),
+    "a process for a schedule": (lambda: denoisers.predicts("v", W.denoiser, W.process), "pass process.schedule"),
+    "a process for EDM's schedule": (
+        lambda: denoisers.edm_preconditioned(W.denoiser, W.process),
+        "edm_preconditioned needs a Gaussian noise schedule, got GaussianProcess; pass process.schedule",
+    ),
+    "a process in a process": (lambda: processes.gaussian(W.process, (1,)), "pass process.schedule"),
+    "a mask schedule for a Gaussian one": (
+        lambda: processes.gaussian(schedules.cosine_mask(), (1,)),
+        "a Gaussian process needs a Gaussian noise schedule, got CosineMask",
+    ),
+    "a Gaussian schedule for a mask one": (lambda: processes.masked(W.schedule, 3, 3), "schedules.log_linear_mask()"),
+    "a process for a few-step policy's schedule": (lambda: policies.levels(W.process, 3), "pass process.schedule"),
+    "a schedule for a process": (
+        lambda: samplers.ancestral(W.schedule, W.denoiser),
+        "ancestral sampling needs a process, got LinearVP; processes.gaussian(schedule, shape, ...) makes one of it",
+    ),
+    "a mask schedule for a process": (
+        lambda: samplers.ancestral(schedules.cosine_mask(), W.denoiser),
+        "got CosineMask; processes.masked(schedule, shape, ...)",
+    ),
+    "swapped process and denoiser": (lambda: samplers.ancestral(W.denoiser, W.process), "got AffineDenoiser"),
+    "svdd of a schedule": (lambda: svdd(process=W.schedule), "svdd needs a process, got LinearVP"),
+    "a guide of a schedule": (lambda: guides.dps(W.denoiser, W.schedule, SEEN), "dps needs a process, got LinearVP"),
+    "a tuner of a schedule": (lambda: draft(process=W.schedule), "needs a process, got LinearVP"),
+    "a value of a schedule": (
+        lambda: values.posterior_mean(W.reward, W.schedule, W.denoiser),
+        "posterior_mean needs a process, got LinearVP",
+    ),
+    "a value's regression of a schedule": (
+        lambda: tuners.value_regression(W.model, W.schedule, SGD),
+        "value_regression needs a process, got LinearVP",
+    ),
+    "a product of schedules": (lambda: processes.product(x=W.schedule), "product(x=...) needs a process, got LinearVP"),
+    "a number as a network": (lambda: denoisers.predicts("x0", 3), "a network must be callable"),
+    "a string as a denoiser": (lambda: denoisers.clip_x0("net"), "a denoiser must be callable"),
     "from_linen of a function": (lambda: denoisers.from_linen(lambda x: x, {}), "flax.linen.Module"),
     "from_nnx of a function": (lambda: denoisers.from_nnx(lambda x: x), "flax.nnx.Module"),
     "clip upside down": (lambda: denoisers.clip_x0(W.denoiser, 1.0, -1.0), "low < high"),
@@ -104,6 +140,27 @@ REFUSED = {
         ),
         "black box",
     ),
+    "black box and the gradient of a reward": (
+        lambda: guides.reward_guidance(W.denoiser, W.process, BLACK_BOX),
+        "reward_guidance needs the reward's gradient, which a black box",
+    ),
+    "black box and DPS of a likelihood": (
+        lambda: guides.dps(W.denoiser, W.process, rewards.ensemble([W.reward, BLACK_BOX])),
+        "dps needs the reward's gradient, which a black box",
+    ),
+    "black box as a guide's term": (
+        lambda: guides.guided(W.denoiser, W.process, BLACK_BOX),
+        "a guide on the prediction needs the reward's gradient",
+    ),
+    "black box as a policy's cost": (
+        lambda: policies.value_guidance(values.posterior_mean(BLACK_BOX, W.process, W.denoiser)),
+        "value_guidance needs the reward's gradient",
+    ),
+    "black box as a measurement": (
+        lambda: guides.pigdm(W.denoiser, W.process, BLACK_BOX),
+        "pigdm needs a measurement, guides.linear(...) or guides.inpainting(...), got HostReward",
+    ),
+    "a reward as a measurement": (lambda: guides.tmpd(W.denoiser, W.process, W.reward), "tmpd needs a measurement"),
     "black box and LGD": (lambda: guides.lgd_mc(W.denoiser, W.process, BLACK_BOX, KEY, draws=2), "black box"),
     "black box and TDS": (
         lambda: samplers.tds(W.process, W.denoiser, values.posterior_mean(BLACK_BOX, W.process, W.denoiser)),

@@ -393,6 +393,9 @@ def test_where_the_state_says_nothing_nothing_is_guided():
     every = guides_of(world.denoiser, world.process)
     for guided in (every["reward"], every["dps_step"], every["tmpd"]):
         close(apply(guided, states(), 1.0), apply(world.denoiser, states(), 1.0))
+    for guide in (guides.g, guides.g_loss):
+        guided = guide(world.denoiser, world.process, jnp.ones((6, 3)), jnp.ones(6))
+        close(apply(guided, states(), 1.0), apply(world.denoiser, states(), 1.0))
 
 
 @pytest.mark.parametrize("process", [processes.masked(schedules.log_linear_mask(), 3, 3), processes.product(x=PROCESS)])

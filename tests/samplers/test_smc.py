@@ -123,6 +123,32 @@ def test_adaptive_tempering_finds_the_strength_that_keeps_the_ess():
     assert (np.diff(out.kept) >= 0).all() and out.kept[-1] == 1 and np.isfinite(out.info["log_z"])
 
 
+@pytest.mark.parametrize("noise", [0.1, 0.01])
+def test_a_measurement_is_a_value_with_the_variance_of_x0(noise):
+    """TDS of y = x0 + noise: Z is N(y; mu, v + noise^2) of the chain's own law N(mu, v), unbiased; the plain plug-in loses it."""
+    world = GaussianWorld([0.0], [[1.0]], steps=50)
+    seen = guides.linear([[1.0]], [1.5], noise)
+    (mean, variance), y = (part.item() for part in world.law()), 1.5
+    total = variance + noise**2
+    log_z = -0.5 * ((y - mean) ** 2 / total + np.log(2 * np.pi * total))
+
+    def estimates(sampler):
+        draw = lambda key: samplers.sample(sampler, key, 256, world.times).info["log_z"]  # noqa: E731
+        return np.asarray(jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), 64)), float)
+
+    easy = samplers.tds(world.process, world.denoiser, seen)
+    by_hand = samplers.tds(
+        world.process, world.denoiser, guides.likelihood(world.denoiser, world.process, seen), reward=seen
+    )
+    found = estimates(easy)
+    np.testing.assert_array_equal(found, estimates(by_hand))
+    assert_unbiased(np.exp(found - log_z), 1.0)
+    plain = values.posterior_mean(seen, world.process, world.denoiser)
+    assert estimates(samplers.tds(world.process, world.denoiser, plain)).max() < log_z - 10
+    assert samplers.smc(world.process, world.denoiser, seen).reward is seen
+    assert samplers.das(world.process, world.denoiser, seen, world.times).reward is seen
+
+
 def test_settings_of_papers_are_what_their_papers_say():
     world = gaussian()
     value = values.posterior_mean(world.reward, world.process, world.denoiser)

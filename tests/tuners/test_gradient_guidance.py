@@ -430,7 +430,7 @@ def test_masked_processes_and_odd_shapes_are_refused():
         tuners.gradient_guidance(Fixed(denoiser), masked, reward, times, batch=2)
     with pytest.raises(ValueError, match=r"\[2, 8\] and \[3\]"):
         guides.g(denoiser, process, g, jnp.zeros(3))
-    for table in ([0.5, 0.6], [1.0, 0.5], [0.5, 0.0], [[0.5]], []):
+    for table in ([0.5, 0.6], [1.0, 0.5], [0.5, 0.0, 0.0], [0.5, -0.1], [[0.5]], []):
         with pytest.raises(ValueError, match="decreases strictly"):
             schedules.tabulated(table)
     with pytest.raises(ValueError, match="10 noise levels"):

@@ -13,7 +13,7 @@ from rgdiff.recipes.assembly import assemble, named, takes
 from rgdiff.recipes.outcome import draw, draw_with_kl, nothing, outcome
 from rgdiff.recipes.priors import unconditional
 from rgdiff.recipes.typing import Method, Obtained, Outcome, Prior, ReadyPrior, Shape, ValueSource
-from rgdiff.recipes.values import PosteriorMeanValue, measurement, unit_temperature
+from rgdiff.recipes.values import PosteriorMeanValue, measurement, unit_temperature, unseen
 from rgdiff.resampling import multinomial
 from rgdiff.rewards import Task
 from rgdiff.runtime.run import Run
@@ -196,7 +196,7 @@ class GuidedSampling(Method):
 
     def check(self, prior: Prior, shape: Shape) -> None:
         process = prior.process(shape)
-        self.sampler(process, nothing, nothing, nothing, jax.random.key(0))
+        self.sampler(process, nothing, nothing, unseen(shape), jax.random.key(0))
         if takes(self.make, "value"):
             self.value.check(prior, shape, self.temperature)
         if takes(self.make, "measurement"):
