@@ -148,6 +148,12 @@ class Flow:
         return _trailing(1.0, steps)
 
 
+def level(t: Array, levels: int) -> Array:
+    """Return the noise level of t in a discrete chain of T levels: i where t is next to (i + 1)/T. int32 in 0 ... T - 1."""
+    index = jnp.round(jnp.asarray(t, jnp.float32) * levels).astype(jnp.int32) - 1
+    return jnp.clip(index, 0, levels - 1)
+
+
 @pytree
 class Tabulated:
     """The T noise levels of a discrete chain, at t = 1/T, 2/T, ..., 1; elsewhere the nearest one. Build it with `tabulated`."""
@@ -159,9 +165,7 @@ class Tabulated:
         return jnp.float32(1)
 
     def log_snr(self, t: Array) -> Array:
-        steps = self.levels.shape[0]
-        index = jnp.round(jnp.asarray(t, jnp.float32) * steps).astype(jnp.int32) - 1
-        return self.levels[jnp.clip(index, 0, steps - 1)]
+        return self.levels[level(t, self.levels.shape[0])]
 
     def alpha(self, t: Array) -> Array:
         return jnp.sqrt(jax.nn.sigmoid(self.log_snr(t)))
