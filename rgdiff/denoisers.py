@@ -4,12 +4,16 @@ A denoiser is a callable pytree (x, t, cond) -> E[x0 | x_t] for continuous leave
 discrete ones, in float32 whatever the network computes in, with its parameters inside. What a network predicts (eps,
 v, score, velocity) is undone here, once, so that everything above works with x0; guidance that acts on the prediction
 (classifier-free, clipping, thresholding) wraps a denoiser into a denoiser.
+
+Samplers call a denoiser with one time t [], losses with a time per example [B]. A network that came through `from_linen`,
+`from_nnx` or `from_function` always sees t [B]. `discrete_time` gives it the step's number in place of t.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,7 +23,7 @@ from jax.core import Tracer
 
 from rgdiff import checks
 from rgdiff.processes import along
-from rgdiff.schedules import GaussianSchedule
+from rgdiff.schedules import GaussianSchedule, level
 from rgdiff.typing import Array, Cond, Denoiser, Params, State, callable_pytree, pytree, static
 
 PREDICTIONS = ("x0", "eps", "v", "score", "velocity", "logits", "probabilities")
@@ -27,14 +31,67 @@ PREDICTIONS = ("x0", "eps", "v", "score", "velocity", "logits", "probabilities")
 
 @pytree
 class Network:
-    """A pure function apply(params, x, t, cond) with its parameters; returns float32. Bind the function once: a new one recompiles."""
+    """A function apply(params, rest, x, t, cond) with its parameters; returns float32. Bind the function once: a new one recompiles.
+
+    `rest` is state that no tuner moves: BatchNorm's statistics, keys. t reaches the function as [B], unless it has an
+    attribute `scalar_time` that is true: then as it comes, since one time for all examples costs it less.
+    """
 
     params: Params
     apply: Callable[..., Any] = static()
+    rest: Any = None
+    scalar_time: bool = static(default=False)
 
     def __call__(self, x: State, t: Array, cond: Cond = None) -> State:
-        out = self.apply(self.params, x, t, cond)
+        out = self.apply(self.params, self.rest, x, t if self.scalar_time else per_row(t, x), cond)
         return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), out)
+
+
+def per_row(t: Array | float, x: State) -> Array:
+    """Return a time, [] or [B], as one per example of the state x: [B], float32 (integers stay integers)."""
+    batch = jax.tree.leaves(x)[0].shape[0]
+    t = jnp.asarray(t)
+    if t.shape not in ((), (batch,)):
+        raise ValueError(f"t must be one time, or one per example [{batch}], got shape {list(t.shape)}")
+    t = t if jnp.issubdtype(t.dtype, jnp.integer) else t.astype(jnp.float32)
+    return jnp.broadcast_to(t, (batch,))
+
+
+SWITCHES = ("train", "training", "deterministic")  # arguments that networks have in a condition's place
+
+
+def _takes_cond(function: Callable[..., Any], before: int) -> bool:
+    """Whether a function has an argument for cond after `before` arguments, x and t."""
+    try:
+        arguments = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # a builtin without a signature
+        return True
+    if any(a.kind is a.VAR_POSITIONAL for a in arguments):
+        return True
+    placed = [a for a in arguments if a.kind in (a.POSITIONAL_ONLY, a.POSITIONAL_OR_KEYWORD)]
+    return len(placed) > before + 2 and placed[before + 2].name not in SWITCHES
+
+
+def _inputs(takes_cond: bool, x: State, t: Array, cond: Cond) -> tuple[Any, ...]:
+    """Return what a network is called with: (x, t, cond), or (x, t) where it has no argument for cond."""
+    if takes_cond:
+        return x, t, cond
+    if cond is not None:
+        raise ValueError(
+            "the network is called as (x, t) and takes no cond; pass cond=None, or give it a third argument"
+        )
+    return x, t
+
+
+@dataclasses.dataclass(frozen=True)
+class _FunctionApply:
+    """Calls a plain function (params, x, t, cond)."""
+
+    function: Callable[..., Any]
+    takes_cond: bool
+
+    def __call__(self, params: Params, rest: Any, x: State, t: Array, cond: Cond) -> State:
+        return self.function(params, *_inputs(self.takes_cond, x, t, cond))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,61 +99,117 @@ class _LinenApply:
     """Calls a Linen module; equal for equal modules, so that rebuilding the same module does not recompile."""
 
     module: Any
+    takes_cond: bool
 
-    def __call__(self, params: Params, x: State, t: Array, cond: Cond) -> State:
-        return self.module.apply({"params": params}, x, t, cond)
+    def __call__(self, params: Params, rest: Any, x: State, t: Array, cond: Cond) -> State:
+        return self.module.apply({"params": params, **(rest or {})}, *_inputs(self.takes_cond, x, t, cond))
 
 
 @dataclasses.dataclass(frozen=True)
 class _NnxApply:
-    """Calls a split NNX model; its graph definition is the structure."""
+    """Calls a split NNX model, made anew from pure arrays at each call; its graph definition is the structure."""
 
     graph: Any
+    takes_cond: bool
 
-    def __call__(self, params: Params, x: State, t: Array, cond: Cond) -> State:
+    def __call__(self, params: Params, rest: Any, x: State, t: Array, cond: Cond) -> State:
         from flax import nnx
 
-        return nnx.merge(self.graph, params)(x, t, cond)
+        model = nnx.merge(self.graph, params, rest)
+        held = lambda: jax.tree_util.tree_leaves_with_path(nnx.state(model, nnx.Not(nnx.Param)))  # noqa: E731
+        before = held()
+        out = model(*_inputs(self.takes_cond, x, t, cond))
+        after = dict(held())
+        if moved := [path for path, leaf in before if after.get(path) is not leaf]:
+            name = jax.tree_util.keystr(moved[0], simple=True, separator="/").removesuffix("/value")
+            raise ValueError(
+                f"the NNX network changes its own {name!r} when it is called (Dropout, or BatchNorm in training); "
+                "call model.eval() before it is handed over"
+            )
+        return out
 
 
 def from_function(function: Callable[..., Any], params: Params) -> Network:
-    """Take a plain function(params, x, t, cond) and its parameters as a network."""
+    """Take a plain function and its parameters as a network.
+
+    Args:
+      function: (params, x, t, cond) -> prediction, or (params, x, t); t is [B].
+      params: any pytree.
+    """
     if not callable(function):
         raise ValueError(f"a network must be a function (params, x, t, cond) -> prediction, got {function!r}")
-    return Network(params, function)
+    scalar_time = getattr(function, "scalar_time", False)
+    return Network(params, _FunctionApply(function, _takes_cond(function, 1)), scalar_time=scalar_time)
 
 
 def from_linen(module: Any, params: Params) -> Network:
-    """Take a Flax Linen module, called as module.apply({"params": params}, x, t, cond), as a network."""
+    """Take a Flax Linen module as a network.
+
+    Args:
+      module: called as module.apply({"params": params}, x, t, cond), or (x, t) where it has no third argument; t is [B].
+      params: what `module.init` returned, or its "params" alone. Other collections, e.g. "batch_stats", are handed to
+        the module and never trained.
+    """
     if not hasattr(module, "apply") or not hasattr(module, "init"):
         raise ValueError(
             f"from_linen expects a flax.linen.Module, got {type(module).__name__}; see from_nnx, from_function"
         )
-    if isinstance(params, dict) and set(params) == {"params"}:
-        params = params["params"]
-    return Network(params, _LinenApply(module))
+    rest = None
+    if isinstance(params, Mapping) and "params" in params:
+        params, rest = params["params"], {name: held for name, held in params.items() if name != "params"} or None
+    apply = _LinenApply(module, _takes_cond(type(module).__call__, 1))
+    return Network(params, apply, rest, getattr(module, "scalar_time", False))
 
 
 @pytree
 class LinenModel:
-    """A Linen module as a model: params -> network, what a tuner differentiates."""
+    """A Linen module as a model: params -> network, what a tuner differentiates.
+
+    `rest` holds the collections that are not trained, e.g. {"batch_stats": ...}.
+    """
 
     module: Any = static()
+    rest: Any = None
 
     def __call__(self, params: Params) -> Network:
-        return from_linen(self.module, params)
+        return dataclasses.replace(from_linen(self.module, params), rest=self.rest)
 
 
-def from_nnx(model: Any) -> Network:
-    """Take a Flax NNX model, called as model(x, t, cond), as a network, through split and merge only."""
+@pytree
+class NnxModel:
+    """An NNX module as a model: params -> network, what a tuner differentiates. Build it with `nnx_model`."""
+
+    apply: Callable[..., Any] = static()
+    rest: Any = None
+
+    def __call__(self, params: Params) -> Network:
+        return Network(params, self.apply, self.rest)
+
+
+def nnx_model(module: Any) -> tuple[NnxModel, Params]:
+    """Split a Flax NNX module into a model and its parameters, for tuners: `fit(tuner_of(model), ..., params)`.
+
+    Args:
+      module: called as module(x, t, cond), or (x, t) where it has no third argument; t is [B]. It must not change its own
+        state when it is called: `module.eval()` first.
+
+    Returns:
+      The model (params -> network) and the arrays of its `nnx.Param`, nested dicts by attribute. Everything else (running
+      statistics, keys, counts) stays in the model and is never trained. `nnx.update(module, params)` writes tuned ones back.
+    """
     from flax import nnx
 
-    if not isinstance(model, nnx.Module):
-        raise ValueError(
-            f"from_nnx expects a flax.nnx.Module, got {type(model).__name__}; see from_linen, from_function"
-        )
-    graph, params = nnx.split(model)
-    return Network(params, _NnxApply(graph))
+    if not isinstance(module, nnx.Module):
+        raise ValueError(f"expected a flax.nnx.Module, got {type(module).__name__}; see from_linen, from_function")
+    graph, params, rest = nnx.split(module, nnx.Param, ...)
+    apply = _NnxApply(graph, _takes_cond(type(module).__call__, 1))
+    return NnxModel(apply, nnx.to_pure_dict(rest)), nnx.to_pure_dict(params)
+
+
+def from_nnx(module: Any) -> Network:
+    """Take a Flax NNX module as a network with its own parameters; see `nnx_model`, which tuners need."""
+    model, params = nnx_model(module)
+    return model(params)
 
 
 def to_x0(prediction: str, schedule: GaussianSchedule, x: Array, t: Array, out: Array) -> Array:
@@ -200,6 +313,30 @@ def needs_signal(method: Any, times: Array, params: Params = None) -> None:
                 f"times begin at {float(times[0]):g}, where nothing of x0 is left (alpha = 0) and a prediction of {prediction} "
                 "does not say what it is; begin below, e.g. 0.99 * process.times(steps), or take a network of v or x0"
             )
+
+
+@pytree
+class DiscreteTime:
+    """Hands a network the number of its step in place of t. Build it with `discrete_time`."""
+
+    network: Denoiser
+    steps: int = static()
+
+    def __call__(self, x: State, t: Array, cond: Cond = None) -> State:
+        return self.network(x, level(per_row(t, x), self.steps), cond)
+
+
+def discrete_time(network: Denoiser, steps: int) -> Denoiser:
+    """Let a network of integer steps 0 ... T - 1 be called at times t in [0, 1]: it sees round(t T) - 1, int32 [B].
+
+    t = (i + 1)/T is step i, as in `schedules.tabulated(alpha_bar)`: on each of its grids the network sees the step whose
+    alpha_bar the process uses. A time between two steps goes to the nearest, one below 1/T to step 0.
+
+    Args:
+      network: (x, step, cond) -> prediction, step 0 next to the data.
+      steps: T, of the chain that the network was trained on; 1,000 in DDPM.
+    """
+    return DiscreteTime(callable_pytree(network, "a network"), checks.at_least("steps", steps, 1))
 
 
 @pytree

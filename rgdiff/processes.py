@@ -270,7 +270,8 @@ def initial_law(process: GaussianProcess, schedule: GaussianSchedule) -> Initial
     Args:
       process: whose prior N(0, std^2) is to be learnt.
       schedule: of the moves, variance-preserving (alpha^2 + sigma^2 = 1); x_T is the chain's last state times std.
-        Where alpha(1) is near 0 the chain forgets its own beginning, and its tuned law is the tilted one.
+        Where alpha(1) is near 0 the chain forgets its own beginning, and its tuned law is near the tilted one (off by
+        about 1/T of its T moves, whose variances are not tuned).
     """
     if not isinstance(process, GaussianProcess):
         raise ValueError(f"initial_law needs a Gaussian process, got {type(process).__name__}")

@@ -148,6 +148,12 @@ class Flow:
         return _trailing(1.0, steps)
 
 
+def level(t: Array, levels: int) -> Array:
+    """Return the noise level of t in a discrete chain of T levels: i where t is next to (i + 1)/T. int32 in 0 ... T - 1."""
+    index = jnp.round(jnp.asarray(t, jnp.float32) * levels).astype(jnp.int32) - 1
+    return jnp.clip(index, 0, levels - 1)
+
+
 @pytree
 class Tabulated:
     """The T noise levels of a discrete chain, at t = 1/T, 2/T, ..., 1; between two, log_snr is linear in t. Build it with `tabulated`."""
@@ -164,9 +170,9 @@ class Tabulated:
         nearest = jnp.round(place)
         place = jnp.where(jnp.abs(place - nearest) < 1e-3, nearest, place)  # a level's own time, whatever its rounding
         index = place.astype(jnp.int32)
-        share, level = place - index, self.levels[index]
+        share, here = place - index, self.levels[index]
         above = self.levels[jnp.minimum(index + 1, steps - 1)]
-        return jnp.where(share > 0, level + share * (above - level), level)
+        return jnp.where(share > 0, here + share * (above - here), here)
 
     def alpha(self, t: Array) -> Array:
         return jnp.sqrt(jax.nn.sigmoid(self.log_snr(t)))

@@ -285,6 +285,7 @@ def seiko(
         p_i = argmax E[r_i + g_i] - alpha KL(p || prior) - beta_{i-1} KL(p || p_{i-1}),
 
     whose optimum is proportional to exp((r_i + g_i)/(alpha + beta)) prior^(alpha/(alpha + beta)) p_{i-1}^(beta/(alpha + beta)).
+    Of all laws, that is; Gaussian chains, whose moves keep their variances, come near it (`rgdiff.tuners.reward_backprop`).
     With beta_{i-1} = alpha (i - 1), the default, that is prior * exp(sum_{j <= i} (r_j + g_j) / (alpha i)), and where
     |r_j - r| <= g_j the regret of E[r] - alpha KL is at most 2 E_{p_i}[g_i], averaged over rounds.
 

@@ -81,7 +81,11 @@ class Kernel(Protocol):
 
 
 class Denoiser(Protocol):
-    """Maps (x_t, t, cond) to E[x0 | x_t] (continuous leaves) or to logits of p(x0 | x_t) (discrete leaves)."""
+    """Maps (x_t, t, cond) to E[x0 | x_t] (continuous leaves) or to logits of p(x0 | x_t) (discrete leaves).
+
+    t is one time [] for all examples, as samplers pass it, or one per example [B], as losses do; a denoiser takes both.
+    Networks need not: those that come through `rgdiff.denoisers.from_linen`, `from_nnx` or `from_function` see t [B].
+    """
 
     def __call__(self, x: State, t: Array, cond: Cond = None) -> State: ...
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from rgdiff import denoisers, processes, samplers, schedules
-from rgdiff.typing import pytree
+from rgdiff.tuners import pretraining
+from rgdiff.typing import callable_pytree, pytree
 from tests.worlds.worlds import SCHEDULES, GaussianWorld, MixtureWorld
 
 f32 = lambda a: jnp.asarray(a, jnp.float32)  # noqa: E731
@@ -145,20 +147,20 @@ def test_linen_nnx_and_plain_functions_give_identical_samples():
     class Linen(linen.Module):
         @linen.compact
         def __call__(self, x, t, cond=None):
-            return linen.Dense(2, name="dense")(x) * (1 - t)
+            return linen.Dense(2, name="dense")(x) * (1 - t)[:, None]
 
     class Nnx(nnx.Module):
         def __init__(self, kernel, bias):
             self.kernel, self.bias = nnx.Param(kernel), nnx.Param(bias)
 
         def __call__(self, x, t, cond=None):
-            return (x @ self.kernel[...] + self.bias[...]) * (1 - t)
+            return (x @ self.kernel[...] + self.bias[...]) * (1 - t)[:, None]
 
     def plain(params, x, t, cond=None):
-        return (x @ params["kernel"] + params["bias"]) * (1 - t)
+        return (x @ params["kernel"] + params["bias"]) * (1 - t)[:, None]
 
     world = GaussianWorld([0.0, 0.0], np.eye(2))
-    params = Linen().init(jax.random.key(0), jnp.zeros((1, 2)), f32(0.5))
+    params = Linen().init(jax.random.key(0), jnp.zeros((1, 2)), jnp.ones(1))
     dense = params["params"]["dense"]
     doors = [
         denoisers.from_linen(Linen(), params),
@@ -182,6 +184,165 @@ class Plain:
 
     def __call__(self, x, t, cond=None):
         return (x @ self.params["kernel"] + self.params["bias"]) * (1 - t)
+
+
+def networks_with_state():
+    """One network in Linen and in NNX, with BatchNorm's statistics, a Dropout and its keys: (module, variables), module."""
+    from flax import linen, nnx
+
+    class Linen(linen.Module):
+        @linen.compact
+        def __call__(self, x, t):
+            h = linen.BatchNorm(use_running_average=True, name="norm")(linen.Dense(4, name="down")(x))
+            return linen.Dense(2, name="up")(linen.Dropout(0.5, deterministic=True)(h))
+
+    class Nnx(nnx.Module):
+        def __init__(self, rngs):
+            self.down, self.up = nnx.Linear(2, 4, rngs=rngs), nnx.Linear(4, 2, rngs=rngs)
+            self.norm, self.drop = nnx.BatchNorm(4, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, x, t):
+            return self.up(self.drop(self.norm(self.down(x))))
+
+    module = Nnx(nnx.Rngs(0))
+    module.norm.mean[...], module.norm.var[...] = f32([0.1, -0.2, 0.3, 0.0]), f32([0.5, 1.0, 2.0, 0.01])
+    params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
+    statistics = {"norm": {"mean": module.norm.mean[...], "var": module.norm.var[...]}}
+    return Linen(), {"params": params, "batch_stats": statistics}, module
+
+
+def test_only_parameters_move():
+    """A gradient step on an NNX model equals Linen's, and leaves running statistics, keys and counts where they are."""
+    linen, variables, module = networks_with_state()
+    module.eval()
+    world = GaussianWorld([1.0, -1.0], np.eye(2))
+    model, params = denoisers.nnx_model(module)
+    params = jax.tree.map(lambda leaf: leaf + 0, params)  # tuners donate their state
+    x, t = jax.random.normal(jax.random.key(1), (5, 2)), f32(0.5)
+
+    def tuned(model, params):
+        tuner = pretraining(model, world.process, optax.sgd(0.1))
+        state = tuner.init(params)
+        for i in range(3):
+            state, _ = jax.jit(tuner.step)(
+                jax.random.fold_in(jax.random.key(0), i), state, {"x0": 3 + jnp.ones((8, 2))}
+            )
+        return state.params
+
+    there = tuned(denoisers.LinenModel(linen, {"batch_stats": variables["batch_stats"]}), variables["params"])
+    here = tuned(model, params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), here, there)
+    assert np.abs(here["down"]["kernel"] - params["down"]["kernel"]).max() > 0.01
+    statistics = variables["batch_stats"]["norm"]
+    network = model(here)
+    np.testing.assert_array_equal(network.rest["norm"]["var"], statistics["var"])
+    assert set(network.rest) == {"norm", "drop"} and set(here) == {"down", "up", "norm"}
+    theirs = denoisers.from_linen(linen, variables | {"params": here})
+    np.testing.assert_allclose(network(x, t), theirs(x, t), rtol=1e-5)
+    h = x @ here["down"]["kernel"] + here["down"]["bias"]
+    h = (h - statistics["mean"]) / np.sqrt(statistics["var"] + 1e-5) * here["norm"]["scale"] + here["norm"]["bias"]
+    np.testing.assert_allclose(network(x, t), h @ here["up"]["kernel"] + here["up"]["bias"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_that_changes_itself_is_refused():
+    module = networks_with_state()[2]
+    world = GaussianWorld([0.0, 0.0], np.eye(2))
+    draw = lambda: samplers.sample(  # noqa: E731
+        samplers.ancestral(world.process, denoisers.from_nnx(module)), jax.random.key(1), 3, world.times
+    )
+    module.train()
+    with pytest.raises(ValueError, match=r"its own 'drop/rngs/count'.*call model.eval\(\)"):
+        draw()
+    with pytest.raises(ValueError, match="its own 'drop/rngs/count'"):
+        denoisers.from_nnx(module)(jnp.zeros((3, 2)), f32(0.5))
+    module.drop.deterministic = True
+    with pytest.raises(ValueError, match="its own 'norm/mean'"):
+        draw()
+    module.norm.use_running_average = True
+    assert draw().x0.shape == (3, 2)
+
+
+DOORS = ("from_function", "from_linen", "from_nnx")
+
+
+def through(door, function):
+    """A function of (x, t[, more]) as a network of each kind, through its door."""
+    from flax import linen, nnx
+
+    if door == "from_function":
+        more = {2: lambda p, x, t: function(x, t), 3: lambda p, x, t, cond: function(x, t, cond)}
+        return denoisers.from_function(more[function.__code__.co_argcount], {})
+    base = linen.Module if door == "from_linen" else nnx.Module
+    call = {2: lambda self, x, t: function(x, t), 3: lambda self, x, t, cond=None: function(x, t, cond)}
+    module = type("Net", (base,), {"__call__": call[function.__code__.co_argcount]})()
+    return denoisers.from_nnx(module) if base is nnx.Module else denoisers.from_linen(module, {})
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_networks_see_a_time_per_example(door):
+    """t is [B], float32, whether it came as one number or one per example; a network of (x, t) has no cond."""
+    seen = []
+
+    def function(x, t):
+        seen.append((t.shape, t.dtype))
+        return x * (1 - t)[:, None]
+
+    network = through(door, function)
+    x = jnp.ones((3, 2))
+    np.testing.assert_allclose(network(x, f32(0.25)), 0.75 * np.ones((3, 2)))
+    np.testing.assert_allclose(network(x, f32([0, 0.5, 1]))[:, 0], [1, 0.5, 0])
+    np.testing.assert_allclose(network({"a": x}["a"], 0.25), 0.75 * np.ones((3, 2)))
+    assert set(seen) == {((3,), jnp.dtype("float32"))}
+    with pytest.raises(ValueError, match="takes no cond"):
+        network(x, f32(0.25), jnp.zeros(3, int))
+    with pytest.raises(ValueError, match=r"one per example \[3\], got shape \[2\]"):
+        network(x, jnp.zeros(2))
+    conditional = through(door, lambda x, t, cond: x * cond[:, None])
+    np.testing.assert_allclose(conditional(x, f32(0.25), jnp.arange(3))[:, 0], [0, 1, 2])
+
+
+def test_a_switch_is_no_condition():
+    """A network of (x, t, train) is not handed cond in place of train."""
+    network = denoisers.from_function(lambda params, x, t, train=False: x + 100 * train, {})
+    np.testing.assert_array_equal(network(jnp.ones((2, 1)), f32(0.5)), np.ones((2, 1)))
+    with pytest.raises(ValueError, match="takes no cond"):
+        network(jnp.ones((2, 1)), f32(0.5), jnp.ones(2))
+
+
+def test_discrete_time_is_the_step_of_the_process():
+    """On grids of a table the network sees the step whose alpha_bar the process uses; ten of 1,000 are diffusers' trailing ones."""
+    alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    schedule = schedules.tabulated(alpha_bar)
+    process = processes.gaussian(schedule, (2,))
+    table = f32(alpha_bar)
+    denoiser = denoisers.discrete_time(lambda x, i, cond: jnp.stack([table[i], i.astype(jnp.float32)], -1), 1000)
+    read = lambda grid: denoiser(jnp.zeros((len(grid), 2)), grid).T  # noqa: E731
+    for steps in (1000, 999, 50, 7, 1):
+        grid = process.times(steps)
+        used, index = read(grid)
+        np.testing.assert_allclose(used, schedule.alpha(grid) ** 2, rtol=2e-5)
+        assert len(set(np.asarray(index))) == steps
+    np.testing.assert_array_equal(read(process.times(1000))[1], np.arange(999, -1, -1))
+    np.testing.assert_array_equal(read(process.times(10))[1], np.arange(999, 0, -100))
+    np.testing.assert_array_equal(read(f32([0.0, 0.0004, 1.0]))[1], [0, 0, 999])
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_discrete_time_of_networks(door):
+    """Samples of a chain are those of the same network called with t, in sampling ([]) and with a time per example."""
+    schedule = schedules.tabulated(np.cumprod(1 - np.linspace(0.05, 0.5, 20)))
+    process = processes.gaussian(schedule, (2,))
+    kinds = set()
+
+    def function(x, i):
+        kinds.add((i.shape, i.dtype))
+        return x * ((i + 1) / 20)[:, None]
+
+    stepped = denoisers.predicts("eps", denoisers.discrete_time(through(door, function), 20), schedule)
+    plain = denoisers.predicts("eps", callable_pytree(lambda x, t, cond: x * t, "a network"), schedule)
+    draw = lambda d: samplers.sample(samplers.ancestral(process, d), jax.random.key(1), 8, process.times(20)).x0  # noqa: E731
+    np.testing.assert_allclose(draw(stepped), draw(plain), rtol=1e-4, atol=1e-5)
+    assert kinds == {((8,), jnp.dtype("int32"))}
 
 
 def test_rebuilding_the_same_linen_module_does_not_recompile():

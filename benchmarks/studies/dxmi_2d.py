@@ -60,6 +60,9 @@ def scalar(params: Any, x: jax.Array, t: jax.Array, cond: Any = None) -> jax.Arr
     return perceptron(params, x, t)[:, 0]
 
 
+perceptron.scalar_time = scalar.scalar_time = True  # they embed one time once
+
+
 def weights(key: jax.Array, out: int, last: float = 1.0) -> Any:
     """Normal weights of variance 1/fan-in, those of the output times `last`."""
     keys = iter(jax.random.split(key, 8))

@@ -56,6 +56,7 @@ def per_call(times: Any, dim: int) -> tuple[Callable[..., Any], Any]:
         i = jnp.argmin(jnp.abs(times - t))
         return x @ params["gain"][i].T + params["shift"][i]
 
+    network.scalar_time = True  # one call, one time
     return network, {"gain": jnp.zeros((len(times), dim, dim)), "shift": jnp.zeros((len(times), dim))}
 
 
@@ -99,6 +100,7 @@ def tune_main(
     steps: int = 400,
     rate: float = 0.02,
     batch: int = 256,
+    alpha: float = ALPHA,
 ) -> tuple[Any, Any]:
     """The main chain, begun at the prior's x_T or at `draw`: its tuner and parameters."""
     change, params = networks.main
@@ -106,9 +108,10 @@ def tune_main(
     def network(params: Any, x: jax.Array, t: jax.Array, cond: Any = None) -> jax.Array:
         return world.denoiser(x, t) + change(params, x, t)
 
+    network.scalar_time = True
     tuner = tuners.elegant(
         _model(network), world.process, world.reward, world.times, _adam(rate, steps), reference=world.denoiser,
-        kl_weight=ALPHA, initial=draw, batch=batch, remat="none",
+        kl_weight=alpha, initial=draw, batch=batch, remat="none",
     )  # fmt: skip
     return tuner, _fit(tuner, params, seed, steps)
 

@@ -31,6 +31,7 @@ class MLP(nn.Module):
     out: tuple[int, ...] | None = None
     classes: int | None = None
     dtype: Any = jnp.float32
+    scalar_time = True  # a time [] is embedded once for all examples
 
     def __post_init__(self):
         if isinstance(self.out, int):
@@ -64,6 +65,7 @@ class ValueMLP(nn.Module):
     features: tuple[int, ...] = (256, 256)
     classes: int | None = None
     dtype: Any = jnp.float32
+    scalar_time = True
 
     @nn.compact
     def __call__(self, x: Array, t: Array, cond: Cond = None) -> Array:

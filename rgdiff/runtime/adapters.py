@@ -1,15 +1,20 @@
 """LoRA adapters on disk as PEFT writes them, so that a tuned adapter loads where others sample, and theirs here.
 
 A folder holds adapter_model.safetensors and adapter_config.json. PEFT's update is (lora_alpha / r) B A in PyTorch's
-layout, ours scale * a b in Flax's; names of modules are the leaf's path unless the caller maps them.
+layout, with sqrt(r) for r where use_rslora is true, and alpha and r of a module's own where a pattern names it; ours is
+scale * a b in Flax's. Names of modules are the leaf's path unless the caller maps them. Whatever else a configuration
+asks for that changes the function (biases, whole modules, DoRA, ...) is refused by its name.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,11 +25,26 @@ from rgdiff.typing import Params
 
 PREFIX = "base_model.model."
 FILES = ("adapter_model.safetensors", "adapter_config.json")
+FACTORS = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}
+SCALING = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"}
+HARMLESS = {  # of training, of a module's choice (the tensors say it), or of the file's history; fan_in_fan_out: of PyTorch's layout
+    "lora_dropout", "inference_mode", "eva_config", "corda_config", "loftq_config", "lora_ga_config", "qalora_group_size",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out",
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "megatron_core", "runtime_config",
+}  # fmt: skip
+INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")  # those that leave the base's weights as they are
 
 
 def module_name(path: str) -> str:
-    """Return the PyTorch-like name of a leaf's module: "down_0/conv/kernel" is module "down_0.conv"."""
-    return path.removesuffix("/kernel").replace("/", ".")
+    """Return the PyTorch-like name of a leaf's module: "down_0/conv/kernel" is module "down_0.conv".
+
+    A table "table/embedding" is module "table"; the "/value" of an NNX state's leaf is not part of the name.
+    """
+    return re.sub("/(kernel|embedding)$", "", path.removesuffix("/value")).replace("/", ".")
+
+
+def _is_table(path: str) -> bool:
+    return path.removesuffix("/value").endswith("embedding")
 
 
 def save_peft(
@@ -38,16 +58,16 @@ def save_peft(
     """Write an adapter in PEFT's files: `PeftModel.from_pretrained(module, folder)` reads it.
 
     A kernel [in, out] is a Linear's, [k, in, out] and [k, l, in, out] are a convolution's, whose lora_A keeps the window
-    and whose lora_B is 1x1, as PEFT has it.
+    and whose lora_B is 1x1, as PEFT has it. A leaf named `embedding` [N, D] is an Embedding's table.
 
     Args:
-      adapter: from `nets.lora_init` or `nets.lora_sum`; all of one rank.
+      adapter: from `nets.lora_init` or `nets.lora_sum`. Ranks that differ are written as rank_pattern and alpha_pattern.
       params: what the adapter belongs to: it gives the kernels' shapes.
       scale: of the adapter; written as lora_alpha = scale * rank.
       name: leaf path -> module name on the other side.
 
     Raises:
-      ValueError: for a path that the parameters lack, ranks that differ, names that collide.
+      ValueError: for a path that the parameters lack, or names that collide.
     """
     from safetensors.numpy import save
 
@@ -57,26 +77,30 @@ def save_peft(
     }
     if missing := sorted(set(adapter) - set(shapes)):
         raise ValueError(f"the adapter does not belong to these parameters: they have no {missing[0]!r}")
-    ranks = sorted({factors["a"].shape[-1] for factors in adapter.values()})
-    if len(ranks) != 1:
-        raise ValueError(f"PEFT's files hold one rank for all modules, got {ranks}")
-    rank, tensors, modules = ranks[0], {}, []
+    ranks: dict[str, int] = {}
+    tensors: dict[str, np.ndarray] = {}
     for path, factors in adapter.items():
         module, shape = name(path), shapes[path]
-        if module in modules:
+        if module in ranks:
             raise ValueError(f"two leaves are named {module!r}; give name=, one module for each")
-        modules.append(module)
         a, b = np.asarray(factors["a"], np.float32), np.asarray(factors["b"], np.float32)
-        window = shape[:-2]
-        down = np.moveaxis(a.reshape(*shape[:-1], rank), (-1, -2), (0, 1))
-        up = b.T.reshape(shape[-1], rank, *[1] * len(window))
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(down)
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(up)
+        rank = ranks[module] = a.shape[-1]
+        if _is_table(path):
+            down, up, keys = a.T, b.T, ("lora_embedding_A", "lora_embedding_B")
+        else:
+            down = np.moveaxis(a.reshape(*shape[:-1], rank), (-1, -2), (0, 1))
+            up = b.T.reshape(shape[-1], rank, *[1] * len(shape[:-2]))
+            keys = ("lora_A.weight", "lora_B.weight")
+        tensors |= {f"{PREFIX}{module}.{key}": np.ascontiguousarray(t) for key, t in zip(keys, (down, up), strict=True)}
+    rank = next(iter(ranks.values()), 1)
+    others = {f"^{re.escape(module)}": own for module, own in ranks.items() if own != rank}
     config = {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": scale * rank,
-        "target_modules": modules,
+        "rank_pattern": others,
+        "alpha_pattern": {module: scale * own for module, own in others.items()},
+        "target_modules": list(ranks),
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
@@ -94,8 +118,13 @@ def load_peft(
 ) -> tuple[Adapter, float]:
     """Read an adapter and its scale from PEFT's files, for parameters whose leaf `path` is module `name(path)` there.
 
+    Returns:
+      The adapter, float32, and the scale of the configuration (lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora);
+      a module with an alpha or a rank of its own has the ratio of its scale to that one in its factor b.
+
     Raises:
-      ValueError: for a missing or damaged file, a module that no leaf is named after, or shapes that do not fit.
+      ValueError: for a missing or damaged file, a module that no leaf is named after, shapes that do not fit, or a
+        configuration or tensors that ask for more than low-rank factors.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load
@@ -108,29 +137,71 @@ def load_peft(
         tensors = load((folder / FILES[0]).read_bytes())
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{folder} is damaged: {error}") from None
-    leaves = {}
+    _check(config, folder)
+    leaves: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if np.ndim(leaf) >= 2:
             path = jax.tree_util.keystr(path, simple=True, separator="/")
-            leaves[name(path)] = path, np.shape(leaf)
+            leaves.setdefault(name(path), []).append((path, np.shape(leaf)))
+    scale = _scale(config, None)[0]
     adapter: Adapter = {}
-    for key, down in tensors.items():
-        if not key.endswith(".lora_A.weight"):
+    used = set()
+    for key, down in sorted(tensors.items()):
+        kind = next((kind for kind in FACTORS if key.endswith("." + kind)), None)
+        if kind is None:
             continue
-        module = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
-        if module not in leaves:
-            raise ValueError(f"{folder}: no parameter is named after module {module!r}; give name=")
-        path, shape = leaves[module]
-        up = tensors.get(key.replace("lora_A", "lora_B"))
-        a = np.moveaxis(down, (0, 1), (-1, -2))
-        if up is None or a.shape[:-1] != shape[:-1] or up.shape[:2] != (shape[-1], down.shape[0]):
+        module, partner = key.removeprefix(PREFIX).removesuffix("." + kind), key.removesuffix(kind) + FACTORS[kind]
+        named = leaves.get(module, [])
+        if len(named) != 1:
+            what = "no parameter is" if not named else "two parameters are"
+            raise ValueError(f"{folder}: {what} named after module {module!r}; give name=")
+        (path, shape), up = named[0], tensors.get(partner)
+        a = down.T if kind == "lora_embedding_A" else np.moveaxis(down, (0, 1), (-1, -2))
+        own, rank = _scale(config, module)
+        if up is None or a.shape[:-1] != shape[:-1] or up.shape[:2] != (shape[-1], rank) or down.shape[0] != rank:
             raise ValueError(
-                f"{folder}: {module!r} has lora_A {list(down.shape)}, which does not fit a kernel {list(shape)}"
+                f"{folder}: {module!r} has {kind} {list(down.shape)}, which does not fit a kernel {list(shape)} and rank {rank}"
             )
+        used |= {key, partner}
         adapter[path] = {
-            "a": jax.numpy.asarray(a.reshape(-1, down.shape[0])),
-            "b": jax.numpy.asarray(up.reshape(shape[-1], -1).T),
+            "a": jax.numpy.asarray(a.reshape(-1, rank), np.float32),
+            "b": jax.numpy.asarray(up.reshape(shape[-1], -1).T, np.float32) * (own / scale),
         }
+    if more := sorted(set(tensors) - used):
+        raise ValueError(
+            f"{folder}: {more[0].removeprefix(PREFIX)!r} is no low-rank factor; an adapter here holds nothing else"
+        )
     if not adapter:
         raise ValueError(f"{folder} holds no lora_A weights")
-    return adapter, float(config["lora_alpha"]) / float(config["r"])
+    return adapter, scale
+
+
+def _check(config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a configuration that asks for more than low-rank factors, by the name of the field that does."""
+    if absent := [field for field in ("r", "lora_alpha") if not config.get(field)]:
+        raise ValueError(
+            f"{folder}: {FILES[1]} has no {absent[0]} above 0; expected the configuration of a LoRA adapter"
+        )
+    if config.get("peft_type", "LORA") != "LORA":
+        raise ValueError(f"{folder}: peft_type is {config['peft_type']!r}, expected 'LORA'")
+    if config.get("init_lora_weights", True) not in INITS:
+        raise ValueError(
+            f"{folder}: init_lora_weights={config['init_lora_weights']!r} changed the base's weights too; save it in PEFT "
+            "with path_initial_model_for_weight_conversion=, which makes it an ordinary adapter"
+        )
+    for field, value in config.items():
+        if field not in SCALING | HARMLESS and value not in (None, False, "none") and value != {} and value != []:
+            raise ValueError(
+                f"{folder}: {field}={value!r} is not applied here, where an adapter is low-rank factors alone; merge it in PEFT"
+            )
+
+
+def _scale(config: Mapping[str, Any], module: str | None) -> tuple[float, int]:
+    """Return the scale and the rank of a module, by the first pattern that names it, as PEFT has it; of none: the defaults."""
+
+    def of(pattern: str, default: Any) -> Any:
+        named = {} if module is None else config.get(pattern) or {}
+        return next((value for key, value in named.items() if re.match(rf"(.*\.)?({key})$", str(module))), default)
+
+    rank, alpha = int(of("rank_pattern", config["r"])), float(of("alpha_pattern", config["lora_alpha"]))
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank), rank

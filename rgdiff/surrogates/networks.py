@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rgdiff.denoisers import per_row
 from rgdiff.tuners._loop import TrainState, start, train, update
 from rgdiff.typing import Array, Info, Key, Params, State, pytree, static
 from rgdiff.values import per_example
@@ -33,7 +34,8 @@ def _inputs(network: Any, x0: State) -> tuple[Any, ...]:
     leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(x0)]
     x = leaves[0] if len(leaves) == 1 else jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in leaves], 1)
     takes_time = len(inspect.signature(type(network).__call__).parameters) > 2  # self, x, t, ...
-    return (x, jnp.float32(0)) if takes_time else (x,)  # one time: a network embeds it once
+    t = jnp.float32(0)
+    return (x, t if getattr(network, "scalar_time", False) else per_row(t, x)) if takes_time else (x,)
 
 
 def apply(network: Any, params: Params, x0: State) -> Array:

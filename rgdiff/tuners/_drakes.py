@@ -1,5 +1,8 @@
 """DRAKES: reward gradients with a path KL in masked and mixed chains; the optimum is the prior times exp(r(x0)/alpha).
 
+That is exact for tokens that are unmasked one at a time; Gaussian parts keep the variances of their moves and come near it
+(see `rgdiff.tuners.reward_backprop`).
+
 Tokens have no derivative, so an estimator must be chosen. `drakes` is a setting of `reward_backprop` with exact unmasking
 events and the true path KL; `drakes_published` is what the released code does, kept as a baseline.
 """

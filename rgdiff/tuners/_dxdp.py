@@ -132,7 +132,9 @@ def settings(
 def dxdp(
     model: Any, process: Process, reward: Reward, value: Any, times: Array | None = None, **options: Any
 ) -> MaximumEntropy:
-    """Tune a few-step sampler to p(x) proportional to exp(r(x) / tau) by dynamic programming (arXiv 2407.00626, algorithm 1).
+    """Tune a few-step sampler towards p(x) proportional to exp(r(x) / tau) by dynamic programming (arXiv 2407.00626, algorithm 1).
+
+    A few Gaussian moves, each of one variance, come as near to that law as they can; the bound below says how near.
 
     With the auxiliary law N(x_t, s_t^2) of x_t given x_{t+1}, the costs to go obey the soft Bellman equation
 

@@ -3,6 +3,12 @@
 Four knobs make the whole family (`rgdiff.tuners.draft`, `drakes`, `elegant`): where the reward is evaluated, which network
 calls keep their gradient, whether their input's gradient is kept, and what extra draws are added. Gradients are pathwise,
 or, for rewards and draws without a derivative, score-function with the batch's leave-one-out mean as the baseline.
+
+With kl_weight = alpha on the path KL to the prior the best law of x0 is p(x0) exp(r(x0)/alpha)/Z, p that of the prior's
+chain, if every kernel may be tilted and x_T says little of x0. Kernels of tokens can be. A denoiser moves the means of
+Gaussian kernels and leaves their variances, so that what any tuner reaches in T moves is off by about 1/T: for N(0, 1),
+r = -(x - 1)^2, alpha = 1, `linear_vp` and eta = 1 the best mean and variance are .571, .221 at T = 10, where p exp(r)/Z has
+.523, .262 (KL .011 nats), and .649, .330 for .648, .324 at T = 100 (KL 1e-4). A linear reward is off by the projection alone.
 """
 
 from __future__ import annotations
@@ -299,7 +305,8 @@ def reward_backprop(
       on_trajectory: keep the term of the chain's own samples beside the renoised ones.
       reduce: `sum` or `mean` over these terms.
       reference, kl_weight: subtract kl_weight * path KL(tuned || reference), nats per sample, summed over all moves and
-        the last projection; several references have a weight each. Needs eta > 0. Infeasible samples do not pay.
+        the last projection; several references have a weight each. Needs eta > 0. Infeasible samples do not pay. How near
+        the optimum is to p(x0) exp(r/alpha)/Z is said at the head of this module.
       kl_budget, kl_rate: nats. The weights begin at kl_weight and are multiplied at every step by exp(kl_rate * (kl /
         kl_budget - 1)), clipped to exp(+-kl_rate), so that the KL settles at the budget (dual ascent).
       penalty: `kl`, or `eps_mse`, the mean squared difference of the predicted noise, which eta = 0 has too (DRaFT+).

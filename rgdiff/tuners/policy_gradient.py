@@ -287,7 +287,8 @@ def ddpo(
       reference, kl_weight: subtract kl_weight * path KL(tuned || reference), nats per sample, over all moves and the
         projection; in the reward's unit per nat, also where advantages are scaled. Several references have a weight each.
       kl_budget, kl_rate: nats; the weights follow the KL to the first reference, as in `reward_backprop`, once a batch.
-      kl_gradient: `full`, each draw also pays for the KL of later moves, so that the optimum is the regularised one;
+      kl_gradient: `full`, each draw also pays for the KL of later moves, so that the optimum is the regularised one
+        (near p(x0) exp(r/kl_weight)/Z: Gaussian moves keep their variances, see `rgdiff.tuners.reward_backprop`);
         or `direct`, only each move's own KL is differentiated.
       ema_decay: keep an average of the parameters, `state.best`.
 

@@ -65,7 +65,46 @@ def test_the_best_shifts_are_the_maximum_and_tend_to_the_tilt():
     assert -1.3 < slope([64, 128, 256], gaps) < -0.7
 
 
+# N(0, 1), r = 2x - x^2, alpha = 1, linear_vp, eta = 1. T: mean and variance of the best shifts, then of p(x0) exp(r)/Z; KL
+SHORT = {10: (0.571, 0.221, 0.523, 0.262, 0.0109), 100: (0.649, 0.330, 0.648, 0.324, 0.0001)}
+
+
+def short_world(steps):
+    return GaussianWorld([0.0], [[1.0]], steps=steps, b=[2.0], q=[[2.0]])
+
+
+@pytest.mark.parametrize("steps", SHORT)
+def test_moves_of_fixed_variance_stop_short_of_the_tilt(steps):
+    """The numbers that the docstrings state, by optimal control; the distance is there although x_T says nothing of x0."""
+    mean, variance, tilted_mean, tilted_variance, kl = SHORT[steps]
+    w = short_world(steps)
+    best, target = controlled.best(w, 1.0), controlled.Law(*w.tilted())
+    np.testing.assert_allclose([best.mean[0], best.cov[0, 0]], [mean, variance], atol=5e-4)
+    np.testing.assert_allclose([target.mean[0], target.cov[0, 0]], [tilted_mean, tilted_variance], atol=5e-4)
+    own = w.law()[1][0, 0]  # of the prior's own chain, of mean 0
+    np.testing.assert_allclose(target.cov[0, 0], 1 / (1 / own + 2), rtol=1e-9)
+    np.testing.assert_allclose(target.mean[0], 2 * target.cov[0, 0], rtol=1e-9)
+    assert controlled.divergence(best, target) == pytest.approx(kl, abs=1e-4)
+    np.testing.assert_allclose(controlled.frozen(w, 1.0).cov, target.cov, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("steps", "variance"), [(10, 0.117), (100, 0.288)])
+def test_a_chain_of_the_tilted_denoiser_is_narrower_than_the_tilt(steps, variance):
+    """What reward-weighted regression ends at: the denoiser of p exp(r)/Z, whose own chain of T moves loses variance."""
+    target = short_world(steps).tilted()
+    mean, cov = GaussianWorld(*target, steps=steps).law()
+    np.testing.assert_allclose([mean[0], cov[0, 0]], [target[0][0], variance], atol=5e-4)
+
+
 # ---------------------------------------------------------------- tuned chains
+
+
+def test_tuning_ends_at_the_best_shifts_not_at_the_tilt():
+    mean, variance = SHORT[10][:2]
+    w = short_world(10)
+    tuner, params = tune_main(w, affine(w), alpha=1.0)
+    x = drawn(tuner.process, tuner.model(params), w.times)
+    assert_law(x, controlled.Law(np.array([mean]), np.array([[variance]])))
 
 
 def test_the_tuned_chain_has_the_predicted_bias_with_a_frozen_start():

@@ -101,7 +101,7 @@ def test_the_dead_head_has_exactly_no_gradient(k):
 
     def model(params):
         return denoisers.from_function(
-            lambda p, x, t, c: w.denoiser(x, t) + p[jnp.argmin(jnp.abs(w.times - t))], params
+            lambda p, x, t, c: w.denoiser(x, t) + p[jnp.argmin(jnp.abs(w.times - t[0]))], params
         )
 
     tuner = tuners.draft_k(model, w.process, w.reward, w.times, SGD, k=k, batch=100)
