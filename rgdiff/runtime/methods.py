@@ -27,7 +27,7 @@ class Outcome:
     """Samples x0 [N, ...] of one method, its costs, curves for the report, name -> (x, y), and figures of its own for the table.
 
     `shown` are other samples that the report draws beside x0, by what they are; `pictures` are drawn already, 8-bit
-    [N, H, W, C] by title.
+    [N, H, W, C] by title. `lineages` [N] names the ancestor of each sample, where samples that share one are not independent.
     """
 
     x0: np.ndarray
@@ -40,6 +40,7 @@ class Outcome:
     figures: dict[str, float] = dataclasses.field(default_factory=dict)
     shown: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     pictures: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    lineages: np.ndarray | None = None
     temperature: float | None = None  # of the law that the method aims at, p(x) exp(r(x)/temperature)/Z, if it has one
 
 

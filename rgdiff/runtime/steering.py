@@ -26,8 +26,8 @@ def _suits(value: Any, task: Task) -> None:
         value.suits(task)
 
 
-def _value_and_kl(carry: Any, info: Info) -> tuple[Array, Array]:
-    return info["value"], info["kl"]
+def _selections(carry: Any, info: Info) -> tuple[Array, Array, Array]:
+    return info["value"], info["kl"], info["infeasible"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,16 +90,22 @@ class Svdd:
         with run.clock() as clock:
             value, curves = self.value.obtain(run, phase, prior, task, denoiser, self.temperature)
             sampler = self.sampler(prior.process, denoiser, value, task.reward)
-            out = draw(run, phase, sampler, prior, count, keep=_value_and_kl)
-        chosen, kl = (np.asarray(k) for k in out.kept)
+            out = draw(run, phase, sampler, prior, count, keep=_selections)
+        chosen, kl, infeasible = (np.asarray(k) for k in out.kept)
         moves = len(prior.times) - 1
+        along = list(range(1, moves + 1))
+        curves = curves | {"value along the chain": (along, np.nanmean(chosen, 1).tolist())}
+        if infeasible.any():
+            share = infeasible.mean(1) / self.candidates
+            curves["infeasible share of the candidates along the chain"] = (along, share.tolist())
         return Outcome(
             np.asarray(out.x0),
             sampler.network_calls(moves),
             float(kl.sum(0).mean()),
             clock.seconds,
             clock.compile_seconds,
-            curves=curves | {"value along the chain": (list(range(1, moves + 1)), np.nanmean(chosen, 1).tolist())},
+            curves=curves,
+            lineages=out.info.get("lineages"),
             temperature=self.temperature,
         )
 
@@ -112,7 +118,7 @@ def _particles(carry: Any, info: Info) -> tuple[Array, Array, Array]:
 class Smc:
     """A particle sampler; `setting` is smc, fk_steering, tds or das, `options` as `rgdiff.samplers`.
 
-    `particles` run as one problem; the samples asked for are drawn from their weights.
+    `particles` run as one problem; the samples asked for are drawn from their weights. Errors are estimated from lineages.
     """
 
     setting: str = "smc"
@@ -157,6 +163,7 @@ class Smc:
             log_weights = out.info["log_weights"]
             chosen = np.asarray(multinomial(run.key(f"{phase}_chosen"), log_weights, count))
             x0 = jax.tree.map(lambda leaf: np.asarray(leaf)[chosen], out.x0)
+        lineages = np.asarray(out.info["lineages"])
         ess, log_z, strength = ([float(v) for v in k] for k in out.kept)
         moves = list(range(1, len(ess) + 1))
         weights = np.exp(np.asarray(log_weights, float))
@@ -171,7 +178,9 @@ class Smc:
             clock.compile_seconds,
             curves=curves
             | {"effective sample size": (moves, ess), "log Z": (moves, log_z), "tempering": (moves, strength)},
-            figures={"log_z": float(out.info["log_z"]), "ess": float(out.info["ess"])},
+            figures={name: float(out.info[name]) for name in ("log_z", "log_z_se", "ess")}
+            | {"lineages": float(1 / np.sum(np.bincount(lineages, weights) ** 2))},  # their effective number
+            lineages=lineages[chosen],
             temperature=self.temperature,
         )
 
