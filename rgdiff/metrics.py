@@ -136,8 +136,13 @@ def diversity(x: Any) -> float:
     return float(pdist(_features(x, "x", 2)).mean())
 
 
-def summarize_rewards(rewards: Any) -> dict[str, float | int]:
+def summarize_rewards(rewards: Any, lineages: Any = None) -> dict[str, float | int]:
     """Summarise the rewards [B] of a set of samples; NaN marks an infeasible one, which is left out and counted.
+
+    Args:
+      rewards: [B].
+      lineages: [B], integers; samples of one lineage are not independent, and `reward_se` is then the error over
+        lineages (`resampling.standard_error`), NaN if there is one only. Without them samples are independent.
 
     Returns:
       reward_mean, reward_se (standard error of the mean), reward_median, reward_top_decile (mean of the best tenth,
@@ -151,9 +156,14 @@ def summarize_rewards(rewards: Any) -> dict[str, float | int]:
         raise ValueError(f"rewards have shape {rewards.shape}: expected [B], one number per sample")
     feasible = np.sort(rewards[~np.isnan(rewards)])
     n = len(feasible)
+    error = feasible.std(ddof=1) / np.sqrt(n) if n > 1 else np.nan
+    if lineages is not None and n > 1:
+        from rgdiff.resampling import standard_error
+
+        error = standard_error(np.asarray(rewards - feasible.mean(), np.float32), np.asarray(lineages))
     return {
         "reward_mean": float(feasible.mean()) if n else float("nan"),
-        "reward_se": float(feasible.std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan"),
+        "reward_se": float(error),
         "reward_median": float(np.median(feasible)) if n else float("nan"),
         "reward_top_decile": float(feasible[-((n + 9) // 10) :].mean()) if n else float("nan"),
         "infeasible": len(rewards) - n,

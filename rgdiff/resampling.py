@@ -7,6 +7,7 @@ zero (or NaN) count as equal. When to resample, and what rides with a particle, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -25,12 +26,55 @@ def log_normalize(log_weights: Array) -> Array:
 def log_mean_exp(log_weights: Array) -> Array:
     """Return log of the mean weight; NaN counts as -inf."""
     log_weights = jnp.where(jnp.isnan(log_weights), -jnp.inf, log_weights)
-    return jax.nn.logsumexp(log_weights) - jnp.log(log_weights.shape[0])
+    return jax.nn.logsumexp(log_weights) - math.log(log_weights.shape[0])
 
 
 def ess(log_weights: Array) -> Array:
     """Return the effective sample size (sum w)^2 / sum w^2, between 1 and N."""
     return jnp.exp(-jax.nn.logsumexp(2 * log_normalize(log_weights)))
+
+
+def share_gains(log_weights: Array, lineages: Array) -> Array:
+    """Return, by initial particle, what its descendants' share of the weights has gained since all were equal, [N].
+
+    Added up over the periods between resamplings, their squares sum to an estimate of the relative variance of Z (Chan
+    and Lai, arXiv 1312.5114): what a resampling changes in a share is left out, since it does not change the total.
+    """
+    count = log_weights.shape[0]
+    return jax.ops.segment_sum(jnp.exp(log_normalize(log_weights)) - 1 / count, lineages, count)
+
+
+def standard_error(values: Array, lineages: Array, log_weights: Array | None = None) -> Array:
+    """Return the standard error of the weighted mean of particles' values, from the spread over their lineages.
+
+    Particles of one initial ancestor are not independent; lineages nearly are. With normalised weights w and v the mean,
+
+        se^2 = sum_k (sum_{i in k} w_i (v_i - v))^2 / (1 - sum_k (sum_{i in k} w_i)^2)
+
+    over lineages k. Of independent particles of equal weight this is the ordinary standard error. It is as sure as the
+    number of lineages left is large; of a single one it is NaN.
+
+    Args:
+      values: [N], in any unit; NaN (infeasible) is left out.
+      lineages: [N], integers that name the initial ancestor, as in the `info` of particle samplers.
+      log_weights: [N], unnormalised; equal without them.
+
+    Returns:
+      A scalar in the unit of the values.
+
+    References: Chan and Lai (arXiv 1312.5114); Lee and Whiteley (arXiv 1509.00394), whose factor for multinomial resampling,
+    (N / (N - 1))^(resamplings + 1), is what 1 over the denominator is near when weights are equal.
+    """
+    feasible = ~jnp.isnan(values)
+    log_weights = jnp.zeros_like(values) if log_weights is None else log_weights
+    weights = jnp.where(feasible, jnp.exp(log_normalize(jnp.where(feasible, log_weights, -jnp.inf))), 0.0)
+    values = jnp.where(feasible, values, 0.0)
+    count = values.shape[0]
+    _, index = jnp.unique(lineages, return_inverse=True, size=count)
+    total = lambda of_particles: jax.ops.segment_sum(of_particles, index, count)  # noqa: E731
+    deviations = total(weights * (values - jnp.sum(weights * values)))
+    rest = 1 - jnp.sum(total(weights) ** 2)
+    return jnp.where(rest > 1e-5, jnp.sqrt(jnp.sum(deviations**2) / jnp.where(rest > 1e-5, rest, 1.0)), jnp.nan)
 
 
 def multinomial(key: Key, log_weights: Array, count: int | None = None) -> Array:

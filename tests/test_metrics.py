@@ -97,6 +97,15 @@ def test_summary_leaves_out_and_counts_nan():
     assert got == pytest.approx(expected | {"infeasible": 2})  # variance of 1..n is n (n + 1) / 12 = 35
 
 
+def test_the_error_of_samples_of_few_lineages():
+    """Each of 5 values four times, as copies of one ancestor: the error is that of 5, with an offset that float32 forgets."""
+    values = 1e7 + np.repeat([1.0, 4.0, 2.0, 7.0, 3.0], 4)
+    got = metrics.summarize_rewards(values, np.repeat([8, 3, 5, 1, 4], 4))
+    assert got["reward_se"] == pytest.approx(np.std([1, 4, 2, 7, 3], ddof=1) / np.sqrt(5), rel=1e-5)
+    assert got["reward_se"] > 2 * metrics.summarize_rewards(values)["reward_se"]
+    assert np.isnan(metrics.summarize_rewards(values, np.zeros(20, int))["reward_se"])
+
+
 @pytest.mark.filterwarnings("error")
 def test_summary_of_few_samples():
     none = metrics.summarize_rewards([np.nan] * 3)

@@ -68,6 +68,20 @@ def test_a_cumulated_sum_below_one_never_reaches_a_dead_particle(name):
         assert int(resampling.SCHEMES[name](jax.random.key(seed), log_weights).max()) < 99_500
 
 
+def test_the_standard_error_of_lineages():
+    x = jnp.asarray([1.0, 4.0, 2.0, 7.0, 3.0])
+    independent = resampling.standard_error(x, jnp.arange(5))
+    np.testing.assert_allclose(independent, np.std(x, ddof=1) / np.sqrt(5), rtol=1e-6)
+    np.testing.assert_allclose(
+        resampling.standard_error(x.at[1].set(jnp.nan), jnp.arange(5)), np.std([1, 2, 7, 3], ddof=1) / 2, rtol=1e-6
+    )
+    # Two lineages of weights 1/4 and 3/4 and means 3 and 5: the mean is 4.5, deviations 1.5 / 4 and 3 * 0.5 / 4.
+    weights = jnp.log(jnp.asarray([1.0, 1.0, 2.0, 4.0])) + 60
+    two = resampling.standard_error(jnp.asarray([2.0, 4.0, 7.0, 4.0]), jnp.asarray([9, 9, 3, 3]), weights)
+    np.testing.assert_allclose(two, np.sqrt(2 * (1.5 / 4) ** 2 / (1 - 1 / 16 - 9 / 16)), rtol=1e-5)
+    assert np.isnan(resampling.standard_error(x, jnp.full(5, 2)))
+
+
 def test_ess():
     np.testing.assert_allclose(resampling.ess(jnp.zeros(9)), 9, rtol=1e-6)
     np.testing.assert_allclose(resampling.ess(jnp.asarray([800.0, -800.0])), 1, rtol=1e-6)

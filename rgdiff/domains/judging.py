@@ -44,12 +44,12 @@ class BaseJudge:
 
     def row(self, outcome: Any, task: Task, prior: Any = None) -> dict[str, Any]:
         """Return the figures of one method, flat; `prior` is the prior it sampled from."""
-        return self.reward_figures(outcome.x0, task) | self.costs(outcome)
+        return self.reward_figures(outcome.x0, task, outcome.lineages) | self.costs(outcome)
 
-    def reward_figures(self, x0: np.ndarray, task: Task) -> dict[str, Any]:
-        """Summarise samples under the guiding reward and under the held-out one."""
+    def reward_figures(self, x0: np.ndarray, task: Task, lineages: np.ndarray | None = None) -> dict[str, Any]:
+        """Summarise samples under the guiding reward and under the held-out one; those of one lineage are not independent."""
         held = metrics.summarize_rewards(self.rewards(task.heldout, x0))
-        row: dict[str, Any] = metrics.summarize_rewards(self.rewards(task.reward, x0))
+        row: dict[str, Any] = metrics.summarize_rewards(self.rewards(task.reward, x0), lineages)
         return row | {f"heldout_{name}": held[name] for name in ("reward_mean", "reward_median", "reward_top_decile")}
 
     def costs(self, outcome: Any) -> dict[str, Any]:

@@ -20,7 +20,9 @@ from rgdiff.typing import Array, Denoiser, Sampler
 
 def outcome(x0: Any, network_calls: int, clock: Clock, kl: float = math.nan, **more: Any) -> Outcome:
     """Build an outcome from samples (an array, or `samplers.Samples`), a count of network calls and a stopped clock."""
-    x0 = getattr(x0, "x0", x0)
+    if isinstance(x0, samplers.Samples):
+        more = {"lineages": x0.info.get("lineages"), **more}
+        x0 = x0.x0
     return Outcome(np.asarray(x0), network_calls, kl, clock.seconds, clock.compile_seconds, **more)
 
 

@@ -93,6 +93,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         "heldout_accuracy",
         "exact_reward_mean",
         "log_z",
+        "log_z_se",
         "exact_log_z",
         "histogram_distance",
         "frechet",

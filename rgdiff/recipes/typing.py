@@ -150,6 +150,7 @@ class Outcome:
     x0 [N, ...]. network_calls: per sample. kl: path KL to the prior in nats per sample, NaN where there is none.
     seconds: without compilation. curves: title -> (x, y) for the report. figures: of the method's own, for the table.
     shown: other samples for the report, by what they are; pictures: drawn already, 8-bit [N, H, W, C], by title.
+    lineages [N]: the ancestor of each sample, where samples that share one are not independent.
     temperature: of the law p(x) exp(r(x) / temperature) / Z that the method aims at, if it has one. energy: x [N, ...] ->
     [N], low on data, where the method learns one.
     """
@@ -164,6 +165,7 @@ class Outcome:
     figures: dict[str, float] = dataclasses.field(default_factory=dict)
     shown: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     pictures: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    lineages: np.ndarray | None = None
     temperature: float | None = None
     energy: Callable[[Any], Any] | None = None
 

@@ -49,7 +49,10 @@ class Resampled:
         total = info["log_weights"].shape[0]
         chosen = jax.random.permutation(key_choose, total)[: total // self.count]
         source = systematic(key_draw, info["log_weights"])[chosen]
-        return jax.tree.map(lambda leaf: leaf[source], x0), {"log_z": info["log_z"], "ess": info["ess"]}
+        return jax.tree.map(lambda leaf: leaf[source], x0), {
+            **{name: info[name] for name in ("log_z", "log_z_se", "ess")},
+            "lineages": info["lineages"][source],
+        }
 
     def network_calls(self, moves: int) -> int:
         """Calls of the denoiser per sample."""
@@ -60,7 +63,8 @@ def resampled(sampler: Smc, count: int = 4) -> Resampled:
     """Draw B samples of equal weight from `count` * B particles of one problem.
 
     They have the law that the particles estimate, with its bias of order 1 / (count B), and are not independent: lineages
-    meet. A larger count makes copies rarer.
+    meet. A larger count makes copies rarer. `samples.info` has `log_z`, `log_z_se` and `ess` of the particles, and `lineages`
+    [B], from which `resampling.standard_error` makes the error of a mean.
 
     Args:
       sampler: from `smc`, `fk_steering`, `tds` or `das`.

@@ -1,8 +1,8 @@
 """Sequential Monte Carlo towards p_pre(x) exp(r(x)/tau)/Z: FK steering, TDS and DAS are settings of it.
 
 The batch is the particles of one problem; many problems are `vmap`. Log-weights accumulate between resamplings, and
-everything that belongs to a particle is re-indexed with it. Whatever the potentials on the way, their product is made
-exp(r(x0)/tau) at the end, so weighted averages and the estimate of Z are right as the number of particles grows.
+everything that belongs to a particle is re-indexed with it. The potentials on the way are positive, and the last one makes
+their product exp(r(x0)/tau): weighted averages and the estimate of Z are right as the number of particles grows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rgdiff._settings import setting_of
 from rgdiff.guides.inverse import Likelihood, likelihood
 from rgdiff.guides.measurements import is_measurement
 from rgdiff.guides.tilt import TILTS, scaled, tilt
-from rgdiff.resampling import SCHEMES, ess, log_mean_exp, log_normalize
+from rgdiff.resampling import SCHEMES, ess, log_mean_exp, log_normalize, share_gains
 from rgdiff.rewards import differentiable
 from rgdiff.samplers._evaluate import evaluate, shares
 from rgdiff.typing import (
@@ -42,8 +42,8 @@ POTENTIALS = ("difference", "max", "sum", "terminal")
 LARGEST = 1e37  # values over tau are kept below it, so that their differences stay finite
 
 
-class Worth(NamedTuple):
-    """What is known of particles at their time: value over tau [N], its gradient (twisted) and the prediction (shared)."""
+class Evaluation(NamedTuple):
+    """The value at the particles' states, over tau [N], -inf if infeasible; its gradient (twisted) and the prediction (shared)."""
 
     value: Array
     gradient: Any
@@ -53,18 +53,24 @@ class Worth(NamedTuple):
 class Particles(NamedTuple):
     """The particles of one problem.
 
-    `log_weights` [N] since the last resampling, `log_z` of what was resampled away; `spent` [N] is the log of the
-    product of a lineage's potentials, `history` [N] the running maximum or sum; `strength` in [0, 1] is the tempering.
+    `log_weights` [N] are those since the last resampling, `log_z` is the estimate at the last resampling. `value` [N] is that
+    over tau, imputed where it is infeasible; `running` [N] is its running maximum or sum; `log_potential` [N] is the log of the
+    product of a lineage's potentials so far. `lineages` [N] names the initial particle that each descends from. The
+    scalars come last: `strength` in [0, 1] of the tempering, the number of the `move`; and `gains` [N], by initial particle,
+    what its descendants' share of the weights gained between resamplings.
     """
 
     x: State
-    worth: Worth
+    evaluation: Evaluation
+    value: Array
+    running: Array
+    log_potential: Array
+    lineages: Array
     log_weights: Array
     log_z: Array
-    spent: Array
-    history: Array
     strength: Array
     move: Array
+    gains: Array
 
 
 @pytree
@@ -89,56 +95,61 @@ class Smc:
 
     def init(self, key: Key, batch: int, t: Array, cond: Cond = None) -> Particles:
         x = self.process.prior(batch).sample(key)
-        zeros = jnp.zeros(batch)
-        start = jnp.float32(1) if self.tempering is None else self.tempering[0]
-        start = start if self.adaptive is None else jnp.float32(0)
-        particles = Particles(x, self._worth(x, t, cond), zeros, jnp.float32(0), zeros, zeros, start, jnp.int32(0))
-        if self.potential == "max":
-            particles = particles._replace(history=jnp.full(batch, -jnp.inf))
-        return self._weigh(particles, zeros, particles.worth, first=True)
+        evaluation = self._evaluate(x, t, cond)
+        zeros = jnp.zeros(batch, jnp.float32)
+        running = jnp.full_like(zeros, -jnp.inf) if self.potential == "max" else zeros
+        lineages = jnp.arange(batch, dtype=jnp.int32)
+        strength = jnp.float32(self.adaptive is None) if self.tempering is None else self.tempering[0]
+        particles = Particles(
+            x, evaluation, zeros, running, zeros, lineages, zeros, jnp.float32(0), strength, jnp.int32(0), zeros
+        )
+        return self._weigh(particles, zeros, evaluation)
 
     def step(self, key: Key, carry: Particles, t: Array, s: Array, cond: Cond = None) -> tuple[Particles, Info]:
         key_draw, key_resample = jax.random.split(key)
         carry, ancestors, resampled = self._resample(key_resample, carry)
-        prediction = carry.worth.prediction if self.shared else self.denoiser(carry.x, t, cond)
+        prediction = carry.evaluation.prediction if self.shared else self.denoiser(carry.x, t, cond)
         kernel = self.process.reverse(carry.x, t, s, prediction)
         proposal: Any = kernel
         if self.proposal is not None:
             proposal = self.proposal(kernel, Move(carry.x, t, s, cond, prediction))
         if self.twist is not None:
-            proposal = tilt(proposal, scaled(carry.worth.gradient, self.twist * carry.strength), self.tilts)
+            proposal = tilt(proposal, scaled(carry.evaluation.gradient, self.twist * carry.strength), self.tilts)
         y = proposal.sample(key_draw)
         log_ratio = jnp.zeros_like(carry.log_weights)
         if proposal is not kernel:
             log_ratio = kernel.log_prob(y) - proposal.log_prob(y)
-        worth = self._worth(y, s, cond)
-        moved = carry._replace(x=y, move=carry.move + 1)
-        moved = self._weigh(moved, log_ratio, worth)
+        evaluation = self._evaluate(y, s, cond)
+        moved = self._weigh(carry._replace(x=y, move=carry.move + 1), log_ratio, evaluation, 1 - s / t)
         info = {
             "ess": ess(moved.log_weights),
             "log_weights": moved.log_weights,
             "log_z": moved.log_z + log_mean_exp(moved.log_weights),
-            "value": worth.value * self.temperature,
+            "value": evaluation.value * self.temperature,
             "strength": moved.strength,
             "ancestors": ancestors,
             "resampled": resampled,
-            "infeasible": jnp.sum(worth.value == -jnp.inf),
+            "infeasible": jnp.sum(evaluation.value == -jnp.inf),
         }
         return moved, info
 
     def final(self, carry: Particles, t: Array, cond: Cond = None) -> tuple[State, Info]:
-        """Project the particles, and pay what the potentials on the way still owe: info has log_weights, log_z, ess, value."""
-        prediction = carry.worth.prediction
+        """Project the particles, and weigh them by the last potential: info as of `smc`."""
+        prediction = carry.evaluation.prediction
         if self.process.projects and not self.shared:
             prediction = self.denoiser(carry.x, t, cond)
         x0 = self.process.finalize(carry.x, t, prediction)
-        due = carry.worth.value if self.reward is None else _finite(self.reward(x0, cond) / self.temperature)
-        log_weights = carry.log_weights + _difference(due, carry.spent)
+        log_target = carry.evaluation.value if self.reward is None else self._scale(self.reward(x0, cond))
+        log_weights = carry.log_weights + log_target - carry.log_potential
+        log_z = carry.log_z + log_mean_exp(log_weights)
+        gains = carry.gains + share_gains(log_weights, carry.lineages)
         info = {
             "log_weights": log_normalize(log_weights),
-            "log_z": carry.log_z + log_mean_exp(log_weights),
+            "log_z": log_z,
+            "log_z_se": jnp.where(log_z > -jnp.inf, jnp.sqrt(jnp.sum(gains**2)), jnp.nan),
+            "lineages": carry.lineages,
             "ess": ess(log_weights),
-            "value": due * self.temperature,
+            "value": log_target * self.temperature,
         }
         return x0, info
 
@@ -152,78 +163,99 @@ class Smc:
         """Evaluations of the value per particle (with its gradient, where twisted)."""
         return 1 + moves
 
-    def _worth(self, x: State, t: Array, cond: Cond) -> Worth:
+    def _scale(self, values: Array) -> Array:
+        """Values over tau, with the infeasible (NaN) as -inf and what float32 cannot subtract cut off."""
+        values = values.astype(jnp.float32) / self.temperature
+        values = jnp.where(jnp.isnan(values), -jnp.inf, jnp.minimum(values, LARGEST))
+        return jnp.where(values < -LARGEST, -jnp.inf, values)
+
+    def _evaluate(self, x: State, t: Array, cond: Cond) -> Evaluation:
         def run(x: State) -> tuple[Array, Any]:
             return evaluate(self.process, self.value, self.shared, x, t, cond)
 
         if self.twist is None:
             values, prediction = run(x)
-            return Worth(_finite(values / self.temperature), None, prediction)
+            return Evaluation(self._scale(values), None, prediction)
         values, back, prediction = jax.vjp(run, x, has_aux=True)
         gradient = jax.tree.map(lambda g: g / self.temperature, back(jnp.ones_like(values))[0])
-        return Worth(_finite(values / self.temperature), gradient, prediction)
+        return Evaluation(self._scale(values), gradient, prediction)
 
-    def _weigh(self, particles: Particles, log_ratio: Array, worth: Worth, first: bool = False) -> Particles:
-        """Multiply the weights by the proposal's ratio and by what the potentials have grown by."""
+    def _weigh(
+        self, particles: Particles, log_ratio: Array, evaluation: Evaluation, progress: Array | None = None
+    ) -> Particles:
+        """Multiply the weights by the proposal's ratio and by the potential, by which exp(strength * reached) has grown.
+
+        `progress` is (t - s) / t of a move, the part of what was left of the chain; at the beginning it is None.
+        """
         index = particles.move
-        log_weights = particles.log_weights + log_ratio
-        due = jnp.bool_(True) if first else index % self.interval == 0
-        history = particles.history
+        evaluates = jnp.bool_(True) if progress is None else index % self.interval == 0
+        value = _imputed(evaluation.value, particles.value, particles.log_weights)
+        running = particles.running
         if self.potential == "max":
-            history = jnp.where(due, jnp.maximum(history, worth.value), history)
+            running = jnp.where(evaluates, jnp.maximum(running, value), running)
         elif self.potential == "sum":
-            history = jnp.where(due, history + worth.value, history)
-        reached = {"difference": worth.value, "terminal": jnp.zeros_like(history)}.get(self.potential, history)
+            running = jnp.where(evaluates, jnp.clip(running + value, -LARGEST, LARGEST), running)
+        reached = {"difference": value, "terminal": jnp.zeros_like(value)}.get(self.potential, running)
         strength = particles.strength
-        if self.tempering is not None and not first:
+        if self.tempering is not None and progress is not None:
             strength = self.tempering[jnp.minimum(index, self.tempering.shape[0] - 1)]
-        if self.adaptive is not None:
-            strength = self._temper(log_weights, reached, particles.spent, strength)
-        spent = jnp.where(due, _times(strength, reached), particles.spent)
-        log_weights = log_weights + _difference(spent, particles.spent)
-        return particles._replace(worth=worth, log_weights=log_weights, spent=spent, history=history, strength=strength)
+        if self.adaptive is not None and progress is not None:
+            log_weights = particles.log_weights + log_ratio
+            tempered = self._temper(log_weights, particles.log_potential, reached, self.adaptive**progress)
+            strength = jnp.where(evaluates, tempered, strength)
+        log_potential = jnp.where(evaluates, strength * reached, particles.log_potential)
+        return particles._replace(
+            evaluation=evaluation,
+            value=value,
+            running=running,
+            log_potential=log_potential,
+            log_weights=particles.log_weights + log_ratio + log_potential - particles.log_potential,
+            strength=strength,
+        )
 
-    def _temper(self, log_weights: Array, reached: Array, spent: Array, strength: Array) -> Array:
-        """The largest strength, from the present one to 1, that keeps the ESS at `adaptive` N (or the present one)."""
-        enough = self.adaptive * reached.shape[0]  # type: ignore[operator]
+    def _temper(self, log_weights: Array, log_potential: Array, reached: Array, least: Array) -> Array:
+        """The largest strength in [0, 1] at which the potential keeps the conditional ESS at `least` N, or that which keeps most.
 
-        def keeps(level: Array) -> Array:
-            return ess(log_weights + _difference(_times(level, reached), spent)) >= enough
+        The conditional ESS of potentials G under normalised weights W is N (sum W G)^2 / sum W G^2. It is evaluated on a
+        grid that closes in on the strength.
+        """
+        normalized = log_normalize(log_weights)
 
-        def halve(_: int, interval: tuple[Array, Array]) -> tuple[Array, Array]:
-            low, high = interval
-            middle = (low + high) / 2
-            good = keeps(middle)
-            return jnp.where(good, middle, low), jnp.where(good, high, middle)
+        def kept(strength: Array) -> Array:
+            growth = strength * reached - log_potential
+            total, square = (jax.nn.logsumexp(normalized + power * growth) for power in (1, 2))
+            return jnp.exp(2 * total - square)
 
-        low, _ = jax.lax.fori_loop(0, 24, halve, (strength, jnp.float32(1)))
-        return jnp.where(keeps(jnp.float32(1)), 1.0, low)
+        def closer(_: int, bounds: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            levels = jnp.linspace(bounds[0], bounds[1], 17)
+            share = jax.vmap(kept)(levels)
+            enough = share >= least
+            best = jnp.where(enough.any(), 16 - jnp.argmax(enough[::-1]), jnp.argmax(share))
+            low = jnp.where(enough.any(), best, jnp.maximum(best - 1, 0))
+            return levels[low], levels[jnp.minimum(best + 1, 16)], levels[best]
+
+        return jax.lax.fori_loop(0, 5, closer, (jnp.float32(0), jnp.float32(1), jnp.float32(0)))[2]
 
     def _resample(self, key: Key, carry: Particles) -> tuple[Particles, Array, Array]:
         count = carry.log_weights.shape[0]
         needed = ess(carry.log_weights) < self.ess_threshold * count
         ancestors = jnp.where(needed, SCHEMES[self.resampling](key, carry.log_weights), jnp.arange(count))
-        per_particle = (carry.x, carry.worth, carry.spent, carry.history)
-        x, worth, spent, history = jax.tree.map(lambda leaf: leaf[ancestors], per_particle)
-        log_z = carry.log_z + jnp.where(needed, log_mean_exp(carry.log_weights), 0.0)
-        log_weights = jnp.where(needed, 0.0, carry.log_weights)
-        return Particles(x, worth, log_weights, log_z, spent, history, *carry[6:]), ancestors, needed
+        of_particles = jax.tree.map(lambda leaf: leaf[ancestors], carry[:6])
+        gains = jnp.where(needed, share_gains(carry.log_weights, carry.lineages), 0.0)
+        resampled = carry._replace(
+            log_weights=jnp.where(needed, 0.0, carry.log_weights),
+            log_z=carry.log_z + jnp.where(needed, log_mean_exp(carry.log_weights), 0.0),
+            gains=carry.gains + gains,
+        )
+        return Particles(*of_particles, *resampled[6:]), ancestors, needed
 
 
-def _finite(scaled_values: Array) -> Array:
-    """Values over tau with NaN (infeasible) as -inf and what float32 cannot subtract cut off."""
-    values = jnp.where(jnp.isnan(scaled_values), -jnp.inf, jnp.minimum(scaled_values, LARGEST))
-    return jnp.where(values < -LARGEST, -jnp.inf, values)
-
-
-def _times(strength: Array, values: Array) -> Array:
-    """strength * values, where -inf stays -inf at strength 0."""
-    return jnp.where(values == -jnp.inf, -jnp.inf, strength * values)
-
-
-def _difference(new: Array, old: Array) -> Array:
-    """new - old; a lineage that was already worth nothing starts anew."""
-    return jnp.where(old == -jnp.inf, new, new - jnp.where(old == -jnp.inf, 0.0, old))
+def _imputed(values: Array, previous: Array, log_weights: Array) -> Array:
+    """Values [N] whose infeasible ones have grown from the previous ones as the others did in the mean: a potential of no say."""
+    feasible = values > -jnp.inf
+    weights = jnp.where(feasible, jnp.exp(log_normalize(jnp.where(feasible, log_weights, -jnp.inf))), 0.0)
+    growth = jnp.sum(weights * jnp.where(feasible, values - previous, 0.0))
+    return jnp.where(feasible, values, jnp.clip(previous + growth, -LARGEST, LARGEST))
 
 
 def smc(
@@ -250,8 +282,13 @@ def smc(
         difference   exp((v(y, s) - v(x, t)) / tau)        max   exp of what the maximum of v/tau so far grew by
         terminal     1, all at the end                     sum   exp of what the sum of v/tau grew by
 
-    and at the end exp(r(x0)/tau) over the product of a lineage's potentials. `samples.info` has `log_weights` [N]
-    (normalised), `log_z` (an estimate of log E_pre exp(r/tau), unbiased in Z), `ess` and `value` [N].
+    and at the end exp(r(x0)/tau) over the product of a lineage's potentials. Where v is infeasible (NaN or -inf) on the way, it
+    is taken to have changed as that of the other particles did in the mean, so that the lineage lives on and may end
+    feasible; r(x0) itself, where infeasible, has weight 0.
+
+    `samples.info` has `log_weights` [N] (normalised); `log_z`, an estimate of log E_pre exp(r/tau), unbiased in Z, and
+    `log_z_se`, its standard error; `lineages` [N], from which `resampling.standard_error` makes that of any mean; `ess`
+    and `value` [N]. Errors are those of the particles' own spread: lineages that all miss a mode do not know of it.
 
     Args:
       process: with a law (eta > 0).
@@ -270,7 +307,10 @@ def smc(
         tau log E[exp(r(x0)/tau) | x_t] in its gradient too: see the note.
       proposal: any guide on the kernel, in place of or under the twist.
       tempering: [T + 1] strengths in [0, 1], one per time of the chain, that multiply v (DAS); see `das_tempering`.
-      adaptive: the fraction of N at which the strength keeps the ESS, found by bisection; not with `tempering`.
+      adaptive: choose the strengths: at each move from t to s the largest in [0, 1] at which the potential keeps the
+        conditional ESS (Zhou, Johansen and Aston, arXiv 1303.3123) at adaptive^((t - s) / t) of N. All that is left of
+        a chain may so cost that fraction, and what x_t says little of is trusted little. Below 1; 0.5 is a good
+        start, a smaller one for targets far from the prior. The strength begins at 0 and may fall; not with `tempering`.
       tilts: of a masked process, see `guides.gradient_guide`.
 
     Note:
@@ -281,7 +321,8 @@ def smc(
 
       FK steering's released code drops the weights of moves at which it does not resample, and DAS's leaves the twist
       behind when it resamples; both bias the result. Here weights accumulate and everything rides with its particle.
-      All-infeasible weights are resampled equally, with log_z = -inf.
+      If all x0 are infeasible, their weights are equal and log_z = -inf. A large negative reward is no mark of the
+      infeasible: potentials of e^-1000 end lineages that might have recovered, at any number of particles.
 
     Raises:
       ValueError: for eta = 0, an unknown potential or scheme, a threshold outside [0, 1], strengths outside [0, 1].

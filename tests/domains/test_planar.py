@@ -119,7 +119,7 @@ def test_log_probability_of_an_interval_in_both_tails():
 
 def outcome(x0, **more):
     costs = dict.fromkeys(("kl", "network_calls", "tuning_network_calls", "seconds", "compile_seconds"), 0.0)
-    return types.SimpleNamespace(x0=x0, **costs, **more)
+    return types.SimpleNamespace(x0=x0, lineages=None, **costs, **more)
 
 
 def test_the_judge_knows_data_from_shifted_data():

@@ -423,6 +423,7 @@ def outcome(x0, temperature=None):
         tuning_network_calls=0,
         seconds=1.0,
         compile_seconds=2.0,
+        lineages=None,
         temperature=temperature,
     )
 

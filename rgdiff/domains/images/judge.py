@@ -47,7 +47,7 @@ class ImageJudge(BaseJudge):
             raise ValueError(
                 f"{len(x0) - len(finite)} of {len(x0)} samples are not finite; lower the learning rate or check the reward"
             )
-        row = self.reward_figures(x0, task)
+        row = self.reward_figures(x0, task, outcome.lineages)
         asked = np.arange(len(x0)) % self.domain.classes if task.conditional else task.target
         if asked is not None:
             found = np.asarray(self._classes(self.classifier, jnp.asarray(x0)))

@@ -28,8 +28,9 @@ class MixtureJudge(BaseJudge):
         edges = _edges(laws)
         apart = lambda p: 0.5 * float(np.abs(p - np.histogram(laws.x0, edges, weights=laws.tilted)[0]).sum())  # noqa: E731
         mean = float(laws.tilted @ laws.x0)
+        figures = self.reward_figures(outcome.x0, task, outcome.lineages)
         return (
-            {k: v for k, v in self.reward_figures(outcome.x0, task).items() if not k.startswith("heldout")}
+            {k: v for k, v in figures.items() if not k.startswith("heldout")}
             | {"mean": float(x.mean()), "exact_mean": mean, "std": float(x.std())}
             | {"exact_std": float(laws.tilted @ (laws.x0 - mean) ** 2) ** 0.5}
             | {"distance": apart(np.histogram(x, edges)[0] / len(x))}

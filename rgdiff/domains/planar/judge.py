@@ -48,7 +48,7 @@ class PlanarJudge(BaseJudge):
             row["in_support"] = float(np.mean(np.isfinite(density)))
             if isinstance(self.domain.law, Curve):
                 row["off_curve"] = float(jnp.mean(self.domain.law.distance(jnp.asarray(finite))))
-        return row | self.reward_figures(x0, task) | self.costs(outcome)
+        return row | self.reward_figures(x0, task, outcome.lineages) | self.costs(outcome)
 
     def pictures(self, samples: Mapping[str, np.ndarray], task: Task) -> list[tuple[str, np.ndarray, Any]]:
         """Return the data and every method's samples as densities of points."""

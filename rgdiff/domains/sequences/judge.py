@@ -77,7 +77,7 @@ class SequenceJudge(BaseJudge):
         """
         x0, tokens = self._letters(outcome.x0)
         classes = self.domain.shape[1]
-        row = self.reward_figures(x0, task)
+        row = self.reward_figures(x0, task, outcome.lineages)
         exact = self.exact(outcome, task, prior)
         if exact is not None:
             every, law = exact

@@ -20,7 +20,7 @@ class VectorJudge(BaseJudge):
 
     def row(self, outcome: Any, task: Task, prior: Any = None) -> dict[str, Any]:
         """Return the figures of one method: rewards, where in space its samples lie, cost."""
-        row = metrics.summarize_rewards(self.rewards(task.reward, outcome.x0))
+        row = metrics.summarize_rewards(self.rewards(task.reward, outcome.x0), outcome.lineages)
         if task.measure is not None:
             row |= {name: float(value) for name, value in task.measure(jnp.asarray(outcome.x0)).items()}
         return row | {name: cost for name, cost in self.costs(outcome).items() if name != "kl"}

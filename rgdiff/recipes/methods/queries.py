@@ -123,7 +123,7 @@ class QueryRounds(Method):
             names = [phase] if self.seeds == 1 else [f"{phase}_{seed}" for seed in range(self.seeds)]
             campaigns = [self.campaign(run, name, method, params, prior, task) for name in names]
             last = campaigns[0]
-            x0, kl = judged(run, f"{phase}_samples", last, prior, count)
+            x0, kl, lineages = judged(run, f"{phase}_samples", last, prior, count)
         rows = [[row for row in run.log.rows if row["phase"] == f"{name}_model"] for name in names]
         curves: dict[str, Any] = {}
         for name, title in SHOWN.items():
@@ -146,6 +146,7 @@ class QueryRounds(Method):
             figures={"reward_queries": float(sum(self.queries))},
             temperature=self.alpha,
             shown=asked,
+            lineages=lineages,
         )
 
     def campaign(self, run: Run, name: str, method: Any, params: Any, prior: ReadyPrior, task: Task) -> Campaign:
@@ -172,7 +173,7 @@ class QueryRounds(Method):
     def figures(self, run: Run, name: str, campaign: Campaign, prior: ReadyPrior, task: Task) -> dict[str, Any]:
         """Return the figures of the current model, and of the round that made it."""
         where = campaign.round
-        x0, kl = judged(run, f"{name}_{where}", campaign, prior, self.evaluate)
+        x0, kl, _ = judged(run, f"{name}_{where}", campaign, prior, self.evaluate)
         rewards = np.asarray(_asked(name, task.reward, x0))
         feasible = np.isfinite(rewards)
         told = [row for row in run.log.rows if row["phase"] == name and row["step"] == where - 1]
@@ -188,12 +189,13 @@ class QueryRounds(Method):
         return figures | {key: row[key] for row in told for key in ("bonus", "covered")}
 
 
-def judged(run: Run, phase: str, campaign: Campaign, prior: ReadyPrior, count: int) -> tuple[np.ndarray, float]:
-    """Draw samples of the current model and, of the same chains, its path KL to the prior; NaN where it is steered."""
+def judged(run: Run, phase: str, campaign: Campaign, prior: ReadyPrior, count: int) -> tuple[np.ndarray, float, Any]:
+    """Draw samples of the current model and, of the same chains, its path KL to the prior, NaN where it is steered; and lineages."""
     sampler = campaign.sampler
     if not isinstance(campaign.method, seiko.Seiko):
-        return np.asarray(draw(run, phase, sampler, prior, count).x0), float("nan")
-    return draw_with_kl(run, phase, sampler, prior, count)
+        out = draw(run, phase, sampler, prior, count)
+        return np.asarray(out.x0), float("nan"), out.info.get("lineages")
+    return *draw_with_kl(run, phase, sampler, prior, count), None
 
 
 _score = jax.jit(lambda reward, x0: reward(x0))

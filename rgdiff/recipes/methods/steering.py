@@ -31,8 +31,8 @@ class PriorSampling(Method):
         return outcome(out, prior.calls(sampler), clock, 0.0)
 
 
-def _value_and_kl(carry: Any, info: Info) -> tuple[Array, Array]:
-    return info["value"], info["kl"]
+def _selections(carry: Any, info: Info) -> tuple[Array, Array, Array]:
+    return info["value"], info["kl"], info["infeasible"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +77,15 @@ class CandidateSampling(Method):
         with run.clock() as clock:
             value, curves = self.value.obtain(run, phase, prior, task, denoiser, self.temperature)
             sampler = self.sampler(prior.process, denoiser, value, task.reward)
-            out = draw(run, phase, sampler, prior, count, keep=_value_and_kl)
-        chosen, kl = (np.asarray(k) for k in out.kept)
-        along = {"value along the chain": (list(range(1, len(kl) + 1)), np.nanmean(chosen, 1).tolist())}
-        kl = float(kl.sum(0).mean())
-        return outcome(out, prior.calls(sampler), clock, kl, curves=curves | along, temperature=self.temperature)
+            out = draw(run, phase, sampler, prior, count, keep=_selections)
+        chosen, kl, infeasible = (np.asarray(k) for k in out.kept)
+        along = list(range(1, len(kl) + 1))
+        curves = curves | {"value along the chain": (along, np.nanmean(chosen, 1).tolist())}
+        if infeasible.any():
+            share = infeasible.mean(1) / sampler.candidates
+            curves["infeasible share of the candidates along the chain"] = (along, share.tolist())
+        total = float(kl.sum(0).mean())
+        return outcome(out, prior.calls(sampler), clock, total, curves=curves, temperature=self.temperature)
 
 
 def _particles(carry: Any, info: Info) -> tuple[Array, Array, Array]:
@@ -90,7 +94,7 @@ def _particles(carry: Any, info: Info) -> tuple[Array, Array, Array]:
 
 @dataclasses.dataclass(frozen=True)
 class ParticleSampling(Method):
-    """Weighted particles: one problem, from whose weights the samples asked for are drawn.
+    """Weighted particles: one problem, from whose weights the samples asked for are drawn. Errors are estimated from lineages.
 
     Args:
       setting: smc, fk_steering, tds, das: a particle sampler of `rgdiff.samplers`, whose `options` are its own.
@@ -133,6 +137,7 @@ class ParticleSampling(Method):
             log_weights = out.info["log_weights"]
             chosen = np.asarray(multinomial(run.key(f"{phase}_chosen"), log_weights, count))
             x0 = jax.tree.map(lambda leaf: np.asarray(leaf)[chosen], out.x0)
+        lineages = np.asarray(out.info["lineages"])
         ess, log_z, strength = ([float(v) for v in k] for k in out.kept)
         moves = list(range(1, len(ess) + 1))
         weights = np.exp(np.asarray(log_weights, float))
@@ -146,7 +151,9 @@ class ParticleSampling(Method):
             clock,
             kl,
             curves=curves | along,
-            figures={"log_z": float(out.info["log_z"]), "ess": float(out.info["ess"])},
+            figures={name: float(out.info[name]) for name in ("log_z", "log_z_se", "ess")}
+            | {"lineages": float(1 / np.sum(np.bincount(lineages, weights) ** 2))},  # their effective number
+            lineages=lineages[chosen],
             temperature=self.temperature,
         )
 
