@@ -341,7 +341,8 @@ def drtune_budget(number=0.5):
 def drakes(number=0.5):
     process = processes.first_hitting(masked())
     return tuners.drakes(
-        gaussian_model, process, masked_reward, process.times(), ADAM, batch=B, reference=Net(net(4, 3, 5)), kl_weight=number
+        gaussian_model, process, masked_reward, process.times(), ADAM, batch=B, reference=Net(net(4, 3, 5)),
+        kl_weight=number, estimator="reinmax",
     ), net(4, 3)  # fmt: skip
 
 

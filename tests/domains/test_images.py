@@ -207,6 +207,17 @@ def test_real_mnist():
 # the classifier
 
 
+def test_copies_of_an_image_are_in_one_split():
+    rng = np.random.default_rng(0)
+    x = rng.uniform(-1, 1, (40, 4, 4, 1)).astype(np.float32)
+    twice = images.custom(lambda: (np.concatenate([x, x]), np.tile(np.arange(40) % 2, 2)))
+    parts = [{image.tobytes() for image in getattr(twice, f"{part}_x")} for part in ("train", "heldout", "test")]
+    assert sum(map(len, parts)) == 40 and len(set.union(*parts)) == 40
+    assert len(twice.train_x) + len(twice.heldout_x) + len(twice.test_x) == 80
+    once = images.custom(lambda: (x, np.arange(40) % 2))
+    assert parts[0] == {image.tobytes() for image in once.train_x}
+
+
 def test_classifiers_learn_from_either_split(digits, classifiers):
     for classifier in classifiers:
         assert metrics.classifier_accuracy(classifier, digits.test_x, digits.test_y) >= 0.96

@@ -25,9 +25,10 @@ from rgdiff.domains.sequences import data as sequences
 from rgdiff.domains.sequences import files as sequence_files
 from rgdiff.domains.sequences import rewards as sequence_rewards
 from rgdiff.domains.sequences import tasks as sequence_tasks
-from rgdiff.domains.sequences.data import ALPHABETS, SequenceDomain, halves
+from rgdiff.domains.sequences.data import ALPHABETS, SequenceDomain, halves, linked
 from rgdiff.exact import enumeration
-from rgdiff.recipes.priors import FactorisedModel, Prior
+from rgdiff.recipes.priors import FactorisedModel
+from rgdiff.recipes.typing import ReadyPrior
 from rgdiff.rewards import Task
 from rgdiff.runtime.report import Histogram, Logo, Report, render
 from tests.worlds.worlds import assert_mean
@@ -190,6 +191,89 @@ def test_halves_keep_groups_whole_and_sizes_even():
     assert sorted([*first, *second]) == list(range(1000))
     assert not set(groups[first]) & set(groups[second]) and 0.4 < len(first) / 1000 < 0.6
     np.testing.assert_array_equal(halves(groups)[0], first)
+
+
+COMPLEMENT = str.maketrans("ACGTU", "TGCAA")
+
+
+def measured(tmp_path, texts, **options):
+    """The letters of the guide's and of the judge's half of a table; the measurement is the row's number."""
+    path = tmp_path / "measured.csv"
+    path.write_text("sequence,y\n" + "".join(f"{text},{i}\n" for i, text in enumerate(texts)))
+    domain = sequences.sequences(path, measurement="y", **options)
+    assert sorted([*domain.guide_y, *domain.judge_y]) == list(range(len(texts)))
+    return [set(domain.decode(half)) for half in (domain.guide_x, domain.judge_x)]
+
+
+def draws(count, length, letters="ACGT", seed=0):
+    codes = np.random.default_rng(seed).integers(0, len(letters), (count, length))
+    return ["".join(letters[c] for c in row) for row in codes]
+
+
+def test_copies_are_in_one_half_whatever_their_case(tmp_path):
+    texts = draws(40, 20)
+    guide, judge = measured(tmp_path, texts + [text.lower() for text in texts])
+    assert len(guide) == len(judge) == 20 and not guide & judge
+    guide, judge = measured(tmp_path, texts + [text.replace("T", "u") for text in texts], alphabet="rna")
+    assert len(guide) == len(judge) == 20 and not guide & judge
+    guide, judge = measured(tmp_path, texts * 2, group="y", near=0)  # rows of different labels
+    assert not guide & judge
+
+
+def test_strands_are_in_one_half(tmp_path):
+    texts = draws(40, 20)
+    both = texts + [text.translate(COMPLEMENT)[::-1] for text in texts]
+    guide, judge = measured(tmp_path, both)
+    assert {text.translate(COMPLEMENT)[::-1] for text in guide} == guide and len(guide) == len(judge) == 40
+    guide, judge = measured(tmp_path, both, double_stranded=False)
+    assert {text.translate(COMPLEMENT)[::-1] for text in guide} & judge
+    with pytest.raises(ValueError, match="double_stranded"):
+        measured(tmp_path, ["MKV", "WWA"], alphabet="protein", double_stranded=True)
+
+
+def test_near_copies_are_in_one_half(tmp_path):
+    """Each of 30 sequences with three variants, of one letter each: four in a row that are two letters apart at most."""
+    texts, rng = draws(30, 24, PROTEIN.letters), np.random.default_rng(1)
+    family = {}
+    for text in texts:
+        for place in rng.integers(0, 24, 3):
+            family[text[:place] + PROTEIN.letters[rng.integers(20)] + text[place + 1 :]] = text
+        family[text] = text
+    guide, judge = measured(tmp_path, list(family), alphabet="protein")
+    assert not {family[text] for text in guide} & {family[text] for text in judge}
+    assert 0.4 < len(guide) / len(family) < 0.6
+    guide, judge = measured(tmp_path, list(family), alphabet="protein", near=0)
+    assert {family[text] for text in guide} & {family[text] for text in judge} and not guide & judge
+    with pytest.raises(ValueError, match="all 4 measured sequences are linked .*domain.near=0"):
+        measured(tmp_path, ["AAAA", "AAAC", "AAAG", "AACC"])
+
+
+@pytest.mark.parametrize("near", [0, 1, 2, 6])
+@pytest.mark.parametrize("double_stranded", [False, True])
+def test_linked_against_all_pairs(near, double_stranded):
+    """Groups by comparing all pairs, until nothing changes; every group bears its least label."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 4, (60, 6))
+    tokens[50:] = tokens[:10]
+    labels = rng.integers(0, 55, 60)
+    other = 3 - tokens[:, ::-1]
+    apart = (tokens[:, None] != tokens).sum(-1)
+    if double_stranded:
+        apart = np.minimum(apart, (tokens[:, None] != other).sum(-1))
+    link = (apart <= near) | (labels[:, None] == labels)
+    expected = labels.copy()
+    for _ in range(60):
+        expected = np.array([expected[link[n]].min() for n in range(60)])
+    np.testing.assert_array_equal(linked(tokens, labels, near=near, double_stranded=double_stranded), expected)
+    assert len(set(expected)) == 1 if near == 6 else near == 2 or len(set(expected)) > 10
+
+
+@needs_six6
+def test_tfbind8_keeps_both_strands_in_one_half():
+    domain = sequences.tfbind8(DATA)
+    guide, judge = (set(domain.decode(x)) for x in (domain.guide_x, domain.judge_x))
+    assert {text.translate(COMPLEMENT)[::-1] for text in guide} == guide and not guide & judge
+    assert abs(len(guide) - len(judge)) <= 2
 
 
 @needs_six6
@@ -411,7 +495,7 @@ def small():
     probabilities = rng.dirichlet(np.ones(4), 2)
     process = processes.masked(schedules.log_linear_mask(), (2,), 4)
     logits = jnp.asarray(np.log(probabilities), jnp.float32)
-    return domain, values, probabilities, Prior(process, process.times(3), FactorisedModel(), logits, None, (2, 4))
+    return domain, values, probabilities, ReadyPrior(process, process.times(3), FactorisedModel(), logits, None, (2, 4))
 
 
 def outcome(x0, temperature=None):

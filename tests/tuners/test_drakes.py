@@ -322,6 +322,29 @@ def test_training_reaches_the_exact_optimum():
     assert abs(kl - tilt.kl) < 0.01 * tilt.kl
 
 
+def test_the_default_estimator_converges():
+    """Three tokens of four letters, by enumeration: 0.746 of 0.747, where ReinMax stops at 0.52."""
+    table = np.random.default_rng(1).normal(size=(4,) * 3)
+    world = correlated(3, 4)
+    process, prior = processes.first_hitting(world.process), jnp.array(world.denoiser.table)
+    reward = lambda x0, cond=None: jnp.einsum("bi,bj,bk,ijk->b", x0[:, 0], x0[:, 1], x0[:, 2], f32(table))  # noqa: E731
+    network = lambda params, x, t, cond=None: params[jnp.argmax(x, -1) @ jnp.asarray([25, 5, 1])]  # noqa: E731
+    best = ALPHA * enumeration.tilted(world.joint.ravel(), table.ravel(), ALPHA).log_z
+    worth = []
+    for options in ({}, {"estimator": "reinmax"}):
+        tuner = tuners.drakes(
+            lambda p: denoisers.from_function(network, p), process, reward, process.times(),
+            optax.adam(optax.cosine_decay_schedule(0.05, 600)), batch=256, reference=world.denoiser, kl_weight=ALPHA,
+            remat="none", **options,
+        )  # fmt: skip
+        params = train(tuner, prior + 0, 600).params
+        law, kl = enumeration.chain_law_and_kl(process, tuner.model(params), process.times(), world.denoiser)
+        worth.append(float(law @ table.ravel() - ALPHA * kl))
+    assert best == pytest.approx(0.7470, abs=1e-4)
+    assert 0.995 * best < worth[0] < best + 1e-5, worth
+    assert worth[1] < 0.8 * best, worth
+
+
 # ---------------------------------------------------------------- the door
 
 
@@ -331,6 +354,7 @@ def test_training_reaches_the_exact_optimum():
         (lambda: tuner_of("st"), "estimator must be one of"),
         (lambda: tuner_of("reinmax", process=processes.gaussian(schedules.flow(), (2,))), "masked process"),
         (lambda: tuner_of("log_variance", process=processes.product(c=MASKED)), "log_variance"),
+        (lambda: tuner_of("log_variance", truncation=2), 'estimator="log_variance" takes the whole chain'),
         (
             lambda: tuners.drakes_published(
                 lambda p: p,

@@ -7,6 +7,7 @@ digits or from MNIST's IDX files by path, and nothing is downloaded. Classifiers
 from __future__ import annotations
 
 import gzip
+import hashlib
 import math
 import os
 import zlib
@@ -184,9 +185,18 @@ def _pad(x: np.ndarray, size: int) -> np.ndarray:
     return np.pad(x, ((0, 0), (margin, margin), (margin, margin)), constant_values=-1.0)[..., None]
 
 
+def originals(x: np.ndarray) -> np.ndarray:
+    """Return, for every image, the index of the first one equal to it. [N]"""
+    first: dict[bytes, int] = {}
+    return np.array([first.setdefault(hashlib.sha256(image.tobytes()).digest(), i) for i, image in enumerate(x)], int)
+
+
 def _domain(name: str, x: np.ndarray, labels: np.ndarray, classes: int) -> ImageDomain:
-    labels = labels.astype(np.int32)
-    train, heldout, test = split(labels)
+    """Split images into three parts; copies of an image are all in one of them."""
+    labels, source = labels.astype(np.int32), originals(x)
+    rows, copies = np.unique(source), np.flatnonzero(source != np.arange(len(x)))
+    parts = [rows[part] for part in split(labels[rows])]
+    train, heldout, test = (np.concatenate([part, copies[np.isin(source[copies], part)]]) for part in parts)
     return ImageDomain(
         train_x=x[train],
         train_y=labels[train],

@@ -16,7 +16,7 @@ import numpy as np
 
 from rgdiff import checks
 from rgdiff.domains.sequences import files as sequence_files
-from rgdiff.domains.sequences.data import ALPHABETS, SequenceDomain, halves
+from rgdiff.domains.sequences.data import ALPHABETS, SequenceDomain, halves, linked
 from rgdiff.typing import Array, pytree, static
 
 AVGFP_SHA256 = "7a7f299bafedfe6d41e2a0aae45da3064620d3a4f32eb865c22291d86393786d"
@@ -112,7 +112,8 @@ def gfp(
 
     A state is one-hot [L, 20] over the positions of the window whose wild type the file tells: 233 of 235 without a window.
     Variants with a mutation elsewhere, or with a stop codon, are left out. The prior may see all the others; the two
-    random halves of them are for the rewards that guide and that judge. Brightness has two modes, dark (near 1.3) and
+    random halves of them are for the rewards that guide and that judge (all are near copies of one protein: a judge has seen
+    neighbours of what it judges, but never the variant itself). Brightness has two modes, dark (near 1.3) and
     bright (near 3.6): `dark` is the threshold between them (`two_modes` of all measurements), about 2.5.
 
     Args:
@@ -149,7 +150,7 @@ def gfp(
     rows = np.flatnonzero(whole & ~outside & ~np.isnan(score) & (most is None or read.mutations <= most))
     if not kept.any() or len(rows) < 2:
         raise ValueError(f"{label} has {len(rows)} variants within window={window} and most={most}; expected 2 or more")
-    first, second = halves(np.array(texts)[rows])
+    first, second = halves(linked(read.tokens[rows], np.array(texts)[rows]))  # one variant, however it is written
     rows = rows[np.concatenate([first, second])]  # halves are then views of the whole
     x = np.eye(20, dtype=np.uint8)[read.tokens[rows][:, kept]]
     y, n = score[rows], len(first)

@@ -2,7 +2,8 @@
 
 Sequences are one-hot [B, L, K], all of one length; the mask of a noised state is a further class, K, last. The prior
 may see everything in `train_x`; where there are measurements, `guide` and `judge` hold disjoint halves of them, so that
-a learned reward never judges its own samples. Files are read in `sequence_files`, rewards are next door.
+a learned reward never judges its own samples: equal sequences, whatever their case, near copies and the two strands of one
+molecule are in one half (`linked`). Files are read in `sequence_files`, rewards are next door.
 """
 
 from __future__ import annotations
@@ -115,8 +116,8 @@ class SequenceDomain:
 def halves(groups: Sequence[str] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Split rows into two disjoint index sets of about equal size that keep every group whole.
 
-    Near copies (variants of one sequence) belong to one group: divided, each half would know the other's answers. The
-    split is the same on every machine.
+    Near copies (variants of one sequence) belong to one group (see `linked`): divided, each half would know the other's
+    answers. The split is the same on every machine.
     """
     names, member, counts = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
     order = np.random.RandomState(0).permutation(len(names))  # RandomState's stream is frozen, Generator's is not
@@ -126,12 +127,71 @@ def halves(groups: Sequence[str] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.flatnonzero(first[member]), np.flatnonzero(~first[member])
 
 
+def linked(
+    tokens: np.ndarray, labels: Sequence[str] | np.ndarray, *, near: int = 0, double_stranded: bool = False
+) -> np.ndarray:
+    """Name the groups of sequences that belong together, for `halves`: [N], the least label of each one's group.
+
+    Linked are rows of one label, equal sequences, those in which at most `near` letters differ, and, in double-stranded
+    molecules, reverse complements; what is linked to the same row is in one group.
+
+    Args:
+      tokens: [N, L], letters as classes; in double-stranded molecules those of ACGT or ACGU, in this order.
+      labels: [N], of rows that are known to belong together, or one of each.
+    """
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    tokens = np.asarray(tokens, np.uint8)
+    count = len(tokens)
+    names, first, name = np.unique(np.asarray(labels), return_index=True, return_inverse=True)
+    rows = np.concatenate([tokens, 3 - tokens[:, ::-1]]) if double_stranded else tokens
+    distinct, member = np.unique(rows, axis=0, return_inverse=True)
+    member = member.reshape(-1)
+    edges = [(member[:count], member[first[name]]), _near(distinct, near)]
+    if double_stranded:
+        edges.append((member[:count], member[count:]))
+    a, b = (np.concatenate(ends) for ends in zip(*edges, strict=True))
+    graph = coo_matrix((np.ones(len(a), bool), (a, b)), (len(distinct), len(distinct)))
+    group = connected_components(graph, directed=False)[1][member[:count]]
+    least = np.full(len(distinct), len(names))
+    np.minimum.at(least, group, name)
+    return names[least[group]]
+
+
+def _near(rows: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return edges between different rows [N, L] that link all in which at most `most` letters differ.
+
+    Such rows are equal in one of most + 1 parts of their positions at least, and are searched for among those alone.
+    """
+    edges: list[tuple[int, int]] = []
+    length = rows.shape[1]
+    if most >= length:
+        return np.zeros(len(rows), int), np.arange(len(rows))
+    for part in np.array_split(np.arange(length), most + 1) if most else []:
+        _, equal, counts = np.unique(rows[:, part], axis=0, return_inverse=True, return_counts=True)
+        for left in np.split(np.argsort(equal.reshape(-1), kind="stable"), np.cumsum(counts)[:-1]):
+            found: list[int] = []
+            while len(left):
+                if not found:
+                    found, left = [left[0]], left[1:]
+                row = found.pop()
+                close = (rows[left] != rows[row]).sum(1) <= most
+                edges += [(row, other) for other in left[close]]
+                found += list(left[close])
+                left = left[~close]
+    ends = np.array(edges, int).reshape(-1, 2)
+    return ends[:, 0], ends[:, 1]
+
+
 def sequences(
     source: str | os.PathLike | None = None,
     alphabet: str = "dna",
     sequence: str | int = "sequence",
     measurement: str | int | None = None,
     group: str | int | None = None,
+    near: int = 1,
+    double_stranded: bool | None = None,
     data_dir: str | os.PathLike | None = None,
     sha256: str | None = None,
     download: bool = False,
@@ -144,12 +204,16 @@ def sequences(
       alphabet: dna, rna or protein.
       sequence: column of the sequences, by name or position, where the file is a table.
       measurement: column of a measured number, for learned rewards; rows without one train the prior alone.
-      group: column that says which rows are near copies of each other; measurements are split by it (see `halves`).
+      group: column that says which rows are near copies of each other, as measurements are split by it.
+      near: sequences in which at most so many letters differ, and all that are linked by such, are in one half of the
+        measurements; 0: equal ones alone.
+      double_stranded: a sequence and its reverse complement are one molecule, and in one half; true for dna by default.
       sha256, download: see `sequence_files.read_bytes`; nothing is downloaded unless asked.
       name: of the domain.
 
     Raises:
-      FileNotFoundError, ValueError: in one line, for what cannot be found or read.
+      FileNotFoundError, ValueError: in one line, for what cannot be found or read, or if all measured sequences are
+        linked, so that the judge would have none.
     """
     if source is None:
         raise ValueError(
@@ -167,8 +231,20 @@ def sequences(
     x = letters.encode(columns[0])
     y = np.full(len(x), np.nan, np.float32) if measurement is None else sequence_files.numbers(columns[1], label)
     measured = np.flatnonzero(~np.isnan(y))
-    groups = np.array(columns[0] if group is None else columns[-1])[measured]
+    labels = np.array(letters.decode(x[measured]) if group is None else np.array(columns[-1])[measured])
+    double_stranded = alphabet == "dna" if double_stranded is None else double_stranded
+    if double_stranded and alphabet == "protein":
+        raise ValueError("double_stranded is of dna and rna; leave domain.double_stranded=null for protein")
+    near = checks.at_least("near", near, 0)
+    groups = (
+        linked(x[measured].argmax(-1), labels, near=near, double_stranded=double_stranded) if len(measured) else labels
+    )
     first, second = (measured[half] for half in halves(groups))
+    if len(measured) > 1 and not (len(first) and len(second)):
+        raise ValueError(
+            f"{label}: all {len(measured)} measured sequences are linked (near={near}, group={group}), which leaves the judge "
+            "none of its own; give domain.near=0 or another domain.group"
+        )
     return SequenceDomain(x, x[first], y[first], x[second], y[second], name=name, alphabet=letters)
 
 
@@ -204,7 +280,8 @@ def tfbind8(
 ) -> SequenceDomain:
     """Load TFBind8: the binding of a transcription factor (SIX6) to each of the 65,536 DNA 8-mers, as E-scores in [-0.5, 0.5].
 
-    The reward of every sequence is known, so every tilted law can be enumerated (`rgdiff.exact.enumeration`).
+    An 8-mer and its reverse complement are one molecule, with one score, and in one half of the measurements. The reward of every
+    sequence is known, so every tilted law can be enumerated (`rgdiff.exact.enumeration`).
 
     Args:
       source: the table of another factor in the same form (give its sha256, or null).
@@ -235,7 +312,7 @@ def tfbind8(
         raise ValueError(f"{source}: two scores for {both[int(np.argmax(clash))]}; expected one for each 8-mer")
     every = np.eye(4, dtype=np.uint8)[np.stack(np.unravel_index(np.arange(4**8), (4,) * 8), -1)]
     seen = np.argsort(table, kind="stable")[: max(2, round(visible * 4**8))]
-    first, second = halves(np.arange(len(seen)))
+    first, second = halves(linked(every[seen].argmax(-1), seen, double_stranded=True))
     first, second = seen[first], seen[second]
     return SequenceDomain(
         every[np.sort(seen)], every[first], table[first], every[second], table[second], table, "tfbind8", letters
