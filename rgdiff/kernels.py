@@ -111,11 +111,11 @@ class Drawn(_NoDensity):
         return self.draw(key, self.batch)
 
 
-def draw_token(key: Key, logits: Array, relaxation: str, temperature: Array | float) -> Array:
+def draw_token(key: Key, logits: Array, relaxation: str, gumbel_temperature: Array | float) -> Array:
     """Draw one-hot tokens [..., K] whose value or gradient is relaxed as named.
 
     straight_through: hard value, gradient of softmax(logits); unbiased for what acts multilinearly on the tokens.
-    gumbel: hard value, gradient of softmax((logits + Gumbel) / temperature) with the same noise (arXiv 1611.01144).
+    gumbel: hard value, gradient of softmax((logits + Gumbel) / gumbel_temperature) with the same noise (arXiv 1611.01144).
     reinmax: hard value, second-order gradient (arXiv 2304.08612).
     relaxed: the Gumbel-softmax point itself, off the corners of the simplex.
     """
@@ -124,11 +124,11 @@ def draw_token(key: Key, logits: Array, relaxation: str, temperature: Array | fl
     noisy = log_p + jax.random.gumbel(key, log_p.shape, log_p.dtype)
     hard = jax.nn.one_hot(jnp.argmax(noisy, -1), log_p.shape[-1], dtype=log_p.dtype)
     if relaxation == "relaxed":
-        return jax.nn.softmax(noisy / temperature)
+        return jax.nn.softmax(noisy / gumbel_temperature)
     if relaxation == "straight_through":
         soft = jnp.exp(log_p)
     elif relaxation == "gumbel":
-        soft = jax.nn.softmax(noisy / temperature)
+        soft = jax.nn.softmax(noisy / gumbel_temperature)
     else:
         p = jnp.exp(log_p)
         shift = jnp.where(hard + p > 0, jnp.log((hard + p) / 2) - log_p, 0.0)
@@ -149,11 +149,11 @@ class Categorical:
     Args:
       logits: [B, ..., K], unnormalised log-probabilities; -inf is allowed.
       relaxation: how `rsample` passes gradients (see `draw_token`).
-      temperature: of the relaxations that have one.
+      gumbel_temperature: of the relaxations that have one.
     """
 
     logits: Array
-    temperature: Array | float = 1.0
+    gumbel_temperature: Array | float = 1.0
     relaxation: str = static(default="straight_through")
 
     @property
@@ -165,7 +165,7 @@ class Categorical:
         return jax.nn.one_hot(token, self.logits.shape[-1], dtype=self.logits.dtype)
 
     def rsample(self, key: Key) -> Array:
-        return draw_token(key, self.logits, self.relaxation, self.temperature)
+        return draw_token(key, self.logits, self.relaxation, self.gumbel_temperature)
 
     def log_prob(self, x: Array) -> Array:
         return _total(_cross(x, self.log_p))
@@ -179,7 +179,7 @@ class Categorical:
 
     def tilt(self, direction: Array) -> Categorical:
         """p(x) exp<direction, x>, renormalised: the logits move by the direction [B, ..., K]."""
-        return Categorical(self.logits + direction, self.temperature, self.relaxation)
+        return Categorical(self.logits + direction, self.gumbel_temperature, self.relaxation)
 
 
 @pytree
@@ -194,14 +194,14 @@ class Absorbing:
       x: the state, one-hot [B, ..., K + 1] with the mask last.
       logits: [B, ..., K], of the token given that the position moves.
       log_move, log_stay: log-probabilities of moving and of staying masked, broadcastable to [B, ...].
-      relaxation, temperature: of the token (see `draw_token`).
+      relaxation, gumbel_temperature: of the token (see `draw_token`).
     """
 
     x: Array
     logits: Array
     log_move: Array
     log_stay: Array
-    temperature: Array | float = 1.0
+    gumbel_temperature: Array | float = 1.0
     relaxation: str = static(default="straight_through")
 
     @property
@@ -219,7 +219,7 @@ class Absorbing:
 
     def rsample(self, key: Key) -> Array:
         key_event, key_token = jax.random.split(key)
-        token = draw_token(key_token, self.logits, self.relaxation, self.temperature)
+        token = draw_token(key_token, self.logits, self.relaxation, self.gumbel_temperature)
         return self._place(key_event, jnp.concatenate([token, jnp.zeros_like(token[..., :1])], -1))
 
     def _place(self, key: Key, token: Array) -> Array:
@@ -253,12 +253,12 @@ class Absorbing:
         move = self.log_move + jax.nn.logsumexp(tilted, -1)
         stay = self.log_stay + direction[..., -1]
         total = jnp.logaddexp(move, stay)
-        return Absorbing(self.x, tilted, move - total, stay - total, self.temperature, self.relaxation)
+        return Absorbing(self.x, tilted, move - total, stay - total, self.gumbel_temperature, self.relaxation)
 
     def tilt_token(self, direction: Array) -> Absorbing:
         """Tilt only the token's law by a direction [B, ..., K]; the rate of unmasking stays as it is."""
         return Absorbing(
-            self.x, self.logits + direction, self.log_move, self.log_stay, self.temperature, self.relaxation
+            self.x, self.logits + direction, self.log_move, self.log_stay, self.gumbel_temperature, self.relaxation
         )
 
 
@@ -274,13 +274,13 @@ class FirstHitting:
       x: the state, one-hot [B, ..., K + 1] with the mask last.
       logits: [B, ..., K], of the token given that the position moves.
       log_where: [B, ...], unnormalised log-probability of each masked position to be the one; 0 is uniform.
-      relaxation, temperature: of the token (see `draw_token`).
+      relaxation, gumbel_temperature: of the token (see `draw_token`).
     """
 
     x: Array
     logits: Array
     log_where: Array | float = 0.0
-    temperature: Array | float = 1.0
+    gumbel_temperature: Array | float = 1.0
     relaxation: str = static(default="straight_through")
 
     @property
@@ -307,7 +307,7 @@ class FirstHitting:
 
     def rsample(self, key: Key) -> Array:
         key_where, key_token = jax.random.split(key)
-        token = draw_token(key_token, self.logits, self.relaxation, self.temperature)
+        token = draw_token(key_token, self.logits, self.relaxation, self.gumbel_temperature)
         return self._place(key_where, jnp.concatenate([token, jnp.zeros_like(token[..., :1])], -1))
 
     def _place(self, key: Key, token: Array) -> Array:
@@ -344,11 +344,11 @@ class FirstHitting:
         """p(x) exp<direction, x>, renormalised, for a direction [B, ..., K + 1]: tilts the token *and* which position moves."""
         tilted = self.log_p + direction[..., :-1]
         where = self.log_where + jax.nn.logsumexp(tilted, -1) - direction[..., -1]
-        return FirstHitting(self.x, tilted, where, self.temperature, self.relaxation)
+        return FirstHitting(self.x, tilted, where, self.gumbel_temperature, self.relaxation)
 
     def tilt_token(self, direction: Array) -> FirstHitting:
         """Tilt only the token's law by a direction [B, ..., K]; which position moves stays as it is."""
-        return FirstHitting(self.x, self.logits + direction, self.log_where, self.temperature, self.relaxation)
+        return FirstHitting(self.x, self.logits + direction, self.log_where, self.gumbel_temperature, self.relaxation)
 
 
 def _expected(probability: Array, log_p: Array, log_q: Array | float) -> Array:

@@ -116,7 +116,7 @@ class MaskedProcess:
     """Absorbing-state diffusion of one-hot tokens (MDLM, SUBS parameterisation). Build it with `masked`."""
 
     schedule: MaskSchedule
-    temperature: Array
+    gumbel_temperature: Array
     shape: tuple[int, ...] = static()
     classes: int = static()
     relaxation: str = static(default="straight_through")
@@ -157,7 +157,7 @@ class MaskedProcess:
         positions = x[..., -1]
         log_move = along(jnp.log((rate_t - rate_s) / rate_t), positions)
         log_stay = along(jnp.log(rate_s / rate_t), positions)
-        return Absorbing(x, checks.logits(prediction, x), log_move, log_stay, self.temperature, self.relaxation)
+        return Absorbing(x, checks.logits(prediction, x), log_move, log_stay, self.gumbel_temperature, self.relaxation)
 
     def mean(self, x: Array, t: Array, prediction: Array) -> Array:
         """E[x0 | x_t], a point of the simplex per position [B, ..., K]: copies, and softmax of the logits where masked."""
@@ -188,7 +188,7 @@ class FirstHittingProcess(MaskedProcess):
 
     def reverse(self, x: Array, t: Array, s: Array, prediction: Array) -> FirstHitting:  # type: ignore[override]
         """Law of the state after the next event: a uniformly drawn masked position takes a token; t, s do not enter."""
-        return FirstHitting(x, checks.logits(prediction, x), 0.0, self.temperature, self.relaxation)
+        return FirstHitting(x, checks.logits(prediction, x), 0.0, self.gumbel_temperature, self.relaxation)
 
 
 @pytree
@@ -285,7 +285,7 @@ def masked(
     classes: int,
     *,
     relaxation: str = "straight_through",
-    temperature: float = 1.0,
+    gumbel_temperature: float = 1.0,
 ) -> MaskedProcess:
     """Build a masked process on one-hot states [B, *shape, classes + 1], the mask last; data are [B, *shape, classes].
 
@@ -296,13 +296,13 @@ def masked(
       schedule: the rate of masking, from `rgdiff.schedules`.
       shape: of the positions of one example (an int for a sequence's length).
       classes: K, the number of tokens without the mask.
-      relaxation, temperature: how a token's draw passes gradients (`rgdiff.kernels.draw_token`).
+      relaxation, gumbel_temperature: how a token's draw passes gradients (`rgdiff.kernels.draw_token`).
     """
     shape = (shape,) if isinstance(shape, int) else tuple(int(d) for d in shape)
     checks.one_of("relaxation", relaxation, RELAXATIONS)
     return MaskedProcess(
         checks.schedule(schedule, "a masked process", masks=True),
-        checks.positive("temperature", temperature),
+        checks.positive("gumbel_temperature", gumbel_temperature),
         shape,
         checks.at_least("classes", classes, 2),
         relaxation,
@@ -319,7 +319,7 @@ def first_hitting(process: MaskedProcess) -> FirstHittingProcess:
     if not isinstance(process, MaskedProcess):
         raise ValueError(f"first_hitting needs a masked process, got {type(process).__name__}")
     return FirstHittingProcess(
-        process.schedule, process.temperature, process.shape, process.classes, process.relaxation
+        process.schedule, process.gumbel_temperature, process.shape, process.classes, process.relaxation
     )
 
 

@@ -125,7 +125,7 @@ class Rounds(abc.ABC):
         over = lambda values: jnp.sum(jnp.where(feasible, values, 0.0)) / jnp.where(count > 0, count, jnp.nan)  # noqa: E731
         mean = state.belief.mean(queries.x0, queries.cond)
         upper = state.belief.upper(queries.x0, queries.cond)
-        spread = jnp.hypot(state.belief.deviation(queries.x0, queries.cond), self.noise)
+        spread = jnp.hypot(state.belief.std(queries.x0, queries.cond), self.noise)
         near = jnp.abs(rewards - mean) <= 1.96 * spread
         known = lambda value: jnp.where(state.step > 0, value, jnp.nan)  # noqa: E731
         return {
@@ -180,8 +180,8 @@ class Seiko(Rounds):
     """Tunes the model under two KL anchors. Build it with `seiko`."""
 
     model: Model
-    alpha: Array
-    beta: Array
+    temperature: Array
+    proximal_weight: Array
     inner: Callable[..., Any] = static()
     schedule: str = static()
     steps: int = static()
@@ -191,8 +191,8 @@ class Seiko(Rounds):
 
     def weights(self, state: RoundState) -> tuple[Array, Array]:
         """Return alpha and beta_{i-1} of the round under way, in the reward's unit per nat."""
-        growing = self.beta * state.step
-        return self.alpha, {"linear": growing, "constant": self.beta}[self.schedule]
+        growing = self.proximal_weight * state.step
+        return self.temperature, {"linear": growing, "constant": self.proximal_weight}[self.schedule]
 
     def tuner(self, state: RoundState) -> Any:
         """Return the tuner of the round under way, for `tuners.fit` from `state.params`.
@@ -200,7 +200,7 @@ class Seiko(Rounds):
         Its structure is the same in every round, so that its step is compiled once.
         """
         references = [self.denoiser, Bound(self.model, state.params)]
-        return self.inner(self.reward(state), reference=references, kl_weight=list(self.weights(state)))
+        return self.inner(self.reward(state), reference=references, temperature=list(self.weights(state)))
 
     def improve(self, key: Key, state: RoundState) -> tuple[RoundState, Info]:
         tuner = self.tuner(state)
@@ -268,10 +268,10 @@ def seiko(
     inner: Callable[..., Any],
     *,
     prior: Denoiser,
-    alpha: float,
+    temperature: float,
     batch: int,
     capacity: int,
-    beta: float | None = None,
+    proximal_weight: float | None = None,
     schedule: str = "linear",
     steps: int = 100,
     feasibility: Any = None,
@@ -294,13 +294,14 @@ def seiko(
       process: of the chain that is sampled, with a law (eta > 0).
       times: [T + 1].
       surrogate: from `rgdiff.surrogates`; `surrogates.greedy(...)` leaves the bonus out, `surrogates.thompson(...)` draws.
-      inner: (reward, reference=[two], kl_weight=[two]) -> tuner, a setting of the engine, bound once:
+      inner: (reward, reference=[two], temperature=[two]) -> tuner, a setting of the engine, bound once:
         `lambda reward, **kl: tuners.drakes(model, process, reward, times, optimizer, batch=64, **kl)`.
       prior: the pre-trained denoiser, the first anchor.
-      alpha: in the reward's unit per nat of path KL.
+      temperature: alpha, in the reward's unit per nat of path KL.
       batch: queries a round; `ask` takes another number.
       capacity: rows for the answers of all rounds.
-      beta, schedule: beta * (i - 1) under `linear`, beta under `constant`; beta = alpha by default.
+      proximal_weight: beta, of the KL to the last round's model, the same unit; alpha by default.
+      schedule: beta_{i-1} is beta * (i - 1) under `linear`, beta under `constant`.
       steps: of the inner tuner in `update`; with `tuner(state)` and `tuners.fit` they may be any.
       feasibility, feasibility_weight: a classifier of feasible queries from `rgdiff.surrogates`, and what a nat of its
         log-probability is worth; infeasible queries never enter the fit of the reward.
@@ -313,14 +314,16 @@ def seiko(
     """
     checks.law(process, "seiko, whose anchors are KL terms,")
     if not callable(inner):
-        raise ValueError(f"inner must map (reward, reference=, kl_weight=) to a tuner, got {type(inner).__name__}")
+        raise ValueError(f"inner must map (reward, reference=, temperature=) to a tuner, got {type(inner).__name__}")
     shared = _shared(process, prior, times, surrogate, feasibility, feasibility_weight, noise, batch, capacity)
-    alpha_ = checks.positive("alpha", alpha, zero=True)
+    weight = checks.positive("temperature", temperature, zero=True)
     return Seiko(
         **shared,
         model=callable_pytree(model, "model (params -> denoiser)"),
-        alpha=alpha_,
-        beta=alpha_ if beta is None else checks.positive("beta", beta, zero=True),
+        temperature=weight,
+        proximal_weight=weight
+        if proximal_weight is None
+        else checks.positive("proximal_weight", proximal_weight, zero=True),
         inner=inner,
         schedule=checks.one_of("schedule", schedule, ("linear", "constant")),
         steps=checks.at_least("steps", steps, 1),

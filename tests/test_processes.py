@@ -172,7 +172,7 @@ def test_a_gaussian_grid_without_noise_in_a_move_is_refused_everywhere():
         lambda: samplers.sample(samplers.tds(world.process, world.denoiser, value), jax.random.key(0), 2, to_zero),
         lambda: tuners.ddpo(world.model, world.process, to_zero, sgd, batch=2),
         lambda: tuners.draft(
-            world.model, world.process, first, to_zero, sgd, batch=2, reference=world.denoiser, kl_weight=0.1
+            world.model, world.process, first, to_zero, sgd, batch=2, reference=world.denoiser, temperature=0.1
         ),
         lambda: tuners.value_regression(world.model, world.process, sgd, times=to_zero),
     ):

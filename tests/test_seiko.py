@@ -144,7 +144,7 @@ class Told:
 
     mean = upper
 
-    def deviation(self, x0, cond=None):
+    def std(self, x0, cond=None):
         return jnp.zeros(x0.shape[0])
 
 
@@ -163,7 +163,7 @@ class Teller:
 class Wide(Told):
     """Unsure by 0.3 everywhere."""
 
-    def deviation(self, x0, cond=None):
+    def std(self, x0, cond=None):
         return jnp.full(x0.shape[0], 0.3)
 
 
@@ -180,7 +180,7 @@ class Counting:
 
 def method(surrogate, batch=16, rounds=4, steps=300, **options):
     options = {
-        "alpha": ALPHA,
+        "temperature": ALPHA,
         "batch": batch,
         "capacity": batch * rounds,
         "steps": steps,
@@ -204,7 +204,7 @@ def oracle(x0, cond=None):
 @pytest.mark.parametrize("schedule, beta", [("linear", None), pytest.param("constant", 0.5, marks=pytest.mark.slow)])
 def test_tuned_rounds_follow_the_exact_ones(schedule, beta):
     values = 0.5 * np.stack(rewards_of_rounds(K**L, 3, seed=3))
-    told = method(Teller(jnp.asarray(values, jnp.float32), 16), schedule=schedule, beta=beta)
+    told = method(Teller(jnp.asarray(values, jnp.float32), 16), schedule=schedule, proximal_weight=beta)
     tuner, state = tuners.as_tuner(told, oracle), told.init(PRIOR)
     prior = exact = np.full(K**L, 1 / K**L)
     for i in range(3):
@@ -319,7 +319,9 @@ def test_refusals():
         method(ridge(), schedule="linaer")
     with pytest.raises(ValueError, match="eta = 0"):
         point = processes.gaussian(schedules.linear_vp(), (2,), eta=0.0)
-        seiko.seiko(model, point, point.times(4), ridge(), inner, prior=model(PRIOR), alpha=1.0, batch=1, capacity=1)
+        seiko.seiko(
+            model, point, point.times(4), ridge(), inner, prior=model(PRIOR), temperature=1.0, batch=1, capacity=1
+        )
 
 
 @pytest.mark.slow
@@ -344,7 +346,7 @@ def test_rounds_on_a_mixed_state():
 
     surrogate = surrogates.ensemble(nets.ValueMLP((32,)), optax.adam(1e-2), heads=3, steps=200, batch=32)
     method = seiko.seiko(
-        mixed, process, times, surrogate, inner, prior=mixed(begin), alpha=0.3, batch=32, capacity=96, steps=60
+        mixed, process, times, surrogate, inner, prior=mixed(begin), temperature=0.3, batch=32, capacity=96, steps=60
     )
     noisy = lambda s, cond=None: truth(s) + 0.1 * jnp.sin(1e4 * s["x"][:, 0])  # noqa: E731
     tuner = tuners.as_tuner(method, noisy)

@@ -51,9 +51,9 @@ class Ours:
             self.times,
             optax.adamw(**OPTIMIZER),
             reference=denoisers.from_linen(self.net, reference),
-            kl_weight=KL_WEIGHT,
+            temperature=KL_WEIGHT,
             truncation=case.live,
-            temperature=TEMPERATURE,
+            gumbel_temperature=TEMPERATURE,
             batch=case.batch,
             remat="everything" if case.remat else "none",
         )

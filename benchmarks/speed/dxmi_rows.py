@@ -16,7 +16,7 @@ from benchmarks.speed.rows import Case
 
 BATCH, ITERATIONS, COMPARED = 256, 20, 10
 FIGURES = ("energy_loss", "loss", "policy_loss", "gradient_norm")
-RATES: dict[str, Any] = {"rate": 1e-4, "sigma_rate": 1e-4, "value_rate": 1e-4}
+RATES: dict[str, Any] = {"learning_rate": 1e-4, "sigma_learning_rate": 1e-4, "value_learning_rate": 1e-4}
 
 
 class Ours:
@@ -114,7 +114,7 @@ class Torch:
             params["hidden"] = [params["hidden"][str(i)] for i in range(3)]
             nets.append(torch_dxmi.Perceptron(out, shared_time=case.reuse).load(params))
         options = {
-            "tau1": 0.05, "tau2": 0.005, "gamma": 1.0, "clip": 0.1, "velocity_decay": 0.99,
+            "entropy_weight": 0.05, "velocity_weight": 0.005, "gamma": 1.0, "clip": 0.1, "velocity_decay": 0.99,
             "time_cost": given["time_cost"].tolist(), **RATES,
         }  # fmt: skip
         reach = float(given["reach"])

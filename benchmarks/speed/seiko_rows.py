@@ -156,7 +156,7 @@ class Ours:
                 reward, times, optimizer, batch=setting.batch, remat="none", **anchors
             ),
             prior=chain.model(self.prior),
-            alpha=setting.alpha,
+            temperature=setting.alpha,
             batch=setting.queries,
             capacity=ROUNDS * setting.queries,
             steps=setting.steps,

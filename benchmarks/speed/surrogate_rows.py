@@ -90,7 +90,7 @@ class Ours:
         from rgdiff.surrogates import networks
 
         o = self.observations
-        target = (o.values - o.mean) / o.deviation
+        target = (o.values - o.mean) / o.std
         return networks.Fitting(o.x0, target, 0 * target, counts, network(), self.optimizer, BATCH)
 
     @functools.cached_property
@@ -144,7 +144,7 @@ class Ours:
         else:
             params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *self.refit(key, CHECKED))
         out = jax.vmap(lambda p: network().apply({"params": p}, o.x0))(params)
-        target = (o.values - o.mean) / o.deviation
+        target = (o.values - o.mean) / o.std
         given = {"x": o.x0, "target": target, "rows": drawn, "prediction": out} | flat(states.params)
         return {name: np.asarray(value) for name, value in given.items()}
 

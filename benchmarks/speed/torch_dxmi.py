@@ -62,11 +62,11 @@ class Trainer:
         self.log_sigma = nn.Parameter(self.start.clone())
         self.reach, self.speed = math.log(reach), torch.tensor(speed)
         groups = [
-            {"params": policy.parameters(), "lr": options["rate"]},
-            {"params": [self.log_sigma], "lr": options["sigma_rate"]},
+            {"params": policy.parameters(), "lr": options["learning_rate"]},
+            {"params": [self.log_sigma], "lr": options["sigma_learning_rate"]},
         ]
         self.policy_adam = torch.optim.Adam(groups, fused=True)
-        self.value_adam = torch.optim.Adam(value.parameters(), lr=options["value_rate"], fused=True)
+        self.value_adam = torch.optim.Adam(value.parameters(), lr=options["value_learning_rate"], fused=True)
         if compiled:
             self.policy, self.value = (torch.compile(net, mode=mode, dynamic=False) for net in (policy, value))
         self.moves = len(self.speed)

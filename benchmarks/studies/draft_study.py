@@ -252,7 +252,7 @@ def adapters(w: World, seeds: Sequence[int], steps: int) -> tuple[list[str], lis
     """LoRA adapters: the scale against diversity, and two of them mixed."""
     ink = image_rewards.ink()
     model = LoRAModel(w.params, w.model)
-    held = {"k": 5, "reference": w.model(w.params), "kl_weight": 0.01}  # without it the one for ink ends all white
+    held = {"k": 5, "reference": w.model(w.params), "temperature": 0.01}  # without it the one for ink ends all white
     found: dict[str, list[tuple[float, float, float]]] = {}
     for seed in seeds:
         start = lora_init(jax.random.key(seed), w.params, 8)

@@ -35,7 +35,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 WIDTH, TIMES = 128, 128
 COUNT, DRAWS, DATA = 10_000, 2, 65_536
 PRETRAINING, PRETRAINING_BATCH = 3000, 512
-DEFAULTS: dict[str, Any] = {"tau": 0.05, "gamma": 1.0, "last_gamma": 0.5, "rate": 1e-3, "batch": 256}
+DEFAULTS: dict[str, Any] = {"temperature": 0.05, "gamma": 1.0, "last_gamma": 0.5, "learning_rate": 1e-3, "batch": 256}
 ITERATIONS = {"scratch": 5000, "ddpm": 4000}
 SETS = ("eight_gaussians", "two_spirals", "rings", "checkerboard")
 
@@ -162,14 +162,19 @@ def plan(section: str, seeds: list[int]) -> list[dict[str, Any]]:
     }  # fmt: skip
     if section == "main":
         return [line(f"from {start}", seed, start) for seed in seeds for start in ("scratch", "ddpm")]
-    if section == "tau":
-        return [line(f"tau {tau:g}", seed, tau=tau) for tau in (0.0, 0.01, 0.05, 0.1, 1.0) for seed in seeds]
+    if section == "temperature":
+        return [line(f"tau {tau:g}", seed, temperature=tau) for tau in (0.0, 0.01, 0.05, 0.1, 1.0) for seed in seeds]
     if section == "sets":
         return [line(name, seed, name=name) for name in SETS[1:] for seed in seeds]
     if section == "ablations":
         return [line(label, seed, **options) for label, options in ABLATIONS.items() for seed in seeds]
     random = np.random.default_rng(0)
-    grid = {"tau": (0.02, 0.05, 0.1), "gamma": (0.5, 1.0, 2.0), "rate": (3e-4, 1e-3), "batch": (128, 256)}
+    grid = {
+        "temperature": (0.02, 0.05, 0.1),
+        "gamma": (0.5, 1.0, 2.0),
+        "learning_rate": (3e-4, 1e-3),
+        "batch": (128, 256),
+    }
     runs = []
     for seed in range(50):
         options = {name: random.choice(choices).item() for name, choices in grid.items()}
@@ -189,9 +194,9 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "target network 0.99": {"target_decay": 0.99},
     "no decay": {"decay_steps": float("inf")},
     "no warm-up": {"warmup": 0},
-    "rate of values 3e-4": {"value_rate": 3e-4},
-    "rate of values 3e-3": {"value_rate": 3e-3},
-    "rate of policy 3e-4": {"rate": 3e-4, "value_rate": 1e-3},
+    "rate of values 3e-4": {"value_learning_rate": 3e-4},
+    "rate of values 3e-3": {"value_learning_rate": 3e-3},
+    "rate of policy 3e-4": {"learning_rate": 3e-4, "value_learning_rate": 1e-3},
     "batch 128": {"batch": 128},
     "batch 512": {"batch": 512},
     "Jacobi": {"ablation": {"sweep": "jacobi"}},

@@ -76,7 +76,7 @@ def guided(world: MeasuredWorld, times: jax.Array) -> dict[str, Any]:
     }
     out = {name: samplers.ancestral(process, denoiser) for name, denoiser in by.items()}
     pigdm = by["PiGDM, variance of the data"]
-    out["PiGDM + time travel x3"] = samplers.ancestral(process, pigdm, recurrences=3, window=(0.2, 0.6))
+    out["PiGDM + time travel x3"] = samplers.ancestral(process, pigdm, time_travel=3, window=(0.2, 0.6))
     likelihood = guides.likelihood(prior, process, seen, prior_variance=v)
     out["PiGDM at the kernel"] = samplers.ancestral(process, prior, guide=guides.gradient_guide(likelihood))
     return out

@@ -111,7 +111,7 @@ def tune_main(
     network.scalar_time = True
     tuner = tuners.elegant(
         _model(network), world.process, world.reward, world.times, _adam(rate, steps), reference=world.denoiser,
-        kl_weight=alpha, initial=draw, batch=batch, remat="none",
+        temperature=alpha, initial=draw, batch=batch, remat="none",
     )  # fmt: skip
     return tuner, _fit(tuner, params, seed, steps)
 
@@ -131,13 +131,13 @@ def tune_initial(
     key = jax.random.key(100 + seed)
     data = tuners.rollouts(key, world.process, world.denoiser, world.times, world.reward, samples)
     data = {"path": data["path"][:, :1], "reward": data["reward"]}
-    tuner = tuners.initial_value(_model(network), world.process, world.times, _adam(rate, steps), kl_weight=ALPHA)
+    tuner = tuners.initial_value(_model(network), world.process, world.times, _adam(rate, steps), temperature=ALPHA)
     value = denoisers.from_function(network, _fit(tuner, params, seed, steps, data=data, batch=1024))
     process = processes.initial_law(world.process, schedules.linear_vp())
     times = process.times(moves)
     network, params = networks.initial(times)
     tuner = tuners.initial_tuner(
-        _model(network), process, value, times, _adam(rate, steps), kl_weight=ALPHA, time=world.times[0], batch=256,
+        _model(network), process, value, times, _adam(rate, steps), temperature=ALPHA, time=world.times[0], batch=256,
         remat="none",
     )  # fmt: skip
     params = _fit(tuner, params, seed, steps)
@@ -292,7 +292,7 @@ def policy_gradient_rows(seeds: int, write: Callable[[list[str]], None]) -> None
             return world.denoiser(x, t) + change(params, x, t)
 
         common = (_model(network), world.process, world.times, _adam(0.02, steps))
-        kl: dict[str, Any] = {"batch": batch, "reference": world.denoiser, "kl_weight": ALPHA}
+        kl: dict[str, Any] = {"batch": batch, "reference": world.denoiser, "temperature": ALPHA}
         value = {"value": _model(worth), "value_params": first, "value_optimizer": _adam(0.02, steps)}
         methods = {
             "DDPO-SF": tuners.ddpo(*common, **kl),

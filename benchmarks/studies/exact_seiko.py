@@ -83,7 +83,7 @@ def heads(reduce: str) -> Any:
 
 @jax.jit
 def _believed(belief: Any, x0: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    return belief.mean(x0), belief.upper(x0), belief.deviation(x0)
+    return belief.mean(x0), belief.upper(x0), belief.std(x0)
 
 
 _fit = jax.jit(lambda surrogate, key, observations: surrogate.fit(key, observations))
@@ -285,7 +285,7 @@ def learned(
         for seed in range(seeds):
             params = start(seed)
             method = seiko.seiko(
-                model, PROCESS, times, surrogate, inner, prior=model(params), alpha=alpha, batch=queries[0], capacity=TOTAL,
+                model, PROCESS, times, surrogate, inner, prior=model(params), temperature=alpha, batch=queries[0], capacity=TOTAL,
                 steps=STEPS * len(QUERIES) // len(queries),
             )  # fmt: skip
             answer = _noisy(table, seed)

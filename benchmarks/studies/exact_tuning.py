@@ -142,8 +142,8 @@ def train(
         begun = time.perf_counter()
         tuner = tuners.drakes(
             model, world.process, world.reward, world.process.times(), optimizer(stage.rate, stage.steps, stage.floor),
-            batch=stage.batch, reference=world.reference, kl_weight=alpha, estimator=stage.estimator,
-            temperature=stage.temperature, ema_decay=ema, remat="none",
+            batch=stage.batch, reference=world.reference, temperature=alpha, estimator=stage.estimator,
+            gumbel_temperature=stage.temperature, ema_decay=ema, remat="none",
         )  # fmt: skip
         key = jax.random.fold_in(jax.random.key(seed), i)
         state = tuners.fit(tuner, key, tuner.init(params), stage.steps, chunk=500)
@@ -214,7 +214,7 @@ def published(world: World, options: argparse.Namespace, write: Any) -> None:
         times, begun = world.masked.times(moves), time.perf_counter()
         tuner = tuners.drakes_published(
             model, world.masked, world.reward, times, optimizer(2e-3, steps, 0.0), batch=128,
-            reference=world.reference, kl_weight=ALPHA, truncation=live, remat="none",
+            reference=world.reference, temperature=ALPHA, truncation=live, remat="none",
         )  # fmt: skip
         state = tuners.fit(tuner, jax.random.key(0), tuner.init(start(0)), steps, chunk=500)
         policy, cost = model(jax.block_until_ready(state.params)), (steps * 128, time.perf_counter() - begun)

@@ -298,7 +298,7 @@ def open_campaign(
         one of its numbers differ.
     """
     steps = int(getattr(method, "steps", 1)) if steps is None else steps
-    numbers = ("alpha", "beta", "schedule", "feasibility_weight", "noise", "capacity")
+    numbers = ("temperature", "proximal_weight", "schedule", "feasibility_weight", "noise", "capacity")
     config = {
         "method": type(method).__name__,
         "surrogate": type(method.surrogate).__name__,

@@ -25,14 +25,14 @@ class Ancestral:
     reference: Denoiser | None = None
     guide: Guide | None = None
     window: Array | None = None
-    recurrences: int = static(default=1)
+    time_travel: int = static(default=1)
     differentiable: bool = static(default=False)
 
     def init(self, key: Key, batch: int, t: Array, cond: Cond = None) -> State:
         return self.process.prior(batch).sample(key)
 
     def step(self, key: Key, x: State, t: Array, s: Array, cond: Cond = None) -> tuple[State, Info]:
-        if self.recurrences == 1:
+        if self.time_travel == 1:
             return self._move(key, x, t, s, cond)
         key_first, key_again = jax.random.split(key)
 
@@ -57,8 +57,8 @@ class Ancestral:
     def _repeats(self, t: Array) -> Array:
         """How often a move from t is made."""
         if self.window is None:
-            return jnp.full(jnp.shape(t), self.recurrences)
-        return jnp.where((self.window[0] <= t) & (t <= self.window[1]), self.recurrences, 1)
+            return jnp.full(jnp.shape(t), self.time_travel)
+        return jnp.where((self.window[0] <= t) & (t <= self.window[1]), self.time_travel, 1)
 
     def final(self, x: State, t: Array, cond: Cond = None) -> tuple[State, Info]:
         if not self.process.projects:
@@ -84,7 +84,7 @@ def ancestral(
     *,
     reference: Denoiser | None = None,
     guide: Guide | None = None,
-    recurrences: int = 1,
+    time_travel: int = 1,
     window: tuple[float, float] | None = None,
     differentiable: bool = False,
 ) -> Ancestral:
@@ -96,7 +96,7 @@ def ancestral(
       reference: another denoiser; info["kl"] [B] is then the KL in nats of each step to the reference's step, and its
         sum over moves, with that of the projection in the info of `sample`, the path KL. Needs eta > 0.
       guide: (kernel, move) -> kernel, e.g. `rgdiff.guides.gradient_guide`; tilts each step's law. Needs eta > 0.
-      recurrences: how often each move is made: before every repetition x_s is noised back to x_t. This is the time
+      time_travel: how often each move is made: before every repetition x_s is noised back to x_t. This is the time
         travel of FreeDoM (arXiv 2303.09833, algorithm 2) and the self-recurrence of universal guidance (2302.07121).
       window: (low, high), the times t whose moves are repeated; all by default. May change without a recompilation.
       differentiable: draw with `rsample`, so that gradients flow through the chain.
@@ -106,15 +106,15 @@ def ancestral(
         move has no density, and its loop has no reverse mode), or of a first-hitting chain.
     """
     checks.noising_process(process, "ancestral sampling")
-    recurrences = checks.at_least("recurrences", recurrences, 1)
-    if recurrences > 1 and (reference is not None or differentiable):
+    time_travel = checks.at_least("time_travel", time_travel, 1)
+    if time_travel > 1 and (reference is not None or differentiable):
         raise ValueError(
-            "a chain with recurrences > 1 has no path KL and no gradient; leave out reference, differentiable"
+            "a chain with time_travel > 1 has no path KL and no gradient; leave out reference, differentiable"
         )
-    if recurrences > 1 and hasattr(process, "moves"):
-        raise ValueError("a chain of one event at a time ends when its moves are used up; leave out recurrences")
-    if window is not None and (recurrences == 1 or len(window) != 2):
-        raise ValueError("window is a pair (low, high) of times whose moves are repeated; it needs recurrences > 1")
+    if time_travel > 1 and hasattr(process, "moves"):
+        raise ValueError("a chain of one event at a time ends when its moves are used up; leave out time_travel")
+    if window is not None and (time_travel == 1 or len(window) != 2):
+        raise ValueError("window is a pair (low, high) of times whose moves are repeated; it needs time_travel > 1")
     if reference is not None:
         checks.law(process, "a KL to a reference")
         reference = callable_pytree(reference, "a denoiser")
@@ -127,7 +127,7 @@ def ancestral(
         reference,
         guide,
         None if window is None else jnp.asarray(window, jnp.float32),
-        recurrences,
+        time_travel,
         differentiable,
     )
 

@@ -247,7 +247,7 @@ class Smc:
             log_z=carry.log_z + jnp.where(needed, log_mean_exp(carry.log_weights), 0.0),
             gains=carry.gains + gains,
         )
-        return Particles(*of_particles, *resampled[6:]), ancestors, needed
+        return Particles(*of_particles, *resampled[6:]), ancestors, needed  # type: ignore[call-arg]
 
 
 def _imputed(values: Array, previous: Array, log_weights: Array) -> Array:

@@ -44,7 +44,7 @@ def coverage(
 @jax.jit
 def _coverage(belief: Any, x0: State, y: Array, level: Array, noise: Array, cond: Cond) -> Coverage:
     known = jnp.isfinite(y)
-    half = jax.scipy.stats.norm.ppf(0.5 + level / 2) * jnp.sqrt(belief.deviation(x0, cond) ** 2 + noise**2)
+    half = jax.scipy.stats.norm.ppf(0.5 + level / 2) * jnp.sqrt(belief.std(x0, cond) ** 2 + noise**2)
     inside = jnp.abs(y - belief.mean(x0, cond)) <= half
     mean = lambda values: jnp.sum(jnp.where(known, values, 0.0)) / jnp.sum(known)  # noqa: E731
     return Coverage(mean(inside), mean(2 * half))

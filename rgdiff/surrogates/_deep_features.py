@@ -47,7 +47,7 @@ class DeepFeatures:
             params = previous.features.params
         else:
             params = networks.initial(key_init, self.network, observations.x0)
-        target = (observations.values - observations.mean) / observations.deviation
+        target = (observations.values - observations.mean) / observations.std
         fitting = networks.Fitting(
             observations.x0,
             target,

@@ -17,7 +17,7 @@ from rgdiff.surrogates.beliefs import root
 from rgdiff.surrogates.observations import Observations
 from rgdiff.typing import Array, Cond, Key, Params, State, pytree, static
 
-REDUCTIONS = ("max", "mean_plus_deviation")
+REDUCTIONS = ("max", "mean_plus_std")
 
 
 @pytree
@@ -54,7 +54,7 @@ class EnsembleBelief:
     def mean(self, x0: State, cond: Cond = None) -> Array:
         return jnp.mean(self.predictions(x0), 0)
 
-    def deviation(self, x0: State, cond: Cond = None) -> Array:
+    def std(self, x0: State, cond: Cond = None) -> Array:
         """Standard deviation over heads (n - 1); 0 for a single one."""
         return self._spread(self.predictions(x0))
 
@@ -103,7 +103,7 @@ class BootstrapEnsemble:
             params = jax.vmap(lambda k: networks.initial(k, self.network, observations.x0))(split(key_init))
             prior_params = jax.vmap(networks.shaken)(split(key_prior), params)
         counts = jax.vmap(networks.bootstrap, (0, None))(split(key_resample), observations.answered)
-        offset, scale = observations.mean, observations.deviation
+        offset, scale = observations.mean, observations.std
         target = (observations.values - offset) / scale
 
         def one(key: Key, params: Params, prior_params: Params, counts: Array) -> Params:
@@ -141,7 +141,7 @@ def ensemble(
       heads: number of networks, in one program by `vmap`.
       steps: optimiser steps of a fit.
       batch: rows a step.
-      reduce: what is optimistic: `max` over heads, as released, or `mean_plus_deviation`.
+      reduce: what is optimistic: `max` over heads, as released, or `mean_plus_std`.
       bonus: deviations above the mean, for the latter; dynamic.
       prior: scale, in standard deviations of the answers, of a fixed random network added to every head, so that heads
         disagree where there are no data (randomised priors, arXiv 1806.03335); 0 for none; dynamic.

@@ -57,14 +57,14 @@ class GaussianProcessBelief:
     def mean(self, x0: State, cond: Cond = None) -> Array:
         return self.offset + jnp.matmul(self._to(x0), self.weights, precision=HIGHEST)
 
-    def deviation(self, x0: State, cond: Cond = None) -> Array:
+    def std(self, x0: State, cond: Cond = None) -> Array:
         """sqrt(k(x, x) - k(x, X) (K + noise^2 I)^-1 k(X, x)), of the function, not of a further noisy answer."""
-        return self._deviation(x0, self._to(x0))
+        return self._std(x0, self._to(x0))
 
     def upper(self, x0: State, cond: Cond = None) -> Array:
         near = self._to(x0)
         mean = self.offset + jnp.matmul(near, self.weights, precision=HIGHEST)
-        return mean + self.bonus * self._deviation(x0, near)
+        return mean + self.bonus * self._std(x0, near)
 
     def draw(self, key: Key) -> PosteriorDraw:
         """Draw a function, by a prior of random features and an exact update (pathwise conditioning, arXiv 2002.09309)."""
@@ -82,7 +82,7 @@ class GaussianProcessBelief:
         """Covariance to the answers, [B, N], 0 to other slots."""
         return jnp.where(self.answered, self.kernel(x0, self.x0), 0.0)
 
-    def _deviation(self, x0: State, near: Array) -> Array:
+    def _std(self, x0: State, near: Array) -> Array:
         one = lambda x: self.kernel(*(2 * (jax.tree.map(lambda leaf: leaf[None], x),)))[0, 0]  # noqa: E731
         known = jnp.sum(solve_triangular(self.factor, near.T, lower=True) ** 2, 0)
         return root(jax.vmap(one)(x0) - known)

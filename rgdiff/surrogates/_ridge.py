@@ -46,7 +46,7 @@ class RidgeBelief:
     def mean(self, x0: State, cond: Cond = None) -> Array:
         return LinearReward(self.features, self.weights, self.offset)(x0)
 
-    def deviation(self, x0: State, cond: Cond = None) -> Array:
+    def std(self, x0: State, cond: Cond = None) -> Array:
         """noise * sqrt(phi^T C^-1 phi), of the mean, not of a further noisy answer."""
         return self.noise * root(self._leverage(self.features(x0)))
 

@@ -1,7 +1,7 @@
 """Beliefs about an unknown reward: the protocol, what turns one into another, and the optimistic reward made of one.
 
 A surrogate learns a belief from observations; a belief answers what the reward is at x0 (`mean`), how unsure that is
-(`deviation`), what it may be at best (`upper`) and what it is in one plausible world (`draw`). All are differentiable in
+(`std`), what it may be at best (`upper`) and what it is in one plausible world (`draw`). All are differentiable in
 x0, points of the simplex included. Conditions are passed through and not used: observations do not hold any.
 """
 
@@ -21,7 +21,7 @@ class Belief(Protocol):
 
     def mean(self, x0: State, cond: Cond = None) -> Array: ...
 
-    def deviation(self, x0: State, cond: Cond = None) -> Array: ...
+    def std(self, x0: State, cond: Cond = None) -> Array: ...
 
     def upper(self, x0: State, cond: Cond = None) -> Array: ...
 
@@ -49,8 +49,8 @@ class GreedyBelief:
     def mean(self, x0: State, cond: Cond = None) -> Array:
         return self.belief.mean(x0, cond)
 
-    def deviation(self, x0: State, cond: Cond = None) -> Array:
-        return self.belief.deviation(x0, cond)
+    def std(self, x0: State, cond: Cond = None) -> Array:
+        return self.belief.std(x0, cond)
 
     def upper(self, x0: State, cond: Cond = None) -> Array:
         return self.belief.mean(x0, cond)
@@ -88,8 +88,8 @@ class ThompsonBelief:
     def mean(self, x0: State, cond: Cond = None) -> Array:
         return self.belief.mean(x0, cond)
 
-    def deviation(self, x0: State, cond: Cond = None) -> Array:
-        return self.belief.deviation(x0, cond)
+    def std(self, x0: State, cond: Cond = None) -> Array:
+        return self.belief.std(x0, cond)
 
     def upper(self, x0: State, cond: Cond = None) -> Array:
         return self.drawn(x0, cond)

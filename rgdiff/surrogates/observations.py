@@ -46,7 +46,7 @@ class Observations(NamedTuple):
         return jnp.sum(self.values) / jnp.maximum(jnp.sum(self.answered), 1)
 
     @property
-    def deviation(self) -> Array:
+    def std(self) -> Array:
         """Standard deviation of the answers; 1 where they do not differ."""
         square = jnp.sum(jnp.where(self.answered, (self.y - self.mean) ** 2, 0.0))
         spread = jnp.sqrt(square / jnp.maximum(jnp.sum(self.answered), 1))

@@ -21,17 +21,17 @@ from rgdiff.typing import Array, Cond, Denoiser, Info, Key, Process, State, call
 PENALTIES = ("kl", "eps_mse")
 
 
-def weighed_references(reference: Any, kl_weight: Any) -> tuple[tuple[Denoiser, ...], Array]:
+def weighed_references(reference: Any, temperature: Any) -> tuple[tuple[Denoiser, ...], Array]:
     """Return references as a tuple and their weights [n], of one reference, several, or None."""
     plain = lambda value: isinstance(value, (list, tuple)) and not hasattr(value, "_fields")  # noqa: E731
     each = lambda value: [] if value is None else list(value) if plain(value) else [value]  # noqa: E731
-    references, weights = each(reference), each(kl_weight)
+    references, weights = each(reference), each(temperature)
     if len(references) != len(weights):
         raise ValueError(
-            "a KL term needs both reference= (a denoiser) and kl_weight=, one for each; "
+            "a KL term needs both reference= (a denoiser) and temperature=, one for each; "
             f"got {len(references)} and {len(weights)}"
         )
-    numbers = [checks.positive("kl_weight", weight, zero=True) for weight in weights]
+    numbers = [checks.positive("temperature", weight, zero=True) for weight in weights]
     denoisers = tuple(callable_pytree(one, "a denoiser") for one in references)
     return denoisers, jnp.stack(numbers) if numbers else jnp.zeros(0)
 
@@ -42,7 +42,7 @@ def budget_of(kl_budget: Any, references: Any, weights: Any) -> Array | None:
         return None
     if not (references and (isinstance(weights, Tracer) or (np.asarray(weights) > 0).all())):
         raise ValueError(
-            "kl_budget needs a KL term, whose weight it multiplies: give reference= and kl_weight= above 0"
+            "kl_budget needs a KL term, whose weight it multiplies: give reference= and temperature= above 0"
         )
     return checks.positive("kl_budget", kl_budget)
 

@@ -26,13 +26,15 @@ from rgdiff.typing import Array, Cond, Denoiser, Key, Model, Process, Reward, St
 ESTIMATORS = ("reinmax", "straight_through", "gumbel", "score_function", "log_variance")
 
 
-def with_estimator(process: Process, estimator: str, temperature: Any = 1.0) -> Process:
+def with_estimator(process: Process, estimator: str, gumbel_temperature: Any = 1.0) -> Process:
     """Return the process whose tokens' draws pass gradients as named; a masked part of a mixed state alike."""
     if isinstance(process, ProductProcess):
-        parts = {name: with_estimator(part, estimator, temperature) for name, part in process.parts.items()}
+        parts = {name: with_estimator(part, estimator, gumbel_temperature) for name, part in process.parts.items()}
         return ProductProcess(parts)
     if isinstance(process, MaskedProcess):
-        return dataclasses.replace(process, relaxation=estimator, temperature=jnp.asarray(temperature, jnp.float32))
+        return dataclasses.replace(
+            process, relaxation=estimator, gumbel_temperature=jnp.asarray(gumbel_temperature, jnp.float32)
+        )
     return process
 
 
@@ -45,12 +47,12 @@ def drakes(
     optimizer: Any,
     *,
     reference: Denoiser,
-    kl_weight: float,
+    temperature: float,
     estimator: str = "log_variance",
-    temperature: float = 1.0,
+    gumbel_temperature: float = 1.0,
     **options: Any,
 ) -> RewardBackprop:
-    """DRAKES: E[r(x0)] - kl_weight * path KL to the prior, through the tokens of a masked chain (arXiv 2410.13643).
+    """DRAKES: E[r(x0)] - temperature * path KL to the prior, through the tokens of a masked chain (arXiv 2410.13643).
 
     Args:
       process: masked, or a product with a masked part. Of `processes.first_hitting(...)` the optimum is the tilted prior
@@ -59,7 +61,7 @@ def drakes(
       estimator: of the token's gradient. Unbiased and for any reward: `log_variance` (see `LogVariance`: less noise the nearer
         the optimum; masked processes alone) and `score_function` (leave-one-out; treats the continuous parts of a mixed
         process alike). Pathwise, with less noise at the start, and biased: `reinmax` (second order, arXiv 2304.08612),
-        `straight_through`, `gumbel` (straight-through, with `temperature`).
+        `straight_through`, `gumbel` (straight-through, with `gumbel_temperature`).
       options: of `reward_backprop`; truncation is for the pathwise estimators.
 
     In a world of 3 tokens of 4 letters with a correlated prior, whose best E[r] - alpha KL is .747, 600 steps of 256 end at
@@ -86,7 +88,7 @@ def drakes(
             f'estimator="{estimator}" takes the whole chain; leave truncation and renoised out, or take "reinmax"'
         )
     if gradient == "pathwise":
-        process = with_estimator(process, estimator, temperature)
+        process = with_estimator(process, estimator, gumbel_temperature)
     tuner = reward_backprop(
         model,
         process,
@@ -94,7 +96,7 @@ def drakes(
         times,
         optimizer,
         reference=reference,
-        kl_weight=kl_weight,
+        temperature=temperature,
         gradient=gradient,
         **options,
     )
@@ -138,7 +140,7 @@ class LogVariance(RewardBackprop):
 
 @pytree
 class SoftAbsorbing:
-    """The published relaxed step: x <- c x + (1 - c) softmax((log q + Gumbel)/temperature), c = 1 - x[mask].
+    """The published relaxed step: x <- c x + (1 - c) softmax((log q + Gumbel)/gumbel_temperature), c = 1 - x[mask].
 
     q holds the mask and the tokens. Its `kl` is the published term, which is no KL: sum over positions and tokens of
     c x_k (-p_k + p'_k + p_k log(p_k / p'_k)) / rate_t, zero wherever x is hard.
@@ -149,7 +151,7 @@ class SoftAbsorbing:
     log_move: Array
     log_stay: Array
     rate: Array
-    temperature: Array
+    gumbel_temperature: Array
 
     @property
     def log_q(self) -> Array:
@@ -169,7 +171,7 @@ class SoftAbsorbing:
         return jax.lax.stop_gradient(self._mix(draw_token(key, self.log_q, "straight_through", 1.0)))
 
     def rsample(self, key: Key) -> Array:
-        return self._mix(draw_token(key, self.log_q, "relaxed", self.temperature))
+        return self._mix(draw_token(key, self.log_q, "relaxed", self.gumbel_temperature))
 
     def kl(self, other: SoftAbsorbing) -> Array:
         log_p, log_other = jax.nn.log_softmax(self.logits), jax.nn.log_softmax(other.logits)
@@ -193,7 +195,7 @@ class PublishedProcess(MaskedProcess):
         positions = x[..., -1]
         move = jnp.broadcast_to(along(jnp.log((rate_t - rate_s) / rate_t), positions), positions.shape)
         stay = jnp.broadcast_to(along(jnp.log(rate_s / rate_t), positions), positions.shape)
-        return SoftAbsorbing(x, prediction, move, stay, along(rate_t, positions), self.temperature)
+        return SoftAbsorbing(x, prediction, move, stay, along(rate_t, positions), self.gumbel_temperature)
 
     def finalize(self, x: Array, t: Array, prediction: Array) -> Array:
         soft = x[..., :-1]
@@ -210,9 +212,9 @@ def drakes_published(
     optimizer: Any,
     *,
     reference: Denoiser,
-    kl_weight: float,
+    temperature: float,
     truncation: int,
-    temperature: float = 1.0,
+    gumbel_temperature: float = 1.0,
     **options: Any,
 ) -> RewardBackprop:
     """The baseline: DRAKES as its released code does it, for comparison only.
@@ -224,7 +226,7 @@ def drakes_published(
     if type(process) is not MaskedProcess:
         raise ValueError(f"the published scheme needs a masked process, got {type(process).__name__}")
     published = PublishedProcess(
-        process.schedule, checks.positive("temperature", temperature), process.shape, process.classes
+        process.schedule, checks.positive("gumbel_temperature", gumbel_temperature), process.shape, process.classes
     )
     return reward_backprop(
         model,
@@ -234,7 +236,7 @@ def drakes_published(
         optimizer,
         truncation=truncation,
         reference=reference,
-        kl_weight=kl_weight,
+        temperature=temperature,
         penalize="live",
         **options,
     )

@@ -40,12 +40,12 @@ def settings(
     times: Array | None = None,
     *,
     batch: int = 256,
-    tau: float = 0.05,
-    velocity_tau: float | None = None,
-    rate: float = 1e-3,
-    sigma_rate: float | None = None,
-    value_rate: float | None = None,
-    energy_rate: float | None = None,
+    temperature: float = 0.05,
+    velocity_temperature: float | None = None,
+    learning_rate: float = 1e-3,
+    sigma_learning_rate: float | None = None,
+    value_learning_rate: float | None = None,
+    energy_learning_rate: float | None = None,
     decay_steps: float = float("inf"),
     warmup: int = 0,
     clip: float = 0.1,
@@ -62,10 +62,10 @@ def settings(
 
     Args:
       batch: B, chains an iteration.
-      tau: reward's unit per nat, for a whole example. All terms of the bound are kept, so that E V at the first time is an
+      temperature: tau, the reward's unit per nat, for a whole example. All terms of the bound are kept, so that E V at the first time is an
         upper bound of -tau log of the integral of exp(r / tau), up to the prior's entropy.
-      velocity_tau: of the quadratic part, tau by default.
-      rate, sigma_rate, value_rate, energy_rate: of Adam for the policy's network, its log sigma, V and a separate energy;
+      velocity_temperature: of the quadratic part, `temperature` by default.
+      learning_rate, sigma_learning_rate, value_learning_rate, energy_learning_rate: of Adam for the policy's network, its log sigma, V and a separate energy;
         the first by default. They decay as a cosine to 0 at `decay_steps`.
       decay_steps: iterations; infinity for rates that stay.
       warmup: iterations in which the policy stands still. A pre-trained one needs it: V knows nothing at first.
@@ -105,14 +105,18 @@ def settings(
         "process": process,
         "value": callable_pytree(value, "value (params -> cost to go)"),
         "times": grid,
-        "tau": checks.positive("tau", tau, zero=True),
-        "velocity_tau": number("velocity_tau", velocity_tau, tau),
+        "temperature": checks.positive("temperature", temperature, zero=True),
+        "velocity_temperature": number("velocity_temperature", velocity_temperature, temperature),
         "time_cost": jnp.broadcast_to(costs, (moves,)),
         "rates": Rates(
-            number("rate", rate, 0.0),
-            number("sigma_rate", sigma_rate, rate),
-            number("value_rate", value_rate, rate),
-            number("energy_rate", energy_rate, rate if value_rate is None else value_rate),
+            number("learning_rate", learning_rate, 0.0),
+            number("sigma_learning_rate", sigma_learning_rate, learning_rate),
+            number("value_learning_rate", value_learning_rate, learning_rate),
+            number(
+                "energy_learning_rate",
+                energy_learning_rate,
+                learning_rate if value_learning_rate is None else value_learning_rate,
+            ),
         ),
         "decay_steps": decay,
         "warmup": checks.positive("warmup", warmup, zero=True),

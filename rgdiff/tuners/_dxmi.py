@@ -131,7 +131,7 @@ RELEASED = Ablation(timeless=True, regularized_values=False, resample=False, exp
 
 @setting_of(
     dxmi,
-    fixed=("tau", "velocity_tau"),
+    fixed=("temperature", "velocity_temperature"),
     defaults={"ablation": RELEASED, "ema_decay": None, "decay_steps": float("inf")},
 )
 def dxmi_released(
@@ -141,8 +141,8 @@ def dxmi_released(
     times: Array | None = None,
     *,
     dim: int,
-    tau1: float = 0.1,
-    tau2: float = 0.01,
+    entropy_weight: float = 0.1,
+    velocity_weight: float = 0.01,
     time_cost: float = 1.0,
     **options: Any,
 ) -> InverseLearning:
@@ -150,20 +150,21 @@ def dxmi_released(
 
     Args:
       dim: D, the number of dimensions of an example.
-      tau1, tau2: entropy's and velocity's weights per dimension; ours are tau = tau1 / D and velocity_tau = tau2 / D per example.
+      entropy_weight, velocity_weight: tau_1 and tau_2, per dimension; temperature = entropy_weight / D and
+        velocity_temperature = velocity_weight / D per example.
       time_cost: of the sigmoid.
 
     Note:
-      tau1 = 10 tau2 has no optimum of sigma_t in a flat V: it grows until V's curvature stops it, or the policy's `reach`. The code
+      tau_1 = 10 tau_2 has no optimum of sigma_t in a flat V: it grows until V's curvature stops it, or the policy's `reach`. The code
       takes next states as drawn by the chain and noise in the quadratic cost as drawn; and keeps no average. Its Adam is shared by
-      energy and values, as ours is. Its rates are rate=1e-7, sigma_rate=1e-5, value_rate=1e-5, without decay.
+      energy and values, as ours is. Its rates are learning_rate=1e-7, sigma_learning_rate=1e-5, value_learning_rate=1e-5, without decay.
     """
     checks.law(process, "dxmi_released")
     steps = len(process.times() if times is None else times) - 1  # type: ignore[call-arg]
     dim = checks.at_least("dim", dim, 1)
     fixed = {
-        "tau": tau1 / dim,
-        "velocity_tau": tau2 / dim,
+        "temperature": entropy_weight / dim,
+        "velocity_temperature": velocity_weight / dim,
         "time_cost": sigmoid_time_cost(steps, time_cost),
     }
     return dxmi(model, process, value, times, **(fixed | options))

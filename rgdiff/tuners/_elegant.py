@@ -61,13 +61,13 @@ class _Sum:
 
 @setting_of(value_regression, fixed=("temperature",))
 def initial_value(
-    model: Any, process: Process, times: Array, optimizer: Any, *, kl_weight: float, **options: Any
+    model: Any, process: Process, times: Array, optimizer: Any, *, temperature: float, **options: Any
 ) -> ValueLearning:
     """Learn v(x_T) = alpha log E[exp(r(x0)/alpha) | x_T] by regression on rollouts of the prior.
 
     `value_regression` at the first time alone; data are {"path": path[:, :1], "reward": reward} of `rollouts`.
     """
-    return value_regression(model, process, optimizer, temperature=kl_weight, times=jnp.asarray(times)[:1], **options)
+    return value_regression(model, process, optimizer, temperature=temperature, times=jnp.asarray(times)[:1], **options)
 
 
 @setting_of(reward_backprop, fixed=("reference",))
@@ -78,7 +78,7 @@ def initial_tuner(
     times: Array,
     optimizer: Any,
     *,
-    kl_weight: float,
+    temperature: float,
     time: Array | float = 1.0,
     **options: Any,
 ) -> RewardBackprop:
@@ -97,7 +97,9 @@ def initial_tuner(
     base = standard_normal(initial)
     reward = AtTime(callable_pytree(value, "a value"), jnp.asarray(time, jnp.float32))
     shifted = Shifted(callable_pytree(model, "model (params -> network)"), base)
-    return reward_backprop(shifted, initial, reward, times, optimizer, reference=base, kl_weight=kl_weight, **options)
+    return reward_backprop(
+        shifted, initial, reward, times, optimizer, reference=base, temperature=temperature, **options
+    )
 
 
 @setting_of(reward_backprop)
@@ -109,7 +111,7 @@ def elegant(
     optimizer: Any,
     *,
     reference: Denoiser,
-    kl_weight: float,
+    temperature: float,
     initial: Any,
     **options: Any,
 ) -> RewardBackprop:
@@ -117,7 +119,7 @@ def elegant(
 
     Args:
       process: eta > 0.
-      kl_weight: alpha. The optimum is near p(x0) exp(r(x0)/alpha) / Z, p the law of the prior's chain, and not at it: moves
+      temperature: alpha. The optimum is near p(x0) exp(r(x0)/alpha) / Z, p the law of the prior's chain, and not at it: moves
         keep their variances. For N(0, 1), r = -(x - 1)^2 and alpha = 1 on `linear_vp`: mean .571, variance .221 for
         .523, .262 at T = 10; .649, .330 for .648, .324 at T = 100.
       initial: draw(key, batch) -> x_T, e.g. `samplers.drawing(ancestral(initial_process, tuned), initial_times)`, or None
@@ -130,5 +132,5 @@ def elegant(
     if initial is not None:
         process = started_from(process, initial)
     return reward_backprop(
-        model, process, reward, times, optimizer, reference=reference, kl_weight=kl_weight, **options
+        model, process, reward, times, optimizer, reference=reference, temperature=temperature, **options
     )

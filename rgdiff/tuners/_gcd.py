@@ -44,7 +44,7 @@ class Contrastive(InverseLearning):
         flow = _Flow(self.process, callable_pytree(self.model(policy), "a denoiser"))
         x, entropies = roll(flow, key, paths.x[0], self.times, cond, keep=lambda _, info: info["entropy"])  # type: ignore[arg-type]
         x0 = self.process.finalize(x, self.times[-1], None)
-        return jnp.mean(self.energy(params)(x0, cond) - self.tau * entropies[-1])
+        return jnp.mean(self.energy(params)(x0, cond) - self.temperature * entropies[-1])
 
 
 @setting_of(dxmi)

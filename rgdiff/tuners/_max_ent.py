@@ -118,8 +118,8 @@ class MaximumEntropy:
     value: Any
     reward: Any
     times: Array
-    tau: Array
-    velocity_tau: Array
+    temperature: Array
+    velocity_temperature: Array
     time_cost: Array
     rates: Rates
     decay_steps: Array
@@ -187,16 +187,16 @@ class MaximumEntropy:
     # ------------------------------------------------------------ the parts of an iteration
 
     def cost(self, kernel: Gaussian, x: Array, y: Array, speed: Array) -> Array:
-        """What a step costs, [B], in energy: tau nats of KL(pi(y | x) | N(x, s^2)), its quadratic part at velocity_tau.
+        """What a step costs, [B], in energy: tau nats of KL(pi(y | x) | N(x, s^2)), its quadratic part at a weight of its own.
 
-        velocity_tau E|y - x|^2 / 2 s^2 - tau (H(pi) - D/2 log 2 pi s^2); `exact` takes the expectation, else y stands for it.
+        velocity_temperature E|y - x|^2 / 2 s^2 - tau (H(pi) - D/2 log 2 pi s^2); `exact` takes the expectation, else y stands for it.
         """
         flat = lambda a: jnp.sum(a.reshape(a.shape[0], -1), -1)  # noqa: E731
         size = math.prod(x.shape[1:])
         square = flat((kernel.mean - x) ** 2) + size * jnp.mean(kernel.std**2, axis=tuple(range(1, x.ndim)))
         square = square if self.ablation.expectation == "exact" else flat((y - x) ** 2)
         entropy = kernel.entropy() - 0.5 * size * jnp.log(2 * jnp.pi * speed)
-        return self.velocity_tau * square / (2 * speed) - self.tau * entropy
+        return self.velocity_temperature * square / (2 * speed) - self.temperature * entropy
 
     def _squares(self, paths: Paths) -> Array:
         """E |x_{t+1} - x_t|^2 / D of every move, [T]."""

@@ -4,7 +4,7 @@ Four knobs make the whole family (`rgdiff.tuners.draft`, `drakes`, `elegant`): w
 calls keep their gradient, whether their input's gradient is kept, and what extra draws are added. Gradients are pathwise,
 or, for rewards and draws without a derivative, score-function with the batch's leave-one-out mean as the baseline.
 
-With kl_weight = alpha on the path KL to the prior the best law of x0 is p(x0) exp(r(x0)/alpha)/Z, p that of the prior's
+With temperature = alpha on the path KL to the prior the best law of x0 is p(x0) exp(r(x0)/alpha)/Z, p that of the prior's
 chain, if every kernel may be tilted and x_T says little of x0. Kernels of tokens can be. A denoiser moves the means of
 Gaussian kernels and leaves their variances, so that what any tuner reaches in T moves is off by about 1/T: for N(0, 1),
 r = -(x - 1)^2, alpha = 1, `linear_vp` and eta = 1 the best mean and variance are .571, .221 at T = 10, where p exp(r)/Z has
@@ -53,7 +53,7 @@ class RewardBackprop:
     reward: Reward
     times: Array
     references: tuple[Denoiser, ...]
-    kl_weight: Array
+    temperature: Array
     kl_budget: Array | None
     kl_rate: Array
     projection: Array
@@ -75,15 +75,15 @@ class RewardBackprop:
 
     def init(self, params: Params) -> TrainState:
         needs_signal(self.model, self.times, params)
-        weight = None if self.kl_budget is None else self.kl_weight
+        weight = None if self.kl_budget is None else self.temperature
         return start(params, self.optimizer, average=self.ema_decay is not None, extra=weight)
 
     def step(self, key: Key, state: TrainState, batch: Cond = None) -> tuple[TrainState, Info]:
-        weight = self.kl_weight if self.kl_budget is None else state.extra
+        weight = self.temperature if self.kl_budget is None else state.extra
         gradients, info = self.gradients(state.params, key, batch, weight)
         state, more = update(state, gradients, self.optimizer, self.ema_decay)
         if self.kl_budget is not None:
-            info["kl_weight"] = weight[0]
+            info["temperature"] = weight[0]
             state = state._replace(extra=towards_budget(weight, info["kl"], self.kl_budget, self.kl_rate))
         return state, info | more
 
@@ -99,7 +99,7 @@ class RewardBackprop:
         return self.times.shape[0] - 1 + self.process.projects
 
     def gradients(
-        self, params: Params, key: Key, cond: Cond = None, kl_weight: Array | None = None
+        self, params: Params, key: Key, cond: Cond = None, temperature: Array | None = None
     ) -> tuple[Params, Info]:
         """Return the gradient of `loss` and its info, one micro-batch at a time.
 
@@ -109,22 +109,22 @@ class RewardBackprop:
         count = self.micro_batches
         grad = jax.grad(self._total, has_aux=True)
         if count == 1:
-            gradients, sums = grad(params, key, cond, kl_weight)
+            gradients, sums = grad(params, key, cond, temperature)
         else:
             keys = jax.random.split(key, count)
             conds = jax.tree.map(lambda c: c.reshape(count, -1, *c.shape[1:]), cond)
-            first = grad(params, keys[0], jax.tree.map(lambda c: c[0], conds), kl_weight)
+            first = grad(params, keys[0], jax.tree.map(lambda c: c[0], conds), temperature)
             rest = (keys[1:], jax.tree.map(lambda c: c[1:], conds))
-            add = lambda total, where: (jax.tree.map(jnp.add, total, grad(params, *where, kl_weight)), None)  # noqa: E731
+            add = lambda total, where: (jax.tree.map(jnp.add, total, grad(params, *where, temperature)), None)  # noqa: E731
             gradients, sums = jax.lax.scan(add, first, rest)[0]
         return jax.tree.map(lambda g: g / _number(sums["feasible"]), gradients), self._info(sums)
 
-    def loss(self, params: Params, key: Key, cond: Cond = None, kl_weight: Array | None = None) -> tuple[Array, Info]:
+    def loss(self, params: Params, key: Key, cond: Cond = None, temperature: Array | None = None) -> tuple[Array, Info]:
         """Return minus the objective for one batch, and info (reward, infeasible, kl).
 
         The mean is over feasible examples. Under `score_function` it is a surrogate with the right gradient.
         """
-        total, sums = self._total(params, key, cond, kl_weight, micro=False)
+        total, sums = self._total(params, key, cond, temperature, micro=False)
         return total / _number(sums["feasible"]), self._info(sums)
 
     def _info(self, sums: dict[str, Array]) -> Info:
@@ -138,10 +138,10 @@ class RewardBackprop:
         return info
 
     def _total(
-        self, params: Params, key: Key, cond: Cond, kl_weight: Array | None, micro: bool = True
+        self, params: Params, key: Key, cond: Cond, temperature: Array | None, micro: bool = True
     ) -> tuple[Array, dict[str, Array]]:
         """Minus the sum of the objective over feasible examples of one (micro-)batch, and sums for the report."""
-        kl_weight = self.kl_weight if kl_weight is None else kl_weight
+        temperature = self.temperature if temperature is None else temperature
         batch = self.batch // self.micro_batches if micro else self.batch
         key_chain, key_extra = jax.random.split(key)
         denoiser = callable_pytree(self.model(params), "a denoiser")
@@ -153,7 +153,7 @@ class RewardBackprop:
         sums = {"reward": safe.sum(), "feasible": count, "infeasible": batch - count}
         cost = jnp.float32(0)
         if penalty is not None:
-            cost = jnp.tensordot(kl_weight, penalty, (0, 1))  # [T + 1, B]: moves, and the projection
+            cost = jnp.tensordot(temperature, penalty, (0, 1))  # [T + 1, B]: moves, and the projection
             cost = cost.at[-1].multiply(self.projection)
             sums["penalty"] = penalty.sum((0, 2))
         if self.heldout is not None:
@@ -277,7 +277,7 @@ def reward_backprop(
     on_trajectory: bool = True,
     reduce: str = "sum",
     reference: Denoiser | Sequence[Denoiser] | None = None,
-    kl_weight: float | Sequence[float] | None = None,
+    temperature: float | Sequence[float] | None = None,
     kl_budget: float | None = None,
     kl_rate: float = 0.1,
     penalty: str = "kl",
@@ -304,10 +304,10 @@ def reward_backprop(
       renoised: n, extra noisings of the final samples per sample (DRaFT-LV).
       on_trajectory: keep the term of the chain's own samples beside the renoised ones.
       reduce: `sum` or `mean` over these terms.
-      reference, kl_weight: subtract kl_weight * path KL(tuned || reference), nats per sample, summed over all moves and
+      reference, temperature: subtract temperature * path KL(tuned || reference), nats per sample, summed over all moves and
         the last projection; several references have a weight each. Needs eta > 0. Infeasible samples do not pay. How near
         the optimum is to p(x0) exp(r/alpha)/Z is said at the head of this module.
-      kl_budget, kl_rate: nats. The weights begin at kl_weight and are multiplied at every step by exp(kl_rate * (kl /
+      kl_budget, kl_rate: nats. The weights begin at temperature and are multiplied at every step by exp(kl_rate * (kl /
         kl_budget - 1)), clipped to exp(+-kl_rate), so that the KL settles at the budget (dual ascent).
       penalty: `kl`, or `eps_mse`, the mean squared difference of the predicted noise, which eta = 0 has too (DRaFT+).
       penalize: `all` calls, the dead ones through their kernels at constant states, or `live` calls alone, which
@@ -341,7 +341,7 @@ def reward_backprop(
         raise ValueError("on_trajectory=False needs renoised >= 1: nothing would be left to differentiate")
     if renoised and not (process.stochastic or process.projects):
         raise ValueError("renoised > 0 needs a process with a forward law")
-    references, weights = weighed_references(reference, kl_weight)
+    references, weights = weighed_references(reference, temperature)
     checks.one_of("penalty", penalty, PENALTIES)
     checks.one_of("penalize", penalize, ("all", "live"))
     if references and penalty == "kl":

@@ -58,7 +58,7 @@ class Experience(NamedTuple):
 class Rows(NamedTuple):
     """What an update needs of some of the chains: leaves with the batch on axis 1 (path, log_prob, advantage) or 0.
 
-    kl_weight [n] is of them all.
+    temperature [n] is of them all.
     """
 
     path: State
@@ -67,20 +67,20 @@ class Rows(NamedTuple):
     weight: Array
     scale: Array
     cond: Cond
-    kl_weight: Array
+    temperature: Array
 
     def take(self, index: Array) -> Rows:
         second = lambda leaf: leaf[:, index]  # noqa: E731
         moves = (jax.tree.map(second, self.path), self.log_prob[:, index], self.advantage[:, index])
         weight, scale, cond = jax.tree.map(lambda leaf: leaf[index], (self.weight, self.scale, self.cond))
-        return Rows(*moves, weight, scale, cond, self.kl_weight)
+        return Rows(*moves, weight, scale, cond, self.temperature)
 
 
 class PolicyGradientExtra(NamedTuple):
     """What a state holds besides: the advantage's own state, and the weights [n] of the KLs where a budget moves them."""
 
     advantage: Any
-    kl_weight: Array | None
+    temperature: Array | None
 
 
 @pytree
@@ -91,7 +91,7 @@ class PolicyGradient:
     process: Process
     times: Array
     references: tuple[Denoiser, ...]
-    kl_weight: Array
+    temperature: Array
     kl_budget: Array | None
     kl_rate: Array
     clip: Array | None
@@ -108,7 +108,7 @@ class PolicyGradient:
     def init(self, params: Params) -> TrainState:
         """Return a state; its `extra` is an `PolicyGradientExtra`."""
         needs_signal(self.model, self.times, params)
-        extra = PolicyGradientExtra(self.advantage.init(), None if self.kl_budget is None else self.kl_weight)
+        extra = PolicyGradientExtra(self.advantage.init(), None if self.kl_budget is None else self.temperature)
         return start(params, self.optimizer, average=self.ema_decay is not None, extra=extra)
 
     def rollout(self, key: Key, state: TrainState, cond: Cond = None) -> Experience:
@@ -146,8 +146,10 @@ class PolicyGradient:
             new, sums = jax.lax.scan(one, state, minibatch_rows(key, self.batch, self.epochs, self.minibatches))
             sums = jax.tree.map(lambda leaf: leaf.mean(0), sums)
         if self.kl_budget is not None:
-            info["kl_weight"] = rows.kl_weight[0]
-            extra = extra._replace(kl_weight=towards_budget(rows.kl_weight, info["kl"], self.kl_budget, self.kl_rate))
+            info["temperature"] = rows.temperature[0]
+            extra = extra._replace(
+                temperature=towards_budget(rows.temperature, info["kl"], self.kl_budget, self.kl_rate)
+            )
         state = new._replace(step=state.step + 1, extra=extra)
         return state, info | sums | {"skipped": state.skipped}
 
@@ -180,18 +182,18 @@ class PolicyGradient:
         reward = jnp.where(feasible, rewards, 0.0).astype(jnp.float32)
         info = {"reward": feasible_mean(reward, rewards), "infeasible": jnp.sum(~feasible)}
         togo = jnp.broadcast_to(reward, experience.log_prob.shape)
-        kl_weight = self.kl_weight if extra.kl_weight is None else extra.kl_weight
+        temperature = self.temperature if extra.temperature is None else extra.temperature
         if experience.penalty is not None:
             kl = experience.penalty.sum(0).mean(-1)
             info |= {"kl" if i == 0 else f"kl_{i + 1}": value for i, value in enumerate(kl)}
             if self.kl_gradient == "full":
-                cost = jnp.einsum("n,tnb->tb", kl_weight, experience.penalty)
+                cost = jnp.einsum("n,tnb->tb", temperature, experience.penalty)
                 togo = togo - jnp.cumsum(cost[::-1], 0)[::-1][1:]
         returns = Returns(togo, reward, feasible, experience.path, self.times, experience.cond)
         estimate, own, more = self.advantage(extra.advantage, returns)
         weight = jnp.where(feasible.any(), feasible / jnp.maximum(feasible.sum(), 1), jnp.nan)
         moves = experience.path, experience.log_prob, estimate.advantage
-        rows = Rows(*moves, weight, estimate.scale, experience.cond, kl_weight)
+        rows = Rows(*moves, weight, estimate.scale, experience.cond, temperature)
         return rows, extra._replace(advantage=own), info | more
 
     def _gradients(self, params: Params, rows: Rows, terminal: Reward | None) -> tuple[Params, Info]:
@@ -224,7 +226,9 @@ class PolicyGradient:
             outside = jnp.sum(held * advantage < ratio * advantage).astype(jnp.float32)
         if self.references:
             others = [self.process.reverse(x, t, s, other(x, t, rows.cond)) for other in self.references]
-            gain = gain - rows.kl_weight @ jnp.stack([kernel.kl(other) for other in others]) / (rows.scale * self._per)
+            gain = gain - rows.temperature @ jnp.stack([kernel.kl(other) for other in others]) / (
+                rows.scale * self._per
+            )
         return -jnp.sum(rows.weight * gain), outside
 
     def _end(self, params: Params, rows: Rows, terminal: Reward | None) -> Array:
@@ -233,7 +237,7 @@ class PolicyGradient:
         x0, info = self._chain(params).final(ChainCarry(last, jnp.int32(0)), self.times[-1], rows.cond)
         gain = jnp.float32(0) if terminal is None else terminal(x0, rows.cond)
         if self.references:
-            gain = gain - rows.kl_weight @ info["penalty"]
+            gain = gain - rows.temperature @ info["penalty"]
         return -jnp.sum(rows.weight * gain / (rows.scale * self._per))
 
     @property
@@ -262,7 +266,7 @@ def ddpo(
     repeats: int = 1,
     per_dim: bool = False,
     reference: Denoiser | Sequence[Denoiser] | None = None,
-    kl_weight: float | Sequence[float] | None = None,
+    temperature: float | Sequence[float] | None = None,
     kl_budget: float | None = None,
     kl_rate: float = 0.1,
     kl_gradient: str = "full",
@@ -284,11 +288,11 @@ def ddpo(
       advantage: from `rgdiff.tuners.advantages`; leave-one-out by default, which is unbiased and unscaled.
       repeats: consecutive chains for each row of the conditions, as `group_relative` needs them.
       per_dim: divide log-ratios, and KL terms with them, by D, the dimensions of an example: the published setting.
-      reference, kl_weight: subtract kl_weight * path KL(tuned || reference), nats per sample, over all moves and the
+      reference, temperature: subtract temperature * path KL(tuned || reference), nats per sample, over all moves and the
         projection; in the reward's unit per nat, also where advantages are scaled. Several references have a weight each.
       kl_budget, kl_rate: nats; the weights follow the KL to the first reference, as in `reward_backprop`, once a batch.
       kl_gradient: `full`, each draw also pays for the KL of later moves, so that the optimum is the regularised one
-        (near p(x0) exp(r/kl_weight)/Z: Gaussian moves keep their variances, see `rgdiff.tuners.reward_backprop`);
+        (near p(x0) exp(r/temperature)/Z: Gaussian moves keep their variances, see `rgdiff.tuners.reward_backprop`);
         or `direct`, only each move's own KL is differentiated.
       ema_decay: keep an average of the parameters, `state.best`.
 
@@ -323,7 +327,7 @@ def ddpo(
         raise ValueError(
             "several updates a batch need importance ratios: give clip=, e.g. 0.2 (or 1e-4 with per_dim=True)"
         )
-    references, weights = weighed_references(reference, kl_weight)
+    references, weights = weighed_references(reference, temperature)
     return PolicyGradient(
         callable_pytree(model, "model (params -> denoiser)"),
         process,
@@ -353,7 +357,7 @@ def dpok(
     optimizer: Any,
     *,
     reference: Denoiser | Sequence[Denoiser],
-    kl_weight: float | Sequence[float],
+    temperature: float | Sequence[float],
     value: Any,
     value_params: Params,
     value_optimizer: Any,
@@ -361,7 +365,7 @@ def dpok(
     clip: float | None = None,
     **options: Any,
 ) -> PolicyGradient:
-    """DPOK: the policy gradient of E[r] - kl_weight * path KL with a learnt baseline V(x_t, t) (arXiv 2305.16381).
+    """DPOK: the policy gradient of E[r] - temperature * path KL with a learnt baseline V(x_t, t) (arXiv 2305.16381).
 
     Args:
       value: params -> V(x, t, cond) -> [B], regressed on the return by its own optimiser, `value_steps` a batch.
@@ -375,4 +379,4 @@ def dpok(
     """
     baseline = advantages.learnt_baseline(value, value_params, value_optimizer, steps=value_steps)
     options = {"advantage": baseline, "clip": clip, **options}
-    return ddpo(model, process, times, optimizer, reference=reference, kl_weight=kl_weight, **options)
+    return ddpo(model, process, times, optimizer, reference=reference, temperature=temperature, **options)

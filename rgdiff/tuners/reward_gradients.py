@@ -86,7 +86,7 @@ def draft_plus(
     *,
     reference: Denoiser,
     k: int = 1,
-    kl_weight: float = 0.1,
+    weight: float = 0.1,
     **options: Any,
 ) -> RewardBackprop:
     """DRaFT+: DRaFT-K with the squared difference of the predicted noise to the prior's at the live calls.
@@ -95,7 +95,7 @@ def draft_plus(
 
     Note:
       NeMo-Aligner calls the term a KL; it carries no weight of the schedule and DDIM has no law. A path KL in nats is
-      `draft_k(..., reference=, kl_weight=)` with eta > 0.
+      `draft_k(..., reference=, temperature=)` with eta > 0.
     """
     return reward_backprop(
         model,
@@ -105,7 +105,7 @@ def draft_plus(
         optimizer,
         truncation=k,
         reference=reference,
-        kl_weight=kl_weight,
+        temperature=weight,
         penalty="eps_mse",
         penalize="live",
         **options,

@@ -281,7 +281,14 @@ def draft(number=0.1):
     process = gaussian()
     reference = Net(net(2, 2, 5))
     return tuners.draft(
-        gaussian_model, process, gaussian_reward, process.times(4), ADAM, batch=B, reference=reference, kl_weight=number
+        gaussian_model,
+        process,
+        gaussian_reward,
+        process.times(4),
+        ADAM,
+        batch=B,
+        reference=reference,
+        temperature=number,
     ), net(2, 2)
 
 
@@ -326,7 +333,7 @@ def draft_plus(number=0.5):
     process = gaussian(0.0)
     return tuners.draft_plus(
         gaussian_model, process, gaussian_reward, process.times(4), ADAM, k=2, batch=B, reference=Net(net(2, 2, 5)),
-        kl_weight=number,
+        temperature=number,
     ), net(2, 2)  # fmt: skip
 
 
@@ -334,7 +341,7 @@ def drtune_budget(number=0.5):
     process = gaussian(number)
     return tuners.drtune(
         gaussian_model, process, gaussian_reward, process.times(4), ADAM, k=2, m=2, batch=B, micro_batches=2,
-        reference=Net(net(2, 2, 5)), kl_weight=number, kl_budget=number,
+        reference=Net(net(2, 2, 5)), temperature=number, kl_budget=number,
     ), net(2, 2)  # fmt: skip
 
 
@@ -342,21 +349,21 @@ def drakes(number=0.5):
     process = processes.first_hitting(masked())
     return tuners.drakes(
         gaussian_model, process, masked_reward, process.times(), ADAM, batch=B, reference=Net(net(4, 3, 5)),
-        kl_weight=number, estimator="reinmax",
+        temperature=number, estimator="reinmax",
     ), net(4, 3)  # fmt: skip
 
 
 def drakes_score_function(number=0.5):
     return tuners.drakes(
         gaussian_model, masked(), masked_reward, masked().times(4), ADAM, batch=B, reference=Net(net(4, 3, 5)),
-        kl_weight=number, estimator="score_function",
+        temperature=number, estimator="score_function",
     ), net(4, 3)  # fmt: skip
 
 
 def drakes_log_variance(number=0.5):
     return tuners.drakes(
         gaussian_model, masked(), masked_reward, masked().times(4), ADAM, batch=B, reference=Net(net(4, 3, 5)),
-        kl_weight=number, estimator="log_variance",
+        temperature=number, estimator="log_variance",
     ), net(4, 3)  # fmt: skip
 
 
@@ -367,7 +374,7 @@ def elegant(number=0.5):
     draw = samplers.drawing(samplers.ancestral(start, Net(net(2, 2, 7))), start.times(3))
     return tuners.elegant(
         gaussian_model, process, gaussian_reward, process.times(4), ADAM, batch=B, reference=Net(net(2, 2, 5)),
-        kl_weight=number, initial=draw,
+        temperature=number, initial=draw,
     ), net(2, 2)  # fmt: skip
 
 
@@ -375,18 +382,18 @@ def elegant_initial(number=0.5):
     start = processes.initial_law(gaussian(), schedules.linear_vp())
     value = value_model(net(2, 3))
     return tuners.initial_tuner(
-        gaussian_model, start, value, start.times(3), ADAM, kl_weight=number, batch=B
+        gaussian_model, start, value, start.times(3), ADAM, temperature=number, batch=B
     ), net(2, 2)  # fmt: skip
 
 
 def elegant_value(number=0.5):
-    return tuners.initial_value(value_model, gaussian(), gaussian().times(3), ADAM, kl_weight=number), net(2, 3)
+    return tuners.initial_value(value_model, gaussian(), gaussian().times(3), ADAM, temperature=number), net(2, 3)
 
 
 def drakes_published(number=0.5):
     return tuners.drakes_published(
         gaussian_model, masked(), masked_reward, masked().times(4), ADAM, batch=B, reference=Net(net(4, 3, 5)),
-        kl_weight=number, truncation=2, temperature=number,
+        temperature=number, truncation=2, gumbel_temperature=number,
     ), net(4, 3)  # fmt: skip
 
 
@@ -394,7 +401,7 @@ def ddpo(number=0.5):
     process = gaussian(number)
     online = tuners.ddpo(
         gaussian_model, process, process.times(4), ADAM, batch=B, clip=number, epochs=2, minibatches=2,
-        advantage=tuners.advantages.batch_normalised(), reference=Net(net(2, 2, 5)), kl_weight=number, kl_budget=number,
+        advantage=tuners.advantages.batch_normalised(), reference=Net(net(2, 2, 5)), temperature=number, kl_budget=number,
         kl_rate=number, ema_decay=number,
     )  # fmt: skip
     return tuners.as_tuner(online, gaussian_reward, heldout=gaussian_reward), net(2, 2)
@@ -403,7 +410,7 @@ def ddpo(number=0.5):
 def dpok(number=0.5):
     process = gaussian(number)
     online = tuners.dpok(
-        gaussian_model, process, process.times(4), ADAM, batch=B, reference=Net(net(2, 2, 5)), kl_weight=number,
+        gaussian_model, process, process.times(4), ADAM, batch=B, reference=Net(net(2, 2, 5)), temperature=number,
         value=value_model, value_params=net(2, 3), value_optimizer=ADAM, value_steps=2,
     )  # fmt: skip
     return tuners.as_tuner(online, gaussian_reward, noise=number), net(2, 2)

@@ -64,7 +64,7 @@ REFUSED = {
     "KL at eta 0": (lambda: samplers.ancestral(POINTS.process, W.denoiser, reference=W.denoiser), "eta > 0"),
     "KL tuning at eta 0": (
         lambda: tuners.draft(
-            W.model, POINTS.process, W.reward, W.times, SGD, batch=4, reference=W.denoiser, kl_weight=1.0
+            W.model, POINTS.process, W.reward, W.times, SGD, batch=4, reference=W.denoiser, temperature=1.0
         ),
         "eta > 0",
     ),
@@ -166,10 +166,10 @@ REFUSED = {
         lambda: samplers.tds(W.process, W.denoiser, values.posterior_mean(BLACK_BOX, W.process, W.denoiser)),
         "black box",
     ),
-    "a budget of nothing": (lambda: draft(reference=W.denoiser, kl_weight=0.0, kl_budget=1.0), "above 0"),
+    "a budget of nothing": (lambda: draft(reference=W.denoiser, temperature=0.0, kl_budget=1.0), "above 0"),
     "too few events": (lambda: checks.times(jnp.float32([1, 0.5, 0]), EVENTS), "takes 4 moves (positions), got 2"),
     "repeated events": (
-        lambda: samplers.ancestral(EVENTS, W.denoiser, recurrences=2),
+        lambda: samplers.ancestral(EVENTS, W.denoiser, time_travel=2),
         "one event at a time ends when its moves are used up",
     ),
     "SVDD-R of conditions": (
@@ -183,9 +183,9 @@ REFUSED = {
     "truncation too large": (lambda: draft(truncation=7), "at most the chain's 6"),
     "truncation 0": (lambda: draft(truncation=0), "truncation"),
     "no terms": (lambda: draft(on_trajectory=False), "renoised >= 1"),
-    "KL without reference": (lambda: draft(kl_weight=1.0), "reference="),
-    "reference without weight": (lambda: draft(reference=W.denoiser), "kl_weight="),
-    "negative KL weight": (lambda: draft(kl_weight=-1.0, reference=W.denoiser), "kl_weight"),
+    "KL without reference": (lambda: draft(temperature=1.0), "reference="),
+    "reference without weight": (lambda: draft(reference=W.denoiser), "temperature="),
+    "negative KL weight": (lambda: draft(temperature=-1.0, reference=W.denoiser), "temperature"),
     "unknown reduce": (lambda: draft(reduce="man"), "did you mean 'mean'"),
     "unknown remat": (lambda: draft(remat="evrything"), "did you mean 'everything'"),
     "unknown target": (lambda: tuners.pretraining(W.model, W.process, SGD, target="epss"), "did you mean 'eps'"),

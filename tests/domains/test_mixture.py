@@ -74,7 +74,7 @@ def test_a_mixture_that_is_none_is_refused():
 
 def test_elegant_needs_a_temperature_and_a_law(tmp_path, capsys):
     for override, said in (
-        ("methods.elegant.tuning.kl_weight=null", "tuning.kl_weight > 0"),
+        ("methods.elegant.tuning.temperature=null", "tuning.temperature > 0"),
         ("methods.elegant.tuning.eta=0", "eta = 0"),
     ):
         assert cli.main(["run", "toy_elegant", f"out={tmp_path}/run", override]) == 2

@@ -459,12 +459,12 @@ def test_a_kernel_guide_tilts_every_step_and_its_path_kl_is_exact():
     assert_mean((np.asarray(run.x0, float) - mean) ** 2, np.diag(cov), slack=1e-4)
 
 
-def travelled(world, recurrences, window):
-    """Mean and covariance of x0 when moves from times in the window are made `recurrences` times."""
+def travelled(world, time_travel, window):
+    """Mean and covariance of x0 when moves from times in the window are made `time_travel` times."""
     law = world.prior()
     for i, (t, s) in enumerate(itertools.pairwise(world.grid)):
         law = world.push(law, i, i + 1, world.theta)
-        for _ in range(recurrences - 1 if window[0] <= t <= window[1] else 0):
+        for _ in range(time_travel - 1 if window[0] <= t <= window[1] else 0):
             ratio = world.reference.alpha(t) / world.reference.alpha(s)
             noise = world.reference.sigma(t) ** 2 - ratio**2 * world.reference.sigma(s) ** 2
             law = ratio * law[0], ratio**2 * law[1] + noise * np.eye(world.dim)
@@ -477,7 +477,7 @@ def test_time_travel_has_the_law_of_the_recursion(eta, window):
     world = GaussianWorld(
         [0.7, -0.4], [[0.5, 0.3], [0.3, 0.9]], schedule="cosine_vp", eta=eta, steps=4, theta=(0.4, 0.8)
     )
-    sampler = samplers.ancestral(world.process, world.denoiser, recurrences=4, window=window)
+    sampler = samplers.ancestral(world.process, world.denoiser, time_travel=4, window=window)
     x0 = samplers.sample(sampler, jax.random.key(0), 100_000, world.times).x0
     mean, cov = travelled(world, 4, window)
     assert np.abs(mean - travelled(world, 1, window)[0]).max() > 0.05  # it matters
@@ -501,7 +501,7 @@ def test_time_travel_through_masks_by_enumeration():
             back *= stays[:, None] * token[:, world.states[:, i]] + (1 - stays)[:, None] * to_mask[None]
         close(back.sum(1), np.ones(len(back)), rtol=1e-12)
         law = law @ back @ world.transition(t, s)
-    sampler = samplers.ancestral(world.process, world.denoiser, recurrences=2)
+    sampler = samplers.ancestral(world.process, world.denoiser, time_travel=2)
     x0 = samplers.sample(sampler, jax.random.key(0), 100_000, world.times).x0
     law = law[world.unmasked]
     assert np.all(np.abs(world.frequencies(x0) - law) < 4.5 * np.sqrt(law * (1 - law) / 100_000) + 1e-6)
@@ -512,14 +512,14 @@ def test_time_travel_through_masks_by_enumeration():
 def test_time_travel_counts_its_calls_and_compiles_once():
     net, times = Net(jnp.asarray(NET)), PROCESS.times(5)
     for window in (None, (0.3, 0.7)):
-        sampler = samplers.ancestral(PROCESS, net, recurrences=3, window=window)
+        sampler = samplers.ancestral(PROCESS, net, time_travel=3, window=window)
         samplers.sample(sampler, jax.random.key(0), 8, times)
         jax.effects_barrier()
         CALLS.clear(), TRACES.clear()
         samplers.sample(sampler, jax.random.key(1), 8, times).x0.block_until_ready()
         jax.effects_barrier()
         assert len(CALLS) == sampler.network_calls(4) == (13 if window is None else 9)
-    samplers.sample(samplers.ancestral(PROCESS, net, recurrences=3, window=(0.1, 0.5)), jax.random.key(0), 8, times)
+    samplers.sample(samplers.ancestral(PROCESS, net, time_travel=3, window=(0.1, 0.5)), jax.random.key(0), 8, times)
     assert TRACES == []
     early = jnp.linspace(1.0, 0.8, 5)
     assert sampler.network_calls(4, early) == 5 and samplers.ancestral(PROCESS, net).network_calls(4) == 5
@@ -551,10 +551,10 @@ def test_the_ancestral_sampler_refuses_what_has_no_meaning():
             lambda: samplers.ancestral(flat, value_of, guide=guides.gradient_guide(value_of)),
             "guide on the kernel needs",
         ),
-        (lambda: samplers.ancestral(PROCESS, value_of, recurrences=2, reference=value_of), "no path KL"),
-        (lambda: samplers.ancestral(PROCESS, value_of, recurrences=2, differentiable=True), "no gradient"),
-        (lambda: samplers.ancestral(PROCESS, value_of, window=(0.2, 0.5)), "needs recurrences > 1"),
-        (lambda: samplers.ancestral(PROCESS, value_of, recurrences=0), "at least 1"),
+        (lambda: samplers.ancestral(PROCESS, value_of, time_travel=2, reference=value_of), "no path KL"),
+        (lambda: samplers.ancestral(PROCESS, value_of, time_travel=2, differentiable=True), "no gradient"),
+        (lambda: samplers.ancestral(PROCESS, value_of, window=(0.2, 0.5)), "needs time_travel > 1"),
+        (lambda: samplers.ancestral(PROCESS, value_of, time_travel=0), "at least 1"),
     ):
         with pytest.raises(ValueError, match=words):
             build()

@@ -35,7 +35,9 @@ def inner(reward, **kl):
 
 def opened(folder, queries=QUERIES, seed=0, steps=12, alpha=0.2) -> Campaign:
     surrogate = surrogates.ridge(surrogates.pairs, noise=0.1)
-    method = seiko.seiko(model, PROCESS, TIMES, surrogate, inner, prior=model(PRIOR), alpha=alpha, batch=4, capacity=15)
+    method = seiko.seiko(
+        model, PROCESS, TIMES, surrogate, inner, prior=model(PRIOR), temperature=alpha, batch=4, capacity=15
+    )
     return open_campaign(folder, method, PRIOR, queries, seed=seed, steps=steps)
 
 

@@ -55,7 +55,7 @@ KINDS = {
     "tanimoto": surrogates.gaussian_process(surrogates.tanimoto(), noise=0.1),
     "tuned": surrogates.gaussian_process(surrogates.rbf(2.0), noise=0.1, steps=5),
     "max": surrogates.ensemble(NETWORK, ADAM, heads=3, prior=1.0, steps=30, batch=16),
-    "spread": surrogates.ensemble(NETWORK, ADAM, heads=3, reduce="mean_plus_deviation", steps=30, batch=16),
+    "spread": surrogates.ensemble(NETWORK, ADAM, heads=3, reduce="mean_plus_std", steps=30, batch=16),
     "single": surrogates.ensemble(NETWORK, ADAM, heads=1, steps=30, batch=16),
     "deep": surrogates.deep_features(NETWORK, ADAM, noise=0.1, steps=30, batch=16),
     "thompson": surrogates.thompson(surrogates.ridge(surrogates.with_constant, noise=0.1)),
@@ -76,7 +76,7 @@ def fit(surrogate, key, observations):
 
 @jax.jit
 def say(belief, x):
-    return belief.mean(x), belief.deviation(x), belief.upper(x)
+    return belief.mean(x), belief.std(x), belief.upper(x)
 
 
 @jax.jit
@@ -88,8 +88,8 @@ def log_prob(belief, x):
 def look(belief, x):
     """Everything that a belief says of x, and the gradients of its upper bound and its deviation."""
     slope = lambda f: jax.grad(lambda z: jnp.sum(f(z)))(x)  # noqa: E731
-    slopes = [slope(belief.upper), slope(belief.deviation)]
-    return {"mean": belief.mean(x), "deviation": belief.deviation(x), "upper": belief.upper(x), "slopes": slopes}
+    slopes = [slope(belief.upper), slope(belief.std)]
+    return {"mean": belief.mean(x), "deviation": belief.std(x), "upper": belief.upper(x), "slopes": slopes}
 
 
 # Observations
@@ -100,7 +100,7 @@ def test_answers_fill_the_slots_in_order():
     slots = jax.jit(surrogates.append)(slots, jnp.int32(2), {"a": x[2:3]}, jnp.array([jnp.inf]))
     np.testing.assert_array_equal(slots.status, [1, 2, 2, 0])
     np.testing.assert_array_equal(slots.x0["a"], [[0, 1], [2, 3], [4, 5], [0, 0]])
-    assert np.isfinite(slots.y).all() and slots.mean == 1 and slots.deviation == 1
+    assert np.isfinite(slots.y).all() and slots.mean == 1 and slots.std == 1
     with pytest.raises(ValueError, match=r"3 \+ 2 answers do not fit into 4 slots"):
         surrogates.append(slots, 3, {"a": x[:2]}, jnp.zeros(2))
     with pytest.raises(ValueError, match="values must have shape"):
@@ -322,7 +322,7 @@ def test_an_ensembles_draws_are_its_heads():
 def test_vmapped_heads_are_the_heads_fitted_one_after_another():
     slots, ours = observed(X, Y), KINDS["max"]
     together = fit(ours, KEY, slots)
-    target = (slots.values - slots.mean) / slots.deviation
+    target = (slots.values - slots.mean) / slots.std
 
     @jax.jit
     def one(k_init, k_prior, k_resample, k_fit):
@@ -552,7 +552,7 @@ def test_coverage_counts_what_lies_inside():
         def mean(self, x0, cond=None):
             return x0[:, 0]
 
-        def deviation(self, x0, cond=None):
+        def std(self, x0, cond=None):
             return jnp.full(x0.shape[:1], self.scale)
 
     x = jnp.zeros((20001, 1))

@@ -74,7 +74,7 @@ def objective(params, network, alpha=ALPHA, reference=uniform):
 def tuner_of(estimator, network=linear, process=EVENTS, batch=30_000, alpha=ALPHA, **options):
     return tuners.drakes(
         lambda p: denoisers.from_function(network, p), process, reward, process.times(L), SGD, batch=batch,
-        reference=uniform, kl_weight=alpha, estimator=estimator, remat="none", **options,
+        reference=uniform, temperature=alpha, estimator=estimator, remat="none", **options,
     )  # fmt: skip
 
 
@@ -219,7 +219,7 @@ def test_published_gradient_at_the_prior_is_attenuated():
     exact = flat(jax.grad(lambda p: objective(p, free))(b))
     tuner = tuners.drakes_published(
         lambda p: denoisers.from_function(free, p), MASKED, reward, MASKED.times(8), SGD, batch=50_000,
-        reference=uniform, kl_weight=ALPHA, truncation=8, remat="none",
+        reference=uniform, temperature=ALPHA, truncation=8, remat="none",
     )  # fmt: skip
     got = gradient(tuner, b)
     share = published_share(K, 8)
@@ -284,7 +284,7 @@ def test_mixed_states_have_the_gradient_of_reward_and_kl():
     assert np.linalg.norm(exact - alone) > 0.1 * np.linalg.norm(exact)  # the KL counts
     tuner = tuners.drakes(
         lambda p: denoisers.from_function(network, p), process, reward_of, times, SGD, batch=30_000,
-        reference=reference, kl_weight=alpha, estimator="straight_through", remat="none",
+        reference=reference, temperature=alpha, estimator="straight_through", remat="none",
     )  # fmt: skip
     step = jax.jit(tuner.gradients)
     grads = [step({"x": f32(theta), "c": f32(b)}, jax.random.key(s))[0] for s in range(4)]
@@ -310,7 +310,7 @@ def test_training_reaches_the_exact_optimum():
     for estimator, rate in (("reinmax", 0.1), ("log_variance", 0.05)):
         tuner = tuners.drakes(
             lambda p: denoisers.from_function(tabular, p), process, reward, process.times(),
-            optax.adam(optax.cosine_decay_schedule(rate, 300)), batch=256, reference=world.denoiser, kl_weight=ALPHA,
+            optax.adam(optax.cosine_decay_schedule(rate, 300)), batch=256, reference=world.denoiser, temperature=ALPHA,
             estimator=estimator, remat="none",
         )  # fmt: skip
         params = train(tuner, params, 300).params
@@ -334,7 +334,7 @@ def test_the_default_estimator_converges():
     for options in ({}, {"estimator": "reinmax"}):
         tuner = tuners.drakes(
             lambda p: denoisers.from_function(network, p), process, reward, process.times(),
-            optax.adam(optax.cosine_decay_schedule(0.05, 600)), batch=256, reference=world.denoiser, kl_weight=ALPHA,
+            optax.adam(optax.cosine_decay_schedule(0.05, 600)), batch=256, reference=world.denoiser, temperature=ALPHA,
             remat="none", **options,
         )  # fmt: skip
         params = train(tuner, prior + 0, 600).params
@@ -364,7 +364,7 @@ def test_the_default_estimator_converges():
                 SGD,
                 batch=2,
                 reference=uniform,
-                kl_weight=1.0,
+                temperature=1.0,
                 truncation=1,
             ),
             "published scheme needs a masked process",

@@ -54,7 +54,7 @@ def blank():
 
 
 def build(reward=REWARD, **options):
-    chosen = {"tau": TAU, "speed": SPEED, "velocity_decay": 1.0, "clip": 1e6, "ema_decay": None} | options
+    chosen = {"temperature": TAU, "speed": SPEED, "velocity_decay": 1.0, "clip": 1e6, "ema_decay": None} | options
     return tuners.dxdp(POLICY, PROCESS, reward, value_model, **chosen)
 
 
@@ -93,7 +93,7 @@ def test_the_recursion_is_the_soft_bellman_equation():
 
 @pytest.fixture(scope="module")
 def trained():
-    tuner = build(rate=0.05, value_rate=0.1, decay_steps=1200, batch=512)
+    tuner = build(learning_rate=0.05, value_learning_rate=0.1, decay_steps=1200, batch=512)
     state = tuners.fit(tuner, jax.random.key(0), tuner.init(blank()), 1200, chunk=600)
     return tuner, state
 
@@ -184,7 +184,7 @@ def test_costs_are_the_kl_to_the_auxiliary_step():
 @pytest.mark.slow
 def test_speeds_follow_the_chain_and_the_running_cost_is_a_half():
     """s^2 tends to E|x' - x|^2 per dimension at the rate of its decay, and E|x' - x|^2 / 2 s^2 to 1/2."""
-    tuner = build(rate=0.0, speed=4 * SPEED, velocity_decay=0.9, batch=20_000)
+    tuner = build(learning_rate=0.0, speed=4 * SPEED, velocity_decay=0.9, batch=20_000)
     params = blank()
     params["policy"]["network"] = {"w": jnp.float32([-0.4, 0.2, 0.3]), "b": jnp.float32([0.5, -0.3, 0.1])}
     mean, var, want = 0.0, 1.0, []
@@ -208,7 +208,7 @@ def test_where_gaussian_policies_contain_it_the_tilted_law_is_reached():
     speed = np.array([0.3, 0.25, 0.15])
     var = 1 - speed.sum()
     reward = Parabola(jnp.float32(TAU / var), jnp.float32(0.0))
-    tuner = build(reward, speed=speed, rate=0.05, value_rate=0.1, decay_steps=1000)
+    tuner = build(reward, speed=speed, learning_rate=0.05, value_learning_rate=0.1, decay_steps=1000)
     state = tuners.fit(tuner, jax.random.key(1), tuner.init(blank()), 1000, chunk=500)
     sampler = samplers.ancestral(PROCESS, POLICY(state.params["policy"]))
     x = np.asarray(samplers.sample(sampler, jax.random.key(2), 100_000, PROCESS.times()).x0, float)
@@ -226,7 +226,14 @@ def test_gauss_seidel_learns_from_values_just_learnt_and_jacobi_from_old_ones():
     """
     rate, cost = 0.1, jnp.float32([1.0, 2.0, 4.0])
     optimizer = optax.scale_by_schedule(lambda count: 1.0)
-    zero = {"tau": 0.0, "rate": 0.0, "value_rate": rate, "time_cost": cost, "optimizer": optimizer, "batch": 64}
+    zero = {
+        "temperature": 0.0,
+        "learning_rate": 0.0,
+        "value_learning_rate": rate,
+        "time_cost": cost,
+        "optimizer": optimizer,
+        "batch": 64,
+    }
     reward = lambda x0, cond=None: jnp.full(x0.shape[0], -8.0)  # noqa: E731
     ends = {}
     for sweep, sweeps in (("gauss_seidel", 1), ("jacobi", 2)):
@@ -262,7 +269,7 @@ def test_jacobi_is_gauss_seidel_for_one_move():
     params = {"policy": policy.init({k: jnp.zeros(1) for k in "wb"}), "value": {k: jnp.zeros(1) for k in "cqp"}}
     states = []
     for sweep in ("gauss_seidel", "jacobi"):
-        tuner = tuners.dxdp(policy, process, REWARD, value_model, tau=TAU, ablation={"sweep": sweep}, batch=32)
+        tuner = tuners.dxdp(policy, process, REWARD, value_model, temperature=TAU, ablation={"sweep": sweep}, batch=32)
         states.append(tuners.fit(tuner, jax.random.key(0), tuner.init(params), 20, chunk=20))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *states)
 
@@ -270,7 +277,15 @@ def test_jacobi_is_gauss_seidel_for_one_move():
 @pytest.mark.slow
 def test_target_network_and_averages():
     """Targets of a network that never moves leave V one step from the reward; the average is that of the library."""
-    tuner = build(target_decay=1.0, ema_decay=0.5, rate=0.0, value_rate=0.05, tau=0.0, batch=512, decay_steps=400.0)
+    tuner = build(
+        target_decay=1.0,
+        ema_decay=0.5,
+        learning_rate=0.0,
+        value_learning_rate=0.05,
+        temperature=0.0,
+        batch=512,
+        decay_steps=400.0,
+    )
     state = tuners.fit(tuner, jax.random.key(0), tuner.init(blank()), 400)
     value = jax.tree.map(np.asarray, state.params["value"])
     assert abs(value["p"][2] - 0.5 * A) < 0.05  # learnt from the reward
@@ -333,8 +348,8 @@ def test_a_double_well_against_the_best_gaussian_policies_by_quadrature():
     }
     reward = lambda x0, cond=None: -((x0[:, 0] ** 2 - 1) ** 2)  # noqa: E731
     tuner = tuners.dxdp(
-        policy, process, reward, lambda p: denoisers.from_linen(critic, p), tau=tau, speed=speed, velocity_decay=1.0,
-        rate=3e-3, decay_steps=3000, batch=256, clip=1.0,
+        policy, process, reward, lambda p: denoisers.from_linen(critic, p), temperature=tau, speed=speed, velocity_decay=1.0,
+        learning_rate=3e-3, decay_steps=3000, batch=256, clip=1.0,
     )  # fmt: skip
     state = tuners.fit(tuner, jax.random.key(2), tuner.init(params), 3000, chunk=500)
     learnt = state.best["policy"]
@@ -366,7 +381,7 @@ def test_numbers_change_without_another_program():
     assert traces
     traces.clear()
     other = make(
-        tau=0.3, velocity_tau=0.2, rate=3e-3, sigma_rate=1e-4, value_rate=2e-3, decay_steps=7, warmup=2, clip=3.0,
+        temperature=0.3, velocity_temperature=0.2, learning_rate=3e-3, sigma_learning_rate=1e-4, value_learning_rate=2e-3, decay_steps=7, warmup=2, clip=3.0,
         time_cost=0.1, velocity_decay=0.9, ema_decay=0.5, target_decay=0.3, limit=3.0,
     )  # fmt: skip
     tuners.fit(other, jax.random.key(1), other.init(blank()), 6, chunk=3)
@@ -395,6 +410,6 @@ def test_refusals():
         build(ablation={"sweep": "jacobian"})
     with pytest.raises(ValueError, match="speed must have shape"):
         build(speed=jnp.ones(2))
-    with pytest.raises(ValueError, match="tau must be a finite number >= 0"):
-        build(tau=-1.0)
+    with pytest.raises(ValueError, match="temperature must be a finite number >= 0"):
+        build(temperature=-1.0)
     assert dataclasses.is_dataclass(build())

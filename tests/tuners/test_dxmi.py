@@ -48,7 +48,7 @@ def test_the_energys_fixed_point_and_what_it_leaves_between_data_and_samples():
     """For laws p and q that stand still, E = -(p - q) / (2 gamma (p + q)) in every bin, so p/q = (1 - 2 gamma E)/(1 + 2 gamma E)."""
     gamma = 0.7
     tuner = tuners.dxmi(
-        POLICY, PROCESS, binned, energy=binned, gamma=gamma, rate=0.0, energy_rate=0.02, decay_steps=1200, batch=1000,
+        POLICY, PROCESS, binned, energy=binned, gamma=gamma, learning_rate=0.0, energy_learning_rate=0.02, decay_steps=1200, batch=1000,
         ema_decay=None,
     )  # fmt: skip
     params = {"policy": parabolas()["policy"], "value": jnp.zeros(14), "energy": jnp.zeros(14)}
@@ -87,9 +87,18 @@ def test_the_energys_gradient_in_magnitude():
 def test_gaussian_data_are_learnt(separate):
     """Affine steps and a parabolic energy: samples take the mean and variance of the data, up to the bias of gamma tau."""
     tau, gamma, m, v = 0.05, 0.5, 0.8, 0.36
-    energy = {"energy": model, "energy_steps": 2, "energy_rate": 0.005} if separate else {}
+    energy = {"energy": model, "energy_steps": 2, "energy_learning_rate": 0.005} if separate else {}
     tuner = tuners.dxmi(
-        POLICY, PROCESS, model, tau=tau, gamma=gamma, rate=0.01, decay_steps=2000, batch=256, clip=1.0, **energy
+        POLICY,
+        PROCESS,
+        model,
+        temperature=tau,
+        gamma=gamma,
+        learning_rate=0.01,
+        decay_steps=2000,
+        batch=256,
+        clip=1.0,
+        **energy,
     )
     params = parabolas() | ({"energy": parabolas()["value"]} if separate else {})
     data = m + np.sqrt(v) * np.random.default_rng(0).standard_normal((50_000, 1)).astype(np.float32)
@@ -131,8 +140,8 @@ def test_without_gamma_the_game_diverges_is_stopped_and_what_was_good_is_kept(tm
         model,
         decay_steps=jnp.inf,
         gamma=0.0,
-        rate=0.05,
-        value_rate=0.1,
+        learning_rate=0.05,
+        value_learning_rate=0.1,
         batch=64,
         energy_limit=20.0,
         clip=100.0,
@@ -217,9 +226,9 @@ def test_released_targets_are_values_of_the_drawn_states_and_time_costs_alone():
         PROCESS,
         _constant,
         dim=1,
-        rate=0.0,
-        value_rate=0.1,
-        energy_rate=0.0,
+        learning_rate=0.0,
+        value_learning_rate=0.1,
+        energy_learning_rate=0.0,
         optimizer=optax.identity(),
         batch=8,
     )
@@ -268,7 +277,15 @@ def test_numbers_change_without_another_program():
     tuners.fit(make(), jax.random.key(0), make().init(parabolas()), 6, data=data, batch=16, chunk=3)
     assert traces
     traces.clear()
-    other = make(tau=0.2, gamma=0.3, last_gamma=0.1, rate=2e-3, energy_rate=1e-4, decay_steps=9, energy_limit=50.0)
+    other = make(
+        temperature=0.2,
+        gamma=0.3,
+        last_gamma=0.1,
+        learning_rate=2e-3,
+        energy_learning_rate=1e-4,
+        decay_steps=9,
+        energy_limit=50.0,
+    )
     tuners.fit(other, jax.random.key(1), other.init(parabolas()), 6, data=data, batch=16, chunk=3)
     assert not traces
 
@@ -277,7 +294,7 @@ def test_numbers_change_without_another_program():
 def test_gamma_falls_with_the_rates():
     """Half-way gamma is half-way to last_gamma: the gradient of a constant energy c is 4 gamma c."""
     tuner = tuners.dxmi(
-        POLICY, PROCESS, _constant, gamma=1.0, last_gamma=0.2, rate=0.0, energy_rate=0.1, value_rate=0.0, batch=8,
+        POLICY, PROCESS, _constant, gamma=1.0, last_gamma=0.2, learning_rate=0.0, energy_learning_rate=0.1, value_learning_rate=0.0, batch=8,
         optimizer=optax.identity(), decay_steps=100, ema_decay=None,
     )  # fmt: skip
     state = tuner.init({"policy": blank()["policy"], "value": jnp.float32(0.5)})

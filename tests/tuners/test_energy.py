@@ -136,7 +136,7 @@ def linear_chain(tau):
     process = policies.few_step(policies.variances((0.6, 0.5)), (1,))
     policy = policies.policy(process, lambda theta: lambda x, t, cond=None: theta * x, reach=1e6)
     value = lambda k: lambda x, t, cond=None: 0.5 * k * jnp.sum(x**2, -1)  # noqa: E731
-    tuner = gcd(policy, process, value, decay_steps=jnp.inf, tau=tau, batch=65_536, ema_decay=None)
+    tuner = gcd(policy, process, value, decay_steps=jnp.inf, temperature=tau, batch=65_536, ema_decay=None)
     return tuner, {"policy": policy.init(jnp.float32(-0.3)), "value": jnp.float32(2.0)}
 
 
@@ -160,7 +160,7 @@ def test_gcd_learns_a_gaussian():
     process = policies.few_step(policies.variances((0.6, 0.5)), (1,))
     policy = policies.policy(process, lambda theta: lambda x, t, cond=None: theta * x)
     value = lambda k: lambda x, t, cond=None: 0.5 * k * jnp.sum(x**2, -1)  # noqa: E731
-    tuner = gcd(policy, process, value, tau=0.2, gamma=0.02, rate=1e-2, batch=1024, decay_steps=500)
+    tuner = gcd(policy, process, value, temperature=0.2, gamma=0.02, learning_rate=1e-2, batch=1024, decay_steps=500)
     assert tuner.network_calls() == 4
     state = tuner.init({"policy": policy.init(jnp.float32(0.0)), "value": jnp.float32(0.2)})
     data = {"x0": 0.5 * jax.random.normal(jax.random.key(5), (8192, 1))}

@@ -153,7 +153,7 @@ def test_kl_regularised_gradient_and_its_value(k):
         return w.truncated(THETA, theta, k) - weight * w.path_kl(theta, other, THETA, cut)
 
     tuner = tuners.draft_k(
-        w.model, w.process, w.reward, w.times, SGD, k=k, batch=50_000, reference=other.denoiser, kl_weight=weight
+        w.model, w.process, w.reward, w.times, SGD, k=k, batch=50_000, reference=other.denoiser, temperature=weight
     )
     exact = numeric(objective)
     reward_only = numeric(lambda theta: w.truncated(THETA, theta, k))
@@ -263,7 +263,7 @@ def test_training_by_reward_reaches_the_optimum():
     other = GaussianWorld(w.m, w.c, schedule="flow", steps=5, eta=1.0)
     tuner = tuners.draft(
         w.model, w.process, w.reward, w.times, optax.adam(optax.cosine_decay_schedule(0.05, 300)), batch=512,
-        reference=other.denoiser, kl_weight=0.5,
+        reference=other.denoiser, temperature=0.5,
     )  # fmt: skip
     state = tuners.fit(tuner, jax.random.key(0), tuner.init(f32([0.0, 1.0])), 300, chunk=100)
     objective = lambda theta: w.expected_reward(w.law(theta)) - 0.5 * w.path_kl(theta, other)  # noqa: E731

@@ -89,7 +89,7 @@ def test_first_step_is_unbiased_in_a_gaussian_chain(baseline, kl):
     """d/dtheta E r(x0), the projection held constant, less the whole derivative of kl * path KL: closed forms."""
     w = world()
     other = prior_world()
-    regularised = {"reference": other.denoiser, "kl_weight": kl} if kl else {}
+    regularised = {"reference": other.denoiser, "temperature": kl} if kl else {}
     advantage = wrong_value() if baseline == "wrong_value" else None
     online = tuners.ddpo(w.model, w.process, w.times, SGD, batch=20_000, advantage=advantage, **regularised)
 
@@ -167,7 +167,7 @@ def table_policy(params):
 def test_first_step_is_unbiased_in_a_masked_chain(events):
     """All logits of all partial states, with a KL to the prior: by enumeration."""
     w, process, times, logits, model = masked_case(events)
-    online = tuners.ddpo(model, process, times, SGD, batch=20_000, reference=w.denoiser, kl_weight=0.6)
+    online = tuners.ddpo(model, process, times, SGD, batch=20_000, reference=w.denoiser, temperature=0.6)
     exact = numeric(lambda p: enumerated(w, p, 0.6, events)[0], logits)
     got = draws(online, w.reward, f32(logits), 20)
     assert_unbiased(got, exact, 0.08)
@@ -209,7 +209,7 @@ def test_every_draw_pays_for_the_kl_of_later_moves_or_not(kl_gradient):
     w, process, times, logits, model = masked_case(True)
     logits = 2 * logits - np.log(w.table)
     online = tuners.ddpo(
-        model, process, times, SGD, batch=20_000, reference=w.denoiser, kl_weight=1.0, kl_gradient=kl_gradient
+        model, process, times, SGD, batch=20_000, reference=w.denoiser, temperature=1.0, kl_gradient=kl_gradient
     )
     states = [(w.states == w.classes).all(1).astype(float)]
     for p in transitions(w, softmax(logits), True):
@@ -299,7 +299,7 @@ def test_infeasible_samples_count_for_nothing():
     w = world()
     other = prior_world()
     online = tuners.ddpo(
-        w.model, w.process, w.times, optax.adam(1e-2), batch=32, reference=other.denoiser, kl_weight=0.3
+        w.model, w.process, w.times, optax.adam(1e-2), batch=32, reference=other.denoiser, temperature=0.3
     )
     state, experience, rewards = drawn(online, f32(THETA), w.reward)
     rewards = rewards.at[jnp.array([3, 17, 30])].set(jnp.array([jnp.nan, jnp.inf, jnp.nan]))
@@ -328,12 +328,12 @@ def test_kl_weights_keep_their_unit_where_advantages_are_scaled():
     w = world()
     other = prior_world()
     online = tuners.ddpo(
-        w.model, w.process, w.times, SGD, batch=64, reference=other.denoiser, kl_weight=0.0, kl_gradient="direct"
+        w.model, w.process, w.times, SGD, batch=64, reference=other.denoiser, temperature=0.0, kl_gradient="direct"
     )
     state, experience, rewards = drawn(online, f32(THETA), w.reward)
     parts = []
     for advantage in (advantages.plain(), advantages.batch_normalised()):
-        some = [dataclasses.replace(online, advantage=advantage, kl_weight=f32([weight])) for weight in (0, 2)]
+        some = [dataclasses.replace(online, advantage=advantage, temperature=f32([weight])) for weight in (0, 2)]
         without, with_kl = (np.asarray(loss_gradient(one, state, experience, rewards)[0], float) for one in some)
         parts.append(with_kl - without)
     np.testing.assert_allclose(parts[1] * np.std(np.asarray(rewards, float)), parts[0], rtol=1e-3)
@@ -448,7 +448,7 @@ def test_dpok_reaches_the_tilted_prior(kl_gradient):
     tilted /= tilted.sum()
     online = tuners.dpok(
         model, process, times, optax.adam(optax.cosine_decay_schedule(0.05, 300)), batch=512,
-        reference=w.denoiser, kl_weight=alpha, value=state_table, value_params=jnp.zeros(len(w.states)),
+        reference=w.denoiser, temperature=alpha, value=state_table, value_params=jnp.zeros(len(w.states)),
         value_optimizer=optax.adam(0.05), kl_gradient=kl_gradient, ema_decay=0.99,
     )  # fmt: skip
     tuner = tuners.as_tuner(online, w.reward)
@@ -467,15 +467,15 @@ def test_a_kl_budget_is_kept(events):
     """First-hitting order, or all at once: the weight moves until the path KL stays at the budget, where J is the best for that weight."""
     w, process, times, _, model = masked_case(events)
     online = tuners.ddpo(
-        model, process, times, optax.adam(0.02), batch=256, reference=w.denoiser, kl_weight=2.0, kl_budget=0.3,
+        model, process, times, optax.adam(0.02), batch=256, reference=w.denoiser, temperature=2.0, kl_budget=0.3,
         kl_rate=0.03, ema_decay=0.99,
     )  # fmt: skip
     infos, tuner = [], tuners.as_tuner(online, w.reward)
     begin = tuner.init(f32(np.log(w.table)))
     state = tuners.fit(tuner, jax.random.key(0), begin, 600, chunk=300, on_chunk=lambda _, info: infos.append(info))
-    kl, weight = infos[-1]["kl"], infos[-1]["kl_weight"]
+    kl, weight = infos[-1]["kl"], infos[-1]["temperature"]
     assert abs(kl.mean() - 0.3) < 0.03 and weight.std() < 0.2 * weight.mean() and abs(weight.mean() / 2 - 1) > 0.2
-    assert weight[-1] != float(state.extra.kl_weight[0])
+    assert weight[-1] != float(state.extra.temperature[0])
     if events:  # the regularised optimum of that weight has this very KL
         prior = enumerated(w, np.log(w.table), 0.0, True)[1]
         tilted = prior * np.exp(w.rewards / weight[-100:].mean())
@@ -511,7 +511,7 @@ def conditional():
     start = {"w": 0.5 * jnp.eye(2), "c": jnp.zeros(3)}
     settings = {
         "batch": 8, "repeats": 2, "clip": 0.2, "epochs": 2, "minibatches": 2, "ema_decay": 0.9,
-        "advantage": advantages.per_condition(3, buffer=8, minimum=4), "reference": Net(start), "kl_weight": 0.1,
+        "advantage": advantages.per_condition(3, buffer=8, minimum=4), "reference": Net(start), "temperature": 0.1,
     }  # fmt: skip
     online = tuners.ddpo(Net, process, process.times(4), optax.adam(1e-2), **settings)
     reward = lambda x0, cond: x0[:, 0] * (cond - 1.0) - 0.3 * x0[:, 1] ** 2  # noqa: E731
@@ -627,7 +627,7 @@ def test_nothing_is_traced_again_when_numbers_change():
     before = len(TRACES)
     changed = [
         dataclasses.replace(online, clip=f32(0.01)),
-        dataclasses.replace(online, kl_weight=f32([3.0])),
+        dataclasses.replace(online, temperature=f32([3.0])),
         dataclasses.replace(online, ema_decay=f32(0.1)),
         dataclasses.replace(online, advantage=dataclasses.replace(online.advantage, clip=f32(0.1))),
     ]
@@ -651,7 +651,7 @@ def test_what_cannot_work_is_refused_when_it_is_built():
         ("give clip=", {"minibatches": 2}),
         ("minibatches must divide", {"minibatches": 3, "clip": 0.2}),
         ("groups must divide", {"advantage": advantages.group_relative(3)}),
-        ("one for each", {"kl_weight": 0.1}),
+        ("one for each", {"temperature": 0.1}),
         ("kl_budget needs a KL term", {"kl_budget": 0.1}),
         ("batch_normalised\\(\\), got <function", {"advantage": advantages.batch_normalised}),
         ("kl_gradient must be one of", {"kl_gradient": "ful"}),

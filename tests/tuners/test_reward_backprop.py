@@ -128,7 +128,7 @@ def test_named_settings_have_the_gradient_of_the_plan_they_draw(name):
 @pytest.mark.slow
 def test_alignprop_pays_the_kl_of_the_truncation_it_draws():
     w = world(eta=1.0)
-    kl = {"reference": w.model(f32([0.0, 1.0])), "kl_weight": 0.3}
+    kl = {"reference": w.model(f32([0.0, 1.0])), "temperature": 0.3}
     tuner, calls = tuners.alignprop(w.model, w.process, w.reward, w.times, SGD, batch=8, std=2.0, **kl), len(w.grid)
     gradient, lengths = jax.jit(tuner.gradients), set()
     for seed in range(3):
@@ -146,12 +146,12 @@ def test_alignprop_pays_the_kl_of_the_truncation_it_draws():
 @pytest.mark.slow
 def test_projection_weighs_the_last_calls_kl():
     """KL of the projection: SNR / 2 |x0 - x0_ref|^2; of a shift in both dimensions SNR shift^2, whose derivative is 2 SNR shift."""
-    w, shift, kl_weight = world(eta=1.0), 0.3, 0.5
+    w, shift, temperature = world(eta=1.0), 0.3, 0.5
     reference = w.model(f32([THETA[0] + shift, THETA[1]]))
     gradients, kls = {}, []
     for factor in (0.0, 0.25):
         tuner = tuners.draft_k(
-            w.model, w.process, w.reward, w.times, SGD, k=1, batch=8, reference=reference, kl_weight=kl_weight,
+            w.model, w.process, w.reward, w.times, SGD, k=1, batch=8, reference=reference, temperature=temperature,
             projection=factor,
         )  # fmt: skip
         gradient, info = tuner.gradients(f32(THETA), jax.random.key(0))
@@ -159,19 +159,19 @@ def test_projection_weighs_the_last_calls_kl():
         kls.append(float(info["kl"]))
     snr = (SCHEDULES["linear_vp"].alpha(w.grid[-1]) / SCHEDULES["linear_vp"].sigma(w.grid[-1])) ** 2
     paid = gradients[0.25] - gradients[0.0]
-    np.testing.assert_allclose(paid[0], -2 * kl_weight * 0.25 * snr * shift, rtol=1e-3)
+    np.testing.assert_allclose(paid[0], -2 * temperature * 0.25 * snr * shift, rtol=1e-3)
     np.testing.assert_allclose(kls, kls[0])  # all of it is reported
 
 
-@pytest.mark.parametrize("kl_weight", [None, pytest.param(0.3, marks=pytest.mark.slow)])
-def test_dynamic_truncation_is_the_static_one_and_compiles_once(kl_weight):
+@pytest.mark.parametrize("temperature", [None, pytest.param(0.3, marks=pytest.mark.slow)])
+def test_dynamic_truncation_is_the_static_one_and_compiles_once(temperature):
     w, traces = world(eta=1.0), []
 
     def model(theta):
         traces.append(1)
         return w.model(theta)
 
-    options = {} if kl_weight is None else {"reference": w.model(f32([0.0, 1.0])), "kl_weight": kl_weight}
+    options = {} if temperature is None else {"reference": w.model(f32([0.0, 1.0])), "temperature": temperature}
     grad = jax.jit(lambda tuner, theta: tuner.gradients(theta, jax.random.key(0)))
     make = lambda k, **more: tuners.draft_k(model, w.process, w.reward, w.times, SGD, k=k, batch=8, **options, **more)  # noqa: E731
     dynamic = {}
@@ -214,7 +214,7 @@ def test_micro_batches_are_the_mean_of_their_gradients():
     """Also where samples are infeasible: every feasible example of the whole batch counts alike."""
     w = world(eta=1.0)
     reward = lambda x0, cond=None: jnp.where(x0[:, 0] > 1.6, jnp.nan, w.reward(x0))  # noqa: E731
-    options = {"reference": w.model(f32([0.0, 1.0])), "kl_weight": 0.3}
+    options = {"reference": w.model(f32([0.0, 1.0])), "temperature": 0.3}
     key, count, batch = jax.random.key(1), 4, 32
     split = tuners.draft(w.model, w.process, reward, w.times, SGD, batch=batch, micro_batches=count, **options)
     small = tuners.draft(w.model, w.process, reward, w.times, SGD, batch=batch // count, **options)
@@ -260,8 +260,8 @@ def test_several_references_have_a_weight_each():
         return tuner.gradients(f32(THETA), jax.random.key(0))
 
     plain, _ = gradient()
-    each = [gradient(reference=r, kl_weight=1.0) for r in references]
-    both, info = gradient(reference=references, kl_weight=[0.2, 0.7])
+    each = [gradient(reference=r, temperature=1.0) for r in references]
+    both, info = gradient(reference=references, temperature=[0.2, 0.7])
     expected = plain + 0.2 * (each[0][0] - plain) + 0.7 * (each[1][0] - plain)
     np.testing.assert_allclose(both, expected, rtol=1e-4)
     np.testing.assert_allclose([info["kl"], info["kl_2"]], [i["kl"] for _, i in each], rtol=1e-5)
@@ -271,7 +271,7 @@ def test_draft_plus_pays_the_squared_difference_of_noise_at_live_calls():
     w, shift = world(eta=0.0), 0.3
     reference = w.model(f32([THETA[0] + shift, THETA[1]]))
     tuner = tuners.draft_plus(
-        w.model, w.process, w.reward, w.times, SGD, reference=reference, kl_weight=2.0, k=1, batch=16
+        w.model, w.process, w.reward, w.times, SGD, reference=reference, temperature=2.0, k=1, batch=16
     )
     gradient, info = tuner.gradients(f32(THETA), jax.random.key(0))
     t = w.grid
@@ -290,7 +290,7 @@ def test_a_kl_budget_is_kept():
     w = world(eta=1.0)
     tuner = tuners.draft(
         w.model, w.process, w.reward, w.times, optax.adam(0.01), batch=64, reference=w.model(f32([0.0, 1.0])),
-        kl_weight=0.1, kl_budget=0.5, kl_rate=0.02,
+        temperature=0.1, kl_budget=0.5, kl_rate=0.02,
     )  # fmt: skip
     kls = []
     state = tuners.fit(
@@ -440,13 +440,13 @@ def test_gradients_pass_both_branches_of_classifier_free_guidance():
     [
         ({"kl_budget": 1.0}, "kl_budget needs a KL term"),
         (
-            {"kl_budget": 1.0, "penalty": "eps_mse", "reference": lambda x, t, c=None: x, "kl_weight": 1.0},
+            {"kl_budget": 1.0, "penalty": "eps_mse", "reference": lambda x, t, c=None: x, "temperature": 1.0},
             "is of a KL",
         ),
         ({"micro_batches": 3}, "must divide the batch of 8"),
         ({"gradient": "score_function", "truncation": 2}, "takes the whole chain"),
         ({"gradient": "score_function", "micro_batches": 8}, "at least 2 samples"),
-        ({"reference": [lambda x, t, c=None: x] * 2, "kl_weight": [1.0]}, "got 2 and 1"),
+        ({"reference": [lambda x, t, c=None: x] * 2, "temperature": [1.0]}, "got 2 and 1"),
         ({"truncation": 9}, "at most the chain's 5 network calls"),
         ({"remat": "all"}, "remat must be one of"),
     ],

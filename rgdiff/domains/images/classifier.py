@@ -47,7 +47,7 @@ def train_classifier(
     *,
     steps: int = 1000,
     batch: int = 128,
-    rate: float = 3e-3,
+    learning_rate: float = 3e-3,
     noise: float = 0.5,
     shift: int = 1,
     width: int = 32,
@@ -63,9 +63,9 @@ def train_classifier(
       x: images [N, H, W, C] in [-1, 1], H and W divisible by 4.
       y: integer labels [N] in 0..classes-1.
       classes: number of classes.
-      steps: optimiser steps (AdamW, cosine decay from `rate` to zero).
+      steps: optimiser steps (AdamW, cosine decay from `learning_rate` to zero).
       batch: examples per step, drawn with replacement.
-      rate: highest learning rate.
+      learning_rate: highest learning rate.
       noise: largest standard deviation of the noise, in the units of x.
       shift: largest shift in pixels, filled with background.
       width: channels of the first convolution; the second has twice as many.
@@ -86,7 +86,7 @@ def train_classifier(
         raise ValueError(f"expected at least one label, all in 0..{classes - 1}: check y and classes")
     init_key, fit_key = jax.random.split(key)
     params = _init(init_key, x.shape[1:], classes, width, features)
-    optimizer = tuners.adamw(rate, decay_steps=steps, clip=None, weight_decay=1e-3)
+    optimizer = tuners.adamw(learning_rate, decay_steps=steps, clip=None, weight_decay=1e-3)
     tuner = ClassifierTuner(jnp.asarray(noise, jnp.float32), optimizer, shift)
     data = {"x": jnp.asarray(x), "y": jnp.asarray(y, jnp.int32)}
     state = tuners.fit(tuner, fit_key, tuner.init(params), steps, data=data, batch=batch, chunk=steps)

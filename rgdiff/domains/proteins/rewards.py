@@ -37,7 +37,7 @@ def train_brightness(
     heads: int = 3,
     steps: int = 1500,
     batch: int = 128,
-    rate: float = 3e-3,
+    learning_rate: float = 3e-3,
     width: int = 16,
     readout: int = 32,
     weight_decay: float = 1e-2,
@@ -51,7 +51,7 @@ def train_brightness(
       key: PRNG key; the result is a function of it.
       x: one-hot sequences [N, L, 20].
       y: measurements [N].
-      steps: optimiser steps (AdamW, cosine decay from `rate`) of every head; the average of the weights is kept.
+      steps: optimiser steps (AdamW, cosine decay from `learning_rate`) of every head; the average of the weights is kept.
       batch: sequences a step.
 
     Raises:
@@ -60,7 +60,12 @@ def train_brightness(
     from rgdiff.nets import MLP
 
     network = MLP((width, readout), ())
-    options: dict[str, Any] = {"steps": steps, "batch": batch, "rate": rate, "weight_decay": weight_decay}
+    options: dict[str, Any] = {
+        "steps": steps,
+        "batch": batch,
+        "learning_rate": learning_rate,
+        "weight_decay": weight_decay,
+    }
     keys = jax.random.split(key, checks.at_least("heads", heads, 1))
     oracles = tuple(fit_oracle(head, network, x, y, **options) for head in keys)
     return rewards.ensemble(oracles, "mean")

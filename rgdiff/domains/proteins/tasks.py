@@ -20,7 +20,7 @@ def brightness(
     heads: int = 3,
     steps: int = 1500,
     batch: int = 128,
-    rate: float = 3e-3,
+    learning_rate: float = 3e-3,
     width: int = 16,
     readout: int = 32,
     weight_decay: float = 1e-2,
@@ -29,7 +29,7 @@ def brightness(
     """Make the task: learned brightness of one half of the measurements, judged by that of the other half.
 
     Args:
-      heads, steps, batch, rate, width, readout, weight_decay: of both, see `train_brightness`.
+      heads, steps, batch, learning_rate, width, readout, weight_decay: of both, see `train_brightness`.
       infeasible: whether what is predicted dark, below `domain.dark`, is NaN; else it has its predicted brightness.
     """
     if not isinstance(domain, ProteinDomain):
@@ -38,7 +38,7 @@ def brightness(
         "heads": heads,
         "steps": steps,
         "batch": batch,
-        "rate": rate,
+        "learning_rate": learning_rate,
         "width": width,
         "readout": readout,
         "weight_decay": weight_decay,

@@ -74,7 +74,7 @@ def train_oracle(
     *,
     steps: int = 600,
     batch: int = 64,
-    rate: float = 2e-3,
+    learning_rate: float = 2e-3,
     soft: float = 0.5,
     width: int = 32,
     kernel: int = 7,
@@ -84,7 +84,7 @@ def train_oracle(
 
     Args:
       width, kernel, dilations: of the network.
-      key, x, y, steps, batch, rate, soft: see `fit_oracle`.
+      key, x, y, steps, batch, learning_rate, soft: see `fit_oracle`.
 
     Raises:
       ValueError: as `fit_oracle`.
@@ -92,7 +92,7 @@ def train_oracle(
     from rgdiff.nets import ConvNet1D
 
     network = ConvNet1D(1, width, tuple(dilations), kernel)
-    return fit_oracle(key, network, x, y, steps=steps, batch=batch, rate=rate, soft=soft)
+    return fit_oracle(key, network, x, y, steps=steps, batch=batch, learning_rate=learning_rate, soft=soft)
 
 
 def fit_oracle(
@@ -103,7 +103,7 @@ def fit_oracle(
     *,
     steps: int,
     batch: int,
-    rate: float,
+    learning_rate: float,
     soft: float = 0.0,
     weight_decay: float = 1e-2,
 ) -> Oracle:
@@ -114,9 +114,9 @@ def fit_oracle(
       network: a Flax module (x, t) to [B, ...], averaged over all but the first axis.
       x: one-hot sequences [N, L, K].
       y: measurements [N].
-      steps: optimiser steps (AdamW, cosine decay from `rate`); the average of the weights is kept.
+      steps: optimiser steps (AdamW, cosine decay from `learning_rate`); the average of the weights is kept.
       batch: sequences per step.
-      rate: highest learning rate.
+      learning_rate: highest learning rate.
       soft: largest share by which a training sequence is mixed with its letter frequencies (see `soften`), in [0, 1].
       weight_decay: of AdamW.
 
@@ -133,7 +133,7 @@ def fit_oracle(
     mean, std = jnp.float32(y.mean()), jnp.float32(y.std())
     key_init, key_fit = jax.random.split(key)
     params = jax.jit(network.init)(key_init, jnp.zeros((1, *x.shape[1:])), jnp.zeros(1))["params"]
-    optimizer = tuners.adamw(rate, decay_steps=steps, weight_decay=weight_decay)
+    optimizer = tuners.adamw(learning_rate, decay_steps=steps, weight_decay=weight_decay)
     tuner = OracleTuner(mean, std, checks.positive("soft", soft, zero=True), network, optimizer)
     data = {"x": jnp.asarray(x), "y": jnp.asarray(y)}
     state = tuners.fit(tuner, key_fit, tuner.init(params), steps, data=data, batch=batch, chunk=steps)

@@ -48,7 +48,7 @@ class Elegant(Method):
     """Learn the value of x_T from rollouts of the prior, tune a chain that draws x_T to it, and the main chain from there.
 
     Args:
-      tuning: a `FineTuning` of the main chain with a kl_weight (alpha, for all three) and eta > 0.
+      tuning: a `FineTuning` of the main chain with a temperature (alpha, for all three) and eta > 0.
       value: a network (x, t, cond) -> [B], e.g. `nets.ValueMLP`.
       network: of the chain that draws x_T, zero at first, e.g. `nets.MLP`.
       optimizer: of both.
@@ -68,8 +68,8 @@ class Elegant(Method):
     batch: int = 256
 
     def check(self, prior: Prior, shape: Shape) -> None:
-        if not self.tuning.kl_weight:
-            raise ValueError("ELEGANT aims at p exp(r/alpha)/Z; give its alpha as method.tuning.kl_weight > 0")
+        if not self.tuning.temperature:
+            raise ValueError("ELEGANT aims at p exp(r/alpha)/Z; give its alpha as method.tuning.temperature > 0")
         unconditional(prior, "the law of x_T that ELEGANT learns", "choose a prior without prior.guidance")
         self.tuning.check(prior, shape)
 
@@ -92,14 +92,14 @@ class Elegant(Method):
 
     def start(self, run: Run, phase: str, prior: ReadyPrior, task: Task) -> tuple[Any, float]:
         """Return draw(key, batch) -> x_T and the path KL, in nats, of the chain that draws it."""
-        process, alpha = prior.with_eta(self.tuning.eta), float(self.tuning.kl_weight or 0)
+        process, alpha = prior.with_eta(self.tuning.eta), float(self.tuning.temperature or 0)
         key = run.key(f"{phase}_value")
         data = tuners.rollouts(
             run.key(f"{phase}_data"), process, prior.denoiser, prior.times, task.reward, self.rollouts
         )
         data = {"path": data["path"][:, :1], "reward": data["reward"]}
         model = LearnedModel(self.value)
-        learner = tuners.initial_value(model, process, prior.times, self.optimizer, kl_weight=alpha)
+        learner = tuners.initial_value(model, process, prior.times, self.optimizer, temperature=alpha)
         params = initial(self.value, key, prior.shape)
         params = run.fit(
             f"{phase}_value", learner, key, params, self.value_steps, data=data, batch=self.value_batch
@@ -107,7 +107,7 @@ class Elegant(Method):
         law = processes.initial_law(process, schedules.linear_vp())  # type: ignore[arg-type]
         times, key = law.times(self.moves), run.key(f"{phase}_start")
         tuner = tuners.initial_tuner(
-            denoisers.LinenModel(self.network), law, model(params), times, self.optimizer, kl_weight=alpha, time=prior.times[0],
+            denoisers.LinenModel(self.network), law, model(params), times, self.optimizer, temperature=alpha, time=prior.times[0],
             batch=self.batch, remat="none",
         )  # fmt: skip
         params = initial(self.network, key, prior.shape)

@@ -123,7 +123,7 @@ class FewStepTraining(FewSteps):
       options: of the setting, see `rgdiff.tuners`; decay_steps is `iterations` unless given.
       iterations: of training, with `batch` chains and as many rows of data each.
       noise_box: the energy's AUC is of fresh data against uniform noise on [-noise_box, noise_box]^D.
-      guidance: tilt every step of sampling by the cost to go, as a multiple of 1 / tau; 0 for none.
+      guidance: tilt every step of sampling by the cost to go, as a multiple of 1 / temperature; 0 for none.
     """
 
     setting: str = "dxmi"
@@ -142,9 +142,9 @@ class FewStepTraining(FewSteps):
         scheduled: Any = prior
         process = self.process(scheduled.schedule, shape)
         tuner = self.tuner(policies.policy(process, nothing), process, Task(nothing, nothing))
-        if self.guidance and (self.setting == "gcd" or not float(tuner.tau)):
+        if self.guidance and (self.setting == "gcd" or not float(tuner.temperature)):
             raise ValueError(
-                "guidance goes by values that gcd does not learn, in units of tau: give setting=dxmi and tau > 0, or guidance=0"
+                "guidance goes by values that gcd does not learn, in units of the temperature: give setting=dxmi and options.temperature > 0, or guidance=0"
             )
 
     def tuner(self, policy: Any, process: policies.FewStep, task: Task) -> Any:
@@ -172,7 +172,7 @@ class FewStepTraining(FewSteps):
             best = state.best
             guide = None
             if self.guidance:
-                guide = policies.value_guidance(tuner.togo(best), self.guidance / float(tuner.tau))
+                guide = policies.value_guidance(tuner.togo(best), self.guidance / float(tuner.temperature))
             x0 = self.draw(run, phase, policy, best["policy"], count, guide)
         togo, times = tuner.togo(best), np.asarray(policy.process.times())
         energy = jax.jit(lambda x: togo(x, jnp.float32(0)))
@@ -187,8 +187,10 @@ class FewStepTraining(FewSteps):
         pictures = {}
         if prior.shape == (2,):
             learnt = times[-1:] if self.setting == "gcd" else times[::-1]
-            if self.setting != "dxdp" and float(getattr(tuner, "tau", 0.0)) > 0:
-                figures |= density_figures(run, phase, lambda x: energy(x) / tuner.tau, prior.fresh, self.noise_box)
+            if self.setting != "dxdp" and float(getattr(tuner, "temperature", 0.0)) > 0:
+                figures |= density_figures(
+                    run, phase, lambda x: energy(x) / tuner.temperature, prior.fresh, self.noise_box
+                )
             maps = [(t, field(jax.jit(lambda x, t=t: togo(x, jnp.float32(t))))) for t in learnt]
             pictures = {f"{phase}: V at t = {t:.3g}": picture[None] for t, picture in maps}
         return outcome(

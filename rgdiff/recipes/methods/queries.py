@@ -45,7 +45,7 @@ class QueryRounds(Method):
     Args:
       surrogate: from `rgdiff.surrogates`.
       queries: of every round; one round is the non-adaptive baseline.
-      tuning: settings of the inner tuner (a reward gradient), its `steps` those of a round; its kl_weight is not used.
+      tuning: settings of the inner tuner (a reward gradient), its `steps` those of a round; its temperature is not used.
       steering: svdd, smc, guidance or best_of_n steer the prior's chain by the optimistic reward instead; `options` are the
         sampler's, for best_of_n `candidates`, and for smc `particles` per sample too.
       optimism: `upper`; `mean` is greedy; `thompson` takes one draw of the posterior a round.
@@ -60,8 +60,8 @@ class QueryRounds(Method):
     steering: str | None = None
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     optimism: str = "upper"
-    alpha: float = 0.1
-    beta: float | None = None
+    temperature: float = 0.1
+    proximal_weight: float | None = None
     schedule: str = "linear"
     feasibility: Any = None
     feasibility_weight: float = 0.0
@@ -77,7 +77,7 @@ class QueryRounds(Method):
             checks.at_least("queries", count, 1)
         if (self.tuning is None) == (self.steering is None):
             raise ValueError(f"give one of tuning (settings of a reward gradient) and steering ({', '.join(STEERING)})")
-        for name in ("kl_weight", "noise", "stopping", "heldout", "adapter", "scales", "diagnose"):
+        for name in ("temperature", "noise", "stopping", "heldout", "adapter", "scales", "diagnose"):
             if getattr(self.tuning, name, None):
                 raise ValueError(
                     f"rounds of queries do not read method.tuning.{name}; leave it out (method.noise is the answers')"
@@ -85,7 +85,7 @@ class QueryRounds(Method):
         process = prior.process(shape) if self.tuning is None else prior.process(shape, self.tuning.eta)
         rounds = self.rounds(process, process.times(prior.steps), nothing, nothing)
         if isinstance(rounds, seiko.Seiko):
-            rounds.inner(nothing, reference=[nothing, nothing], kl_weight=[self.alpha, self.alpha])
+            rounds.inner(nothing, reference=[nothing, nothing], temperature=[self.temperature, self.temperature])
         else:
             rounds.steer(nothing)
         checks.at_least("seeds", self.seeds, 1)
@@ -103,14 +103,19 @@ class QueryRounds(Method):
         }
         surrogate = wrap[checks.one_of("optimism", self.optimism, OPTIMISM)](self.surrogate)
         if self.tuning is None:
-            steer = _steer(process, denoiser, self.alpha, str(self.steering), self.options)
+            steer = _steer(process, denoiser, self.temperature, str(self.steering), self.options)
             return seiko.steered(process, times, surrogate, steer, **shared)
         tuning = self.tuning
 
         def inner(reward: Any, **anchors: Any) -> Any:
             return tuning.build(model, process, reward, times, **anchors)
 
-        anchors = {"alpha": self.alpha, "beta": self.beta, "schedule": self.schedule, "steps": tuning.steps}
+        anchors = {
+            "temperature": self.temperature,
+            "proximal_weight": self.proximal_weight,
+            "schedule": self.schedule,
+            "steps": tuning.steps,
+        }
         return seiko.seiko(model, process, times, surrogate, inner, **shared, **anchors)
 
     def run(self, run: Run, phase: str, prior: ReadyPrior, task: Task, count: int) -> Outcome:
@@ -144,7 +149,7 @@ class QueryRounds(Method):
             tuning_network_calls=(spent + trained) * method.network_calls(),
             curves=curves,
             figures={"reward_queries": float(sum(self.queries))},
-            temperature=self.alpha,
+            temperature=self.temperature,
             shown=asked,
             lineages=lineages,
         )

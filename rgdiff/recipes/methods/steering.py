@@ -187,7 +187,7 @@ class GuidedSampling(Method):
         measurements), or `gradient_guide` (the kernel tilted instead; masked priors too).
       temperature: the guide's scale is 1 / temperature, per unit of the reward.
       value: the value function whose gradient guides (group `value`); not for lgd_mc and tmpd.
-      sampling: options of `rgdiff.samplers.ancestral`: recurrences and window (FreeDoM).
+      sampling: options of `rgdiff.samplers.ancestral`: time_travel and window (FreeDoM).
     """
 
     guide: str = "classifier_guidance"
@@ -231,6 +231,6 @@ class GuidedSampling(Method):
             sampler = self.sampler(prior.process, denoiser, made.value, task.reward, run.key(f"{phase}_guide"))
             out = draw(run, phase, sampler, prior, count)
         kl = float("nan")  # repeated moves and points have no path KL
-        if sampler.recurrences == 1 and prior.process.stochastic:
+        if sampler.time_travel == 1 and prior.process.stochastic:
             kl = draw_with_kl(run, f"{phase}_kl", sampler, prior, count)[1]
         return outcome(out, prior.calls(sampler), clock, kl, curves=made.curves, temperature=self.temperature)

@@ -65,7 +65,7 @@ class FineTuning(Method):
     Args:
       setting: its name, of a reward gradient or an online method; `options` are its own arguments.
       eta: of the tuned chain; null for a masked prior.
-      kl_weight: of the path KL to the prior, nats; null for none.
+      temperature: alpha, in the reward's unit per nat of path KL to the prior; null for none.
       adapter: rank of a LoRA adapter, which is saved in PEFT's files under adapters/ (`method=adapters` samples with it), or
         null for all weights, which are saved under tuned/ (`prior.checkpoint` takes them).
       heldout: report the held-out reward while tuning.
@@ -83,7 +83,7 @@ class FineTuning(Method):
     steps: int = 200
     batch: int = 32
     eta: float | None = 0.0
-    kl_weight: float | None = None
+    temperature: float | None = None
     remat: str = "none"
     adapter: int | None = None
     heldout: bool = False
@@ -121,12 +121,15 @@ class FineTuning(Method):
 
     def tuner(self, model: Any, process: Process, task: Task, times: Array, reference: Any, key: Any = None) -> Any:
         """Build the tuner; an online one has the reward of `task` in its program."""
-        needed = inspect.signature(self.make).parameters.get("reference")
-        if self.kl_weight is None and needed is not None and needed.default is needed.empty:
-            raise ValueError(f"{self.setting} has a KL to the prior; give method.kl_weight")
-        if self.kl_weight is not None and needed is None:
-            raise ValueError(f"{self.setting} has no KL to the prior; leave method.kl_weight=null")
-        kl = {} if self.kl_weight is None else {"reference": reference, "kl_weight": self.kl_weight}
+        accepted = inspect.signature(self.make).parameters
+        required = {name for name, p in accepted.items() if p.default is p.empty}
+        if self.temperature is None and "temperature" in required:
+            raise ValueError(f"{self.setting} aims at p exp(r / temperature); give method.temperature")
+        if self.temperature is not None and "temperature" not in accepted:
+            raise ValueError(f"{self.setting} has no KL to the prior; leave method.temperature=null")
+        kl: dict[str, Any] = {"temperature": self.temperature}
+        if "reference" in required or self.temperature is not None:
+            kl["reference"] = reference
         self.suits(task)
         heldout = task.heldout if self.heldout or self.stopping is not None else None
         tuner = self.build(model, process, task.reward, times, heldout=heldout, **kl, **self.baseline(process, key))
@@ -211,7 +214,7 @@ class FineTuning(Method):
             tuning_network_calls=len(rows) * self.batch * tuner.network_calls(),
             curves=curves,
             figures=figures,
-            temperature=self.kl_weight,
+            temperature=self.temperature,
         )
 
     def start(self, run: Run, phase: str, prior: ReadyPrior) -> Params:
