@@ -17,7 +17,7 @@ from rgdiff import samplers
 from rgdiff.rewards import Task
 from rgdiff.runtime.priors import Prior
 from rgdiff.runtime.progress import pieces, progress
-from rgdiff.runtime.run import Run
+from rgdiff.runtime.run import Diverged, Run
 
 Curves = dict[str, tuple[Sequence[float], Sequence[float]]]
 
@@ -75,6 +75,22 @@ def draw_with_kl(run: Run, phase: str, sampler: Any, prior: Prior, count: int) -
     compared = dataclasses.replace(sampler, reference=prior.denoiser)
     out = draw(run, phase, compared, prior, count, keep=samplers.path_kl)
     return np.asarray(out.x0), float(samplers.total_path_kl(out).mean())
+
+
+def without_divergence(run: Run, key: str, prior: Prior, outcome: Outcome) -> Outcome:
+    """Count the samples that diverged, among the outcome's figures, and say so.
+
+    Raises:
+      Diverged: where fewer than two samples are left.
+    """
+    count, gone = len(outcome.x0), int(samplers.divergent(prior.process, outcome.x0).sum())
+    if not gone:
+        return outcome
+    said = f"{key}: {gone} of {count} samples diverged; lower its learning rate or its scale (a higher temperature), or take more steps"
+    if count - gone < 2:
+        raise Diverged(said)
+    run.say(said)
+    return dataclasses.replace(outcome, figures=outcome.figures | {"divergent": float(gone)})
 
 
 @dataclasses.dataclass(frozen=True)
