@@ -44,7 +44,7 @@ def dps(denoiser: Denoiser, process: Process, measurement: Measurement, scale: f
         scale <= sigma^2 (1 + b + h j) / (h (sigma_t^2 / alpha_t) j^2 a^2),   `dps_stable_scale`
 
     which grows with the number of steps: for v = 1 under `linear_vp`, eta = 1, T steps it is 0.74 T sigma^2 / a^2, so that scale
-    1 at sigma = 0.1 takes 135 steps and at 0.03 1,510. `pigdm` and `tmpd` know x0's spread, and are stable at any noise.
+    1 at sigma = 0.1 takes 135 steps and at 0.03 1,510. `pigdm` (of the data's variance) and `tmpd` know x0's spread and are stable at any noise.
 
     Args:
       denoiser, process: the prior, Gaussian.

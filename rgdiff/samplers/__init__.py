@@ -4,6 +4,7 @@ from rgdiff.samplers._loop import Samples, drawing, roll, sample
 from rgdiff.samplers.ancestral import ancestral, path_kl, projection_kl, total_path_kl
 from rgdiff.samplers.best_of_n import best_of_n
 from rgdiff.samplers.divergence import divergent
+from rgdiff.samplers.dpm_solver import dpm_solver
 from rgdiff.samplers.event_driven import event_driven
 from rgdiff.samplers.resampled import resampled
 from rgdiff.samplers.smc import das, das_tempering, fk_steering, smc, tds
@@ -16,6 +17,7 @@ __all__ = [
     "das",
     "das_tempering",
     "divergent",
+    "dpm_solver",
     "drawing",
     "event_driven",
     "fk_steering",
