@@ -133,10 +133,9 @@ def sweep(name: str, overrides: Sequence[str]) -> None:
 
 def run_recipe(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     """Run one recipe and write its folder; return the summary. A method that diverges is left out, and raises at the end."""
-    import numpy as np
-
     from rgdiff.recipes import compose as recipe
     from rgdiff.recipes.methods.steering import PriorSampling
+    from rgdiff.recipes.outcome import without_divergence
     from rgdiff.recipes.pages import table, write_pages
     from rgdiff.recipes.priors import default_cache
     from rgdiff.runtime.folder import RunFolder
@@ -180,12 +179,7 @@ def run_recipe(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     for key, method in built.items():
         try:
             outcome = method.run(run, key, prior, tasks[key], count)
-            finite = np.isfinite(outcome.x0).reshape(len(outcome.x0), -1).all(-1).sum()
-            if finite < 2:
-                raise Diverged(
-                    f"{key}: {finite} of {len(outcome.x0)} samples are finite; lower its learning rate or its scale"
-                )
-            outcomes[key] = outcome
+            outcomes[key] = without_divergence(run, key, prior, outcome)
         except Diverged as failure:  # the others are worth having
             stopped[key] = str(failure)
             run.say(stopped[key])

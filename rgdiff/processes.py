@@ -36,6 +36,8 @@ class GaussianProcess:
     shape: tuple[int, ...] = static()
     stochastic: bool = static(default=True)
     initial: Any = None
+    variance: str = static(default="fixed_small")
+    clip: Array | None = None
 
     @property
     def projects(self) -> bool:
@@ -55,8 +57,12 @@ class GaussianProcess:
 
     def renoise(self, x: Array, s: Array, t: Array) -> Gaussian:
         """p(x_t | x_s), s < t, the forward law between two times: mean (alpha_t / alpha_s) x_s."""
-        std = self.schedule.sigma(t) * jnp.sqrt(-jnp.expm1(self.schedule.log_snr(t) - self.schedule.log_snr(s)))
+        std = self.schedule.sigma(t) * self._shrink(t, s)
         return Gaussian(along(self.schedule.alpha(t) / self.schedule.alpha(s), x) * x, along(std, x))
+
+    def _shrink(self, t: Array, s: Array) -> Array:
+        """Standard deviation of x_s given x_t and x0 over sigma_s, which is that of x_t given x_s over sigma_t."""
+        return jnp.sqrt(-jnp.expm1(self.schedule.log_snr(t) - self.schedule.log_snr(s)))
 
     def eps(self, x: Array, t: Array, prediction: Array) -> Array:
         """The noise implied by x_t and a prediction of x0."""
@@ -67,26 +73,34 @@ class GaussianProcess:
 
         eta = 1 is the exact posterior q(x_s | x_t, x0) (ancestral DDPM, EDM's ancestral step, the flow SDE); every
         eta keeps the marginals of an exact denoiser as steps shrink (arXiv 2010.02502 eq. 12, for any alpha, sigma).
+        With variance `fixed_large` std is that of x_t given x_s; with `clip` x0 is clipped, and eps is not.
         """
         alpha_s, sigma_s = self.schedule.alpha(s), self.schedule.sigma(s)
-        eps = self.eps(x, t, prediction)
+        eps, prediction = self.eps(x, t, prediction), self._clipped(prediction)
         if not self.stochastic:
             return PointMass(along(alpha_s, x) * prediction + along(sigma_s, x) * eps)
-        shrink = jnp.sqrt(-jnp.expm1(self.schedule.log_snr(t) - self.schedule.log_snr(s)))
+        shrink = self._shrink(t, s)
         fraction = jnp.minimum(self.eta * shrink, 1.0)
         mean = along(alpha_s, x) * prediction + along(sigma_s * jnp.sqrt(1 - fraction**2), x) * eps
-        return Gaussian(mean, along(sigma_s * fraction, x))
+        std = self.schedule.sigma(t) * shrink if self.variance == "fixed_large" else sigma_s * fraction
+        return Gaussian(mean, along(std, x))
+
+    def _clipped(self, prediction: Array) -> Array:
+        return prediction if self.clip is None else jnp.clip(prediction, self.clip[0], self.clip[1])
 
     def mean(self, x: Array, t: Array, prediction: Array) -> Array:
-        return prediction
+        return self._clipped(prediction)
 
     def finalize(self, x: Array, t: Array, prediction: Array) -> Array:
-        return prediction
+        return self._clipped(prediction)
 
 
 @pytree
 class InitialProcess(GaussianProcess):
-    """Chains that draw x_T: under the exact denoiser of N(0, 1), standard normal at every step. Build it with `initial_law`."""
+    """Chains that draw x_T: under the exact denoiser of N(0, 1), standard normal at every step. Build it with `initial_law`.
+
+    Moves have DDPM's larger variance, 1 - (alpha_t / alpha_s)^2: exact for standard normal data (arXiv 2006.11239, §3.2).
+    """
 
     std: Array = 1.0  # type: ignore[assignment]
 
@@ -101,11 +115,6 @@ class InitialProcess(GaussianProcess):
     def times(self, steps: int) -> Array:
         """Return the grid of `steps` moves, one network call each; nothing is projected. [steps + 1]"""
         return self.schedule.times(checks.at_least("steps", steps, 1) + 1)
-
-    def reverse(self, x: Array, t: Array, s: Array, prediction: Array) -> Gaussian:
-        """DDPM's mean with its larger variance, 1 - (alpha_t / alpha_s)^2: exact for standard normal data (arXiv 2006.11239, §3.2)."""
-        ratio = self.schedule.alpha(t) / self.schedule.alpha(s)
-        return Gaussian(super().reverse(x, t, s, prediction).mean, along(jnp.sqrt(1 - ratio**2), x))  # type: ignore[union-attr]
 
     def finalize(self, x: Array, t: Array, prediction: Array) -> Array:
         return self.std * x
@@ -240,7 +249,17 @@ class ProductProcess:
         return out
 
 
-def gaussian(schedule: GaussianSchedule, shape: tuple[int, ...], *, eta: float = 1.0) -> GaussianProcess:
+VARIANCES = ("fixed_small", "fixed_large")
+
+
+def gaussian(
+    schedule: GaussianSchedule,
+    shape: tuple[int, ...],
+    *,
+    eta: float = 1.0,
+    variance: str = "fixed_small",
+    clip: tuple[float, float] | None = None,
+) -> GaussianProcess:
     """Build a Gaussian process on states [B, *shape].
 
     Args:
@@ -248,11 +267,31 @@ def gaussian(schedule: GaussianSchedule, shape: tuple[int, ...], *, eta: float =
       shape: of one example.
       eta: 1 is ancestral sampling, 0 is DDIM / the probability-flow ODE: its steps are points and can only be drawn
         from. A number, or a traced scalar (then taken as positive).
+      variance: of a step with eta = 1: `fixed_small` is the posterior's, of x_s given x_t and x0, exact for data at one point;
+        `fixed_large` is that of x_t given x_s, 1 - (alpha_t / alpha_s)^2 in a variance-preserving schedule, exact for N(0, I)
+        data (DDPM's two choices, arXiv 2006.11239, §3.2).
+      clip: (low, high), in data units: predictions of x0 are clipped where they are used, and the direction eps stays the
+        network's own, as in DDIM of released code (diffusers' `clip_sample`). `denoisers.clip_x0` clips before the step, so that
+        eps follows the clipped x0, as in DDPM's.
+
+    Raises:
+      ValueError: for a process in place of the schedule, an unknown variance, `fixed_large` with another eta than 1, or an empty range.
     """
     value = checks.positive("eta", eta, zero=True)
     stochastic = isinstance(value, Tracer) or float(value) > 0
-    schedule = checks.schedule(schedule, "a Gaussian process")
-    return GaussianProcess(schedule, value, tuple(int(d) for d in shape), stochastic)
+    checks.one_of("variance", variance, VARIANCES)
+    if variance == "fixed_large" and (isinstance(value, Tracer) or float(value) != 1):
+        raise ValueError(f"variance='fixed_large' is of ancestral steps, eta = 1, got eta = {eta!r}")
+    if clip is not None and not (len(clip) == 2 and clip[0] < clip[1]):
+        raise ValueError(f"clip is a range (low, high) of x0 with low < high, got {clip!r}")
+    return GaussianProcess(
+        checks.schedule(schedule, "a Gaussian process"),
+        value,
+        tuple(int(d) for d in shape),
+        stochastic,
+        variance=variance,
+        clip=None if clip is None else jnp.asarray(clip, jnp.float32),
+    )
 
 
 def started_from(process: GaussianProcess, draw: Any) -> GaussianProcess:
@@ -276,7 +315,9 @@ def initial_law(process: GaussianProcess, schedule: GaussianSchedule) -> Initial
     if not isinstance(process, GaussianProcess):
         raise ValueError(f"initial_law needs a Gaussian process, got {type(process).__name__}")
     checks.schedule(schedule, "initial_law")
-    return InitialProcess(schedule, jnp.float32(1.0), process.shape, True, None, process.schedule.prior_std)
+    return InitialProcess(
+        schedule, jnp.float32(1.0), process.shape, variance="fixed_large", std=process.schedule.prior_std
+    )
 
 
 def masked(

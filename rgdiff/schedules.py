@@ -168,7 +168,7 @@ class Tabulated:
         steps = self.levels.shape[0]
         place = jnp.clip(jnp.asarray(t, jnp.float32) * steps - 1, 0, steps - 1)
         nearest = jnp.round(place)
-        place = jnp.where(jnp.abs(place - nearest) < 1e-3, nearest, place)  # a level's own time, whatever its rounding
+        place = jnp.where(jnp.abs(place - nearest) < steps * 2.0**-22, nearest, place)  # a level's own time, as rounded
         index = place.astype(jnp.int32)
         share, here = place - index, self.levels[index]
         above = self.levels[jnp.minimum(index + 1, steps - 1)]
@@ -184,7 +184,7 @@ class Tabulated:
         levels = self.levels.shape[0]
         if checks.at_least("steps", steps, 1) > levels:
             raise ValueError(f"this schedule has {levels} noise levels; steps must be at most that, got {steps}")
-        return jnp.asarray(np.rint(np.linspace(levels, levels / steps, steps)) / levels, jnp.float32)
+        return trailing_times(steps, levels)
 
 
 def linear_vp(beta_min: float = 0.1, beta_max: float = 20.0) -> LinearVP:
@@ -247,6 +247,103 @@ def cosine_ddpm(steps: int = 1000, *, offset: float = 0.008, largest: float = 0.
     u = np.arange(checks.at_least("steps", steps, 1) + 1) / steps
     curve = np.cos((u + offset) / (1 + offset) * np.pi / 2) ** 2
     return tabulated(np.cumprod(1 - np.minimum(1 - curve[1:] / curve[:-1], largest)))
+
+
+# ---------------------------------------------------------------- grids
+
+
+def trailing_times(steps: int, levels: int = 1000) -> Array:
+    """Return T, T - T/n, ..., T/n of T levels, rounded: from the last level on, evenly to data (arXiv 2305.08891, table 2). [n]
+
+    What `tabulated(...).times(steps)` gives: the projection spans one ordinary step.
+
+    Args:
+      steps: n, network calls; all but the last are moves.
+      levels: T of the discrete chain that the network was trained on; level i = 1 ... T is at t = i/T.
+    """
+    return _at(np.linspace(levels, levels / _calls(steps, levels), steps), levels)
+
+
+def leading_times(steps: int, levels: int = 1000, *, offset: int = 0) -> Array:
+    """Return 1 + (n - 1) k, ..., 1 + k, 1 with k = floor(T/n), each plus `offset`: DDIM's and PNDM's spacing (2305.08891, table 2). [n]
+
+    The last level is left out, as released: chains begin where some of the data is left, with noise all the same.
+
+    Args:
+      steps, levels: as for `trailing_times`.
+      offset: added to every level; 1 in Stable Diffusion (diffusers' `steps_offset`).
+
+    Raises:
+      ValueError: for an offset that leads beyond the last level.
+    """
+    first = 1 + (_calls(steps, levels) - 1) * (levels // steps) + checks.at_least("offset", offset, 0)
+    if first > levels:
+        raise ValueError(f"offset must leave the first of the steps among the {levels} levels, got {offset}")
+    return _at(first - np.arange(steps) * (levels // steps), levels)
+
+
+def linspace_times(steps: int, levels: int = 1000) -> Array:
+    """Return n levels from T to 1, evenly and rounded: improved DDPM's spacing (arXiv 2305.08891, table 2). [n]
+
+    DPM-Solver's takes n + 1 of them without the last: `linspace_times(n + 1)[:-1]`.
+
+    Args: as for `trailing_times`.
+    """
+    return _at(1 + np.rint(np.linspace(levels - 1, 0, _calls(steps, levels))), levels)
+
+
+def karras_times(
+    schedule: GaussianSchedule,
+    steps: int,
+    *,
+    rho: float = 7.0,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+) -> Array:
+    """Return the times at which (sigma / alpha)^(1/rho) falls evenly: EDM's grid on any schedule (arXiv 2206.00364, eq. 5). [n]
+
+    Args:
+      schedule: whose noise level sigma(t) / alpha(t) the times are looked up in.
+      steps: n, at least 2.
+      rho: 7 in the paper.
+      sigma_min, sigma_max: sigma / alpha at the last and the first time. By default those of t = 0 and t = 1; of 0.001 where no
+        noise is left at 0, of 0.999 where no data is left at 1.
+
+    Raises:
+      ValueError: for levels that the schedule does not reach.
+
+    Note:
+      Between the levels of a table the times lie between its steps, where log_snr is linear in t.
+    """
+    checks.schedule(schedule, "karras_times"), checks.positive("rho", rho)
+    level = lambda t: np.asarray(checks.log_snr(schedule, jnp.asarray(t, jnp.float32)), np.float64)  # noqa: E731
+    noise, data = level(1.0), level(0.0)
+    least = np.exp(-0.5 * (data if np.isfinite(data) else level(1e-3))) if sigma_min is None else sigma_min
+    most = np.exp(-0.5 * (noise if np.isfinite(noise) else level(0.999))) if sigma_max is None else sigma_max
+    low, high = np.exp(-0.5 * data), np.exp(-0.5 * noise)
+    if not (0 < least < most < np.inf and low * (1 - 1e-5) <= least and most <= high * (1 + 1e-5)):
+        raise ValueError(
+            f"sigma_min < sigma_max must lie within the schedule's sigma / alpha, {low:.4g} to {high:.4g}, got {least:.4g} and {most:.4g}"
+        )
+    share = np.linspace(0.0, 1.0, checks.at_least("steps", steps, 2))
+    sigma = (most ** (1 / rho) + share * (least ** (1 / rho) - most ** (1 / rho))) ** rho
+    wanted = np.clip(np.float32(-2 * np.log(sigma)), noise, data)
+    early, late = np.zeros(steps), np.ones(steps)  # the largest time with as little noise, by bisection
+    for _ in range(40):
+        middle = 0.5 * (early + late)
+        below = level(middle) >= wanted
+        early, late = np.where(below, middle, early), np.where(below, late, middle)
+    return jnp.asarray(np.where(noise >= wanted, 1.0, early), jnp.float32)
+
+
+def _calls(steps: int, levels: int) -> int:
+    if checks.at_least("steps", steps, 1) > checks.at_least("levels", levels, 1):
+        raise ValueError(f"a chain of {levels} noise levels has at most that many steps, got {steps}")
+    return steps
+
+
+def _at(places: np.ndarray, levels: int) -> Array:
+    return jnp.asarray(np.rint(places) / levels, jnp.float32)
 
 
 @pytree

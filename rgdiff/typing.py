@@ -33,8 +33,29 @@ def static(**options: Any) -> Any:
 
 @dataclass_transform(frozen_default=True, field_specifiers=(static, dataclasses.field))
 def pytree(cls: type[_T]) -> type[_T]:
-    """Make `cls` a frozen dataclass and register it as a pytree; fields declared with `static()` are its structure."""
-    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, eq=False)(cls))
+    """Make `cls` a frozen dataclass and register it as a pytree; fields declared with `static()` are its structure.
+
+    Not by `jax.tree_util.register_dataclass`: in jaxlib 0.10 two classes so registered have equal structures where their fields
+    are alike (`cosine_vp()` and `flow()`), and a compiled program of one is then run for the other, about once in 128 times.
+    """
+    cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    data = tuple(field.name for field in fields if not field.metadata.get("static"))
+    meta = tuple(field.name for field in fields if field.metadata.get("static"))
+    keys = tuple(jax.tree_util.GetAttrKey(name) for name in data)
+
+    def flatten(node: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        return tuple([getattr(node, name) for name in data]), tuple([getattr(node, name) for name in meta])
+
+    def flatten_with_keys(node: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        children, structure = flatten(node)
+        return tuple(zip(keys, children, strict=True)), structure
+
+    def unflatten(structure: tuple[Any, ...], children: Any) -> Any:
+        return cls(**dict(zip(meta, structure, strict=True)), **dict(zip(data, children, strict=True)))
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    return cls
 
 
 @pytree

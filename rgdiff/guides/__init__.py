@@ -1,7 +1,7 @@
 """Guides: on the kernel (`gradient_guide`; kernel -> kernel), and on the prediction (all others; denoiser -> denoiser)."""
 
 from rgdiff.guides.gradient import g, g_loss, increment, level
-from rgdiff.guides.inverse import dps, dps_step, likelihood, pigdm, tmpd
+from rgdiff.guides.inverse import dps, dps_stable_scale, dps_step, likelihood, pigdm, tmpd
 from rgdiff.guides.measurements import Measurement, inpainting, linear
 from rgdiff.guides.score import classifier_guidance, guided, lgd_mc, reward_guidance
 from rgdiff.guides.tilt import chain, gradient_guide
@@ -11,6 +11,7 @@ __all__ = [
     "chain",
     "classifier_guidance",
     "dps",
+    "dps_stable_scale",
     "dps_step",
     "g",
     "g_loss",

@@ -19,13 +19,19 @@ _dot = partial(jnp.matmul, precision="highest")
 
 
 class Measurement(Protocol):
-    """y = A x0 + sigma * noise; residuals [B, M] are flat, `shape` is that of one x0, y is [M] or one row per example."""
+    """y = A x0 + sigma * noise; residuals [B, M] are flat, `shape` is that of one x0, y is [M] or one row per example.
+
+    `gain` is the largest singular value of A.
+    """
 
     @property
     def sigma(self) -> Array: ...
 
     @property
     def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def gain(self) -> Array: ...
 
     def __call__(self, x0: Array, cond: Cond = None) -> Array: ...
 
@@ -66,6 +72,11 @@ class LinearMeasurement:
     vectors: Array
     shape: tuple[int, ...] = static()
 
+    @property
+    def gain(self) -> Array:
+        """The largest singular value of A."""
+        return jnp.sqrt(jnp.max(self.values))
+
     def __call__(self, x0: Array, cond: Cond = None) -> Array:
         """log N(y; A x0, sigma^2 I), nats [B]."""
         return self.log_prob(x0, 0.0)
@@ -103,6 +114,11 @@ class Inpainting:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.mask.shape
+
+    @property
+    def gain(self) -> Array:
+        """The largest singular value of A."""
+        return jnp.max(jnp.abs(self.mask))
 
     def __call__(self, x0: Array, cond: Cond = None) -> Array:
         """log N(y; x0, sigma^2) over the coordinates seen, nats [B]."""

@@ -14,7 +14,7 @@ import numpy as np
 from rgdiff import samplers
 from rgdiff.recipes.typing import Outcome, ReadyPrior
 from rgdiff.runtime.progress import pieces, progress
-from rgdiff.runtime.run import Clock, Run
+from rgdiff.runtime.run import Clock, Diverged, Run
 from rgdiff.typing import Array, Denoiser, Sampler
 
 
@@ -72,6 +72,22 @@ def path_kl(run: Run, phase: str, prior: ReadyPrior, tuned: Denoiser, count: int
     """Return the mean path KL in nats of a tuned model's ancestral chain to the prior's, whatever eta it was tuned with."""
     process = prior.process if prior.process.stochastic else prior.with_eta(1.0)
     return draw_with_kl(run, f"{phase}_kl", samplers.ancestral(process, tuned), prior, count)[1]
+
+
+def without_divergence(run: Run, key: str, prior: ReadyPrior, outcome: Outcome) -> Outcome:
+    """Count the samples that diverged, among the outcome's figures, and say so.
+
+    Raises:
+      Diverged: where fewer than two samples are left.
+    """
+    count, gone = len(outcome.x0), int(samplers.divergent(prior.process, outcome.x0).sum())
+    if not gone:
+        return outcome
+    said = f"{key}: {gone} of {count} samples diverged; lower its learning rate or its scale (a higher temperature), or take more steps"
+    if count - gone < 2:
+        raise Diverged(said)
+    run.say(said)
+    return dataclasses.replace(outcome, figures=outcome.figures | {"divergent": float(gone)})
 
 
 def _nothing(*_: Any) -> Any:

@@ -89,6 +89,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         "reward_mean",
         "reward_se",
         "infeasible",
+        "divergent",
         "heldout_reward_mean",
         "heldout_accuracy",
         "exact_reward_mean",

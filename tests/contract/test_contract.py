@@ -70,6 +70,10 @@ def ancestral_masked(number=0.5, seed=0, net_type=Net):
     return samplers.ancestral(masked(), net_type(net(4, 3, seed) * number))
 
 
+def dpm_solver(number=0.5, seed=0, net_type=Net):
+    return samplers.dpm_solver(gaussian(0.0), net_type(net(2, 2, seed) * number))
+
+
 def svdd_pm_gaussian(number=0.5, seed=0, net_type=Net):
     denoiser = net_type(net(2, 2, seed))
     value = values.posterior_mean(gaussian_reward, gaussian(), denoiser)
@@ -121,7 +125,7 @@ def svdd_distinct(number=0.5, seed=0, net_type=Net):
 
 INDEPENDENT = [
     ancestral_gaussian, ancestral_masked, svdd_pm_gaussian, svdd_pm_masked, svdd_learned_gaussian, svdd_learned_masked,
-    guided_gaussian, best_of_n_masked,
+    guided_gaussian, best_of_n_masked, dpm_solver,
 ]  # fmt: skip
 SAMPLERS = [*INDEPENDENT, smc_gaussian, smc_masked, svdd_distinct]
 each_sampler = pytest.mark.parametrize("make", SAMPLERS, ids=lambda f: f.__name__)

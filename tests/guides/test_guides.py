@@ -98,6 +98,69 @@ def test_dps_has_its_known_bias(noise):
     assert abs(mean - exact[0].item()) > 0.01 and variance < 0.9 * exact[1].item()
 
 
+@pytest.mark.parametrize(
+    ("schedule", "eta"), [("linear_vp", 1.0), ("linear_vp", 0.0), ("cosine_vp", 0.5), ("karras_ve", 1.0), ("flow", 0.0)]
+)
+def test_the_stable_scale_of_dps_is_where_a_move_reflects(schedule, eta):
+    """At that scale the guided move, as a matrix, has the eigenvalue -1 along the coordinate seen best; unguided ones are above."""
+    world = GaussianWorld([0.3, -0.2], 0.7 * np.eye(2), schedule=schedule, steps=8, eta=eta)
+    turn = np.array([[0.6, 0.8], [-0.8, 0.6]])
+    measurement = guides.linear(np.diag([2.0, 0.5]) @ turn, [1.0, -1.0], 0.2)
+    scales = guides.dps_stable_scale(world.process, measurement, world.times, prior_variance=0.7)
+    assert scales.shape == (7,)
+    for i in range(7):
+        t, s = world.times[i], world.times[i + 1]
+        if not np.isfinite(scales[i]):
+            assert schedule == "flow" and i == 0  # where x_t says nothing of x0, nothing is guided
+            continue
+        guided = guides.dps(world.denoiser, world.process, measurement, scales[i])
+
+        def move(x):
+            kernel: Any = world.process.reverse(x[None], t, s, guided(x[None], t))  # noqa: B023
+            return (kernel.mean if eta else kernel.point)[0]
+
+        matrix = jax.jit(jax.jacobian(move))(jnp.asarray([0.4, 0.1]))
+        eigenvalues = np.sort(np.linalg.eigvals(np.asarray(matrix, float)).real)
+        np.testing.assert_allclose(eigenvalues[0], -1.0, atol=2e-3)
+        assert -1 < eigenvalues[1] < 1
+    seen = guides.inpainting([1, 0], [0.5, 0.0], 0.2), guides.linear([[1.0, 0.0]], [0.5], 0.2)
+    a, b = (guides.dps_stable_scale(world.process, m, world.times) for m in seen)
+    close(a, b)
+
+
+@pytest.mark.parametrize(("noise", "steps", "stable"), [(0.1, 135, 1.0), (0.1, 50, 0.37), (0.03, 1510, 1.0)])
+def test_dps_is_stable_below_its_stable_scale_and_diverges_above(noise, steps, stable):
+    """The scale is 0.74 T noise^2 for N(0, 1) data; samples above are 1e6 and more, and `divergent` says so."""
+    world = GaussianWorld([0.0], [[1.0]], steps=steps)
+    seen = guides.linear([[1.0]], [1.5], noise)
+    largest = guides.dps_stable_scale(world.process, seen, world.times).min()
+    close(largest, 0.745 * steps * noise**2, rtol=0.02)
+    assert stable < largest
+
+    def draw(scale):
+        guided = guides.dps(world.denoiser, world.process, seen, scale)
+        return samplers.sample(samplers.ancestral(world.process, guided), jax.random.key(0), 200, world.times).x0
+
+    x0 = draw(stable)
+    assert abs(x0.mean() - 1.5) < 0.02 and not samplers.divergent(world.process, x0).any()
+    x0 = draw(3 * stable)
+    assert not (np.abs(x0) < 1e5).any() and samplers.divergent(world.process, x0).all()
+
+
+def test_divergent_samples_by_part_and_scale():
+    """Beyond 1,000 standard deviations of the prior, or not a number; tokens do not diverge; a mixed state by any part."""
+    x0 = jnp.asarray([[0.5, -2.0], [999.0, 0.0], [1001.0, 0.0], [0.0, jnp.nan], [-jnp.inf, 0.0]])
+    vp, ve = (processes.gaussian(s, (2,)) for s in (schedules.linear_vp(), schedules.karras_ve(0.01, 20.0)))
+    np.testing.assert_array_equal(samplers.divergent(vp, x0), [0, 0, 1, 1, 1])
+    np.testing.assert_array_equal(samplers.divergent(vp, x0, limit=100.0), [0, 1, 1, 1, 1])
+    np.testing.assert_array_equal(samplers.divergent(ve, x0), [0, 0, 0, 1, 1])
+    tokens = jax.nn.one_hot(jnp.zeros((5, 3), int), 4)
+    masked = processes.masked(schedules.log_linear_mask(), 3, 4)
+    assert not samplers.divergent(masked, tokens).any()
+    mixed = processes.product(x=vp, c=masked)
+    np.testing.assert_array_equal(samplers.divergent(mixed, {"x": x0, "c": tokens}), [0, 0, 1, 1, 1])
+
+
 @pytree
 class Labelled:
     """E[x0 | x_t] of N(0, 1) data for label 0 and N(0, 2) for label 1, the null."""

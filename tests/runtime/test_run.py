@@ -9,7 +9,8 @@ import optax
 import pytest
 
 from rgdiff import guides, processes, schedules, tuners
-from rgdiff.recipes.methods.steering import ParticleSampling
+from rgdiff.recipes.methods.steering import GuidedSampling, ParticleSampling
+from rgdiff.recipes.outcome import without_divergence
 from rgdiff.recipes.priors import GaussianPrior, MaskedPrior
 from rgdiff.recipes.typing import ReadyPrior
 from rgdiff.recipes.values import LikelihoodValue
@@ -17,7 +18,7 @@ from rgdiff.rewards import Task
 from rgdiff.runtime.checkpoint import Checkpoints
 from rgdiff.runtime.folder import RunFolder
 from rgdiff.runtime.progress import pieces
-from rgdiff.runtime.run import PATIENCE, Run
+from rgdiff.runtime.run import PATIENCE, Diverged, Run
 from rgdiff.tuners._loop import start, update
 from rgdiff.typing import pytree
 
@@ -102,6 +103,24 @@ def test_particles_under_a_likelihood_end_with_the_likelihood_of_x0(tmp_path):
     out = method.run(run, "tds", prior, Task(seen, seen), 8192)
     variance = 1 / (1 + 100)
     assert abs(out.x0.var() / variance - 1) < 0.06 and abs(out.x0.mean() - 50 * variance) < 4 * np.sqrt(variance / 1000)
+
+
+def test_samples_that_diverged_are_said_and_counted(tmp_path, capsys):
+    """DPS of y = x0 + 0.1 noise in 50 steps, above its stable scale: every sample of 1e6 and beyond; in 150 steps none."""
+    process = processes.gaussian(schedules.linear_vp(), (1,))
+    seen = guides.linear([[1.0]], [1.5], 0.1)
+    run = Run(RunFolder.create(tmp_path / "run", {}), 0, tmp_path / "cache")
+    for steps in (50, 150):
+        prior = ReadyPrior(process, process.times(steps), _Exact(process), None, None, (1,))
+        outcome = GuidedSampling(temperature=1.0).run(run, "dps", prior, Task(seen, seen), 8)
+        if steps == 50:
+            with pytest.raises(Diverged, match="dps: 8 of 8 samples diverged; lower its learning rate or its scale"):
+                without_divergence(run, "dps", prior, outcome)
+        else:
+            assert without_divergence(run, "dps", prior, outcome) is outcome
+    outcome.x0[:3] = [[1e7], [np.nan], [-np.inf]]
+    assert without_divergence(run, "dps", prior, outcome).figures == {"divergent": 3.0}
+    assert "dps: 3 of 8 samples diverged" in capsys.readouterr().out
 
 
 @pytree
