@@ -223,7 +223,8 @@ class MaximumEntropy(FewSteps):
             learnt = times[-1:] if self.setting == "gcd" else times[::-1]
             if self.setting != "dxdp" and float(getattr(tuner, "tau", 0.0)) > 0:
                 figures |= density_figures(run, phase, lambda x: energy(x) / tuner.tau, prior.fresh, self.noise_box)
-            maps = [(t, planar_tasks.field(jax.jit(lambda x, t=t: togo(x, jnp.float32(t))))) for t in learnt]
+            half = planar_tasks.MARGIN * self.noise_box
+            maps = [(t, planar_tasks.field(jax.jit(lambda x, t=t: togo(x, jnp.float32(t))), half=half)) for t in learnt]
             pictures = {f"{phase}: V at t = {t:.3g}": picture[None] for t, picture in maps}
         return Learned(
             x0,

@@ -159,7 +159,7 @@ class LangevinTraining:
         pictures = {}
         if prior.shape == (2,):
             figures |= density_figures(run, phase, judged, prior.fresh, self.noise_box)
-            pictures = {f"{phase}: energy": planar_tasks.field(judged)[None]}
+            pictures = {f"{phase}: energy": planar_tasks.field(judged, half=planar_tasks.MARGIN * self.noise_box)[None]}
         return Learned(
             x0,
             self.draws,
