@@ -57,6 +57,31 @@ def test_densities_integrate_to_one_and_match_the_samples(name):
     )  # midpoints of a cell: good to far less than the noise
 
 
+@pytest.mark.parametrize("name", planar.LAWS)
+def test_scale_and_noise_are_a_change_of_variables(name):
+    """x = s y: the same draws times s, and log p(x) = log p_1(x / s) - 2 log s with the noise over s; noise itself is absolute."""
+    scale, noise = 2.5, None if name == "checkerboard" else 0.3
+    law = planar.planar(name, scale, noise).law
+    unit = planar.planar(name, noise=None if noise is None else noise / scale).law
+    x = law.sample(jax.random.key(0), 400)
+    np.testing.assert_allclose(x, scale * unit.sample(jax.random.key(0), 400), rtol=1e-5, atol=1e-5)
+    expected = log_prob(unit, x / scale) - 2 * np.log(scale)
+    np.testing.assert_allclose(log_prob(law, x), expected, rtol=1e-4, atol=2e-4)
+    own, larger = planar.planar(name).law, planar.planar(name, scale).law  # its own noise grows with it
+    expected = log_prob(own, x / scale) - 2 * np.log(scale)
+    np.testing.assert_allclose(log_prob(larger, x), expected, rtol=1e-4, atol=2e-3)
+
+
+def test_scale_and_noise_of_the_eight_gaussians():
+    law = planar.planar("eight_gaussians", scale=0.5, noise=0.02).law
+    x = np.asarray(law.sample(jax.random.key(0), 20_000))
+    centres = 2 / 1.414 * np.stack([np.cos(np.arange(8) * np.pi / 4), np.sin(np.arange(8) * np.pi / 4)], -1)
+    off = x - centres[((x[:, None] - centres) ** 2).sum(-1).argmin(1)]
+    assert abs(off.std() / 0.02 - 1) < 4 / (2 * 40_000) ** 0.5
+    domain = planar.planar("rings", scale=3.0)
+    assert domain.extent == 12.0 and float(domain.law.radii[-1]) == 9.0
+
+
 def test_the_rings_have_their_radii_and_noise():
     x = np.asarray(planar.rings((1.0, 3.0), 0.1).sample(jax.random.key(0), 20_000))
     length = np.linalg.norm(x, axis=1)
@@ -153,6 +178,9 @@ def test_pictures_show_points_and_maps_where_they_are():
     side = PIXELS
     place = (np.array([column, side - 1 - row]) + 0.5) / side * 2 * HALF - HALF
     np.testing.assert_allclose(place, 2.0, atol=2 * HALF / side)
+    large = PlanarJudge(planar.planar("rings", scale=3.0), jax.random.key(0))
+    np.testing.assert_array_equal(large.pictures({"a": np.full((10, 2), 6.0)}, task)[1][1], shown["a"])
+    assert "[-13.8, 13.8]" in large.notes(task)[1] and "[-4.6, 4.6]" in judge.notes(task)[1]
     assert (picture[0, 0] == [253, 231, 37]).all() and (picture[-1, 0] == [68, 1, 84]).all()
 
 
@@ -162,6 +190,9 @@ def test_pictures_show_points_and_maps_where_they_are():
         (lambda: planar.planar("rings2"), "domain.name must be one of.*did you mean 'rings'"),
         (lambda: planar.curve("rings"), "domain.name must be one of"),
         (lambda: planar.curve(thickness=0.0), "thickness must be a finite number > 0"),
+        (lambda: planar.planar(scale=0.0), "scale must be a finite number > 0"),
+        (lambda: planar.planar("rings", noise=-1.0), "noise must be a finite number > 0"),
+        (lambda: planar.planar("checkerboard", noise=0.1), "leave domain.noise=null"),
         (lambda: planar.feasible(lambda x: x, planar.rings(), 1.0), "feasible needs a curve, got Rings"),
         (lambda: planar_tasks.leaving(planar.planar()), "choose domain=curve"),
         (lambda: planar_tasks.log_density(object()), "reward=log_density is for points in the plane"),

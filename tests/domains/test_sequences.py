@@ -93,6 +93,25 @@ def test_fasta_is_read_whole(tmp_path):
     assert domain.decode(domain.train_x) == ["ACGTAC", "TTGACA"] and len(domain.guide_y) == len(domain.judge_y) == 0
 
 
+@pytest.mark.parametrize("start", ["\ufeff", "; made by hand\n", "\ufeff; made by hand\n\n ; twice\n", "\n\n"])
+def test_fasta_may_begin_with_a_mark_or_a_comment(tmp_path, start):
+    path = tmp_path / "a.fa"
+    path.write_text(start + ">one\nACG TAC\n>two\r\nttgaca \n", encoding="utf-8")
+    domain = sequences.sequences(path)
+    assert domain.decode(domain.train_x) == ["ACGTAC", "TTGACA"]
+
+
+def test_blanks_around_fields_are_no_letters(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("sequence , y\nACGTAA ,1\n TTGACA, 2\nGATTAC,3 \n")
+    domain = sequences.sequences(path, measurement="y")
+    assert domain.decode(domain.train_x) == ["ACGTAA", "TTGACA", "GATTAC"]
+    assert sorted([*domain.guide_y, *domain.judge_y]) == [1, 2, 3]
+    path.write_text("sequence\nACGTAAC\nTTGACA\nGATTAC\n")
+    with pytest.raises(ValueError, match="sequence 0 has length 7, expected 6"):
+        sequences.sequences(path)
+
+
 def test_tables_are_read_by_name_and_by_place(tmp_path):
     rows = [("id", "id", "s,eq", "y")] + [(str(i), "g", "ACGT"[i % 4] * 4, str(i) if i % 3 else "") for i in range(12)]
     for suffix, separator in ((".csv", ","), (".tsv", "\t")):
@@ -140,9 +159,15 @@ def test_missing_files_and_wrong_checksums(tmp_path, monkeypatch):
         sequences.utr(tmp_path)
     with pytest.raises(ValueError, match="no sequence file is named"):
         sequences.sequences()
-    (tmp_path / "SIX6_REF_R1_8mers.txt").write_text("another file")
-    with pytest.raises(ValueError, match="sha256 is .*, expected cf586a49"):
-        sequences.tfbind8(tmp_path)
+    for name, load in (("SIX6_REF_R1_8mers.txt", sequences.tfbind8), ("snv_phenotype_log_diff.csv", sequences.utr)):
+        (tmp_path / name).write_text("another file")
+        with pytest.raises(ValueError, match="sha256 is .*, expected [0-9a-f]{64}.*domain.sha256=null"):
+            load(tmp_path)
+    (tmp_path / "snv_phenotype_log_diff.csv").write_text(
+        "utr,hrl,mother\n" + "".join(f"{c * 50},{i},{i // 2}\n" for i, c in enumerate("AaCcGgTt"))
+    )
+    domain = sequences.utr(tmp_path, sha256=None)
+    assert len(domain.guide_y) == len(domain.judge_y) == 4
     good = hashlib.sha256(b">a\nAC\n").hexdigest()
     (tmp_path / "a.fa").write_bytes(b">a\nAC\n")
     assert sequences.sequences(tmp_path / "a.fa", sha256=good.upper()).shape == (2, 4)

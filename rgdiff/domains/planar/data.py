@@ -18,7 +18,7 @@ from rgdiff import checks
 from rgdiff.typing import Array, Cond, Key, Reward, callable_pytree, pytree, static
 
 TRAINING = 65_536  # examples for training a network
-EXTENT = 4.0  # half the side of the square that holds the sets
+EXTENT = 4.0  # half the side of the square that holds the sets at scale 1
 NODES = 256  # of the quadrature along an arm of the spirals
 
 
@@ -52,10 +52,11 @@ class Mixture:
 class Spirals:
     """Two arms +-c(n), c(n) = (-n cos n, n sin n)/3, n = 3 pi sqrt(U), blurred by U[0, 1/6]^2 (towards +c) and by noise `std`.
 
-    The density is a quadrature over n; its relative error is below 1e-4 where the density exceeds 1e-6 of its peak.
+    Arms and blur are `scale` times as large. The density is a quadrature over n; its relative error is below 1e-4 where the density exceeds 1e-6 of its peak.
     """
 
     std: Array
+    scale: Array | float = 1.0
 
     def _arm(self, n: Array) -> Array:
         return jnp.stack([-n * jnp.cos(n), n * jnp.sin(n)], -1) / 3
@@ -65,34 +66,38 @@ class Spirals:
         n = 3 * jnp.pi * jnp.sqrt(jax.random.uniform(key_n, (count,)))
         sign = jax.random.rademacher(key_arm, (count, 1), jnp.float32)
         arm = sign * (self._arm(n) + jax.random.uniform(key_blur, (count, 2), maxval=1 / 6))
-        return arm + self.std * jax.random.normal(key_noise, (count, 2))
+        return self.scale * arm + self.std * jax.random.normal(key_noise, (count, 2))
 
     def log_prob(self, x: Array) -> Array:
+        x, std = x / self.scale, self.std / self.scale
         nodes, weights = np.polynomial.legendre.leggauss(NODES)
         n = jnp.asarray(1.5 * np.pi * (nodes + 1), jnp.float32)
         log_weight = jnp.asarray(np.log((nodes + 1) / 2 * weights * 36 / 2), jnp.float32)
 
         def arm(sign: float) -> Array:
-            from_corner = (sign * x[..., None, :] - self._arm(n)) / self.std
-            inside = log_probability(from_corner - 1 / (6 * self.std), from_corner)
+            from_corner = (sign * x[..., None, :] - self._arm(n)) / std
+            inside = log_probability(from_corner - 1 / (6 * std), from_corner)
             return jax.nn.logsumexp(log_weight + jnp.sum(inside, -1), -1)
 
-        return jnp.logaddexp(arm(1.0), arm(-1.0))
+        return jnp.logaddexp(arm(1.0), arm(-1.0)) - 2 * jnp.log(self.scale)
 
 
 @pytree
 class Checkerboard:
-    """Uniform on the 8 black squares, of side 2, of [-4, 4]^2: floor(x/2) + floor(y/2) even. Density 1/32, or 0."""
+    """Uniform on the 8 black squares, of side 2, of [-4, 4]^2: floor(x/2) + floor(y/2) even. Density 1/32, or 0; `scale` times as large."""
+
+    scale: Array | float = 1.0
 
     def sample(self, key: Key, count: int) -> Array:
         key_place, key_row = jax.random.split(key)
         place = jax.random.uniform(key_place, (count, 2)) * jnp.array([8.0, 2.0]) + jnp.array([-4.0, 0.0])
         row = 2 * jax.random.randint(key_row, (count,), -1, 1) + jnp.floor(place[:, 0] / 2) % 2
-        return place.at[:, 1].add(2 * row)
+        return self.scale * place.at[:, 1].add(2 * row)
 
     def log_prob(self, x: Array) -> Array:
+        x = x / self.scale
         black = jnp.sum(jnp.floor(x / 2), -1) % 2 == 0
-        return jnp.where(black & jnp.all(jnp.abs(x) < 4, -1), -math.log(32.0), -jnp.inf)
+        return jnp.where(black & jnp.all(jnp.abs(x) < 4, -1), -math.log(32.0) - 2 * jnp.log(self.scale), -jnp.inf)
 
 
 @pytree
@@ -171,37 +176,53 @@ def log_probability(low: Array, high: Array) -> Array:
     return top + jnp.log(-jnp.expm1(jnp.minimum(jax.scipy.special.log_ndtr(low) - top, -1e-30)))
 
 
-def eight_gaussians() -> Mixture:
-    """Make the law of 8 equal Gaussians on a circle of radius 4/1.414, of standard deviation .5/1.414 (arXiv 2407.00626's)."""
+def eight_gaussians(scale: float = 1.0, noise: float | None = None) -> Mixture:
+    """Make the law of 8 equal Gaussians on a circle of radius 4/1.414, of standard deviation .5/1.414 (arXiv 2407.00626's).
+
+    Args:
+      scale: of the circle.
+      noise: the standard deviation; scale * .5/1.414 by default.
+    """
     angles = jnp.arange(8) * jnp.pi / 4
-    return Mixture(jnp.stack([jnp.cos(angles), jnp.sin(angles)], -1) * (4 / 1.414), jnp.float32(0.5 / 1.414))
+    radius, std = 4 / 1.414 * checks.positive("scale", scale), _noise(noise, 0.5 / 1.414, scale)
+    return Mixture(jnp.stack([jnp.cos(angles), jnp.sin(angles)], -1) * radius, std)
 
 
-def two_spirals() -> Spirals:
-    """Make the law of two spirals of 1.5 turns, with noise .1."""
-    return Spirals(jnp.float32(0.1))
+def two_spirals(scale: float = 1.0, noise: float | None = None) -> Spirals:
+    """Make the law of two spirals of 1.5 turns, with noise .1 (times `scale` by default)."""
+    return Spirals(_noise(noise, 0.1, scale), checks.positive("scale", scale))
 
 
-def checkerboard() -> Checkerboard:
-    """Make the uniform law on the black squares of a 4 x 4 board."""
-    return Checkerboard()
+def checkerboard(scale: float = 1.0, noise: None = None) -> Checkerboard:
+    """Make the uniform law on the black squares of a 4 x 4 board; it has no noise."""
+    if noise is not None:
+        raise ValueError(f"the checkerboard has sharp edges and no noise; leave domain.noise=null, got {noise!r}")
+    return Checkerboard(checks.positive("scale", scale))
 
 
-def rings(radii: tuple[float, ...] = (1.0, 2.0, 3.0), std: float = 0.1) -> Rings:
-    """Make the law of equal parts on circles of these radii."""
-    return Rings(jnp.asarray([checks.positive("a radius", r) for r in radii]), checks.positive("std", std))
+def rings(radii: tuple[float, ...] = (1.0, 2.0, 3.0), noise: float | None = None, scale: float = 1.0) -> Rings:
+    """Make the law of equal parts on circles of these radii, times `scale`, with noise .1 (times `scale` by default)."""
+    radius = jnp.asarray([checks.positive("a radius", r) for r in radii]) * checks.positive("scale", scale)
+    return Rings(radius, _noise(noise, 0.1, scale))
 
 
-def arc(thickness: float = 0.05, segments: int = 128) -> Curve:
-    """Make the law on three quarters of a circle of radius 2, open at the lower right."""
+def arc(thickness: float = 0.05, segments: int = 128, scale: float = 1.0) -> Curve:
+    """Make the law on three quarters of a circle of radius 2, times `scale`, open at the lower right."""
     angles = jnp.linspace(0.0, 1.5 * jnp.pi, checks.at_least("segments", segments, 1) + 1)
-    return Curve(2 * jnp.stack([jnp.cos(angles), jnp.sin(angles)], -1), checks.positive("thickness", thickness))
+    circle = 2 * jnp.stack([jnp.cos(angles), jnp.sin(angles)], -1)
+    return Curve(circle * checks.positive("scale", scale), checks.positive("thickness", thickness))
 
 
-def figure_eight(thickness: float = 0.05, segments: int = 128) -> Curve:
-    """Make the law on the closed curve (2 sin u, sin 2u), which crosses itself at 0."""
+def figure_eight(thickness: float = 0.05, segments: int = 128, scale: float = 1.0) -> Curve:
+    """Make the law on the closed curve (2 sin u, sin 2u), times `scale`, which crosses itself at 0."""
     u = jnp.linspace(0.0, 2 * jnp.pi, checks.at_least("segments", segments, 1) + 1)
-    return Curve(jnp.stack([2 * jnp.sin(u), jnp.sin(2 * u)], -1), checks.positive("thickness", thickness))
+    eight = jnp.stack([2 * jnp.sin(u), jnp.sin(2 * u)], -1)
+    return Curve(eight * checks.positive("scale", scale), checks.positive("thickness", thickness))
+
+
+def _noise(noise: float | None, own: float, scale: float) -> Array:
+    """Return a set's noise: as given, or its own at scale 1 times the scale."""
+    return checks.positive("scale", scale) * own if noise is None else checks.positive("noise", noise)
 
 
 CURVES = {"arc": arc, "figure_eight": figure_eight}
@@ -241,6 +262,7 @@ class PlanarDomain:
 
     law: Any
     name: str = static()
+    extent: float = static(default=EXTENT)  # half the side of the square that holds the set
     shape: tuple[int, ...] = static(default=(2,))
     value_range: None = static(default=None)
 
@@ -254,15 +276,23 @@ class PlanarDomain:
         return self.law.sample(key, count)
 
 
-def planar(name: str = "eight_gaussians") -> PlanarDomain:
+def planar(name: str = "eight_gaussians", scale: float = 1.0, noise: float | None = None) -> PlanarDomain:
     """Make the domain of a law of `LAWS`.
 
+    Args:
+      scale: of the set about 0; at 1 it lies in [-4, 4]^2.
+      noise: standard deviation of the Gaussian noise about it, in the plane's unit; the set's own, times scale, by default.
+
     Raises:
-      ValueError: for an unknown name.
+      ValueError: for an unknown name, a scale or a noise that is not positive, or noise for a checkerboard.
     """
-    return PlanarDomain(LAWS[checks.one_of("domain.name", name, LAWS)](), name)
+    checks.positive("scale", scale)
+    if checks.one_of("domain.name", name, LAWS) in CURVES:
+        return curve(name, 0.05 * scale if noise is None else noise, scale)
+    return PlanarDomain(LAWS[name](scale=scale, noise=noise), name, EXTENT * scale)
 
 
-def curve(name: str = "arc", thickness: float = 0.05) -> PlanarDomain:
-    """Make the domain of a curve, `arc` or `figure_eight`, with noise `thickness` about it."""
-    return PlanarDomain(CURVES[checks.one_of("domain.name", name, CURVES)](thickness), name)
+def curve(name: str = "arc", thickness: float = 0.05, scale: float = 1.0) -> PlanarDomain:
+    """Make the domain of a curve, `arc` or `figure_eight`, `scale` times as large, with noise `thickness` about it."""
+    law = CURVES[checks.one_of("domain.name", name, CURVES)](thickness, scale=scale)
+    return PlanarDomain(law, name, EXTENT * scale)

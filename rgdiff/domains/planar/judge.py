@@ -21,7 +21,8 @@ from rgdiff.typing import Array
 
 PIXELS = 240  # of a picture's side
 DRAWS = 3  # of data that samples are compared with
-HALF = 1.15 * EXTENT  # of the square that a picture shows
+MARGIN = 1.15  # of the square that a picture shows, over that which holds the set
+HALF = MARGIN * EXTENT
 COLORS = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]], np.float64)  # viridis
 _log_prob = jax.jit(lambda law, x: law.log_prob(x))
 
@@ -53,9 +54,10 @@ class PlanarJudge(BaseJudge):
     def pictures(self, samples: Mapping[str, np.ndarray], task: Task) -> list[tuple[str, np.ndarray, Any]]:
         """Return the data and every method's samples as densities of points."""
         shown = {f"data: {self.domain.name}": self.fresh(max(len(x0) for x0 in samples.values())), **samples}
-        beyond = {name: float(np.mean(~(np.abs(np.asarray(x0)) <= HALF).all(-1))) for name, x0 in shown.items()}
+        half = MARGIN * self.domain.extent
+        beyond = {name: float(np.mean(~(np.abs(np.asarray(x0)) <= half).all(-1))) for name, x0 in shown.items()}
         title = lambda name: f"{name} ({beyond[name]:.1%} outside)" if beyond[name] else name  # noqa: E731
-        return [(title(name), dots(x0)[None], None) for name, x0 in shown.items()]
+        return [(title(name), dots(x0, half)[None], None) for name, x0 in shown.items()]
 
     def histograms(self, outcomes: Mapping[str, Any], task: Task, prior: Any) -> list[tuple[str, np.ndarray, Any]]:
         return []
@@ -63,28 +65,29 @@ class PlanarJudge(BaseJudge):
     def notes(self, task: Task) -> list[str]:
         """Return what a reader of the report should know."""
         pairs = [(self.fresh(10_000, i), self.fresh(10_000, j)) for i, j in ((0, 1), (0, 2), (1, 2))]
+        half = MARGIN * self.domain.extent
         floor = np.mean([metrics.sliced_wasserstein(a, b) for a, b in pairs])
         return [
             f"sliced_w2: sliced 2-Wasserstein distance to as many fresh points of the data, mean of {DRAWS} draws, 1,000 projections; it "
             f"does not reach 0: sets of 10,000 points of the data themselves are {floor:.3f} apart. log_density: mean of log "
             "p(x) over samples, nats; in_support: share of samples where p(x) > 0.",
-            f"Pictures: the square [-{HALF:.1f}, {HALF:.1f}]^2, the second coordinate upwards.",
+            f"Pictures: the square [-{half:.3g}, {half:.3g}]^2, the second coordinate upwards.",
         ]
 
 
-def dots(x: np.ndarray) -> np.ndarray:
-    """Draw points [N, 2] as a gray picture [PIXELS, PIXELS, 1], darker where they are denser."""
+def dots(x: np.ndarray, half: float = HALF) -> np.ndarray:
+    """Draw points [N, 2] of [-half, half]^2 as a gray picture [PIXELS, PIXELS, 1], darker where they are denser."""
     x = np.asarray(x, np.float64)
-    edges = np.linspace(-HALF, HALF, PIXELS + 1)
+    edges = np.linspace(-half, half, PIXELS + 1)
     x = x[np.isfinite(x).all(-1)]
     counts = np.histogram2d(x[:, 0], x[:, 1], [edges, edges])[0].T[::-1]
     ink = np.sqrt(counts / max(counts.max(), 1.0))
     return np.rint(255 * (1 - ink)).astype(np.uint8)[..., None]
 
 
-def field(function: Callable[[Array], Array], low: float = 0.0, high: float = 0.9) -> np.ndarray:
-    """Draw a function [N, 2] -> [N] as a picture [PIXELS, PIXELS, 3]: its quantile `low` is dark, its quantile `high` is yellow."""
-    side = (np.arange(PIXELS) + 0.5) / PIXELS * 2 * HALF - HALF
+def field(function: Callable[[Array], Array], low: float = 0.0, high: float = 0.9, half: float = HALF) -> np.ndarray:
+    """Draw a function [N, 2] -> [N] on [-half, half]^2 as [PIXELS, PIXELS, 3]: its quantile `low` is dark, its quantile `high` yellow."""
+    side = (np.arange(PIXELS) + 0.5) / PIXELS * 2 * half - half
     x, y = np.meshgrid(side, side[::-1])
     values = np.asarray(function(jnp.asarray(np.stack([x, y], -1).reshape(-1, 2), jnp.float32)), np.float64)
     finite = values[np.isfinite(values)]

@@ -9,6 +9,7 @@ molecule are in one half (`linked`). Files are read in `sequence_files`, rewards
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -33,14 +34,14 @@ class Alphabet(NamedTuple):
         """Return one-hot uint8 [N, L, K] of sequences of one length, in upper or lower case.
 
         Args:
-          length: L where it is known beforehand.
+          length: L where it is known beforehand; else that of most sequences.
 
         Raises:
           ValueError: for no sequence, another length, or a letter that is not of the alphabet, with its place.
         """
         if not len(sequences):
             raise ValueError(f"expected at least one {self.name} sequence, got none")
-        length = len(sequences[0]) if length is None else length
+        length = Counter(map(len, sequences)).most_common(1)[0][0] if length is None else length
         table = np.full(256, 255, np.uint8)
         pairs = [(letter, letter) for letter in self.letters] + list(self.synonyms)
         for read, meant in pairs:
@@ -200,7 +201,8 @@ def sequences(
     """Load sequences of one length from a FASTA, CSV or TSV file, plain or gzipped.
 
     Args:
-      source: path (relative to `data_dir`, or to RGDIFF_DATA) or URL. A file that begins with `>` is FASTA.
+      source: path (relative to `data_dir`, or to RGDIFF_DATA) or URL. A file that begins with `>`, comments (`;`) left out, is
+        FASTA.
       alphabet: dna, rna or protein.
       sequence: column of the sequences, by name or position, where the file is a table.
       measurement: column of a measured number, for learned rewards; rows without one train the prior alone.
@@ -222,7 +224,7 @@ def sequences(
     letters = ALPHABETS[checks.one_of("alphabet", alphabet, ALPHABETS)]
     data = sequence_files.read_bytes(source, data_dir=data_dir, sha256=sha256, download=download)
     label = os.fspath(source)
-    if data.lstrip()[:1] == b">":
+    if sequence_files.is_fasta(data):
         if measurement is not None or group is not None:
             raise ValueError(f"{label} is FASTA, which has no columns; measurements need a CSV or TSV file")
         columns = [sequence_files.read_fasta(data, label)[1]]
@@ -249,12 +251,18 @@ def sequences(
 
 
 def utr(
-    data_dir: str | os.PathLike | None = None, source: str | os.PathLike = "snv_phenotype_log_diff.csv"
+    data_dir: str | os.PathLike | None = None,
+    source: str | os.PathLike = "snv_phenotype_log_diff.csv",
+    sha256: str | None = UTR_SHA256,
 ) -> SequenceDomain:
     """Load 3,002 human 5'UTRs of 50 nt with their measured mean ribosome load (1.47 to 7.84).
 
     The prior may see all sequences. Measurements are split by mother sequence: the set is made of variants of 945
     sequences that differ in one letter, and a reward that has seen a sequence's sister is no judge of it.
+
+    Args:
+      source: a table with columns `utr`, `hrl` and `mother`.
+      sha256: of the file; null for another one in the same form.
 
     Raises:
       FileNotFoundError: for a missing file, with where to get it.
@@ -264,11 +272,13 @@ def utr(
       github.com/pjsample/human_5utr_modeling.
     """
     hint = "it is data/snv_phenotype_log_diff.csv of github.com/pjsample/human_5utr_modeling"
-    data = sequence_files.read_bytes(source, data_dir=data_dir, sha256=UTR_SHA256, hint=hint)
+    data = sequence_files.read_bytes(source, data_dir=data_dir, sha256=sha256, hint=hint)
     text, load, mother = sequence_files.read_table(data, ["utr", "hrl", "mother"], os.fspath(source))
     letters = ALPHABETS["rna"]
     x, y = letters.encode(text, 50), sequence_files.numbers(load, os.fspath(source))
-    first, second = halves(mother)
+    measured = np.flatnonzero(~np.isnan(y))
+    groups = linked(x[measured].argmax(-1), np.array(mother)[measured])
+    first, second = (measured[half] for half in halves(groups))
     return SequenceDomain(x, x[first], y[first], x[second], y[second], name="utr", alphabet=letters)
 
 

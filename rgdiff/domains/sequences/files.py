@@ -1,6 +1,6 @@
 """Readers of sequence files: FASTA, and tables (CSV, TSV) with a header, plain or gzipped, by path or by URL with a checksum.
 
-They return text and numbers as they stand in the file; letters become one-hot states in `rgdiff.domains.sequences.data`.
+They return text and numbers as they stand in the file, without blanks around them; letters become one-hot states in `rgdiff.domains.sequences.data`.
 Nothing is downloaded unless download=True says so, and nothing is written.
 """
 
@@ -12,7 +12,7 @@ import hashlib
 import io
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +59,10 @@ def read_bytes(
         data = _download(address)
     found = hashlib.sha256(data).hexdigest()
     if sha256 is not None and found != sha256.lower():
-        raise ValueError(f"{address}: sha256 is {found}, expected {sha256}; it is another file or a damaged one")
+        raise ValueError(
+            f"{address}: sha256 is {found}, expected {sha256}; it is another file or a damaged one: fetch it again, or give "
+            "domain.sha256=null if it is what you mean"
+        )
     if data[:2] == b"\x1f\x8b":
         try:
             data = gzip.decompress(data)
@@ -79,8 +82,17 @@ def _download(address: str) -> bytes:
         raise FileNotFoundError(f"cannot download {address}: {error}") from None
 
 
+def is_fasta(data: bytes) -> bool:
+    """Whether the first line that is neither empty nor a comment (`;`) begins with `>`; a byte-order mark is none of it."""
+    return next(_fasta_lines(data.decode("utf-8-sig", "replace")), "").startswith(">")
+
+
+def _fasta_lines(text: str) -> Iterator[str]:
+    return (line for line in map(str.strip, text.splitlines()) if line and not line.startswith(";"))
+
+
 def read_fasta(data: bytes, name: str = "FASTA") -> tuple[list[str], list[str]]:
-    """Parse FASTA: a `>` line with a name, then lines of letters.
+    """Parse FASTA: a `>` line with a name, then lines of letters; lines that begin with `;` are comments.
 
     Returns:
       Names (without `>`), and sequences in the letters of the file.
@@ -88,7 +100,7 @@ def read_fasta(data: bytes, name: str = "FASTA") -> tuple[list[str], list[str]]:
     Raises:
       ValueError: for text that does not begin with `>`, or a record without letters.
     """
-    lines = [line.strip() for line in _text(data, name).splitlines() if line.strip() and not line.startswith(";")]
+    lines = list(_fasta_lines(_text(data, name)))
     if not lines or not lines[0].startswith(">"):
         raise ValueError(
             f"{name}: FASTA begins with a line '>name', found {lines[0][:40]!r}" if lines else f"{name}: empty"
@@ -100,7 +112,7 @@ def read_fasta(data: bytes, name: str = "FASTA") -> tuple[list[str], list[str]]:
             names.append(line[1:].strip())
             parts.append([])
         else:
-            parts[-1].append(line)
+            parts[-1].append("".join(line.split()))
     sequences = ["".join(lines) for lines in parts]
     for record, sequence in zip(names, sequences, strict=True):
         if not sequence:
@@ -115,7 +127,7 @@ def read_table(data: bytes, columns: Sequence[str | int], name: str = "table") -
       columns: which to return: names in the header, or positions from 0 (headers can repeat a name).
 
     Returns:
-      The columns, each a list of texts.
+      The columns, each a list of texts, without blanks around them.
 
     Raises:
       ValueError: for a column that is not there, or a row of another length than the header.
@@ -128,6 +140,7 @@ def read_table(data: bytes, columns: Sequence[str | int], name: str = "table") -
         raise ValueError(f"{name} is not a table: {error}") from None
     if len(rows) < 2:
         raise ValueError(f"{name}: expected a header and at least one row, found {len(rows)} lines")
+    rows = [[field.strip() for field in row] for row in rows]
     header = rows[0]
     places = []
     for column in columns:

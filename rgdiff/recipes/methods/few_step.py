@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rgdiff import checks, denoisers, metrics, policies, samplers, tuners
-from rgdiff.domains.planar.judge import field
+from rgdiff.domains.planar.judge import MARGIN, field
 from rgdiff.recipes.outcome import nothing, outcome
 from rgdiff.recipes.priors import FRESH, initial, needs_data
 from rgdiff.recipes.typing import Curves, Method, Outcome, Prior, ReadyPrior, Shape
@@ -191,7 +191,8 @@ class FewStepTraining(FewSteps):
                 figures |= density_figures(
                     run, phase, lambda x: energy(x) / tuner.temperature, prior.fresh, self.noise_box
                 )
-            maps = [(t, field(jax.jit(lambda x, t=t: togo(x, jnp.float32(t))))) for t in learnt]
+            half = MARGIN * self.noise_box
+            maps = [(t, field(jax.jit(lambda x, t=t: togo(x, jnp.float32(t))), half=half)) for t in learnt]
             pictures = {f"{phase}: V at t = {t:.3g}": picture[None] for t, picture in maps}
         return outcome(
             x0,

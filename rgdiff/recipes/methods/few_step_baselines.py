@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rgdiff import checks, samplers, tuners
-from rgdiff.domains.planar.judge import field
+from rgdiff.domains.planar.judge import MARGIN, field
 from rgdiff.recipes.methods.few_step import density_figures, energy_auc, training_curves
 from rgdiff.recipes.outcome import nothing, outcome
 from rgdiff.recipes.priors import initial, needs_data
@@ -154,7 +154,7 @@ class LangevinTraining(Method):
         pictures = {}
         if prior.shape == (2,):
             figures |= density_figures(run, phase, judged, prior.fresh, self.noise_box)
-            pictures = {f"{phase}: energy": field(judged)[None]}
+            pictures = {f"{phase}: energy": field(judged, half=MARGIN * self.noise_box)[None]}
         return outcome(
             x0,
             self.draws,
