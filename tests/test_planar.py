@@ -144,9 +144,11 @@ def test_pictures_show_points_and_maps_where_they_are():
     judge = domain.evaluator(jax.random.key(0))
     task = planar_tasks.direction(domain)
     picture = planar_tasks.field(lambda x: x[:, 1], high=1.0)
-    shown = {title: images for title, images, _ in judge.pictures({"a": np.full((10, 2), 2.0)}, task)}
-    assert [*shown] == ["data: rings", "a"]
-    row, column = np.argwhere(shown["a"][0, ..., 0] == 0)[0]
+    shown = judge.show_all({"a": np.full((10, 2), 2.0), "b": np.array([[0.0, 0.0], [99.0, 0.0]])}, task)
+    assert (
+        [*judge.references(task)] == ["data: rings"] and "50.0%" in shown["b"].xlabel and "%" not in shown["a"].xlabel
+    )
+    row, column = np.argwhere(shown["a"].image[..., 0] == 0)[0]
     side = planar_tasks.PIXELS
     place = (np.array([column, side - 1 - row]) + 0.5) / side * 2 * planar_tasks.HALF - planar_tasks.HALF
     np.testing.assert_allclose(place, 2.0, atol=2 * planar_tasks.HALF / side)

@@ -189,7 +189,7 @@ class VectorDomain:
         """Return what measures samples of this domain."""
         from rgdiff.domains.subspace_tasks import VectorJudge
 
-        return VectorJudge(self.shape)
+        return VectorJudge(self)
 
 
 @pytree
