@@ -57,6 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"rgdiff: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    finally:
+        from rgdiff.runtime.progress import announce
+
+        announce(None)
     return 0
 
 
@@ -133,12 +137,16 @@ def sweep(name: str, overrides: Sequence[str]) -> None:
 
 def run_recipe(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     """Run one recipe and write its folder; return the summary. A method that diverges is left out, and raises at the end."""
+    from rgdiff.runtime.progress import announce
+
+    announce("loading JAX and the recipe…")
     from rgdiff.recipes import compose as recipe
     from rgdiff.recipes.methods.steering import PriorSampling
     from rgdiff.recipes.outcome import without_divergence
     from rgdiff.recipes.pages import table, write_pages
     from rgdiff.recipes.priors import default_cache
     from rgdiff.runtime.folder import RunFolder
+    from rgdiff.runtime.naturalness import marked
     from rgdiff.runtime.run import Diverged, Run, use_compilation_cache
 
     # Parse: one resolved config, checked whole.
@@ -148,6 +156,7 @@ def run_recipe(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     methods = config.get("methods") or {chosen["method"] or "method": config["method"]}
 
     # Build: data, prior, reward; the folder only when these names and files are good.
+    announce("loading the data…")
     domain = recipe.build(config["domain"], trusted)
     settings = recipe.build(config["prior"], trusted)
     built = {key: recipe.build(value, trusted) for key, value in methods.items()}
@@ -166,14 +175,17 @@ def run_recipe(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     count = int(config["samples"])
 
     # Run: the judge and the reward, the prior, then every method beside it.
+    announce("making the judge and the reward, and training what of them is learned…")
     try:
         judge, task, tasks = judge_and_tasks(config, trusted, domain, settings, built, run)
     except ValueError:
         if fresh:  # nothing was made in it: the corrected command may have it
             folder.forget()
         raise
+    announce("making the prior…")
     identity = {"domain": config["domain"], "prior": config["prior"], "seed": config["seed"]}
     prior = settings.obtain(run, domain, identity)
+    announce(None)
     outcomes = {"prior": PriorSampling().run(run, "prior_samples", prior, task, count)}
     stopped: dict[str, str] = {}
     for key, method in built.items():
@@ -185,7 +197,9 @@ def run_recipe(name: str, overrides: Sequence[str]) -> dict[str, Any]:
             run.say(stopped[key])
 
     # Write: numbers, samples, report.
+    announce("measuring the samples and drawing the page…")
     rows = {key: judge.row(outcome, task, prior) | outcome.figures for key, outcome in outcomes.items()}
+    rows = marked(rows, judge.spread(outcomes["prior"], task))
     summary = {f"{key}/{metric}": value for key, row in rows.items() for metric, value in row.items()}
     for key, row in rows.items():
         run.log.rewind(f"{key}_summary", 0)
@@ -195,6 +209,7 @@ def run_recipe(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     write_pages(run, config, overrides, name, judge, task, prior, outcomes, rows, list(stopped.values()))
     folder.write_summary(summary | {f"{key}/stopped": reason for key, reason in stopped.items()})
     run.log.close()
+    announce(None)
     run.say(table(rows))
     run.say(f"report: {folder.path / 'report.html'}")
     if stopped:

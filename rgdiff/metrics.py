@@ -136,6 +136,37 @@ def diversity(x: Any) -> float:
     return float(pdist(_features(x, "x", 2)).mean())
 
 
+def jackknife(statistic: Callable[[np.ndarray], float], x: Any, groups: int = 10, most: int = 2000) -> float:
+    """Estimate the standard error of a statistic of independent samples by leaving out one group at a time.
+
+    se^2 = (G - 1) / G sum_g (s_g - mean s)^2, s_g the statistic without group g.
+
+    Args:
+      statistic: samples [n, ...] -> a number.
+      x: samples [N, ...].
+      groups: G, or N where that is smaller.
+      most: samples that are looked at; of more, the first, and the error is scaled by sqrt(most / N).
+
+    Returns:
+      The standard error, in the statistic's unit; NaN for fewer than three samples.
+
+    Raises:
+      ValueError: for fewer than two groups.
+
+    References: Efron 1982, The jackknife, the bootstrap and other resampling plans, equation 3.5, for groups.
+    """
+    x = np.asarray(x)
+    if groups < 2:
+        raise ValueError(f"groups={groups}: expected two at least")
+    seen = x[:most]
+    if len(seen) < 3:
+        return float("nan")
+    parts = np.array_split(np.arange(len(seen)), min(groups, len(seen)))
+    values = np.array([statistic(np.delete(seen, part, 0)) for part in parts], np.float64)
+    error = np.sqrt((len(parts) - 1) / len(parts) * ((values - values.mean()) ** 2).sum())
+    return float(error * np.sqrt(len(seen) / len(x)))
+
+
 def summarize_rewards(rewards: Any, lineages: Any = None) -> dict[str, float | int]:
     """Summarise the rewards [B] of a set of samples; NaN marks an infeasible one, which is left out and counted.
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rgdiff import metrics, rewards
+from rgdiff.domains.drawing import Logo, Plane
 from rgdiff.rewards import Task
 from rgdiff.typing import Key, Reward
 
@@ -27,6 +28,8 @@ class BaseJudge:
       domain: what is judged; `shape` is that of one example.
       key: PRNG key of what the judge trains or draws.
     """
+
+    pictured = True  # whether a method's samples say something of it
 
     def __init__(self, domain: Any, key: Key):
         self.domain = domain
@@ -57,17 +60,44 @@ class BaseJudge:
         names = ("kl", "network_calls", "tuning_network_calls", "seconds", "compile_seconds")
         return {name: getattr(outcome, name) for name in names}
 
-    def pictures(self, samples: Mapping[str, np.ndarray], task: Task) -> list[tuple[str, np.ndarray, list[float]]]:
-        """Return (title, 8-bit pictures [N, H, W, C], their rewards) for the report."""
+    def scores(self, x0: np.ndarray, task: Task) -> np.ndarray | None:
+        """Return the guiding rewards [N] by which the report names the best, the median and the worst; None names none."""
+        return self.rewards(task.reward, x0)
+
+    def spread(self, outcome: Any, task: Task) -> dict[str, float]:
+        """Return the figures by which a method is called over-optimised, each with its standard error in the prior's samples.
+
+        See `rgdiff.runtime.naturalness`; a figure that is left out calls nobody.
+        """
+        return {"kl": 0.0}
+
+    def show_each(self, x0: np.ndarray) -> Any:
+        """Return how single samples are drawn: 8-bit pictures [N, H, W, C], or an SVG text or a line of letters for each; or None."""
+        return None
+
+    def show_all(self, samples: Mapping[Any, np.ndarray], task: Task) -> dict[Any, Logo | Plane]:
+        """Return one drawing for each of several sets of samples, on a common scale; empty if only single samples are drawn."""
+        return {}
+
+    def show_exact(self, outcome: Any, task: Task, prior: Any) -> dict[str, Logo | Plane]:
+        """Return drawings of the exact law that a method aims at, by title, where it is known."""
+        return {}
+
+    def references(self, task: Task) -> dict[str, np.ndarray]:
+        """Return data that stand beside the prior's samples, by title."""
+        return {}
+
+    def reward_law(self, outcome: Any, task: Task, prior: Any) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return the exact law of the reward that a method aims at, (rewards, probabilities), where it is known."""
+        return None
+
+    def histograms(self, outcomes: Mapping[str, Any], task: Task, prior: Any) -> list[tuple[Any, ...]]:
+        """Return arguments of `rgdiff.runtime.report.Histogram` that the report opens with, where samples are numbers."""
         return []
 
-    def logos(self, outcomes: Mapping[str, Any], task: Task, prior: Any) -> list[tuple[str, str, np.ndarray]]:
-        """Return (title, letters, frequencies [L, K]) of sequence logos for the report."""
-        return []
-
-    def histograms(self, outcomes: Mapping[str, Any], task: Task, prior: Any) -> list[tuple[str, np.ndarray, Any]]:
-        """Return (title, rewards of samples, the exact law as (rewards, probabilities) or None) for the report."""
-        return [(f"{key}: reward", self.rewards(task.reward, outcome.x0), None) for key, outcome in outcomes.items()]
+    def curves(self, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[str, str, dict[str, Any]]]:
+        """Return figures made of the table: title -> (label of x, label of y, method -> (x, y))."""
+        return {}
 
     def notes(self, task: Task) -> list[str]:
         """Return what a reader of the report should know."""

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import jax.numpy as jnp
 import numpy as np
 
+from rgdiff.domains.drawing import Logo, Plane
 from rgdiff.rewards import Task
 from rgdiff.runtime.run import Run
 from rgdiff.typing import Array, Denoiser, Model, Params, Process, Value
@@ -48,18 +49,40 @@ class Judge(Protocol):
         """Return the figures of one method, flat."""
         ...
 
-    def pictures(self, samples: Mapping[str, np.ndarray], task: Task) -> Sequence[tuple[str, np.ndarray, Any]]:
-        """Return (title, 8-bit pictures [N, H, W, C], their rewards or None)."""
+    def spread(self, outcome: Outcome, task: Task) -> dict[str, float]:
+        """Return the figures by which a method is called over-optimised, each with its standard error in the prior's samples."""
         ...
 
-    def logos(
-        self, outcomes: Mapping[str, Outcome], task: Task, prior: ReadyPrior
-    ) -> Sequence[tuple[str, str, np.ndarray]]:
-        """Return (title, letters, frequencies [L, K])."""
+    def scores(self, x0: np.ndarray, task: Task) -> np.ndarray | None:
+        """Return the rewards [N] by which the report names the best, the median and the worst, or None."""
+        ...
+
+    def show_each(self, x0: np.ndarray) -> Any:
+        """Return how single samples are drawn: 8-bit pictures [N, H, W, C], or an SVG text or a line of letters for each; or None."""
+        ...
+
+    def show_all(self, samples: Mapping[Any, np.ndarray], task: Task) -> Mapping[Any, Logo | Plane]:
+        """Return one drawing for each of several sets of samples; none if only single samples are drawn."""
+        ...
+
+    def show_exact(self, outcome: Outcome, task: Task, prior: ReadyPrior) -> Mapping[str, Logo | Plane]:
+        """Return drawings of the exact distribution that a method aims at, by title, where it is known."""
+        ...
+
+    def references(self, task: Task) -> Mapping[str, np.ndarray]:
+        """Return data that stand beside the prior's samples, by title."""
+        ...
+
+    def reward_law(self, outcome: Outcome, task: Task, prior: ReadyPrior) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return the exact distribution of the reward, (rewards, probabilities), where it is known."""
         ...
 
     def histograms(self, outcomes: Mapping[str, Outcome], task: Task, prior: ReadyPrior) -> Sequence[tuple[Any, ...]]:
-        """Return the arguments of `rgdiff.runtime.report.Histogram`."""
+        """Return arguments of `rgdiff.runtime.report.Histogram`, where samples are numbers."""
+        ...
+
+    def curves(self, rows: Mapping[str, Mapping[str, Any]]) -> Mapping[str, tuple[str, str, Mapping[str, Any]]]:
+        """Return figures made of the table: title -> (label of x, label of y, method -> (x, y))."""
         ...
 
     def notes(self, task: Task) -> list[str]:

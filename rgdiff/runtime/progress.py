@@ -1,18 +1,22 @@
 """A progress display between chunks of compiled work: rate, time left, and one line of text.
 
 Assumes that it is called from Python between chunks, never from inside a compiled program. On a terminal it
-is a rich bar; elsewhere a line every ten seconds. What the text says is left to the caller.
+is a rich bar; elsewhere a line every ten seconds. Until the first chunk is done it says that it is compiling, and the rate leaves
+that chunk out. What the text says is left to the caller.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 EVERY = 10.0  # seconds between lines where there is no terminal
+COMPILING = "compiling…"
+SILENT = 2.0  # seconds after which a line says what is being waited for
 
 
 def pieces(total: int, most: int, least: int) -> int | None:
@@ -33,6 +37,7 @@ def progress(title: str, total: int, *, done: int = 0, file: TextIO | None = Non
       file: where to write; standard output by default.
     """
     stream = sys.stdout if file is None else file
+    announce(None)
     show = _bar if _is_terminal(stream) else _lines
     with show(title, total, done, stream) as advance:
         yield advance
@@ -46,7 +51,9 @@ def _bar(title: str, total: int, done: int, stream: TextIO) -> Iterator[Callable
 
     class Rate(TextColumn):
         def render(self, task: Any) -> Text:
-            return Text(f"{task.speed or 0.0:.3g}/s", style="progress.percentage")
+            if task.completed == done and not task.finished:
+                return Text(COMPILING, style="progress.remaining")
+            return Text(f"{task.speed:.3g}/s" if task.speed else "", style="progress.percentage")
 
     columns = (
         TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), Rate(""),
@@ -75,26 +82,67 @@ def _bar(title: str, total: int, done: int, stream: TextIO) -> Iterator[Callable
 
 @contextlib.contextmanager
 def _lines(title: str, total: int, done: int, stream: TextIO) -> Iterator[Callable[..., None]]:
-    start = last = time.monotonic()
-    first, count = done, done
+    begun = last = time.monotonic()
+    since, first, count = begun, done, done  # of the rate: when the first chunk was done, and what was done then
+    stop = _soon(f"{title} {done}/{total}, {COMPILING}", stream)
 
     def advance(n: int, text: str = "") -> None:
-        nonlocal count, last
-        count += n
+        nonlocal count, last, since, first
+        stop()
         now = time.monotonic()
+        if count == done and count + n < total:
+            since, first = now, count + n
+        count += n
         if now - last < EVERY and count < total:
             return
         last = now
-        rate = (count - first) / max(now - start, 1e-9)
-        left = f", {_clock((total - count) / rate)} left" if 0 < rate and count < total else f", {_clock(now - start)}"
+        rate = (count - first) / max(now - since, 1e-9)
+        said = f", {rate:.3g}/s" if rate else ""
+        left = f", {_clock((total - count) / rate)} left" if rate and count < total else ""
+        left = left if count < total else f", {_clock(now - begun)}"
         with contextlib.suppress(OSError, ValueError):
-            print(
-                f"{title} {count}/{total}, {rate:.3g}/s{left}{'  ' + text if text else ''}",
-                file=stream,
-                flush=True,
-            )
+            print(f"{title} {count}/{total}{said}{left}{'  ' + text if text else ''}", file=stream, flush=True)
 
-    yield advance
+    try:
+        yield advance
+    finally:
+        stop()
+
+
+def announce(what: str | None, file: TextIO | None = None) -> None:
+    """Say in one line what is under way, if nothing follows soon: the next call, with None where there is nothing to say, ends it.
+
+    Args:
+      what: e.g. "training the judge…".
+      file: where to write; standard output by default.
+    """
+    while _announced:
+        _announced.pop()()
+    if what is not None:
+        _announced.append(_soon(what, sys.stdout if file is None else file))
+
+
+_announced: list[Callable[[], None]] = []
+
+
+def _soon(what: str, stream: TextIO | None) -> Callable[[], None]:
+    """Print a line after `SILENT` seconds, unless the function that is returned was called before."""
+    lock, over = threading.Lock(), [False]
+
+    def say() -> None:
+        with lock, contextlib.suppress(OSError, ValueError):
+            if not over[0]:
+                print(what, file=stream, flush=True)
+
+    def stop() -> None:
+        with lock:
+            over[0] = True
+        timer.cancel()
+
+    timer = threading.Timer(SILENT, say)
+    timer.daemon = True
+    timer.start()
+    return stop
 
 
 def _clock(seconds: float) -> str:

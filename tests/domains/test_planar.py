@@ -172,15 +172,17 @@ def test_pictures_show_points_and_maps_where_they_are():
     judge = PlanarJudge(domain, jax.random.key(0))
     task = planar_tasks.direction(domain)
     picture = field(lambda x: x[:, 1], high=1.0)
-    shown = {title: images for title, images, _ in judge.pictures({"a": np.full((10, 2), 2.0)}, task)}
-    assert [*shown] == ["data: rings", "a"]
-    row, column = np.argwhere(shown["a"][0, ..., 0] == 0)[0]
+    shown = judge.show_all({"a": np.full((10, 2), 2.0), "b": np.array([[0.0, 0.0], [99.0, 0.0]])}, task)
+    assert (
+        [*judge.references(task)] == ["data: rings"] and "50.0%" in shown["b"].xlabel and "%" not in shown["a"].xlabel
+    )
+    row, column = np.argwhere(shown["a"].image[..., 0] == 0)[0]
     side = PIXELS
     place = (np.array([column, side - 1 - row]) + 0.5) / side * 2 * HALF - HALF
     np.testing.assert_allclose(place, 2.0, atol=2 * HALF / side)
     large = PlanarJudge(planar.planar("rings", scale=3.0), jax.random.key(0))
-    np.testing.assert_array_equal(large.pictures({"a": np.full((10, 2), 6.0)}, task)[1][1], shown["a"])
-    assert "[-13.8, 13.8]" in large.notes(task)[1] and "[-4.6, 4.6]" in judge.notes(task)[1]
+    np.testing.assert_array_equal(large.show_all({"a": np.full((10, 2), 6.0)}, task)["a"].image, shown["a"].image)
+    assert large.show_all({"a": np.zeros((1, 2))}, task)["a"].extent == pytest.approx((-13.8, 13.8, -13.8, 13.8))
     assert (picture[0, 0] == [253, 231, 37]).all() and (picture[-1, 0] == [68, 1, 84]).all()
 
 

@@ -559,12 +559,20 @@ def test_the_judge_measures_against_the_enumerated_law(small):
     assert row["kl"] == 0.5 and row["network_calls"] == 3
     plain = judge.row(outcome(x0), task, prior)
     assert plain["exact_reward_mean"] == pytest.approx(law @ values, rel=1e-5) and "exact_log_z" not in plain
-    logos = {title: f for title, _, f in judge.logos({"a": outcome(x0, 0.5)}, task, prior)}
-    np.testing.assert_allclose(logos["a"][0], np.bincount([3, 3, 0, 0], minlength=4) / 4)
-    np.testing.assert_allclose(logos["a: exact law"][0], weights.reshape(4, 4).sum(1) / weights.sum(), rtol=1e-5)
-    (title, rewards, exact), = judge.histograms({"a": outcome(x0)}, task, prior)  # fmt: skip
-    np.testing.assert_allclose(rewards, values[[15, 15, 3, 0]], rtol=1e-6)
-    np.testing.assert_allclose(exact[1], law, rtol=1e-5)
+    logo = judge.show_all({"a": x0}, task)["a"]
+    assert logo.letters == "ACGT" and judge.show_each(x0) == ["TT", "TT", "AT", "AA"]
+    np.testing.assert_allclose(logo.frequencies[0], np.bincount([3, 3, 0, 0], minlength=4) / 4)
+    exact_logo = judge.show_exact(outcome(x0, 0.5), task, prior)["exact law"]
+    np.testing.assert_allclose(exact_logo.frequencies[0], weights.reshape(4, 4).sum(1) / weights.sum(), rtol=1e-5)
+    np.testing.assert_allclose(judge.scores(x0, task), values[[15, 15, 3, 0]], rtol=1e-6)
+    rewards, known = judge.reward_law(outcome(x0), task, prior)
+    np.testing.assert_allclose(rewards, values, rtol=1e-6)
+    np.testing.assert_allclose(known, law, rtol=1e-5)
+    # the mean over pairs has the variance 4 var(h) / N, h(x) the mean over both positions of 1 - p(x_j); jackknife of ten groups
+    p = np.array([0.7, 0.1, 0.1, 0.1])
+    many = np.eye(4, dtype=np.float32)[np.random.default_rng(0).choice(4, (400, 2), p=p)]
+    error = 2 * np.sqrt((p @ p**2 - (p @ p) ** 2) / 2 / 400)
+    assert judge.spread(outcome(many), task) == {"kl": 0.0, "diversity": pytest.approx(error, rel=0.6)}
 
 
 def test_rewards_that_do_not_fit_the_domain_are_refused(small):

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import sys
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 from rgdiff.runtime import progress as progress_module
 from rgdiff.runtime.folder import RunFolder, collect_versions, write_atomic
 from rgdiff.runtime.metrics import MetricsLog, read_metrics
-from rgdiff.runtime.progress import progress
+from rgdiff.runtime.progress import announce, progress
 
 CONFIG = {
     "seed": 3,
@@ -200,11 +201,61 @@ def test_progress_off_a_terminal_prints_rarely_and_at_the_end(monkeypatch):
     ]
 
 
-def test_progress_on_a_terminal_is_a_bar():
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
+def test_progress_says_that_it_compiles_and_the_rate_leaves_that_out(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(progress_module, "SILENT", 0.02)
+    out = io.StringIO()
+    with progress("tune", 100, file=out) as advance:
+        time.sleep(0.2)  # nothing is done yet
+        clock[0] += 90.0  # a minute and a half of compiling and ten steps
+        advance(10)
+        for _ in range(9):
+            clock[0] += 2.0
+            advance(10)
+    assert out.getvalue().splitlines() == [
+        "tune 0/100, compiling…",
+        "tune 10/100",
+        "tune 60/100, 5/s, 0:08 left",
+        "tune 100/100, 5/s, 1:48",
+    ]
 
+
+def test_what_is_quick_says_nothing_before_it_is_done(monkeypatch):
+    monkeypatch.setattr(progress_module, "SILENT", 0.05)
+    out = io.StringIO()
+    with progress("tune", 2, file=out) as advance:
+        advance(2)
+    with pytest.raises(ValueError, match="mine"), progress("fails", 2, file=out):
+        raise ValueError("mine")
+    announce("loading…", out)
+    announce("training…", out)
+    announce(None)
+    time.sleep(0.2)
+    assert [line.partition(",")[0] for line in out.getvalue().splitlines()] == ["tune 2/2"]
+    announce("loading the data…", out)
+    time.sleep(0.3)
+    announce(None)
+    assert out.getvalue().splitlines()[1:] == ["loading the data…"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_bar_says_that_it_compiles():
+    out = Terminal()
+    with progress("tune", 20, file=out) as advance:
+        time.sleep(0.3)
+        before = out.getvalue()
+        advance(10)
+        advance(10)
+    assert "compiling…" in before and "0/20" in before and "0/s" not in before
+    assert "20/20" in out.getvalue() and "compiling…" not in out.getvalue()[out.getvalue().rindex("20/20") :]
+
+
+def test_progress_on_a_terminal_is_a_bar():
     out = Terminal()
     with progress("tune [b]x[/b]", 10, file=out) as advance:
         advance(5, "reward [0.5]")

@@ -20,7 +20,7 @@ from rgdiff.domains.judging import BaseJudge
 from rgdiff.rewards import Task
 from rgdiff.typing import Key
 
-SHOWN = 25  # pictures in a grid of the report
+SHOWN = 25  # real images in the report, at most
 
 
 class ImageJudge(BaseJudge):
@@ -71,15 +71,33 @@ class ImageJudge(BaseJudge):
         of = [x[y == c] for c in range(self.domain.classes) if (y == c).any()]
         return np.stack([of[i % len(of)][i // len(of) % len(of[i % len(of)])] for i in range(SHOWN)])
 
-    def pictures(self, samples: dict[str, np.ndarray], task: Task) -> list[tuple[str, np.ndarray, list[float]]]:
-        """Return (title, 8-bit pictures, their guiding rewards) for the report: real images, then each method's samples."""
+    def spread(self, outcome: Any, task: Task) -> dict[str, float]:
+        """Return the standard errors of the prior's figures; none where an image was measured: its posterior is to be narrow and far."""
+        if isinstance(task.heldout, Restored):
+            return {}
+        x0 = outcome.x0[np.isfinite(outcome.x0).reshape(len(outcome.x0), -1).all(-1)]
+        if len(x0) < 8:  # nobody is called by so few
+            return {"kl": 0.0}
+        real, fake = (np.asarray(self._features(self.classifier, jnp.asarray(x))) for x in (self.real(task), x0))
+        return {
+            "kl": 0.0,
+            "frechet": metrics.jackknife(lambda part: metrics.frechet_distance(real, part), fake),
+            "recall": metrics.jackknife(lambda part: metrics.precision_recall(real, part).recall, fake),
+            "diversity": metrics.jackknife(metrics.diversity, x0),
+        }
+
+    def show_each(self, x0: np.ndarray) -> np.ndarray:
+        """Return 8-bit pictures."""
+        return self.domain.decode(x0)
+
+    def references(self, task: Task) -> dict[str, np.ndarray]:
+        """Return real images, and the image that was measured, if one was."""
         title = "real images" if task.target is None else f"real images of class {task.target}"
-        shown = {title: self.in_turn() if task.conditional else self.real(task), **samples}
+        shown = {title: (self.in_turn() if task.conditional else self.real(task))[:SHOWN]}
         if isinstance(task.heldout, Restored):
             told = task.heldout
             shown = {"the image, and what was seen of it": np.stack([told.truth, told.seen])} | shown
-        first = {name: x0[:SHOWN] for name, x0 in shown.items()}
-        return [(name, self.domain.decode(x0), self.rewards(task.reward, x0).tolist()) for name, x0 in first.items()]
+        return shown
 
     def notes(self, task: Task) -> list[str]:
         """Return what a reader of the report should know."""
@@ -90,6 +108,5 @@ class ImageJudge(BaseJudge):
         return [
             f"Frechet distance, precision and recall: against {compared}, in the features of the judging classifier, "
             f"which is trained on other images than the prior and the guiding reward (its accuracy on test images: {accuracy:.3f}).",
-            "kl: path KL to the prior in nats per sample; for tuned models that of their ancestral chain, for SVDD the estimate "
-            "of the selections' KL. network_calls: per sample. seconds: without compilation. Under each picture: its guiding reward.",
+            "Path KL of tuned models: that of their ancestral chain; of SVDD: the estimate of its selections' KL.",
         ]

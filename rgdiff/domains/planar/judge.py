@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from rgdiff import metrics
+from rgdiff.domains.drawing import PIXELS, Plane, cloud
 from rgdiff.domains.judging import BaseJudge
 from rgdiff.domains.planar.data import EXTENT, Curve, PlanarDomain
 from rgdiff.rewards import Task
 from rgdiff.typing import Array
 
-PIXELS = 240  # of a picture's side
 DRAWS = 3  # of data that samples are compared with
 MARGIN = 1.15  # of the square that a picture shows, over that which holds the set
 HALF = MARGIN * EXTENT
@@ -51,38 +51,33 @@ class PlanarJudge(BaseJudge):
                 row["off_curve"] = float(jnp.mean(self.domain.law.distance(jnp.asarray(finite))))
         return row | self.reward_figures(x0, task, outcome.lineages) | self.costs(outcome)
 
-    def pictures(self, samples: Mapping[str, np.ndarray], task: Task) -> list[tuple[str, np.ndarray, Any]]:
-        """Return the data and every method's samples as densities of points."""
-        shown = {f"data: {self.domain.name}": self.fresh(max(len(x0) for x0 in samples.values())), **samples}
-        half = MARGIN * self.domain.extent
-        beyond = {name: float(np.mean(~(np.abs(np.asarray(x0)) <= half).all(-1))) for name, x0 in shown.items()}
-        title = lambda name: f"{name} ({beyond[name]:.1%} outside)" if beyond[name] else name  # noqa: E731
-        return [(title(name), dots(x0, half)[None], None) for name, x0 in shown.items()]
+    def show_all(self, samples: Mapping[Any, np.ndarray], task: Task) -> dict[Any, Plane]:
+        """Return sets of samples as densities of points; how many lie outside the square is said."""
+        shown, half = {}, MARGIN * self.domain.extent
+        for name, x0 in samples.items():
+            beyond = float(np.mean(~(np.abs(np.asarray(x0)) <= half).all(-1)))
+            label = f"first coordinate ({beyond:.1%} of the samples lie outside)" if beyond else "first coordinate"
+            shown[name] = Plane(dots(x0, half), (-half, half, -half, half), np.asarray(x0), label, "second coordinate")
+        return shown
 
-    def histograms(self, outcomes: Mapping[str, Any], task: Task, prior: Any) -> list[tuple[str, np.ndarray, Any]]:
-        return []
+    def references(self, task: Task) -> dict[str, np.ndarray]:
+        """Return fresh data."""
+        return {f"data: {self.domain.name}": self.fresh(10_000)}
 
     def notes(self, task: Task) -> list[str]:
         """Return what a reader of the report should know."""
         pairs = [(self.fresh(10_000, i), self.fresh(10_000, j)) for i, j in ((0, 1), (0, 2), (1, 2))]
-        half = MARGIN * self.domain.extent
         floor = np.mean([metrics.sliced_wasserstein(a, b) for a, b in pairs])
         return [
             f"sliced_w2: sliced 2-Wasserstein distance to as many fresh points of the data, mean of {DRAWS} draws, 1,000 projections; it "
             f"does not reach 0: sets of 10,000 points of the data themselves are {floor:.3f} apart. log_density: mean of log "
             "p(x) over samples, nats; in_support: share of samples where p(x) > 0.",
-            f"Pictures: the square [-{half:.3g}, {half:.3g}]^2, the second coordinate upwards.",
         ]
 
 
 def dots(x: np.ndarray, half: float = HALF) -> np.ndarray:
     """Draw points [N, 2] of [-half, half]^2 as a gray picture [PIXELS, PIXELS, 1], darker where they are denser."""
-    x = np.asarray(x, np.float64)
-    edges = np.linspace(-half, half, PIXELS + 1)
-    x = x[np.isfinite(x).all(-1)]
-    counts = np.histogram2d(x[:, 0], x[:, 1], [edges, edges])[0].T[::-1]
-    ink = np.sqrt(counts / max(counts.max(), 1.0))
-    return np.rint(255 * (1 - ink)).astype(np.uint8)[..., None]
+    return cloud(x, (-half, half, -half, half))
 
 
 def field(function: Callable[[Array], Array], low: float = 0.0, high: float = 0.9, half: float = HALF) -> np.ndarray:

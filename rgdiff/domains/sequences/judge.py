@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rgdiff import metrics, tuners
+from rgdiff.domains.drawing import Logo
 from rgdiff.domains.judging import BaseJudge
 from rgdiff.domains.sequences.data import SequenceDomain
 from rgdiff.domains.sequences.oracle import Oracle, train_oracle
@@ -98,29 +99,41 @@ class SequenceJudge(BaseJudge):
         row["novelty"] = metrics.novelty(tokens, self._train)
         return row | self.costs(outcome)
 
-    def logos(self, outcomes: Mapping[str, Any], task: Task, prior: Any) -> list[tuple[str, str, np.ndarray]]:
-        """Return letter frequencies: of the training sequences, of every method's samples, and of its exact law where known."""
-        length, classes = self.domain.shape
-        out = [("training sequences", self.domain.alphabet.letters, self.domain.train_x.mean(0, dtype=np.float64))]
-        for key, outcome in outcomes.items():
-            shown: dict[str, Any] = {key: outcome.x0} | {f"{key}: {what}": x0 for what, x0 in outcome.shown.items()}
-            for title, x0 in shown.items():
-                out.append((title, self.domain.alphabet.letters, self._letters(x0)[0].mean(0)))
-            exact = self.exact(outcome, task, prior)
-            if exact is not None:
-                joint = exact[1].probabilities.reshape((classes,) * length)
-                marginals = [joint.sum(tuple(j for j in range(length) if j != i)) for i in range(length)]
-                out.append((f"{key}: exact law", self.domain.alphabet.letters, np.stack(marginals)))
-        return out
+    def scores(self, x0: np.ndarray, task: Task) -> np.ndarray:
+        """Return the guiding rewards [N] of the samples' letters."""
+        return self.rewards(task.reward, self._letters(x0)[0])
 
-    def histograms(self, outcomes: Mapping[str, Any], task: Task, prior: Any) -> list[tuple[str, np.ndarray, Any]]:
-        """Return the rewards of every method's samples beside the exact law where it is known."""
-        out = []
-        for key, outcome in outcomes.items():
-            exact = self.exact(outcome, task, prior)
-            law = None if exact is None else (exact[0], exact[1].probabilities)
-            out.append((f"{key}: reward", self.rewards(task.reward, self._letters(outcome.x0)[0]), law))
-        return out
+    def spread(self, outcome: Any, task: Task) -> dict[str, float]:
+        """Return the standard errors of the prior's figures."""
+        return {"kl": 0.0, "diversity": metrics.jackknife(metrics.sequence_diversity, self._letters(outcome.x0)[1])}
+
+    def show_each(self, x0: np.ndarray) -> list[str]:
+        """Return lines of letters."""
+        return self.domain.alphabet.decode(np.asarray(x0))
+
+    def show_all(self, samples: Mapping[Any, np.ndarray], task: Task) -> dict[Any, Logo]:
+        """Return letter frequencies."""
+        letters = self.domain.alphabet.letters
+        return {title: Logo(letters, self._letters(x0)[0].mean(0, dtype=np.float64)) for title, x0 in samples.items()}
+
+    def show_exact(self, outcome: Any, task: Task, prior: Any) -> dict[str, Logo]:
+        """Return the letter frequencies of the exact law, where it is known."""
+        length, classes = self.domain.shape
+        exact = self.exact(outcome, task, prior)
+        if exact is None:
+            return {}
+        joint = exact[1].probabilities.reshape((classes,) * length)
+        marginals = [joint.sum(tuple(j for j in range(length) if j != i)) for i in range(length)]
+        return {"exact law": Logo(self.domain.alphabet.letters, np.stack(marginals))}
+
+    def references(self, task: Task) -> dict[str, np.ndarray]:
+        """Return the training sequences."""
+        return {"training sequences": self.domain.train_x}
+
+    def reward_law(self, outcome: Any, task: Task, prior: Any) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return all rewards and their probabilities under the exact law, where it is known."""
+        exact = self.exact(outcome, task, prior)
+        return None if exact is None else (exact[0], exact[1].probabilities)
 
     def notes(self, task: Task) -> list[str]:
         """Return what a reader of the report should know."""
