@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from rgdiff.domains.drawing import Logo, Plane, bars, cloud
+from rgdiff.recipes import pages
 from rgdiff.recipes.typing import Outcome
-from rgdiff.runtime import pages
 from rgdiff.runtime.report import (
     Boxes,
     Card,
