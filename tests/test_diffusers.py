@@ -1,6 +1,6 @@
 """Chains of this library are those of diffusers' schedulers: grids, DDIM, DDPM, DPM-Solver++, against written-down numbers.
 
-The numbers are diffusers 0.42.1's under torch 2.13.0, printed by tests/diffusers_golden.py; the networks are one closed
+The numbers are diffusers 0.42.1's under torch 2.13.0, printed by tests/worlds/diffusers_golden.py; the networks are one closed
 form. diffusers computes its tables in float32, so that both are right to about 2e-5.
 """
 

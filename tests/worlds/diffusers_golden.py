@@ -1,7 +1,7 @@
 """Print the numbers that tests/test_diffusers.py holds: chains of diffusers' schedulers, with a network in closed form.
 
 Not a test, and nothing here imports rgdiff. Run it where torch and diffusers are installed:
-    pip install torch==2.13.0 diffusers==0.42.1 && python tests/diffusers_golden.py
+    pip install torch==2.13.0 diffusers==0.42.1 && python tests/worlds/diffusers_golden.py
 """
 
 import math
