@@ -60,6 +60,7 @@ class GaussianProcess:
 
     def eps(self, x: Array, t: Array, prediction: Array) -> Array:
         """The noise implied by x_t and a prediction of x0."""
+        prediction = checks.prediction(prediction, x)
         return (x - along(self.schedule.alpha(t), x) * prediction) / along(self.schedule.sigma(t), x)
 
     def reverse(self, x: Array, t: Array, s: Array, prediction: Array) -> Gaussian | PointMass:
@@ -68,6 +69,7 @@ class GaussianProcess:
         eta = 1 is the exact posterior q(x_s | x_t, x0) (ancestral DDPM, EDM's ancestral step, the flow SDE); every
         eta keeps the marginals of an exact denoiser as steps shrink (arXiv 2010.02502 eq. 12, for any alpha, sigma).
         """
+        prediction = checks.prediction(prediction, x)
         alpha_s, sigma_s = self.schedule.alpha(s), self.schedule.sigma(s)
         eps = self.eps(x, t, prediction)
         if not self.stochastic:
@@ -78,10 +80,10 @@ class GaussianProcess:
         return Gaussian(mean, along(sigma_s * fraction, x))
 
     def mean(self, x: Array, t: Array, prediction: Array) -> Array:
-        return prediction
+        return checks.prediction(prediction, x)
 
     def finalize(self, x: Array, t: Array, prediction: Array) -> Array:
-        return prediction
+        return checks.prediction(prediction, x)
 
 
 @pytree

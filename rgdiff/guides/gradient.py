@@ -38,11 +38,11 @@ class GradientGuided:
     def __call__(self, x: Array, t: Array, cond: Cond = None) -> Array:
         alpha, variance = self.schedule.alpha(t), self.schedule.sigma(t) ** 2
         if self.look_ahead:
-            prediction, back = jax.vjp(lambda x: self.denoiser(x, t, cond), x)
+            prediction, back = jax.vjp(lambda x: checks.prediction(self.denoiser(x, t, cond), x), x)
             direction = back(self.gradient)[0]
             strength = alpha**2 / (alpha**2 * self.noise**2 + variance * inner(direction, direction))
         else:
-            prediction, direction = self.denoiser(x, t, cond), self.gradient
+            prediction, direction = checks.prediction(self.denoiser(x, t, cond), x), self.gradient
             strength = alpha / (self.noise**2 + variance * inner(direction, direction))
         if self.beta is not None:
             strength = self.beta * (2.0 if self.look_ahead else 1.0)

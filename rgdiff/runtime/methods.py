@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from rgdiff import samplers
-from rgdiff.rewards import Task
+from rgdiff.rewards import RewardFailure, Task
 from rgdiff.runtime.priors import Prior
 from rgdiff.runtime.progress import pieces, progress
 from rgdiff.runtime.run import Run
@@ -64,9 +64,12 @@ def shown(phase: str, moves: int) -> Iterator[dict[str, Any]]:
 def draw(run: Run, phase: str, sampler: Any, prior: Prior, count: int, keep: Any = None) -> Any:
     """Draw `count` samples on the prior's times, and under its conditions, with progress; the keys are the phase's."""
     with shown(phase, prior.times.shape[0] - 1) as options:
-        out = samplers.sample(
-            sampler, run.key(phase), count, prior.times, prior.conditions(count), keep=keep, **options
-        )
+        try:
+            out = samplers.sample(
+                sampler, run.key(phase), count, prior.times, prior.conditions(count), keep=keep, **options
+            )
+        except RewardFailure as failure:
+            raise RewardFailure(f"{phase}: {failure} (resume=true goes on)") from failure
         return jax.block_until_ready(out)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from rgdiff import checks, guides, metrics, samplers, seiko, surrogates, values
 from rgdiff.processes import MaskedProcess
-from rgdiff.rewards import HostReward, Task
+from rgdiff.rewards import HostReward, Task, score
 from rgdiff.runtime.campaign import Campaign
 from rgdiff.runtime.methods import Outcome, draw, draw_with_kl, nothing
 from rgdiff.runtime.priors import Prior, unconditional
@@ -198,13 +198,10 @@ def judged(run: Run, phase: str, campaign: Campaign, prior: Prior, count: int) -
     return draw_with_kl(run, phase, sampler, prior, count)
 
 
-_score = jax.jit(lambda reward, x0: reward(x0))
-
-
 def _asked(name: str, reward: Any, x0: Any) -> Any:
     """The laboratory's answers. A black box that raises has not answered: its samples are not infeasible."""
     if not isinstance(reward, HostReward):
-        return _score(reward, jax.tree.map(jnp.asarray, x0))
+        return score(reward, jax.tree.map(jnp.asarray, x0))
     try:
         return reward.answers(x0)
     except Exception as error:

@@ -18,7 +18,7 @@ import numpy as np
 
 from rgdiff import checks, metrics, samplers, tuners
 from rgdiff.nets import LoRAModel, lora_init, lora_sum
-from rgdiff.rewards import HostReward, Task
+from rgdiff.rewards import HostReward, Task, score
 from rgdiff.runtime.adapters import load_peft, save_peft
 from rgdiff.runtime.checkpoint import save_params
 from rgdiff.runtime.methods import Curves, Outcome, draw, draw_with_kl, nothing
@@ -68,14 +68,11 @@ def measured(
         x0 = np.asarray(draw(run, phase, sampler, prior, count).x0)
         kl = path_kl(run, phase, prior, denoiser, count)
     cond = prior.conditions(count)
-    figures = {name: float(jnp.nanmean(_rewards(reward, x0, cond))) for name, reward in rewards.items()}
+    figures = {name: float(jnp.nanmean(score(reward, x0, cond))) for name, reward in rewards.items()}
     figures |= {"diversity": metrics.diversity(x0), "path KL": kl}
     run.log.rewind(phase, 0)
     run.log.write(phase, 0, {name.replace(" ", "_").replace("-", "_"): value for name, value in figures.items()})
     return figures
-
-
-_rewards = jax.jit(lambda reward, x0, cond: reward(x0, cond))
 
 
 @dataclasses.dataclass(frozen=True)

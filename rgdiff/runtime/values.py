@@ -15,7 +15,7 @@ import numpy as np
 from rgdiff import checks, guides, samplers, tuners, values
 from rgdiff.denoisers import from_linen
 from rgdiff.domains import enumeration
-from rgdiff.rewards import Task
+from rgdiff.rewards import Task, score
 from rgdiff.runtime.methods import Curves, draw, nothing, shown
 from rgdiff.runtime.priors import Prior, initial, state_shape, unconditional
 from rgdiff.runtime.run import Run
@@ -128,7 +128,7 @@ class Learned:
             data = self._rollouts(run, f"{phase}_data", prior, task, denoiser, self.samples)
         else:
             x0 = draw(run, f"{phase}_data", samplers.ancestral(process, denoiser), prior, self.samples).x0
-            data = {"x0": x0, "reward": jax.jit(lambda r, x: r(x))(task.reward, x0)}
+            data = {"x0": x0, "reward": score(task.reward, x0)}
         model, key = LearnedModel(self.network), run.key(f"{phase}_value")
         tuner = self.tuner(model, process, denoiser, times, temperature)
         params = initial(self.network, key, state_shape(process))

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from rgdiff import checks
+from rgdiff.rewards import failures
 from rgdiff.typing import Array, Cond, Info, Key, Sampler, State, pytree
 
 Keep = Callable[[Any, Info], Any]
@@ -136,7 +137,9 @@ def sample(
       Samples(x0, kept, info).
 
     Raises:
-      ValueError: for a legacy key, a batch below 1, a bad time grid, or conditions that are not [B, ...].
+      ValueError: for a legacy key, a batch below 1, a bad time grid, conditions that are not [B, ...], or a reward, value or
+        denoiser that returns something else than [B] and a prediction of the state's shape.
+      RewardFailure: a ValueError, where a reward raises.
 
     Example:
       >>> import jax, rgdiff
@@ -145,27 +148,32 @@ def sample(
       >>> rgdiff.samplers.sample(sampler, jax.random.key(0), 4, process.times(10)).x0.shape
       (4, 2)
     """
+    checks.driven(
+        "a sampler",
+        sampler,
+        ("init", "step", "final"),
+        "see the constructors of rgdiff.samplers: sample(sampler, key, batch, times)",
+    )
     checks.key(key)
     batch = checks.at_least("batch", batch, 1)
     times = checks.times(times, sampler.process)  # type: ignore[attr-defined]
-    for leaf in jax.tree.leaves(cond):
-        if jnp.ndim(leaf) < 1 or jnp.shape(leaf)[0] != batch:
-            raise ValueError(f"cond must have a leading axis of {batch} examples, got shape {list(jnp.shape(leaf))}")
-    if chunk is None or times.shape[0] == 1:  # a chain of one network call has no moves to cut
-        return Samples(*_whole(sampler, key, times, cond, batch, keep, mesh))
-    chunk = checks.at_least("chunk", chunk, 1)
-    carry = _begin(sampler, key, times[0], cond, batch, mesh)
-    moves, pieces = times.shape[0] - 1, []
-    for done in range(0, moves, chunk):
-        stop = min(done + chunk, moves)
-        carry, kept = _advance(sampler, key, carry, times[done : stop + 1], cond, done, keep)
-        pieces.append(kept)
-        if on_chunk is not None:
-            jax.block_until_ready(carry)
-            on_chunk(stop, moves)
-    kept = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *pieces) if keep is not None else None
-    x0, info = _finish(sampler, carry, times[-1], cond)
-    return Samples(x0, kept, info)
+    checks.conditions(cond, batch)
+    with failures(sampler) as settle:
+        if chunk is None or times.shape[0] == 1:  # a chain of one network call has no moves to cut
+            return settle(Samples(*_whole(sampler, key, times, cond, batch, keep, mesh)))
+        chunk = checks.at_least("chunk", chunk, 1)
+        carry = settle(_begin(sampler, key, times[0], cond, batch, mesh))
+        moves, pieces = times.shape[0] - 1, []
+        for done in range(0, moves, chunk):
+            stop = min(done + chunk, moves)
+            carry, kept = settle(_advance(sampler, key, carry, times[done : stop + 1], cond, done, keep))
+            pieces.append(kept)
+            if on_chunk is not None:
+                jax.block_until_ready(carry)
+                on_chunk(stop, moves)
+        kept = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *pieces) if keep is not None else None
+        x0, info = settle(_finish(sampler, carry, times[-1], cond))
+        return Samples(x0, kept, info)
 
 
 def _start(sampler: Sampler, key: Key, t: Array, cond: Cond, batch: int, mesh: jax.sharding.Mesh | None) -> Any:
@@ -189,6 +197,8 @@ def _run(
 
 _whole = jax.jit(_run, static_argnames=("batch", "keep", "mesh"))
 _begin = jax.jit(_start, static_argnames=("batch", "mesh"))
+
+
 _finish = jax.jit(lambda sampler, carry, t, cond: sampler.final(carry, t, cond))
 
 

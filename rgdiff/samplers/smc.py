@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from rgdiff import checks
+from rgdiff import checks, rewards
 from rgdiff.guides.tilt import TILTS, scaled, tilt
 from rgdiff.resampling import SCHEMES, ess, log_mean_exp, log_normalize
 from rgdiff.rewards import differentiable
@@ -129,7 +129,11 @@ class Smc:
         if self.process.projects and not self.shared:
             prediction = self.denoiser(carry.x, t, cond)
         x0 = self.process.finalize(carry.x, t, prediction)
-        due = carry.worth.value if self.reward is None else _finite(self.reward(x0, cond) / self.temperature)
+        due = (
+            carry.worth.value
+            if self.reward is None
+            else _finite(rewards.evaluate(self.reward, x0, cond) / self.temperature)
+        )
         log_weights = carry.log_weights + _difference(due, carry.spent)
         info = {
             "log_weights": log_normalize(log_weights),

@@ -1,5 +1,6 @@
 """Training methods, driven by one loop: `fit(tuner, key, state, steps)`."""
 
+from rgdiff.rewards import RewardFailure
 from rgdiff.tuners import advantages
 from rgdiff.tuners._loop import TrainState, fit, start, update
 from rgdiff.tuners.diagnostics import gradient_statistics
@@ -12,7 +13,7 @@ from rgdiff.tuners.ema import ema_update
 from rgdiff.tuners.energy_model import langevin_energy, log_partition
 from rgdiff.tuners.gcd import gcd
 from rgdiff.tuners.gradient_guidance import GuidanceState, gradient_guidance
-from rgdiff.tuners.online import RewardFailure, as_tuner, fit_online
+from rgdiff.tuners.online import as_tuner, fit_online
 from rgdiff.tuners.optimizers import adamw
 from rgdiff.tuners.policy_gradient import ddpo, dpok
 from rgdiff.tuners.pretraining import masked_bound, pretraining

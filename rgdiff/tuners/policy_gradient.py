@@ -171,8 +171,9 @@ class PolicyGradient:
 
     def _weigh(self, extra: Extra, experience: Experience, rewards: Array) -> tuple[Rows, Extra, Info]:
         """Advantages and weights of all chains; none is feasible: NaN, so that the step is skipped and counted."""
+        rewards = checks.per_example("rewards must hold", rewards, self.batch)
         feasible = jnp.isfinite(rewards)
-        reward = jnp.where(feasible, rewards, 0.0).astype(jnp.float32)
+        reward = jnp.where(feasible, rewards, 0.0)
         info = {"reward": feasible_mean(reward, rewards), "infeasible": jnp.sum(~feasible)}
         togo = jnp.broadcast_to(reward, experience.log_prob.shape)
         kl_weight = self.kl_weight if extra.kl_weight is None else extra.kl_weight
@@ -329,7 +330,7 @@ def ddpo(
         None if clip is None else checks.positive("clip", clip),
         advantage,
         None if ema_decay is None else checks.positive("ema_decay", ema_decay, zero=True),
-        optimizer,
+        checks.optimizer(optimizer),
         batch,
         repeats,
         epochs,
