@@ -505,6 +505,57 @@ def test_a_black_box_that_fails_ends_a_run_in_one_line(function, words, tmp_path
     assert line.startswith("rgdiff: ") and words in line and "resume=true goes on" in line
 
 
+# ---------------------------------------------------------------- gradients of samples
+
+
+@pytest.mark.parametrize("eta", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_the_gradient_of_gaussian_samples_is_that_of_the_chain(eta, chunk):
+    """Shifts of an affine denoiser move all samples alike, by the difference of two chains' means: exact in float64."""
+    world = GaussianWorld([0.5, -1.0], [[1.0, 0.3], [0.3, 0.6]], steps=5, eta=eta)
+
+    def mean(shift):
+        sampler = samplers.ancestral(world.process, world.model((shift, 1.0)))
+        return samplers.sample(sampler, KEY, 3, world.times, chunk=chunk).x0.mean(0)
+
+    right = world.law((1.0, 1.0))[0] - world.law((0.0, 1.0))[0]
+    np.testing.assert_allclose(jax.jacobian(mean)(jnp.float32(0)), right, rtol=1e-5)
+    np.testing.assert_allclose(jax.jvp(mean, (jnp.float32(0),), (jnp.float32(1),))[1], right, rtol=1e-5)
+
+
+def _closed(shift):
+    return lambda x, t, cond=None: W.denoiser(x, t) + shift
+
+
+UNDIFFERENTIATED = {
+    "svdd": lambda s: samplers.svdd(W.process, _closed(s), posterior_mean(W.reward), candidates=2),
+    "svdd's temperature": lambda s: samplers.svdd(W.process, W.denoiser, posterior_mean(W.reward), temperature=1 + s),
+    "smc": lambda s: samplers.smc(W.process, _closed(s), posterior_mean(W.reward)),
+    "smc's parameters": lambda s: samplers.smc(W.process, W.model((s, 1.0)), posterior_mean(W.reward)),
+    "best of n": lambda s: samplers.best_of_n(samplers.ancestral(W.process, _closed(s)), W.reward, 2),
+    "time travel": lambda s: samplers.ancestral(W.process, _closed(s), recurrences=2),
+    "told not to": lambda s: samplers.ancestral(W.process, _closed(s), differentiable=False),
+    "tokens": lambda s: samplers.ancestral(
+        M.process, lambda x, t, cond=None: M.denoiser(x, t) + s * jnp.arange(M.classes)
+    ),
+}
+
+
+@pytest.mark.parametrize("make", UNDIFFERENTIATED.values(), ids=list(UNDIFFERENTIATED))
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_a_gradient_that_would_be_cut_raises(make, chunk):
+    times = M.times if make is UNDIFFERENTIATED["tokens"] else W.times
+    total = lambda shift: samplers.sample(make(shift), KEY, 4, times, chunk=chunk).x0[:, 0].sum()  # noqa: E731
+    with pytest.raises(ValueError, match="these samples have no gradient"):
+        jax.grad(total)(0.0)
+
+
+def test_samples_without_a_gradient_may_stand_in_a_loss():
+    """Where the parameters come as constants nothing is differentiated, and nothing is refused."""
+    draw = lambda shift: sample(UNDIFFERENTIATED["svdd"](jax.lax.stop_gradient(shift)), 4).x0.mean()  # noqa: E731
+    np.testing.assert_allclose(jax.grad(lambda shift: shift * draw(shift))(2.0), draw(2.0), rtol=1e-6)
+
+
 # ---------------------------------------------------------------- arguments in wrong places
 
 

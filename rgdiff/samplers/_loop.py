@@ -122,6 +122,9 @@ def sample(
     Numbers inside the sampler (temperatures, scales, network parameters) and the times can change without a
     recompilation; `batch`, the length of `times`, `keep` and counts inside the sampler cannot.
 
+    Samples of `ancestral` in Gaussian chains have the gradient of the whole chain. Those of other samplers, whose draws and
+    selections have none, raise where they are differentiated; tuners take gradients through chains of every kind.
+
     Args:
       sampler: from one of the constructors of `rgdiff.samplers`.
       key: a typed PRNG key.
@@ -176,7 +179,32 @@ def sample(
         return Samples(x0, kept, info)
 
 
+@jax.custom_jvp
+def _constant(leaf: Array) -> Array:
+    return leaf
+
+
+@_constant.defjvp
+def _refuse_gradient(primals: Any, tangents: Any) -> Any:
+    raise ValueError(
+        "these samples have no gradient: draws of tokens, candidates and particles cut it; take ancestral(..., differentiable=True), "
+        "a tuner of rgdiff.tuners, or hand the sampler jax.lax.stop_gradient(params) where none is meant"
+    )
+
+
+def without_gradient(tree: Any) -> Any:
+    """Return the same numbers, whose differentiation raises: a gradient that would be cut in silence further on."""
+    floats = lambda leaf: isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.floating)  # noqa: E731
+    return jax.tree.map(lambda leaf: _constant(leaf) if floats(leaf) else leaf, tree)
+
+
+def _cut(sampler: Sampler, tree: Any) -> Any:
+    """Return numbers that samples depend on, or samples: without a gradient where the sampler gives them none."""
+    return tree if getattr(sampler, "differentiable", False) else without_gradient(tree)
+
+
 def _start(sampler: Sampler, key: Key, t: Array, cond: Cond, batch: int, mesh: jax.sharding.Mesh | None) -> Any:
+    sampler, cond = _cut(sampler, (sampler, cond))
     carry = sampler.init(jax.random.fold_in(key, 0), batch, t, cond)
     if mesh is None:
         return carry
@@ -190,8 +218,8 @@ def _run(
     sampler: Sampler, key: Key, times: Array, cond: Cond, batch: int, keep: Keep | None, mesh: jax.sharding.Mesh | None
 ) -> tuple[State, Any, Info]:
     carry = _start(sampler, key, times[0], cond, batch, mesh)
-    carry, kept = roll(sampler, key, carry, times, cond, keep=keep)
-    x0, info = sampler.final(carry, times[-1], cond)
+    carry, kept = _advance_chunk(sampler, key, carry, times, cond, 0, keep)
+    x0, info = _end(sampler, carry, times[-1], cond)
     return x0, kept, info
 
 
@@ -199,12 +227,18 @@ _whole = jax.jit(_run, static_argnames=("batch", "keep", "mesh"))
 _begin = jax.jit(_start, static_argnames=("batch", "mesh"))
 
 
-_finish = jax.jit(lambda sampler, carry, t, cond: sampler.final(carry, t, cond))
+def _end(sampler: Sampler, carry: Any, t: Array, cond: Cond) -> tuple[State, Info]:
+    given, t, cond = _cut(sampler, (sampler, t, cond))
+    return _cut(sampler, given.final(carry, t, cond))
+
+
+_finish = jax.jit(_end)
 
 
 def _advance_chunk(
-    sampler: Sampler, key: Key, carry: Any, times: Array, cond: Cond, first: Array, keep: Keep | None
+    sampler: Sampler, key: Key, carry: Any, times: Array, cond: Cond, first: Array | int, keep: Keep | None
 ) -> tuple[Any, Any]:
+    sampler, times, cond = _cut(sampler, (sampler, times, cond))
     return roll(sampler, key, carry, times, cond, first=first, keep=keep)
 
 
