@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -661,6 +663,54 @@ def test_what_stands_in_a_wrong_place_is_named(case):
     with pytest.raises(ValueError) as error:
         call()
     assert words in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+# ---------------------------------------------------------------- half precision
+
+
+def test_predictions_in_half_precision_enter_in_float32():
+    """A log-probability from a bfloat16 prediction is that of the same prediction in float32, to the bit."""
+    half = lambda x, t, cond=None: W.denoiser(x, t).astype(jnp.bfloat16)  # noqa: E731
+    full = lambda x, t, cond=None: half(x, t).astype(jnp.float32)  # noqa: E731
+    x, t, s = jax.random.normal(KEY, (8, 1)), W.times[0], W.times[1]
+    y = jax.random.normal(jax.random.key(1), (8, 1))
+    log_prob = lambda d: W.process.reverse(x, t, s, d(x, t)).log_prob(y)  # noqa: E731
+    assert log_prob(half).dtype == jnp.float32
+    np.testing.assert_array_equal(log_prob(half), log_prob(full))
+    out = sample(samplers.ancestral(W.process, half)).x0
+    assert out.dtype == jnp.float32
+    np.testing.assert_array_equal(out, sample(samplers.ancestral(W.process, full)).x0)
+    half_reward = lambda x0, cond=None: x0[:, 0].astype(jnp.bfloat16)  # noqa: E731
+    assert rewards.score(half_reward, x).dtype == jnp.float32
+
+
+def test_a_clip_below_rounding_is_refused_or_warned_of():
+    """D 2^-24 nats in float32; of a network in bfloat16 some .01 nats in every dimension."""
+    wide = processes.gaussian(schedules.linear_vp(), (64, 64, 1))
+    make = lambda **options: tuners.ddpo(W.model, wide, wide.times(4), SGD, batch=8, **options)  # noqa: E731
+    with pytest.raises(
+        ValueError, match="clip=0.0001 is below what float32 resolves .* of 4096 dimensions, 0.0002 nats"
+    ):
+        make(clip=1e-4)
+    for good in ({"clip": 0.2}, {"clip": 1e-4, "per_dim": True}, {"clip": 1e-3}):
+        make(**good)
+
+    def model(params):
+        def half(x, t, cond=None):
+            return (x.astype(jnp.bfloat16) * params[0].astype(jnp.bfloat16)).astype(jnp.float32)
+
+        return half
+
+    def rollout(model, clip):
+        online = tuners.ddpo(model, W.process, W.times, SGD, batch=8, clip=clip)
+        jax.eval_shape(online.rollout, KEY, online.init(ZERO))
+
+    with pytest.warns(UserWarning, match="half precision.*clip"):
+        rollout(model, 1e-4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rollout(model, 0.2)
+        rollout(W.model, 1e-4)
 
 
 def test_names_in_messages():
