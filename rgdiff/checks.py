@@ -1,7 +1,8 @@
 """Checks at the public door: one clear line each, raised when a method is built or a run begins, never inside a loop.
 
 They look at structure and at concrete numbers only, so a traced value passes; what can go wrong inside a compiled
-program (NaN rewards, non-finite gradients) is counted there and reported by the loops.
+program (NaN rewards, non-finite gradients) is counted there and reported by the loops. What a user's reward, value or
+denoiser returns is looked at while a program is traced (`per_example`, `prediction`), which costs nothing when it runs.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from rgdiff.typing import shown
+
 
 def key(value: Any) -> None:
     """Refuse anything but one new-style PRNG key."""
     if not isinstance(value, jax.Array) or not jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         raise ValueError(
-            f"key must be a typed PRNG key, got {_describe(value)}; make one with jax.random.key(seed), "
+            f"key must be a typed PRNG key, got {shown(value)}; make one with jax.random.key(seed), "
             "or wrap a legacy key with jax.random.wrap_key_data"
         )
     if value.shape != ():
@@ -52,6 +55,28 @@ def law(process: Any, method: str) -> None:
         raise ValueError(
             f"{method} needs a reverse kernel with a law, but the process has eta = 0; build it with eta > 0"
         )
+
+
+def optimizer(value: Any, name: str = "optimizer") -> Any:
+    """Return an optax transformation; refuse anything else."""
+    if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
+        raise ValueError(
+            f"{name} must be an optax transformation, e.g. optax.adam(1e-3) or tuners.adamw(1e-3), got {shown(value)}"
+        )
+    return value
+
+
+def params(value: Any) -> Any:
+    """Return parameters; refuse a module, or anything but arrays, in their place."""
+    if any(base.__name__ == "Module" and base.__module__.startswith("flax.") for base in type(value).__mro__):
+        raise ValueError(
+            f"params must be the parameters, a pytree of arrays, got the module {type(value).__name__}; give those inside it, "
+            "e.g. from_nnx(module).params or module.init(...)['params']"
+        )
+    for leaf in jax.tree.leaves(value):
+        if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, float, int)):
+            raise ValueError(f"params must be a pytree of arrays, got {shown(leaf)} in it")
+    return value
 
 
 def at_least(name: str, value: Any, least: int) -> int:
@@ -108,6 +133,8 @@ def logits(prediction: Any, x: Any) -> Any:
 
 def times(value: Any, process: Any) -> jax.Array:
     """Return a time grid as float32 [T + 1]; refuse one that does not decrease within [0, 1] or ends at the wrong place."""
+    if callable(value) or isinstance(value, str):
+        raise ValueError(f"times must be a vector [T + 1], got {shown(value)}; use process.times(steps)")
     noising_process(process, "a time grid")
     grid = jnp.asarray(value, jnp.float32)
     if grid.ndim != 1 or grid.shape[0] < 1:
@@ -156,7 +183,122 @@ def log_snr(schedule: Any, times: jax.Array) -> jax.Array:
     return schedule.log_snr(times)
 
 
-def _describe(value: Any) -> str:
-    if hasattr(value, "dtype"):
-        return f"an array of {value.dtype}{list(value.shape)}"
-    return f"{type(value).__name__} {value!r}"
+def per_example(what: str, out: Any, batch: int) -> jax.Array:
+    """Return `out` as float32 [B]; refuse anything else, which broadcasting would turn into wrong numbers.
+
+    Args:
+      what: the culprit and its verb, "the reward f must return".
+    """
+    shape, dtype = getattr(out, "shape", None), getattr(out, "dtype", None)
+    if shape == (batch,) and dtype is not None and jnp.issubdtype(dtype, jnp.floating):
+        return jnp.asarray(out, jnp.float32)
+    got = type(out).__name__ if shape is None else f"{dtype}{list(shape)}"
+    hint = {
+        (batch,): "; convert it with .astype(jnp.float32)",
+        (batch, 1): "; drop the last axis with [:, 0]",
+        (): "; do not sum or average over the examples",
+    }.get(shape, "")
+    if isinstance(out, tuple) and len(out) == 2:
+        hint = "; one that returns (values, valid) goes through rewards.where_valid"
+    raise ValueError(f"{what} one float per example, [{batch}], got {got}{hint}")
+
+
+def conditions(cond: Any, batch: int) -> None:
+    """Refuse conditions that have not a row for each of `batch` examples."""
+    for leaf in jax.tree.leaves(cond):
+        if jnp.ndim(leaf) < 1 or jnp.shape(leaf)[0] != batch:
+            raise ValueError(f"cond must have a leading axis of {batch} examples, got shape {list(jnp.shape(leaf))}")
+
+
+def prediction(out: Any, x: Any, what: str = "a denoiser") -> jax.Array:
+    """Return a denoiser's prediction of the state x as float32; refuse one of another shape, which broadcasting would hide."""
+    if not hasattr(out, "shape") or out.shape != x.shape:
+        got = list(out.shape) if hasattr(out, "shape") else type(out).__name__
+        raise ValueError(f"{what} must return a prediction of the state's shape {list(x.shape)}, got {got}")
+    return out.astype(jnp.float32)
+
+
+def rows(data: Any, batch: int | None) -> None:
+    """Refuse data that are not arrays with one leading axis of at least one example, and a missing `batch`."""
+    leaves = jax.tree.leaves(data)
+    if bad := [leaf for leaf in leaves if jnp.ndim(leaf) < 1]:
+        raise ValueError(f"data must be arrays with a leading axis of examples, got {shown(bad[0])}")
+    lengths = {jnp.shape(leaf)[0] for leaf in leaves}
+    if len(lengths) != 1 or 0 in lengths:
+        raise ValueError(
+            f"data must be arrays with one leading axis of examples, at least one, got lengths {sorted(lengths)}"
+        )
+    if batch is None:
+        raise ValueError("fit(data=...) needs batch=, the rows per step")
+    at_least("batch", batch, 1)
+
+
+def entries(data: Any, *names: str) -> None:
+    """Refuse training data that are no dict, or lack one of the names."""
+    wanted = ", ".join(f'"{name}": [N, ...]' for name in names)
+    if data is None:
+        raise ValueError(f"this tuner learns from data: give fit(..., data={{{wanted}}}, batch=...)")
+    if not isinstance(data, dict) or (missing := [name for name in names if name not in data]):
+        got = shown(data) if not isinstance(data, dict) else f"no {missing[0]!r} among {sorted(data)}"
+        raise ValueError(f"data must be a dict {{{wanted}}}, got {got}")
+
+
+LARGEST_SCALE = 30.0  # data with a larger root mean square have not been scaled
+LOOKED_AT = 1024  # rows of data whose numbers are looked at
+
+
+def examples(name: str, x0: Any, process: Any) -> None:
+    """Refuse data x0 [N, ...] that are not states of the process: another shape, tokens that are not one-hot, images in 0 ... 255."""
+    parts = getattr(process, "parts", None)
+    if parts is not None:
+        if not isinstance(x0, dict) or set(x0) != set(parts):
+            got = sorted(x0) if isinstance(x0, dict) else shown(x0)
+            raise ValueError(f"{name} of a mixed process must be a dict of {sorted(parts)}, got {got}")
+        for part in parts:
+            examples(f"{name}[{part!r}]", x0[part], parts[part])
+        return
+    wanted, got, classes = tuple(process.shape), tuple(np.shape(x0)), getattr(process, "classes", None)
+    kind = np.dtype(x0.dtype) if hasattr(x0, "dtype") else np.asarray(x0).dtype
+    expected = wanted if classes is None else (*wanted, classes)
+    if got[1:] != expected:
+        extra = ""
+        if classes is not None and got[1:] == wanted:
+            extra = f"; one-hot tokens belong there: jax.nn.one_hot(tokens, {classes})"
+        elif classes is not None and got[1:] == (*wanted, classes + 1):
+            extra = "; leave the mask out"
+        text = ", ".join(map(str, ("N", *expected)))
+        raise ValueError(f"{name} must have the process' shape [{text}], got {kind}{list(got)}{extra}")
+    if isinstance(x0, Tracer):
+        return
+    some = np.asarray(x0[:LOOKED_AT], np.float32)
+    if classes is not None:
+        if not (np.isin(some, (0, 1)).all() and (some.sum(-1) == 1).all()):
+            raise ValueError(f"{name} must be one-hot tokens, a single 1 among {classes} numbers per position")
+        return
+    noise = float(np.max(getattr(process.prior(1), "std", 1.0)))
+    scale, limit = float(np.sqrt(np.mean(some**2))), max(LARGEST_SCALE, noise)
+    if not np.issubdtype(kind, np.floating) or scale > limit:
+        raise ValueError(
+            f"{name} must be floats of order 1 in both directions, got {kind} with a root mean square of {scale:.3g}; "
+            "scale them, e.g. images in 0 ... 255 by x / 127.5 - 1"
+        )
+
+
+def driven(name: str, value: Any, parts: tuple[str, ...], hint: str) -> None:
+    """Refuse what has not the functions that a driver calls."""
+    if missing := [part for part in parts if not callable(getattr(value, part, None))]:
+        raise ValueError(f"{name} has no {missing[0]}, got {shown(value)}; {hint}")
+
+
+def state(value: Any) -> None:
+    """Refuse a training state that is none, or whose buffers an earlier call took."""
+    if not hasattr(value, "step"):
+        raise ValueError(f"state must come from tuner.init(params) or an earlier fit, got {shown(value)}")
+    if any(
+        isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.is_deleted()
+        for leaf in jax.tree.leaves(value)
+    ):
+        raise ValueError(
+            "this state was given to an earlier fit, which took its buffers (it donates them); go on from the state that fit returned, "
+            "or begin again with tuner.init(params)"
+        )

@@ -218,6 +218,7 @@ def to_x0(prediction: str, schedule: GaussianSchedule, x: Array, t: Array, out: 
     eps: (x - sigma eps) / alpha; v = alpha eps - sigma x0 (arXiv 2202.00512): alpha x - sigma v, over alpha^2 + sigma^2;
     score: (x + sigma^2 score) / alpha; velocity = d x_t / dt of the flow schedule, eps - x0: x - t velocity.
     """
+    out = checks.prediction(out, x, "a network")
     alpha, sigma = along(schedule.alpha(t), x), along(schedule.sigma(t), x)
     if prediction == "x0":
         return out
@@ -350,7 +351,7 @@ class EdmPreconditioned:
     def __call__(self, x: Array, t: Array, cond: Cond = None) -> Array:
         sigma = along(self.schedule.sigma(t), x)
         total = sigma**2 + self.sigma_data**2
-        out = self.network(x * jax.lax.rsqrt(total), t, cond)
+        out = checks.prediction(self.network(x * jax.lax.rsqrt(total), t, cond), x, "a network")
         return self.sigma_data**2 / total * x + sigma * self.sigma_data * jax.lax.rsqrt(total) * out
 
 

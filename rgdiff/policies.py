@@ -21,6 +21,7 @@ from rgdiff.processes import GaussianProcess, along
 from rgdiff.rewards import differentiable
 from rgdiff.schedules import GaussianSchedule
 from rgdiff.typing import Array, Cond, Move, Params, State, Value, callable_pytree, pytree, static
+from rgdiff.values import evaluate
 
 FORMS = ("residual", "denoiser")
 
@@ -209,6 +210,12 @@ class FewStep:
 
     def reverse(self, x: Array, t: Array, s: Array, prediction: Gaussian) -> Gaussian:
         """p(x_s | x_t), s the time after t on the grid."""
+        if not isinstance(prediction, Gaussian) or prediction.mean.shape != x.shape:
+            got = list(prediction.mean.shape) if isinstance(prediction, Gaussian) else type(prediction).__name__
+            raise ValueError(
+                f"a few-step process takes the law of the next state {list(x.shape)} from its denoiser, got {got}; "
+                "make the network one with policies.policy"
+            )
         return prediction
 
     def mean(self, x: Array, t: Array, prediction: Gaussian) -> Array:
@@ -326,7 +333,7 @@ class ValueGuidance:
     scale: Array
 
     def __call__(self, kernel: Gaussian, move: Move) -> Gaussian:
-        total = lambda y: jnp.sum(self.value(y, move.s, move.cond))  # noqa: E731
+        total = lambda y: jnp.sum(evaluate(self.value, y, move.s, move.cond))  # noqa: E731
         return kernel.tilt(-self.scale * jax.grad(total)(kernel.mean))
 
 

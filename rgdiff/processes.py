@@ -66,6 +66,7 @@ class GaussianProcess:
 
     def eps(self, x: Array, t: Array, prediction: Array) -> Array:
         """The noise implied by x_t and a prediction of x0."""
+        prediction = checks.prediction(prediction, x)
         return (x - along(self.schedule.alpha(t), x) * prediction) / along(self.schedule.sigma(t), x)
 
     def reverse(self, x: Array, t: Array, s: Array, prediction: Array) -> Gaussian | PointMass:
@@ -75,6 +76,7 @@ class GaussianProcess:
         eta keeps the marginals of an exact denoiser as steps shrink (arXiv 2010.02502 eq. 12, for any alpha, sigma).
         With variance `fixed_large` std is that of x_t given x_s; with `clip` x0 is clipped, and eps is not.
         """
+        prediction = checks.prediction(prediction, x)
         alpha_s, sigma_s = self.schedule.alpha(s), self.schedule.sigma(s)
         eps, prediction = self.eps(x, t, prediction), self._clipped(prediction)
         if not self.stochastic:
@@ -89,10 +91,10 @@ class GaussianProcess:
         return prediction if self.clip is None else jnp.clip(prediction, self.clip[0], self.clip[1])
 
     def mean(self, x: Array, t: Array, prediction: Array) -> Array:
-        return self._clipped(prediction)
+        return self._clipped(checks.prediction(prediction, x))
 
     def finalize(self, x: Array, t: Array, prediction: Array) -> Array:
-        return self._clipped(prediction)
+        return self._clipped(checks.prediction(prediction, x))
 
 
 @pytree

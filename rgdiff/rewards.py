@@ -1,25 +1,96 @@
 """Rewards: callables (x0, cond) -> [B] in the reward's own unit, and how host functions and sums become one.
 
-NaN marks an infeasible sample; it is counted and reported by whoever uses the reward, never averaged. Nothing here
-knows a domain, and no temperature lives here: it belongs to the method.
+NaN marks an infeasible sample; it is counted and reported by whoever uses the reward, never averaged. Every method calls
+a reward through `evaluate`, which refuses what is not one float per example while a program is traced. What a function of
+the host raises reaches the caller of `sample`, `fit` and `score` (`failures`). Nothing here knows a domain, and no
+temperature lives here: it belongs to the method.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from rgdiff import checks
-from rgdiff.typing import Array, Cond, Reward, State, callable_pytree, pytree, static
+from rgdiff.typing import Array, Cond, Function, Reward, State, callable_pytree, name_of, pytree, static
+
+
+class RewardFailure(ValueError):
+    """A reward raised, or returned something else than one number per sample.
+
+    `state` and `step` are those of a training loop before what failed: the same call continues from them.
+    """
+
+    def __init__(self, message: str, state: Any = None, step: int | None = None):
+        super().__init__(message)
+        self.state, self.step = state, step
+
+
+NOT_TRACEABLE = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
+
+
+def evaluate(reward: Reward, x0: State, cond: Cond = None) -> Array:
+    """Return reward(x0, cond) as float32 [B]: how every method of this library calls a reward, inside its programs.
+
+    Args:
+      reward: (x0, cond) -> [B].
+      x0: samples, leaves [B, ...].
+      cond: conditions, a pytree of [B, ...], or None.
+
+    Raises:
+      RewardFailure: while the program is traced, where the reward raises, needs NumPy or the numbers themselves, or returns
+        something else than one float per example.
+    """
+    name, batch = name_of(reward), jax.tree.leaves(x0)[0].shape[0]
+    try:
+        out = reward(x0, cond)
+    except RewardFailure:
+        raise
+    except NOT_TRACEABLE as error:
+        raise RewardFailure(
+            f"the reward {name} needs numbers that a compiled program does not have ({type(error).__name__}): write it in jax.numpy "
+            "without `if` on values, or make it a black box with rewards.from_host(fn) (reward.host=true)"
+        ) from error
+    except Exception as error:
+        raise RewardFailure(f"the reward {name} raised {_told(error)}") from error
+    try:
+        return checks.per_example(f"the reward {name} must return", out, batch)
+    except ValueError as error:
+        raise RewardFailure(str(error)) from None
+
+
+def score(reward: Reward, x0: State, cond: Cond = None) -> Array:
+    """Return the rewards [B] of samples outside of any program: compiled, and with what a host reward raises.
+
+    Args:
+      reward: (x0, cond) -> [B].
+      x0: samples, leaves [B, ...].
+      cond: conditions, a pytree of [B, ...], or None.
+
+    Raises:
+      RewardFailure: as `evaluate`, and where a host reward raises.
+    """
+    reward = callable_pytree(reward, "a reward")
+    with failures(reward) as settle:
+        return settle(_score(reward, x0, cond))
+
+
+_score = jax.jit(evaluate)
 
 
 @pytree
 class HostReward:
-    """A NumPy function behind a callback; what it raises becomes NaN, so that a compiled loop is never torn down."""
+    """A NumPy function behind a callback; what it raises becomes NaN, so that a compiled loop is never torn down, and is told at its end."""
 
     function: Callable[..., Any] = static()
 
@@ -41,21 +112,76 @@ class HostReward:
         return values
 
     def _on_host(self, x0: State, cond: Cond) -> np.ndarray:
-        try:
-            return self.answers(x0, cond)
-        except Exception:  # noqa: BLE001 - the contract: a failing oracle marks its batch infeasible
-            return np.full(jax.tree.leaves(x0)[0].shape[0], np.nan, np.float32)
+        heard = _listening[-1] if _listening else None
+        if not heard:  # a driver that has heard of a failure stops at its next chunk: no more is asked
+            try:
+                return self.answers(x0, cond)
+            except Exception as error:  # noqa: BLE001 - the contract: a failing oracle marks its batch infeasible
+                if heard is not None:
+                    heard.append(error)
+        return np.full(jax.tree.leaves(x0)[0].shape[0], np.nan, np.float32)
+
+
+_listening: list[list[Exception]] = []  # what host rewards raised under each driver that runs, the innermost last
+
+
+@contextlib.contextmanager
+def failures(*methods: Any) -> Iterator[Callable[..., Any]]:
+    """Listen for what host rewards raise while a driver runs a program of these methods.
+
+    Gives settle(results, state=None, step=None): it waits for the results where a method holds a host reward, raises
+    RewardFailure with the first failure if there was one, and returns the results.
+    """
+    heard: list[Exception] = []
+    waits = bool(host_rewards(methods))
+
+    def settle(results: Any, state: Any = None, step: int | None = None) -> Any:
+        if waits and not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(results)):
+            jax.block_until_ready(results)
+        if heard:
+            raise failed(heard[0], state, step) from heard[0]
+        return results
+
+    _listening.append(heard)
+    try:
+        yield settle
+    finally:
+        _listening[:] = [one for one in _listening if one is not heard]
+
+
+def failed(error: Exception, state: Any = None, step: int | None = None) -> RewardFailure:
+    """Return the failure of a host reward as the user reads it."""
+    where, go_on = "", ""
+    if state is not None:
+        where, go_on = f" at step {step}", ", and continue from the state of this exception"
+    return RewardFailure(f"the reward raised {_told(error, where)}; mark infeasible samples by NaN{go_on}", state, step)
+
+
+def _told(error: Exception, where: str = "") -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}{where}{': ' if text else ''}{text}"
+
+
+def host_rewards(tree: Any) -> list[HostReward]:
+    """Return the host rewards in a reward, a value or a method."""
+    parts = jax.tree.leaves(tree, is_leaf=lambda part: isinstance(part, HostReward))
+    return [part for part in parts if isinstance(part, HostReward)]
 
 
 def from_host(function: Callable[..., Any]) -> Reward:
     """Make a black-box host function (x0 as NumPy [B, ...], cond) -> [B] a reward that works inside compiled code.
 
-    It may return (values [B], valid [B]) instead. It has no gradient. An exception, or a result of the wrong shape, marks the
-    whole batch infeasible (NaN).
+    It may return (values [B], valid [B]) instead. It has no gradient. NaN marks an infeasible sample. Where it raises, or
+    returns something else than B numbers, `samplers.sample`, `tuners.fit` and `rewards.score` raise RewardFailure with its
+    text; inside a program of your own its whole batch is infeasible (NaN). Hand the result itself to a constructor: within
+    another function nobody sees that it is a black box.
     """
+    if isinstance(function, HostReward):
+        return function
     if not callable(function):
         raise ValueError(f"from_host expects a function (x0, cond) -> [B], got {function!r}")
-    return HostReward(function)
+    plain = callable_pytree(function, "a reward") if jax.tree.leaves(function) == [function] else None
+    return HostReward(plain.function if isinstance(plain, Function) else function)
 
 
 @pytree
@@ -76,8 +202,7 @@ def where_valid(function: Callable[..., Any]) -> Reward:
 
 def differentiable(what: str, reward: Any) -> None:
     """Refuse a reward, or a value made of one, with a black box in it: `what` would see the gradient 0 and do nothing."""
-    parts = jax.tree.leaves(reward, is_leaf=lambda part: isinstance(part, HostReward))
-    if any(isinstance(part, HostReward) for part in parts):
+    if host_rewards(reward):
         raise ValueError(
             f"{what} needs the reward's gradient, which a black box does not have; "
             "take svdd, smc, best_of_n, a learned value, ddpo or another online method"
@@ -92,7 +217,7 @@ class WeightedSum:
     weights: Array
 
     def __call__(self, x0: State, cond: Cond = None) -> Array:
-        values = jnp.stack([reward(x0, cond) for reward in self.rewards])
+        values = jnp.stack([evaluate(reward, x0, cond) for reward in self.rewards])
         return jnp.tensordot(self.weights, values, 1)
 
 
@@ -112,7 +237,7 @@ class Ensemble:
     reduce: str = static()
 
     def __call__(self, x0: State, cond: Cond = None) -> Array:
-        values = jnp.stack([reward(x0, cond) for reward in self.rewards])
+        values = jnp.stack([evaluate(reward, x0, cond) for reward in self.rewards])
         if self.reduce == "min":
             # Not jnp.min: its derivative divides by how many values equal it, none where XLA rounds one twice.
             return jnp.take_along_axis(values, jnp.argmin(values, 0)[None], 0)[0]
@@ -163,8 +288,4 @@ def custom(fn: Callable[..., Any], heldout_fn: Callable[..., Any] | None = None,
 
 def check(reward: Reward, x0: State, cond: Cond = None) -> None:
     """Refuse, before any compile, a reward that does not map this state to float [B]."""
-    batch = jax.tree.leaves(x0)[0].shape[0]
-    out = jax.eval_shape(lambda x, c: reward(x, c), x0, cond)
-    if not hasattr(out, "shape") or out.shape != (batch,) or not jnp.issubdtype(out.dtype, jnp.floating):
-        got = f"{out.dtype}{list(out.shape)}" if hasattr(out, "shape") else type(out).__name__
-        raise ValueError(f"a reward must return one float per example, [{batch}], got {got}")
+    jax.eval_shape(lambda x, c: evaluate(reward, x, c), x0, cond)

@@ -99,6 +99,7 @@ class Rounds(abc.ABC):
 
     def ask(self, key: Key, state: RoundState, count: int, cond: Cond = None) -> Queries:
         """Draw `count` queries, a static number, from the current model; the prior's in the first round."""
+        checks.conditions(cond, count)
         return Queries(samplers.drawing(self.sampler(state), self.times)(key, count, cond), cond)
 
     def rollout(self, key: Key, state: RoundState, cond: Cond = None) -> Queries:

@@ -9,6 +9,8 @@ and changing a number in it never recompiles; what shapes the program is marked 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeVar, dataclass_transform, runtime_checkable
 
@@ -68,20 +70,115 @@ class Function:
         return self.function(*args)
 
 
+@dataclasses.dataclass(frozen=True)
+class WithoutCond:
+    """A function that takes no condition, called with one; equal for equal functions, so that it does not recompile."""
+
+    function: Callable[..., Any]
+    count: int  # of its arguments
+    ignores: bool = False
+
+    def __call__(self, *args: Any) -> Any:
+        if not self.ignores and any(cond is not None for cond in args[self.count :]):
+            raise ValueError(
+                f"{name_of(self.function)} takes no cond, and got one; write it as a function of (x, t, cond)"
+            )
+        return self.function(*args[: self.count])
+
+
+# What a part of a method is called with, by the first words of what it is called in messages.
+_ARGUMENTS = {
+    "a reward": ("x0", "cond"),
+    "a held-out reward": ("x0", "cond"),
+    "a function of samples": ("x0", "cond"),
+    "an energy": ("x0", "cond"),
+    "a denoiser": ("x", "t", "cond"),
+    "a network": ("x", "t", "cond"),
+    "a value": ("x", "t", "cond"),
+    "an exact value": ("x", "t", "cond"),
+    "a value network": ("x", "t", "cond"),
+    "a guide": ("kernel", "move"),
+    "model": ("params",),
+    "value": ("params",),
+    "critic": ("params",),
+    "energy": ("params",),
+}
+
+
 def callable_pytree(function: Any, what: str) -> Any:
     """Return a callable as a pytree: itself if it is one, wrapped if it is a plain function.
 
     Wrappers of one function are equal as structure (no recompilation), and nothing outlives its last user: a cache of
-    them would keep the tracers that a closure made inside a compiled step holds.
+    them would keep the tracers that a closure made inside a compiled step holds. A function of (x0) or (x, t), where one
+    with a condition belongs, is taken as one that has none.
+
+    Args:
+      what: the part's name in messages, "a reward" or "model (params -> denoiser)"; it says what the part is called with.
+
+    Raises:
+      ValueError: for what is no callable, or cannot be called with these arguments.
     """
     if not callable(function):
-        raise ValueError(f"{what} must be callable, got {type(function).__name__} {function!r}")
-    return Function(function) if jax.tree.leaves(function) == [function] else function
+        raise ValueError(f"{what} must be callable, got {shown(function)}")
+    plain = jax.tree.leaves(function) == [function]
+    arguments = _ARGUMENTS.get(what.split(" (")[0], ())
+    if arguments and not takes(function, arguments):
+        if not (plain and arguments[-1] == "cond" and takes(function, arguments[:-1])):
+            raise ValueError(
+                f"{what} is called with ({', '.join(arguments)}), and {name_of(function)}{_signature(function)} cannot be; "
+                "is it in the right place among the arguments?"
+            )
+        function = WithoutCond(function, len(arguments) - 1, ignores=arguments[0] == "x0")
+    return Function(function) if plain else function
+
+
+def takes(function: Callable[..., Any], arguments: tuple[str, ...]) -> bool:
+    """Whether a callable takes these positional arguments, with no `t` or `cond` in another one's place; True where Python cannot tell."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return True
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        return False
+    return all(name == wanted for name, wanted in zip(signature.parameters, arguments) if name in ("t", "cond"))  # noqa: B905
+
+
+def name_of(function: Any) -> str:
+    """Return a callable's name for messages: a function's own, `lambda`, or the name of its class."""
+    while isinstance(function, (Function, WithoutCond, functools.partial)):
+        function = function.func if isinstance(function, functools.partial) else function.function
+    name = getattr(function, "__name__", None) or type(function).__name__
+    return "lambda" if name == "<lambda>" else name
+
+
+def shown(value: Any, length: int = 60) -> str:
+    """Return a value for messages: an array's dtype and shape, a function's name, a method's class, else the beginning of its repr."""
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"an array of {value.dtype}{list(value.shape)}"
+    name = type(value).__name__
+    if dataclasses.is_dataclass(value) or hasattr(value, "_fields"):
+        return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
+    if inspect.isroutine(value):
+        return f"the function {name_of(value)}{_signature(value)}"
+    text = " ".join(repr(value).split())
+    return f"{name} {text if len(text) <= length else text[: length - 1] + '…'}"
+
+
+def _signature(function: Callable[..., Any]) -> str:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+        return f"({', '.join(p.name if p.default is p.empty else f'{p.name}={p.default!r}' for p in parameters)})"
+    except (TypeError, ValueError):
+        return ""
 
 
 def same_callable(a: Any, b: Any) -> bool:
     """Whether two results of `callable_pytree` are one object, or wrap one function."""
-    return a is b or (isinstance(a, Function) and isinstance(b, Function) and a.function is b.function)
+    while isinstance(a, (Function, WithoutCond)) and type(a) is type(b):
+        a, b = a.function, b.function
+    return a is b
 
 
 @runtime_checkable

@@ -13,9 +13,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rgdiff import checks
+from rgdiff import checks, rewards
 from rgdiff.processes import MaskedProcess, ProductProcess
-from rgdiff.typing import Array, Cond, Denoiser, Process, Reward, State, Value, callable_pytree, pytree, static
+from rgdiff.typing import Array, Cond, Denoiser, Process, Reward, State, Value, callable_pytree, name_of, pytree, static
+
+
+def evaluate(value: Value, x: State, t: Array, cond: Cond = None) -> Array:
+    """Return value(x, t, cond) as float32 [B]: how every method of this library calls a value.
+
+    Raises:
+      ValueError: while the program is traced, for anything else than one float per example.
+    """
+    return checks.per_example(
+        f"the value {name_of(value)} must return", value(x, t, cond), jax.tree.leaves(x)[0].shape[0]
+    )
 
 
 @pytree
@@ -34,7 +45,7 @@ class PosteriorMean:
         """Return the value when the denoiser's prediction at (x, t) is already known: no network call."""
         if self.mode:
             prediction = _sharpen(self.process, prediction)
-        return self.reward(self.process.mean(x, t, prediction), cond)
+        return rewards.evaluate(self.reward, self.process.mean(x, t, prediction), cond)
 
 
 def _sharpen(process: Process, prediction: State) -> State:
@@ -98,7 +109,7 @@ class AtTime:
     time: Array
 
     def __call__(self, x0: State, cond: Cond = None) -> Array:
-        return self.value(x0, self.time, cond)
+        return evaluate(self.value, x0, self.time, cond)
 
 
 @pytree
@@ -110,8 +121,8 @@ class EndsAtReward:
     process: Process
 
     def __call__(self, x: State, t: Array, cond: Cond = None) -> Array:
-        value = lambda: self.value(x, t, cond)  # noqa: E731
-        at_end = lambda: self.reward(self.process.finalize(x, t, None), cond)  # noqa: E731
+        value = lambda: evaluate(self.value, x, t, cond)  # noqa: E731
+        at_end = lambda: rewards.evaluate(self.reward, self.process.finalize(x, t, None), cond)  # noqa: E731
         return jax.lax.cond(t > 0, value, at_end) if jnp.ndim(t) == 0 else jnp.where(t > 0, value(), at_end())
 
 
@@ -221,6 +232,7 @@ def error_over_time(
     length = jax.tree.leaves(path)[0].shape[1]
     if times.shape != (length,):
         raise ValueError(f"times must be those of the rollouts, [{length}], got shape {list(times.shape)}")
+    reward = checks.per_example("rollouts['reward'] must hold", reward, jax.tree.leaves(path)[0].shape[0])
     exact = None if exact is None else callable_pytree(exact, "an exact value")
     return _errors(callable_pytree(value, "a value"), times, path, reward, rollouts.get("cond"), temperature, exact)
 
@@ -235,9 +247,9 @@ def _errors(
 
     def at(where: tuple[Array, State]) -> tuple[Array, ...]:
         t, x = where
-        v = value(x, t, cond)
+        v = evaluate(value, x, t, cond)
         mse, bias = mean((reward - v) ** 2), backup(jnp.where(feasible, reward - v, jnp.nan)[:, None], temperature)[0]
-        return mse, bias, mse if exact is None else mean((v - exact(x, t, cond)) ** 2)
+        return mse, bias, mse if exact is None else mean((v - evaluate(exact, x, t, cond)) ** 2)
 
     mse, bias, off = jax.lax.map(at, (times, jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), path)))
     explained = jnp.where(variance > 0, 1 - mse / variance, jnp.nan)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,8 +16,6 @@ from rgdiff import metrics, rewards
 from rgdiff.domains.drawing import Logo, Plane
 from rgdiff.rewards import Task
 from rgdiff.typing import Key, Reward
-
-_apply = jax.jit(lambda reward, x: reward(x))
 
 
 class BaseJudge:
@@ -43,7 +40,7 @@ class BaseJudge:
 
     def rewards(self, reward: Reward, x0: np.ndarray) -> np.ndarray:
         """Return the rewards [N] of samples."""
-        return np.asarray(_apply(reward, jnp.asarray(x0)))
+        return np.asarray(rewards.score(reward, jnp.asarray(x0)))
 
     def row(self, outcome: Any, task: Task, prior: Any = None) -> dict[str, Any]:
         """Return the figures of one method, flat; `prior` is the prior it sampled from."""

@@ -18,13 +18,13 @@ import numpy as np
 
 from rgdiff import checks
 from rgdiff.processes import FirstHittingProcess, MaskedProcess
+from rgdiff.rewards import score
 from rgdiff.typing import Array, Cond, Denoiser, Reward, pytree
 
 LARGEST = 2_000_000  # states that are still enumerated
 PROBE = 64  # states on which a denoiser is asked whether it reads the time
 
 _predict = jax.jit(lambda denoiser, x, t: jax.nn.log_softmax(denoiser(x, t, None)))
-_score = jax.jit(lambda reward, x: reward(x, None))
 
 
 def enumerable(length: int, classes: int) -> bool:
@@ -48,7 +48,7 @@ def codes(x: Array) -> Array:
 def all_rewards(reward: Reward, length: int, classes: int, *, batch: int = 8192) -> np.ndarray:
     """Return the rewards [K^L] of all sequences, in C order; NaN where one is infeasible."""
     every = tokens(length, classes)
-    return _in_batches(lambda x: _score(reward, x), every, classes, batch)
+    return _in_batches(lambda x: score(reward, x), every, classes, batch)
 
 
 @pytree

@@ -15,6 +15,7 @@ import numpy as np
 
 from rgdiff import checks
 from rgdiff.processes import GaussianProcess
+from rgdiff.rewards import score
 from rgdiff.typing import Denoiser, Reward
 
 
@@ -97,7 +98,7 @@ def line(process: GaussianProcess, denoiser: Denoiser, times: Any, *, points: in
 
 def laws(chain: Line, reward: Reward, temperature: float) -> Laws:
     """Compute the chain's law of x0, its tilt by exp(r / temperature), and the law that tilted kernels reach from the prior's x_T."""
-    rewards = np.asarray(reward(jnp.asarray(chain.x0[:, None], jnp.float32)), float)
+    rewards = np.asarray(score(reward, jnp.asarray(chain.x0[:, None], jnp.float32)), float)
     log_tilt = rewards / float(checks.positive("temperature", temperature))
     top = log_tilt.max()
     tilt = np.exp(log_tilt - top)

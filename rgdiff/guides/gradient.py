@@ -39,11 +39,11 @@ class GradientGuided:
         signal, variance = self.schedule.alpha(t), self.schedule.sigma(t) ** 2
         alpha = jnp.where(signal > 0, signal, 1.0)  # where it is 0, x_t says nothing of x0 and nothing is guided
         if self.look_ahead:
-            prediction, back = jax.vjp(lambda x: self.denoiser(x, t, cond), x)
+            prediction, back = jax.vjp(lambda x: checks.prediction(self.denoiser(x, t, cond), x), x)
             direction = back(self.gradient)[0]
             strength = alpha**2 / (alpha**2 * self.noise**2 + variance * inner(direction, direction))
         else:
-            prediction, direction = self.denoiser(x, t, cond), self.gradient
+            prediction, direction = checks.prediction(self.denoiser(x, t, cond), x), self.gradient
             strength = alpha / (self.noise**2 + variance * inner(direction, direction))
         if self.beta is not None:
             strength = self.beta * (2.0 if self.look_ahead else 1.0)

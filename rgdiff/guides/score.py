@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from rgdiff import checks
 from rgdiff.guides.tilt import value_gradient
 from rgdiff.processes import GaussianProcess, along
-from rgdiff.rewards import differentiable
+from rgdiff.rewards import differentiable, evaluate
 from rgdiff.typing import (
     Array,
     Cond,
@@ -57,7 +57,7 @@ class Guided:
     scale: Array
 
     def __call__(self, x: Array, t: Array, cond: Cond = None) -> Array:
-        prediction, pull = jax.vjp(lambda x: self.denoiser(x, t, cond), x)
+        prediction, pull = jax.vjp(lambda x: checks.prediction(self.denoiser(x, t, cond), x), x)
         g = self.term(Point(x, t, cond, prediction, lambda u: pull(u)[0]))
         finite = jnp.all(jnp.isfinite(g), axis=tuple(range(1, g.ndim)), keepdims=True)
         return prediction + self.scale * along(score_weight(self.process, t), x) * jnp.where(finite, g, 0.0)
@@ -177,7 +177,7 @@ class SmoothedReward:
             return jax.random.normal(key, (self.draws, *shape))
 
         draws = at.prediction[:, None] + std[:, None] * jax.vmap(noise)(jnp.arange(batch), t)  # [B, n, ...]
-        reward = lambda x0, t, cond: self.scale * self.reward(x0, cond)  # noqa: E731
+        reward = lambda x0, t, cond: self.scale * evaluate(self.reward, x0, cond)  # noqa: E731
         each = jax.vmap(lambda x0: value_gradient(reward, x0, at.t, at.cond), in_axes=1, out_axes=1)
         log_weights, gradients = each(draws)
         log_weights = jnp.where(jnp.isnan(log_weights), -jnp.inf, log_weights)

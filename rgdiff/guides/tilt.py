@@ -16,6 +16,7 @@ from rgdiff import checks
 from rgdiff.kernels import Absorbing, FirstHitting, PointMass, Product
 from rgdiff.rewards import differentiable
 from rgdiff.typing import Array, Cond, Guide, Kernel, Move, State, Value, callable_pytree, pytree, static
+from rgdiff.values import evaluate
 
 TILTS = ("token", "token_and_rate")
 
@@ -50,7 +51,7 @@ class Composed:
 
 def value_gradient(value: Any, x: State, t: Array, cond: Cond = None) -> tuple[Array, State]:
     """Return v(x, t, cond) [B] and its gradient with respect to each example's own x."""
-    values, back = jax.vjp(lambda x: value(x, t, cond), x)
+    values, back = jax.vjp(lambda x: evaluate(value, x, t, cond), x)
     return values, back(jnp.ones_like(values))[0]
 
 

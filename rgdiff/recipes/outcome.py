@@ -13,6 +13,7 @@ import numpy as np
 
 from rgdiff import samplers
 from rgdiff.recipes.typing import Outcome, ReadyPrior
+from rgdiff.rewards import RewardFailure
 from rgdiff.runtime.progress import pieces, progress
 from rgdiff.runtime.run import Clock, Diverged, Run
 from rgdiff.typing import Array, Denoiser, Sampler
@@ -57,7 +58,10 @@ def draw(
     """Draw `count` samples on the prior's times or others, under its conditions, with progress; the keys are the phase's."""
     times = prior.times if times is None else times
     with shown(phase, times.shape[0] - 1) as options:
-        out = samplers.sample(sampler, run.key(phase), count, times, prior.conditions(count), keep=keep, **options)
+        try:
+            out = samplers.sample(sampler, run.key(phase), count, times, prior.conditions(count), keep=keep, **options)
+        except RewardFailure as failure:
+            raise RewardFailure(f"{phase}: {failure} (resume=true goes on)") from failure
         return jax.block_until_ready(out)
 
 

@@ -19,7 +19,7 @@ from rgdiff.exact import enumeration
 from rgdiff.recipes.outcome import draw, nothing, shown
 from rgdiff.recipes.priors import initial, state_shape, unconditional
 from rgdiff.recipes.typing import Obtained, Prior, ReadyPrior, Shape, ValueSource
-from rgdiff.rewards import Task
+from rgdiff.rewards import Task, score
 from rgdiff.runtime.run import Run
 from rgdiff.typing import Array, Denoiser, Params, Process, Reward, pytree, static
 
@@ -127,7 +127,7 @@ class LearnedValue(ValueSource):
             data = self._rollouts(run, f"{phase}_data", prior, task, denoiser, self.samples)
         else:
             x0 = draw(run, f"{phase}_data", samplers.ancestral(process, denoiser), prior, self.samples).x0
-            data = {"x0": x0, "reward": jax.jit(lambda r, x: r(x))(task.reward, x0)}
+            data = {"x0": x0, "reward": score(task.reward, x0)}
         model, key = LearnedModel(self.network), run.key(f"{phase}_value")
         tuner = self.tuner(model, process, denoiser, times, temperature)
         params = initial(self.network, key, state_shape(process))

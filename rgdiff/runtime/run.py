@@ -12,6 +12,7 @@ import os
 import time
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ import jax
 import numpy as np
 
 from rgdiff import tuners
-from rgdiff.rewards import HostReward
+from rgdiff.rewards import HostReward, RewardFailure, score
 from rgdiff.runtime.checkpoint import Checkpoints
 from rgdiff.runtime.folder import RunFolder
 from rgdiff.runtime.metrics import MetricsLog
 from rgdiff.runtime.progress import pieces, progress
-from rgdiff.tuners.online import OnlineTuner, RewardFailure
+from rgdiff.tuners.online import OnlineTuner
 from rgdiff.tuners.stopping import EarlyStopping
 
 PATIENCE = 20  # a phase stops after more skipped updates than this since it began or was resumed
@@ -154,19 +155,24 @@ class Run:
                         saved = time.monotonic()
 
                 inner = tuner.tuner if isinstance(tuner, EarlyStopping) else tuner
-                if not isinstance(inner, OnlineTuner) or not isinstance(inner.reward, HostReward):
-                    return tuners.fit(tuner, key, state, steps, data=data, batch=batch, chunk=chunk, on_chunk=on_chunk)
 
                 def on_step(state: Any, info: dict[str, np.ndarray]) -> None:
                     on_chunk(state, {name: np.asarray(value)[None] for name, value in info.items()})
 
-                online = inner.online if inner is tuner else dataclasses.replace(tuner, tuner=inner.online)
-                try:  # a black box is called between two programs, not inside one
+                try:
+                    if not isinstance(inner, OnlineTuner) or not isinstance(inner.reward, HostReward):
+                        return tuners.fit(
+                            tuner, key, state, steps, data=data, batch=batch, chunk=chunk, on_chunk=on_chunk
+                        )
+                    # A black box is called between two programs, not inside one.
+                    online = inner.online if inner is tuner else dataclasses.replace(tuner, tuner=inner.online)
                     return tuners.fit_online(
                         online, key, state, steps, inner.reward.function, data=data, batch=batch,
                         heldout=None if inner.heldout is None else _judged(inner.heldout), on_step=on_step,
                     )  # fmt: skip
                 except RewardFailure as failure:
+                    if failure.step is None:
+                        raise ValueError(f"{phase}: {failure}") from None
                     checkpoints.save(failure.step, failure.state)
                     raise ValueError(
                         f"{phase}: {failure} (saved before step {failure.step}; resume=true goes on)"
@@ -175,7 +181,7 @@ class Run:
 
 def _judged(heldout: Any) -> Any:
     """A held-out reward as a host function."""
-    return heldout.function if isinstance(heldout, HostReward) else jax.jit(lambda x0, cond: heldout(x0, cond))
+    return heldout.function if isinstance(heldout, HostReward) else partial(score, heldout)
 
 
 def use_compilation_cache(cache: Path) -> None:

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from rgdiff import checks
-from rgdiff.samplers._loop import Samples
+from rgdiff.processes import MaskedProcess, ProductProcess
+from rgdiff.samplers._loop import Samples, without_gradient
 from rgdiff.typing import Array, Cond, Denoiser, Guide, Info, Key, Move, Process, State, callable_pytree, pytree, static
 
 
@@ -52,7 +53,7 @@ class Ancestral:
         info = {}
         if self.reference is not None:
             info["kl"] = kernel.kl(self.process.reverse(x, t, s, self.reference(x, t, cond)))
-        return (kernel.rsample(key) if self.differentiable else kernel.sample(key)), info
+        return (kernel.rsample(key) if self.differentiable else without_gradient(kernel).sample(key)), info
 
     def _repeats(self, t: Array) -> Array:
         """How often a move from t is made."""
@@ -86,7 +87,7 @@ def ancestral(
     guide: Guide | None = None,
     time_travel: int = 1,
     window: tuple[float, float] | None = None,
-    differentiable: bool = False,
+    differentiable: bool | None = None,
 ) -> Ancestral:
     """Build the plain sampler of a prior: DDPM (arXiv 2006.11239), DDIM (2010.02502), EDM (2206.00364), MDLM (2406.07524).
 
@@ -99,7 +100,8 @@ def ancestral(
       time_travel: how often each move is made: before every repetition x_s is noised back to x_t. This is the time
         travel of FreeDoM (arXiv 2303.09833, algorithm 2) and the self-recurrence of universal guidance (2302.07121).
       window: (low, high), the times t whose moves are repeated; all by default. May change without a recompilation.
-      differentiable: draw with `rsample`, so that gradients flow through the chain.
+      differentiable: draw with `rsample`, so that gradients flow through the chain: by default where that costs nothing and
+        is exact, in Gaussian chains whose moves are made once. True for tokens, whose gradient is the relaxation's; False refuses.
 
     Raises:
       ValueError: for a reference or a guide with eta = 0; for repeated moves with a reference or a gradient (a repeated
@@ -107,6 +109,9 @@ def ancestral(
     """
     checks.noising_process(process, "ancestral sampling")
     time_travel = checks.at_least("time_travel", time_travel, 1)
+    if differentiable is None:
+        parts = process.parts.values() if isinstance(process, ProductProcess) else [process]
+        differentiable = time_travel == 1 and not any(isinstance(part, MaskedProcess) for part in parts)
     if time_travel > 1 and (reference is not None or differentiable):
         raise ValueError(
             "a chain with time_travel > 1 has no path KL and no gradient; leave out reference, differentiable"
@@ -128,7 +133,7 @@ def ancestral(
         guide,
         None if window is None else jnp.asarray(window, jnp.float32),
         time_travel,
-        differentiable,
+        bool(differentiable),
     )
 
 

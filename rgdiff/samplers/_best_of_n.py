@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from rgdiff import checks
+from rgdiff.rewards import evaluate
 from rgdiff.typing import Array, Cond, Info, Key, Process, Reward, Sampler, State, callable_pytree, pytree, static
 
 
@@ -32,7 +33,7 @@ class BestOfN:
     def final(self, carry: Any, t: Array, cond: Cond = None) -> tuple[State, Info]:
         """Keep the best of each group; info has `rewards` [B, N] and `candidates` [B, N, ...]."""
         x0, info = self.sampler.final(carry, t, self._repeat(cond))
-        rewards = self.reward(x0, self._repeat(cond)).reshape(-1, self.count)
+        rewards = evaluate(self.reward, x0, self._repeat(cond)).reshape(-1, self.count)
         candidates = jax.tree.map(lambda leaf: leaf.reshape(-1, self.count, *leaf.shape[1:]), x0)
         best = jnp.argmax(jnp.where(jnp.isnan(rewards), -jnp.inf, rewards), axis=1)
         keep = lambda leaf: jax.vmap(lambda group, i: group[i])(leaf, best)  # noqa: E731

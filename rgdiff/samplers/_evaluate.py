@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from rgdiff.typing import Array, Cond, Denoiser, Process, State, Value, same_callable
 from rgdiff.values import PosteriorMean
+from rgdiff.values import evaluate as evaluate_value
 
 Evaluate = Callable[[State, Cond], tuple[Array, Any]]
 
@@ -26,7 +27,7 @@ def shares(value: Value, denoiser: Denoiser) -> bool:
 def evaluate(process: Process, value: Any, shared: bool, x: State, t: Array, cond: Cond) -> tuple[Array, Any]:
     """Return values [R] of states [R, ...] at time t, and the denoiser's predictions where they are shared (else None)."""
     if not shared:
-        return value(x, t, cond), None
+        return evaluate_value(value, x, t, cond), None
     predict = lambda: value.denoiser(x, t, cond)  # noqa: E731
     if process.projects:
         prediction = predict()

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from rgdiff import checks
 from rgdiff.denoisers import needs_signal
+from rgdiff.rewards import failures
 from rgdiff.typing import Array, Cond, Info, Key, Sampler, State, pytree
 
 Keep = Callable[[Any, Info], Any]
@@ -125,6 +126,9 @@ def sample(
     Numbers inside the sampler (temperatures, scales, network parameters) and the times can change without a
     recompilation; `batch`, the length of `times`, `keep` and counts inside the sampler cannot.
 
+    Samples of `ancestral` in Gaussian chains have the gradient of the whole chain. Those of other samplers, whose draws and
+    selections have none, raise where they are differentiated; tuners take gradients through chains of every kind.
+
     Args:
       sampler: from one of the constructors of `rgdiff.samplers`.
       key: a typed PRNG key.
@@ -140,7 +144,9 @@ def sample(
       Samples(x0, kept, info).
 
     Raises:
-      ValueError: for a legacy key, a batch below 1, a bad time grid, or conditions that are not [B, ...].
+      ValueError: for a legacy key, a batch below 1, a bad time grid, conditions that are not [B, ...], or a reward, value or
+        denoiser that returns something else than [B] and a prediction of the state's shape.
+      RewardFailure: a ValueError, where a reward raises.
 
     Example:
       >>> import jax, rgdiff
@@ -149,31 +155,61 @@ def sample(
       >>> rgdiff.samplers.sample(sampler, jax.random.key(0), 4, process.times(10)).x0.shape
       (4, 2)
     """
+    checks.driven(
+        "a sampler",
+        sampler,
+        ("init", "step", "final"),
+        "see the constructors of rgdiff.samplers: sample(sampler, key, batch, times)",
+    )
     checks.key(key)
     batch = checks.at_least("batch", batch, 1)
     times = checks.times(times, sampler.process)  # type: ignore[attr-defined]
     needs_signal(sampler, times)
-    for leaf in jax.tree.leaves(cond):
-        if jnp.ndim(leaf) < 1 or jnp.shape(leaf)[0] != batch:
-            raise ValueError(f"cond must have a leading axis of {batch} examples, got shape {list(jnp.shape(leaf))}")
-    if chunk is None or times.shape[0] == 1:  # a chain of one network call has no moves to cut
-        return Samples(*_whole(sampler, key, times, cond, batch, keep, mesh))
-    chunk = checks.at_least("chunk", chunk, 1)
-    carry = _begin(sampler, key, times[0], cond, batch, mesh)
-    moves, pieces = times.shape[0] - 1, []
-    for done in range(0, moves, chunk):
-        stop = min(done + chunk, moves)
-        carry, kept = _advance(sampler, key, carry, times[done : stop + 1], cond, done, keep)
-        pieces.append(kept)
-        if on_chunk is not None:
-            jax.block_until_ready(carry)
-            on_chunk(stop, moves)
-    kept = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *pieces) if keep is not None else None
-    x0, info = _finish(sampler, carry, times[-1], cond)
-    return Samples(x0, kept, info)
+    checks.conditions(cond, batch)
+    with failures(sampler) as settle:
+        if chunk is None or times.shape[0] == 1:  # a chain of one network call has no moves to cut
+            return settle(Samples(*_whole(sampler, key, times, cond, batch, keep, mesh)))
+        chunk = checks.at_least("chunk", chunk, 1)
+        carry = settle(_begin(sampler, key, times[0], cond, batch, mesh))
+        moves, pieces = times.shape[0] - 1, []
+        for done in range(0, moves, chunk):
+            stop = min(done + chunk, moves)
+            carry, kept = settle(_advance(sampler, key, carry, times[done : stop + 1], cond, done, keep))
+            pieces.append(kept)
+            if on_chunk is not None:
+                jax.block_until_ready(carry)
+                on_chunk(stop, moves)
+        kept = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *pieces) if keep is not None else None
+        x0, info = settle(_finish(sampler, carry, times[-1], cond))
+        return Samples(x0, kept, info)
+
+
+@jax.custom_jvp
+def _constant(leaf: Array) -> Array:
+    return leaf
+
+
+@_constant.defjvp
+def _refuse_gradient(primals: Any, tangents: Any) -> Any:
+    raise ValueError(
+        "these samples have no gradient: draws of tokens, candidates and particles cut it; take ancestral(..., differentiable=True), "
+        "a tuner of rgdiff.tuners, or hand the sampler jax.lax.stop_gradient(params) where none is meant"
+    )
+
+
+def without_gradient(tree: Any) -> Any:
+    """Return the same numbers, whose differentiation raises: a gradient that would be cut in silence further on."""
+    floats = lambda leaf: isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.floating)  # noqa: E731
+    return jax.tree.map(lambda leaf: _constant(leaf) if floats(leaf) else leaf, tree)
+
+
+def _cut(sampler: Sampler, tree: Any) -> Any:
+    """Return numbers that samples depend on, or samples: without a gradient where the sampler gives them none."""
+    return tree if getattr(sampler, "differentiable", False) else without_gradient(tree)
 
 
 def _start(sampler: Sampler, key: Key, t: Array, cond: Cond, batch: int, mesh: jax.sharding.Mesh | None) -> Any:
+    sampler, cond = _cut(sampler, (sampler, cond))
     carry = sampler.init(jax.random.fold_in(key, 0), batch, t, cond)
     if mesh is None:
         return carry
@@ -187,19 +223,27 @@ def _run(
     sampler: Sampler, key: Key, times: Array, cond: Cond, batch: int, keep: Keep | None, mesh: jax.sharding.Mesh | None
 ) -> tuple[State, Any, Info]:
     carry = _start(sampler, key, times[0], cond, batch, mesh)
-    carry, kept = roll(sampler, key, carry, times, cond, keep=keep)
-    x0, info = sampler.final(carry, times[-1], cond)
+    carry, kept = _advance_chunk(sampler, key, carry, times, cond, 0, keep)
+    x0, info = _end(sampler, carry, times[-1], cond)
     return x0, kept, info
 
 
 _whole = jax.jit(_run, static_argnames=("batch", "keep", "mesh"))
 _begin = jax.jit(_start, static_argnames=("batch", "mesh"))
-_finish = jax.jit(lambda sampler, carry, t, cond: sampler.final(carry, t, cond))
+
+
+def _end(sampler: Sampler, carry: Any, t: Array, cond: Cond) -> tuple[State, Info]:
+    given, t, cond = _cut(sampler, (sampler, t, cond))
+    return _cut(sampler, given.final(carry, t, cond))
+
+
+_finish = jax.jit(_end)
 
 
 def _advance_chunk(
-    sampler: Sampler, key: Key, carry: Any, times: Array, cond: Cond, first: Array, keep: Keep | None
+    sampler: Sampler, key: Key, carry: Any, times: Array, cond: Cond, first: Array | int, keep: Keep | None
 ) -> tuple[Any, Any]:
+    sampler, times, cond = _cut(sampler, (sampler, times, cond))
     return roll(sampler, key, carry, times, cond, first=first, keep=keep)
 
 

@@ -16,6 +16,7 @@ from rgdiff import checks
 from rgdiff.processes import MaskedProcess
 from rgdiff.resampling import multinomial
 from rgdiff.samplers._evaluate import distinct, evaluate, first_equal, refresh, shares
+from rgdiff.samplers._loop import without_gradient
 from rgdiff.typing import (
     Array,
     Cond,
@@ -133,7 +134,7 @@ class Svdd:
         return refresh(self.denoiser, carry.prediction, carry.x, t, cond, carry.stale, rows)
 
     def _draw(self, key: Key, kernel: Any) -> State:
-        return jax.vmap(kernel.sample)(jax.random.split(key, self.candidates))
+        return jax.vmap(without_gradient(kernel).sample)(jax.random.split(key, self.candidates))
 
     def _choose(
         self,

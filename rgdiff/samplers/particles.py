@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from rgdiff import checks
+from rgdiff import checks, rewards
 from rgdiff._settings import setting_of
 from rgdiff.guides.inverse import Likelihood, likelihood
 from rgdiff.guides.measurements import is_measurement
@@ -139,7 +139,9 @@ class Smc:
         if self.process.projects and not self.shared:
             prediction = self.denoiser(carry.x, t, cond)
         x0 = self.process.finalize(carry.x, t, prediction)
-        log_target = carry.evaluation.value if self.reward is None else self._scale(self.reward(x0, cond))
+        log_target = (
+            carry.evaluation.value if self.reward is None else self._scale(rewards.evaluate(self.reward, x0, cond))
+        )
         log_weights = carry.log_weights + log_target - carry.log_potential
         log_z = carry.log_z + log_mean_exp(log_weights)
         gains = carry.gains + share_gains(log_weights, carry.lineages)

@@ -1,5 +1,6 @@
 """Training methods, driven by one loop: `fit(tuner, key, state, steps)`."""
 
+from rgdiff.rewards import RewardFailure
 from rgdiff.tuners import advantages
 from rgdiff.tuners._drakes import drakes, drakes_published
 from rgdiff.tuners._dxdp import dxdp, sigmoid_time_cost
@@ -14,7 +15,7 @@ from rgdiff.tuners._sft_pg import sft_pg
 from rgdiff.tuners.diagnostics import gradient_statistics
 from rgdiff.tuners.ema import ema_update
 from rgdiff.tuners.energy_model import langevin_energy, log_partition
-from rgdiff.tuners.online import RewardFailure, as_tuner, fit_online
+from rgdiff.tuners.online import as_tuner, fit_online
 from rgdiff.tuners.optimizers import adamw
 from rgdiff.tuners.policy_gradient import ddpo, dpok
 from rgdiff.tuners.reward_gradients import (

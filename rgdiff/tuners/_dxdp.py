@@ -126,7 +126,7 @@ def settings(
         "ema_decay": None if ema_decay is None else checks.positive("ema_decay", ema_decay, zero=True),
         "target_decay": None if target_decay is None else checks.positive("target_decay", target_decay, zero=True),
         "limit": checks.positive("limit", limit),
-        "optimizer": adam() if optimizer is None else optimizer,
+        "optimizer": adam() if optimizer is None else checks.optimizer(optimizer),
         "batch": checks.at_least("batch", batch, 1),
         "ablation": ablation.checked(),
     }

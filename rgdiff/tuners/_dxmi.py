@@ -40,6 +40,11 @@ class InverseLearning(MaximumEntropy):
             raise ValueError(f"dxmi trains parameters {sorted(wanted)}, got {sorted(params)}")
         return super().init(params)
 
+    def suits(self, data: Any) -> None:
+        """Refuse data that are not examples of the process."""
+        checks.entries(data, "x0")
+        checks.examples("data['x0']", data["x0"], self.process)
+
     def togo(self, params: Params) -> Togo:
         energy = None if self.energy_model is None else AtTime(self.energy_model(params["energy"]), jnp.float32(0))
         return Togo(self.value(params["value"]), energy, self.ablation.timeless)

@@ -17,7 +17,7 @@ from rgdiff import checks
 from rgdiff.guides.gradient import GradientGuided, increment, inner
 from rgdiff.keys import unrolled
 from rgdiff.processes import GaussianProcess
-from rgdiff.rewards import differentiable
+from rgdiff.rewards import differentiable, evaluate
 from rgdiff.samplers import ancestral, sample
 from rgdiff.tuners._loop import TrainState, start
 from rgdiff.tuners._pretraining import Pretraining
@@ -136,12 +136,12 @@ class GradientGuidance:
     def _query(self, x0: Array) -> tuple[Array, Array, Array, Array]:
         """Gradient [B, ...] and target [B] of the next round, whether they can be used, and the rewards [B] of the samples."""
         at = x0 if self.gradient_at == "sample" else x0.mean(0, keepdims=True)
-        values, back = jax.vjp(lambda x: self.reward(x, None), at)
+        values, back = jax.vjp(lambda x: evaluate(self.reward, x), at)
         gradient = back(jnp.ones_like(values))[0]
         target = self.target(gradient, at, values)
         usable = jnp.isfinite(inner(gradient, gradient)) & jnp.isfinite(target) & jnp.isfinite(values)
         gradient = jnp.where(usable.reshape(-1, *(1,) * (x0.ndim - 1)), gradient, 0.0)
-        rewards = values if self.gradient_at == "sample" else self.reward(x0, None)
+        rewards = values if self.gradient_at == "sample" else evaluate(self.reward, x0)
         spread = lambda a: jnp.broadcast_to(a, (self.batch, *a.shape[1:]))  # noqa: E731
         return spread(gradient), spread(jnp.where(usable, target, 0.0)), spread(usable), rewards
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from rgdiff import checks
+from rgdiff.rewards import failures, host_rewards
 from rgdiff.tuners.ema import ema_update
 from rgdiff.typing import Array, Info, Key, Params, Tuner
 
@@ -37,11 +38,19 @@ class TrainState(NamedTuple):
 
 
 def start(params: Params, optimizer: Any, *, average: bool = False, extra: Any = None) -> TrainState:
-    """Begin training from `params`, which are copied (`fit` donates its state)."""
-    copy = lambda tree: jax.tree.map(lambda p: jnp.array(p, copy=True), tree)  # noqa: E731
-    return TrainState(
-        copy(params), optimizer.init(params), copy(params) if average else None, jnp.int32(0), jnp.int32(0), copy(extra)
-    )
+    """Begin training from `params`, which are copied (`fit` donates its state).
+
+    Raises:
+      ValueError: for params that are no arrays (a module), or an optimizer that is no optax transformation.
+    """
+    params, optimizer = checks.params(params), checks.optimizer(optimizer)
+    average = copied(params) if average else None  # type: ignore[assignment]
+    return TrainState(copied(params), optimizer.init(params), average, jnp.int32(0), jnp.int32(0), copied(extra))
+
+
+def copied(tree: Any) -> Any:
+    """Return the tree in buffers of its own."""
+    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
 
 
 def update(
@@ -94,20 +103,29 @@ def fit(
 
     Returns:
       The final state.
+
+    Raises:
+      ValueError: for anything else than a tuner, a state whose buffers an earlier call took, data that do not fit the tuner's
+        process: another shape, tokens that are not one-hot, images in 0 ... 255.
+      RewardFailure: where a reward raises, or returns something else than one number per sample; of a host reward its `state`
+        is that of before the chunk, from which the same call continues.
     """
+    hint = "an online method needs its reward: fit(as_tuner(method, reward), ...) or fit_online(method, ..., reward)"
+    online = callable(getattr(tuner, "rollout", None)) and not callable(getattr(tuner, "step", None))
+    checks.driven("a tuner", tuner, ("init", "step"), hint if online else "see the constructors of rgdiff.tuners")
     checks.key(key)
+    checks.state(state)
     steps, chunk = checks.at_least("steps", steps, 0), checks.at_least("chunk", chunk, 1)
     if data is not None:
-        rows = {jnp.shape(leaf)[0] for leaf in jax.tree.leaves(data)}
-        if len(rows) != 1:
-            raise ValueError(f"data must be arrays with one leading axis of examples, got lengths {sorted(rows)}")
-        if batch is None:
-            raise ValueError("fit(data=...) needs batch=, the rows per step")
-        checks.at_least("batch", batch, 1)
+        checks.rows(data, batch)
+    if hasattr(tuner, "suits"):
+        tuner.suits(data)  # type: ignore[attr-defined]
     done = int(state.step)
     while done < steps:
         count = min(chunk - done % chunk, steps - done)
-        state, infos = _advance(tuner, key, state, data, count, batch)
+        with failures(tuner) as settle:
+            before = copied(state) if host_rewards(tuner) else None  # to go on from, where the reward raises
+            state, infos = settle(_advance(tuner, key, state, data, count, batch), before, done)
         done += count
         if on_chunk is not None:
             on_chunk(state, jax.device_get(infos))

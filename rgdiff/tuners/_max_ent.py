@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rgdiff import checks
+from rgdiff import checks, rewards
 from rgdiff.kernels import Gaussian
 from rgdiff.samplers._loop import roll
 from rgdiff.tuners._loop import TrainState
 from rgdiff.tuners.ema import ema_update
-from rgdiff.typing import Array, Cond, Info, Key, Params, Process, State, Value, callable_pytree, pytree, static
+from rgdiff.typing import Array, Cond, Info, Key, Params, Process, State, Value, callable_pytree, pytree, shown, static
+from rgdiff.values import evaluate
 
 SWEEPS = ("gauss_seidel", "jacobi")
 EXPECTATIONS = ("exact", "sampled")
@@ -102,7 +103,7 @@ class Togo:
     timeless: bool = static(default=False)
 
     def __call__(self, x: State, t: Array, cond: Cond = None) -> Array:
-        value = lambda: self.value(x, 0.0 * t if self.timeless else t, cond)  # noqa: E731
+        value = lambda: evaluate(self.value, x, 0.0 * t if self.timeless else t, cond)  # noqa: E731
         if self.energy is None:
             return value()
         energy = lambda: self.energy(x, cond)  # noqa: E731
@@ -140,7 +141,9 @@ class MaximumEntropy:
 
     def init(self, params: Params) -> TrainState:
         """Begin from {"policy": ..., "value": ...}, copied; speeds are those of 4,096 chains where none were given."""
-        params = jax.tree.map(lambda p: jnp.array(p, copy=True), params)
+        if not isinstance(params, dict) or not {"policy", "value"} <= set(params):
+            raise ValueError(f'params must be a dict {{"policy": ..., "value": ...}}, got {shown(params)}')
+        params = jax.tree.map(lambda p: jnp.array(p, copy=True), checks.params(params))
         copy = lambda: jax.tree.map(jnp.array, params)  # noqa: E731
         if self.speed is None:
             speed = self._squares(self.rollout(jax.random.key(0), params["policy"], 4096))
@@ -214,7 +217,7 @@ class MaximumEntropy:
     def _learn_energy(self, carry: Any, step: Array, paths: Paths, batch: Any, cond: Cond) -> tuple[Any, Info, Array]:
         """Nothing to learn: the energy is minus the reward."""
         x0 = self.process.finalize(paths.x[-1], self.times[-1], None)
-        return carry, {"reward": jnp.mean(self.reward(x0, cond))}, jnp.bool_(True)
+        return carry, {"reward": jnp.mean(rewards.evaluate(self.reward, x0, cond))}, jnp.bool_(True)
 
     def _learn_values(
         self, key: Key, carry: Any, state: TrainState, paths: Paths, speed: Array, cond: Cond
@@ -325,7 +328,7 @@ class MaximumEntropy:
     # ------------------------------------------------------------ small things
 
     def _minus_reward(self, x: State, cond: Cond = None) -> Array:
-        return -self.reward(self.process.finalize(x, self.times[-1], None), cond)
+        return -rewards.evaluate(self.reward, self.process.finalize(x, self.times[-1], None), cond)
 
     def _rate(self, rate: Array, step: Array) -> Array:
         """Cosine decay to 0 at decay_steps."""

@@ -60,6 +60,11 @@ class Pretraining:
             needs_signal(self.model, self.grid, params)
         return start(params, self.optimizer, average=True)
 
+    def suits(self, data: Any) -> None:
+        """Refuse data that are not examples of the process."""
+        checks.entries(data, "x0")
+        checks.examples("data['x0']", data["x0"], self.process)
+
     def step(self, key: Key, state: TrainState, batch: Any) -> tuple[TrainState, Info]:
         """Take one step on batch = {"x0": [B, ...]} and, optionally, "cond"."""
         loss, gradients = jax.value_and_grad(self.loss)(state.params, key, batch["x0"], batch.get("cond"))
@@ -77,7 +82,7 @@ class Pretraining:
             dropped = jax.random.bernoulli(key_drop, self.drop, (batch,))
             hide = lambda c, n: jnp.where(dropped.reshape(-1, *([1] * (c.ndim - 1))), jnp.asarray(n, c.dtype), c)  # noqa: E731
             cond = jax.tree.map(hide, cond, self.null)
-        denoiser = self.model(params)
+        denoiser = callable_pytree(self.model(params), "a denoiser")
         if isinstance(self.process, MaskedProcess):
             t = stratified_times(key_time, batch)
             x = self.process.forward(x0, t).sample(key_noise)
@@ -86,7 +91,7 @@ class Pretraining:
         process: GaussianProcess = self.process  # type: ignore[assignment]
         t = self._draw_times(key_time, batch)
         x = process.forward(x0, t).sample(key_noise)
-        error = jnp.mean((denoiser(x, t, cond) - x0).reshape(batch, -1) ** 2, -1)
+        error = jnp.mean((checks.prediction(denoiser(x, t, cond), x) - x0).reshape(batch, -1) ** 2, -1)
         error = self._weight(process, t) * error
         return jnp.mean(error) if weights is None else jnp.sum(weights * error)
 
@@ -150,7 +155,7 @@ def pretraining(
         checks.positive("drop", drop, zero=True),
         null,
         None if grid is None else process.times(checks.at_least("grid", grid, 1)),
-        optimizer,
+        checks.optimizer(optimizer),
         checks.one_of("target", target, ("eps", "x0", "v")),
         checks.one_of("weighting", weighting, ("uniform", "min_snr")),
     )
@@ -174,6 +179,7 @@ def masked_bound(key: Key, process: MaskedProcess, denoiser: Denoiser, x0: Array
     checks.key(key)
     if not isinstance(process, MaskedProcess):
         raise ValueError(f"masked_bound needs a masked process, got {type(process).__name__}")
+    checks.examples("x0", x0, process)
     positions = 1
     for size in process.shape:
         positions *= size

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from rgdiff import checks
 from rgdiff.denoisers import needs_signal
-from rgdiff.rewards import differentiable
+from rgdiff.rewards import differentiable, evaluate
 from rgdiff.samplers._loop import REMAT, rematerialize, roll
 from rgdiff.tuners._chain import PENALTIES, Chain, ChainCarry, budget_of, hold, towards_budget, weighed_references
 from rgdiff.tuners._loop import TrainState, start, update
@@ -107,6 +107,7 @@ class RewardBackprop:
         a feasible one the gradient is NaN, so that the step is skipped and counted.
         """
         count = self.micro_batches
+        checks.conditions(cond, self.batch)
         grad = jax.grad(self._total, has_aux=True)
         if count == 1:
             gradients, sums = grad(params, key, cond, temperature)
@@ -143,6 +144,7 @@ class RewardBackprop:
         """Minus the sum of the objective over feasible examples of one (micro-)batch, and sums for the report."""
         temperature = self.temperature if temperature is None else temperature
         batch = self.batch // self.micro_batches if micro else self.batch
+        checks.conditions(cond, batch)
         key_chain, key_extra = jax.random.split(key)
         denoiser = callable_pytree(self.model(params), "a denoiser")
         x0, log_prob, penalty = self._sample(denoiser, key_chain, batch, cond)
@@ -157,7 +159,7 @@ class RewardBackprop:
             cost = cost.at[-1].multiply(self.projection)
             sums["penalty"] = penalty.sum((0, 2))
         if self.heldout is not None:
-            sums["heldout"] = jnp.sum(jnp.where(feasible, self.heldout(jax.lax.stop_gradient(x0), cond), 0.0))
+            sums["heldout"] = jnp.sum(jnp.where(feasible, evaluate(self.heldout, jax.lax.stop_gradient(x0), cond), 0.0))
         if log_prob is not None:
             return -jnp.sum(jnp.where(feasible, self._surrogate(safe, feasible, log_prob, cost), 0.0)), sums
         total = safe.sum() if self.on_trajectory else jnp.float32(0)
@@ -240,10 +242,10 @@ def _rewards(reward: Reward, x0: State, cond: Cond) -> Array:
 
     @jax.custom_vjp
     def value(x0: State) -> Array:
-        return reward(x0, cond)
+        return evaluate(reward, x0, cond)
 
     def forward(x0: State) -> tuple[Array, Any]:
-        out, back = jax.vjp(lambda x0: reward(x0, cond), x0)
+        out, back = jax.vjp(lambda x0: evaluate(reward, x0, cond), x0)
         return out, (back, jnp.isfinite(out))
 
     def backward(saved: Any, gradient: Array) -> tuple[State]:
@@ -373,7 +375,7 @@ def reward_backprop(
         None if heldout is None else callable_pytree(heldout, "a held-out reward"),
         plan,
         None if ema_decay is None else checks.positive("ema_decay", ema_decay, zero=True),
-        optimizer,
+        checks.optimizer(optimizer),
         batch,
         live,
         renoised,

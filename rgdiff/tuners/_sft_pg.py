@@ -15,7 +15,20 @@ from rgdiff import checks
 from rgdiff._settings import setting_of
 from rgdiff.tuners._loop import TrainState, start, update
 from rgdiff.tuners.policy_gradient import PolicyGradient, ddpo
-from rgdiff.typing import Array, Cond, Info, Key, Model, Params, Process, State, callable_pytree, pytree, static
+from rgdiff.typing import (
+    Array,
+    Cond,
+    Info,
+    Key,
+    Model,
+    Params,
+    Process,
+    State,
+    callable_pytree,
+    name_of,
+    pytree,
+    static,
+)
 
 CONSTRAINTS = ("gradient_penalty", "weight_clipping")
 
@@ -46,6 +59,11 @@ class ShortcutTuning:
         state = self.policy.init(params)
         return state._replace(extra=(state.extra, start(self.critic_params, self.critic_optimizer)))
 
+    def suits(self, data: Any) -> None:
+        """Refuse data that are not examples of the process."""
+        checks.entries(data, "x0")
+        checks.examples("data['x0']", data["x0"], self.process)
+
     def step(self, key: Key, state: TrainState, batch: Any) -> tuple[TrainState, Info]:
         """Take one step on batch = {"x0": data [M, ...]} and, optionally, "cond" [M, ...], for which samples are then drawn."""
         key_rollout, key_critic, key_update = jax.random.split(key, 3)
@@ -53,7 +71,7 @@ class ShortcutTuning:
         state = state._replace(extra=own)
         experience = self.policy.rollout(key_rollout, state, batch.get("cond"))
         critic, info = self._learn(key_critic, critic, batch["x0"], experience.x0, batch.get("cond"), experience.cond)
-        f = lambda x0, cond=None: self.critic(critic.params)(x0, cond)  # noqa: E731
+        f = lambda x0, cond=None: _judge(self.critic(critic.params), x0, cond)  # noqa: E731
         rewards = f(experience.x0, experience.cond)
         state, more = self.policy.update(key_update, state, experience, rewards, f if self.project else None)
         more.pop("reward")  # the critic's own unit means nothing; `ipm` does
@@ -68,7 +86,7 @@ class ShortcutTuning:
         """Take `critic_steps` optimiser steps of the critic, and report its metric after them."""
 
         def metric(params: Params) -> Array:
-            f = self.critic(params)
+            f = lambda x0, cond: _judge(self.critic(params), x0, cond)  # noqa: E731
             return jnp.mean(f(data, cond)) - jnp.mean(f(samples, sample_cond))
 
         def loss(params: Params, key: Key) -> Array:
@@ -97,9 +115,16 @@ class ShortcutTuning:
 
         points = jax.tree.map(between, data, samples)
         cond = jax.tree.map(lambda c: c[:rows], cond)
-        slope = jax.grad(lambda x: jnp.sum(self.critic(params)(x, cond)))(points)
+        slope = jax.grad(lambda x: jnp.sum(_judge(self.critic(params), x, cond)))(points)
         square = sum(jnp.sum(leaf.reshape(rows, -1) ** 2, -1) for leaf in jax.tree.leaves(slope))
         return jnp.mean((jnp.sqrt(square + 1e-12) - 1) ** 2)
+
+
+def _judge(critic: Any, x0: State, cond: Cond) -> Array:
+    """f(x0, cond), checked. [B]"""
+    return checks.per_example(
+        f"the critic {name_of(critic)} must return", critic(x0, cond), jax.tree.leaves(x0)[0].shape[0]
+    )
 
 
 @setting_of(ddpo)
@@ -146,7 +171,7 @@ def sft_pg(
         critic_params,
         checks.positive("penalty", penalty, zero=True),
         checks.positive("bound", bound),
-        critic_optimizer,
+        checks.optimizer(critic_optimizer, "critic_optimizer"),
         checks.one_of("constraint", constraint, CONSTRAINTS),
         checks.at_least("critic_steps", critic_steps, 1),
         bool(project),

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from rgdiff import checks
 from rgdiff.tuners._loop import TrainState, start, update
 from rgdiff.typing import Array, Cond, Info, Params, State, callable_pytree, pytree, static
+from rgdiff.values import evaluate
 
 EPSILON = 1e-6  # added to standard deviations, in the reward's unit
 
@@ -194,11 +195,13 @@ class LearntBaseline:
         learner, inner = state
         times = returns.times[:-1]
         states = jax.tree.map(lambda leaf: leaf[:-1], returns.path)
-        value = jax.lax.map(lambda at: self.model(learner.params)(at[0], at[1], returns.cond), (states, times))
+        value = jax.lax.map(
+            lambda at: evaluate(self.model(learner.params), at[0], at[1], returns.cond), (states, times)
+        )
         weight = jnp.where(returns.feasible, 1.0, 0.0) / jnp.maximum(returns.feasible.sum(), 1) / times.shape[0]
 
         def error(params: Params, x: State, t: Array, goal: Array) -> Array:
-            return jnp.sum(weight * (self.model(params)(x, t, returns.cond) - goal) ** 2)
+            return jnp.sum(weight * (evaluate(self.model(params), x, t, returns.cond) - goal) ** 2)
 
         def learn(learner: TrainState, _: None) -> tuple[TrainState, Array]:
             grad = jax.value_and_grad(error)
@@ -289,7 +292,7 @@ def learnt_baseline(
         callable_pytree(model, "model (params -> value)"),
         params,
         Plain() if then is None else then,
-        optimizer,
+        checks.optimizer(optimizer),
         checks.at_least("steps", steps, 1),
     )
 

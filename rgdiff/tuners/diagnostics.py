@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from rgdiff import checks
+from rgdiff.rewards import failures
 from rgdiff.typing import Array, Cond, Key, Params
 
 
@@ -42,7 +43,9 @@ def gradient_statistics(
     """
     checks.key(key)
     draws = checks.at_least("draws", draws, 2)
-    mean, variance = _moments(lambda p, k, c: tuner.gradients(p, k, c)[0], params, key, cond, draws, chunk)
+    with failures(tuner) as settle:
+        moments = _moments(lambda p, k, c: tuner.gradients(p, k, c)[0], params, key, cond, draws, chunk)
+        mean, variance = settle(moments)
     squared = mean - variance / draws
     return GradientStatistics(squared, variance, variance * tuner.batch, squared / variance)
 

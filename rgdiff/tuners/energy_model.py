@@ -19,7 +19,7 @@ from rgdiff.resampling import log_mean_exp
 from rgdiff.samplers._loop import roll
 from rgdiff.tuners._elegant import standard_normal
 from rgdiff.tuners._loop import TrainState, start, update
-from rgdiff.typing import Array, Cond, Info, Key, Params, callable_pytree, pytree, static
+from rgdiff.typing import Array, Cond, Info, Key, Params, callable_pytree, name_of, pytree, static
 
 
 @pytree
@@ -54,6 +54,11 @@ class LangevinEnergy:
         noise = self.spread * jax.random.normal(jax.random.key(0), (self.chains, *self.shape))
         return start(params, self.optimizer, average=self.ema_decay is not None, extra=noise)
 
+    def suits(self, data: Any) -> None:
+        """Refuse data of another shape."""
+        checks.entries(data, "x0")
+        checks.shape("data['x0']", data["x0"], (None, *self.shape))
+
     def energy(self, params: Params) -> Any:
         """The energy (x, cond) -> [B] of parameters, e.g. `state.best`."""
         return self.model(params)
@@ -86,7 +91,8 @@ def contrast(energy: Any, data: Array, samples: Array, gamma: Array, cond: Cond 
     Both batches are asked in one call, under the conditions [B, ...] where there are any.
     """
     twice = jax.tree.map(lambda c: jnp.concatenate([c, c]), cond)
-    energies = energy(jnp.concatenate([data, samples]), twice)
+    both = jnp.concatenate([data, samples])
+    energies = checks.per_example(f"the energy {name_of(energy)} must return", energy(both, twice), len(both))
     low, high = energies[: len(data)], energies[len(data) :]
     square = jnp.mean(low**2) + jnp.mean(high**2)
     info = {"energy_data": jnp.mean(low), "energy_samples": jnp.mean(high), "energy_square": square}
@@ -142,7 +148,7 @@ def langevin_energy(
         checks.positive("spread", spread),
         checks.positive("gamma", gamma, zero=True),
         None if ema_decay is None else checks.positive("ema_decay", ema_decay, zero=True),
-        optimizer,
+        checks.optimizer(optimizer),
         tuple(int(d) for d in shape),
         batch,
         checks.at_least("moves", moves, 1),

@@ -14,18 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from rgdiff import checks
-from rgdiff.rewards import HostReward
+from rgdiff.rewards import evaluate, failed, failures, from_host
 from rgdiff.tuners._loop import draw_rows
 from rgdiff.tuners.stopping import EarlyStopping
 from rgdiff.typing import Array, Cond, Info, Key, Online, Params, Reward, callable_pytree, pytree
-
-
-class RewardFailure(RuntimeError):
-    """A host reward raised. `state` is that of before the failed step: `fit_online` continues from it; `step` its index."""
-
-    def __init__(self, message: str, state: Any, step: int):
-        super().__init__(message)
-        self.state, self.step = state, step
 
 
 @pytree
@@ -55,7 +47,7 @@ class OnlineTuner:
         rewards = self._answers(key, experience)
         state, info = self.online.update(key_update, state, experience, rewards)
         if self.heldout is not None:
-            info = info | {"heldout": feasible_mean(self.heldout(experience.x0, experience.cond), rewards)}
+            info = info | {"heldout": feasible_mean(evaluate(self.heldout, experience.x0, experience.cond), rewards)}
         return state, info
 
     def gradients(self, params: Params, key: Key, cond: Cond = None) -> tuple[Params, Info]:
@@ -71,7 +63,7 @@ class OnlineTuner:
         return self.online.network_calls()
 
     def _answers(self, key: Key, experience: Any) -> Array:
-        rewards = self.reward(experience.x0, experience.cond)
+        rewards = evaluate(self.reward, experience.x0, experience.cond)
         if self.noise is None:
             return rewards
         return rewards + self.noise * jax.random.normal(jax.random.fold_in(key, 2), rewards.shape)
@@ -131,19 +123,19 @@ def fit_online(
       RewardFailure: where the reward raises, or returns something else than B numbers; its `state` is that of before
         the step, from which the same call continues.
     """
-    checks.key(key)
     _three_parts(online.tuner if isinstance(online, EarlyStopping) else online)
+    checks.key(key)
+    checks.state(state)
     if isinstance(online, EarlyStopping) and online.metric == "heldout" and heldout is None:
         raise ValueError("early_stopping watches the held-out reward; give fit_online(heldout=...), or another metric")
     steps = checks.at_least("steps", steps, 0)
     if data is not None:
-        if batch is None:
-            raise ValueError("fit_online(data=...) needs batch=, the rows per step")
-        checks.at_least("batch", batch, 1)
+        checks.rows(data, batch)
     for step in range(int(state.step), steps):
         if getattr(state, "stopped", False):
             break
-        experience = _rollout(online, key, state, data, batch)
+        with failures(online) as settle:  # a value inside the method may be made of a host reward
+            experience = settle(_rollout(online, key, state, data, batch), state, step)
         x0, cond = jax.device_get((experience.x0, experience.cond))
         rewards = _on_host(reward, x0, cond, state, step)
         judged = None if heldout is None else _on_host(heldout, x0, cond, state, step)
@@ -170,14 +162,9 @@ def minibatch_rows(key: Key, batch: int, epochs: int, minibatches: int) -> Array
 
 def _on_host(reward: Callable[..., Any], x0: Any, cond: Any, state: Any, step: int) -> np.ndarray:
     try:
-        return HostReward(reward).answers(x0, cond)
+        return from_host(reward).answers(x0, cond)  # type: ignore[attr-defined]
     except Exception as error:
-        raise RewardFailure(
-            f"the reward raised {type(error).__name__} at step {step}: {error}; "
-            "mark infeasible samples by NaN, and continue from the state of this exception",
-            state,
-            step,
-        ) from error
+        raise failed(error, state, step) from error
 
 
 def _keys(key: Key, step: Array) -> tuple[Key, Key, Key]:
@@ -204,8 +191,8 @@ def _improve(
 
 
 def _three_parts(online: Any) -> None:
-    if missing := [name for name in ("init", "rollout", "update") if not callable(getattr(online, name, None))]:
-        raise ValueError(f"an online method has init, rollout and update; {type(online).__name__} has no {missing}")
+    hint = "a tuner with a step goes to fit as it is" if callable(getattr(online, "step", None)) else "see tuners.ddpo"
+    checks.driven("an online method", online, ("init", "rollout", "update"), hint)
 
 
 _rollout = jax.jit(_roll_out, static_argnames=("batch",))

@@ -7,11 +7,13 @@ chain are independent given its states, so their gradients are summed in a scan 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from rgdiff import checks
 from rgdiff._settings import setting_of
@@ -104,6 +106,7 @@ class PolicyGradient:
     minibatches: int = static(default=1)
     per_dim: bool = static(default=False)
     kl_gradient: str = static(default="full")
+    fine_clip: bool = static(default=False)  # below what a network in half precision resolves
 
     def init(self, params: Params) -> TrainState:
         """Return a state; its `extra` is an `PolicyGradientExtra`."""
@@ -121,6 +124,12 @@ class PolicyGradient:
         cond = jax.tree.map(lambda leaf: jnp.repeat(leaf, self.repeats, 0), cond)
         chain = self._chain(state.params)
         first = chain.init(jax.random.fold_in(key, 0), self.batch, self.times[0], cond)
+        if self.fine_clip and _in_half_precision(chain.denoiser, first.x, self.times[0], cond):
+            warnings.warn(
+                "this network computes in half precision, which moves a log-probability by more than clip: ratios are cut by "
+                "rounding; compute in float32, or give a larger clip (info['clipped'] says how many are cut)",
+                stacklevel=2,
+            )
         last, (later, info) = roll(chain, key, first, self.times, cond, keep=lambda carry, info: (carry.x, info))
         x0, end = chain.final(last, self.times[-1], cond)
         path = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first.x, later)
@@ -178,8 +187,9 @@ class PolicyGradient:
         self, extra: PolicyGradientExtra, experience: Experience, rewards: Array
     ) -> tuple[Rows, PolicyGradientExtra, Info]:
         """Advantages and weights of all chains; none is feasible: NaN, so that the step is skipped and counted."""
+        rewards = checks.per_example("rewards must hold", rewards, self.batch)
         feasible = jnp.isfinite(rewards)
-        reward = jnp.where(feasible, rewards, 0.0).astype(jnp.float32)
+        reward = jnp.where(feasible, rewards, 0.0)
         info = {"reward": feasible_mean(reward, rewards), "infeasible": jnp.sum(~feasible)}
         togo = jnp.broadcast_to(reward, experience.log_prob.shape)
         temperature = self.temperature if extra.temperature is None else extra.temperature
@@ -245,6 +255,28 @@ class PolicyGradient:
         return dimensions(self.process) if self.per_dim else 1
 
 
+def _in_half_precision(denoiser: Denoiser, x: State, t: Array, cond: Cond) -> bool:
+    """Whether a denoiser has numbers of 16 bits in it, whatever it returns."""
+    return "f16[" in str(jax.make_jaxpr(lambda x, t, cond: denoiser(x, t, cond))(x, t, cond))
+
+
+def _resolves(clip: Any, process: Process, per_dim: bool) -> bool:
+    """Refuse a clip of ratios below the rounding of float32; return whether it is above that of half precision.
+
+    Sums of D terms of order 1 are off by D 2^-24 nats (2e-4 at D = 3,072); a network in bfloat16 moves each term by some .01.
+    """
+    if clip is None or isinstance(clip, Tracer):
+        return True
+    size = dimensions(process)
+    nats = float(clip) * (size if per_dim else 1)
+    if 0 < nats < size * 2.0**-24:
+        raise ValueError(
+            f"clip={float(clip):g} is below what float32 resolves of log-probabilities of {size} dimensions, {size * 2.0**-24:.1g} nats, "
+            "so that it clips rounding; give clip=0.2, or per_dim=True, which 1e-4 was published with"
+        )
+    return nats > 0.01 * math.sqrt(size)
+
+
 def dimensions(process: Any) -> int:
     """D, numbers and tokens of one example."""
     if isinstance(process, ProductProcess):
@@ -300,13 +332,18 @@ def ddpo(
       An online method. info: reward, infeasible, kl, clipped (share of ratios whose gradient is cut), gradient_norm.
 
     Raises:
-      ValueError: for eta = 0, a chain without a move, several updates without a clip, parts that do not divide the batch.
+      ValueError: for eta = 0, a chain without a move, several updates without a clip, a clip below the rounding of float32,
+        parts that do not divide the batch.
 
     Note:
       The released code takes the mean of log-probabilities over dimensions, so that its clip of 1e-4 is on the ratio's
       D-th root, takes the mean over moves (a factor for the optimiser), and steps on moves shuffled in time. It is
-      ddpo(clip=1e-4, per_dim=True, advantage=per_condition(C, clip=10)). In nats a clip of 0.2 is usual; log-probabilities
-      that are computed again differ in float32 by some 2e-4 nats at D = 3,072, so a much smaller one clips noise.
+      ddpo(clip=1e-4, per_dim=True, advantage=per_condition(C, clip=10)). In nats a clip of 0.2 is usual.
+
+      A ratio is no finer than its log-probabilities. These are float32, as predictions are from the denoiser's door on, and
+      differ by some 2e-4 nats at D = 3,072 when they are computed again: a smaller clip is refused. A network that *computes* in
+      bfloat16 moves them by .01 to .07 nats in four dimensions, so that a clip of 1e-4 is noise: that is warned of. Compute in
+      float32, or clip at 0.1 and above.
     """
     checks.law(process, "a policy gradient")
     times = checks.times(times, process)
@@ -339,13 +376,14 @@ def ddpo(
         None if clip is None else checks.positive("clip", clip),
         advantage,
         None if ema_decay is None else checks.positive("ema_decay", ema_decay, zero=True),
-        optimizer,
+        checks.optimizer(optimizer),
         batch,
         repeats,
         epochs,
         minibatches,
         bool(per_dim),
         checks.one_of("kl_gradient", kl_gradient, KL_GRADIENTS),
+        not _resolves(clip, process, per_dim),
     )
 
 

@@ -56,6 +56,11 @@ class EarlyStopping:
         zero = jnp.int32(0)
         return StoppingState(inner, best, low, jnp.float32(0), zero, zero + 0, zero + 0, jnp.bool_(False))
 
+    def suits(self, data: Any) -> None:
+        """What the tuner refuses, refuse."""
+        if hasattr(self.tuner, "suits"):
+            self.tuner.suits(data)
+
     def step(self, key: Key, state: StoppingState, batch: Any = None) -> tuple[StoppingState, Info]:
         return self._unless_stopped(state, lambda: self._watch(state, *self.tuner.step(key, state.inner, batch)))
 

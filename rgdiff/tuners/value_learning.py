@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from rgdiff import checks
 from rgdiff._settings import setting_of
+from rgdiff.rewards import score
 from rgdiff.samplers import ancestral, sample
 from rgdiff.tuners._loop import TrainState, start, update
 from rgdiff.tuners._pretraining import stratified_times
@@ -30,7 +31,7 @@ from rgdiff.typing import (
     pytree,
     static,
 )
-from rgdiff.values import backup, regression_loss
+from rgdiff.values import backup, evaluate, regression_loss
 
 LOSSES = ("soft", "squared")
 
@@ -53,6 +54,13 @@ class ValueLearning:
     def init(self, params: Params) -> TrainState:
         return start(params, self.optimizer, average=True)
 
+    def suits(self, data: Any) -> None:
+        """Refuse data that are not examples of the process, or states of its chains, with a reward each."""
+        path = isinstance(data, dict) and "path" in data
+        checks.entries(data, "path" if path else "x0", "reward")
+        if not path:
+            checks.examples("data['x0']", data["x0"], self.process)
+
     def step(self, key: Key, state: TrainState, batch: Any) -> tuple[TrainState, Info]:
         """Take one step on batch = {"x0" [B, ...] or "path" [B, T + 1, ...], "reward" [B]} and, optionally, "cond"."""
         loss, gradients = jax.value_and_grad(self.loss)(state.params, key, batch, state.average)
@@ -63,12 +71,13 @@ class ValueLearning:
         """Mean loss over feasible examples and stratified times; `target` holds the parameters that next states are valued by."""
         key_state, key_next = jax.random.split(key)
         x, t, index = self._states(key_state, batch)
-        cond, goal = batch.get("cond"), batch["reward"]
+        size = jax.tree.leaves(x)[0].shape[0]
+        cond, goal = batch.get("cond"), checks.per_example("data['reward'] must hold", batch["reward"], size)
         if self.denoiser is not None:
             following = self._backup(key_next, params if target is None else target, x, index, cond)
             goal = jnp.where(index == self.times.shape[0] - 1, goal, following)  # type: ignore[union-attr]
         feasible = jnp.isfinite(goal)
-        goal, value = jnp.where(feasible, goal, 0.0), self.model(params)(x, t, cond)
+        goal, value = jnp.where(feasible, goal, 0.0), evaluate(self.model(params), x, t, cond)
         if self.loss_name == "squared":
             error = regression_loss(value, goal)
         else:
@@ -113,7 +122,7 @@ class ValueLearning:
         rows = lambda leaf: leaf.reshape(-1, *leaf.shape[2:])  # noqa: E731
         copies = lambda leaf: rows(jnp.broadcast_to(leaf, (self.candidates, *leaf.shape)))  # noqa: E731
         y = jax.tree.map(rows, jax.vmap(kernel.sample)(jax.random.split(key, self.candidates)))
-        values = self.model(target)(y, copies(s), jax.tree.map(copies, cond)).reshape(self.candidates, -1)
+        values = evaluate(self.model(target), y, copies(s), jax.tree.map(copies, cond)).reshape(self.candidates, -1)
         return jax.lax.stop_gradient(backup(values, self.temperature))
 
 
@@ -159,7 +168,7 @@ def value_regression(
         checks.positive("temperature", temperature) if soft else None,
         None if times is None else checks.times(times, process),
         None,
-        optimizer,
+        checks.optimizer(optimizer),
         "soft" if soft else "squared",
     )
 
@@ -216,7 +225,7 @@ def temporal_difference(
         checks.positive("temperature", temperature) if soft else None,
         times,
         callable_pytree(denoiser, "a denoiser"),
-        optimizer,
+        checks.optimizer(optimizer),
         loss if soft else "squared",
         checks.at_least("candidates", candidates, 1),
     )
@@ -248,13 +257,9 @@ def rollouts(
     out = sample(sampler, key, count, times, cond, keep=_state, **options)
     first = sampler.init(jax.random.fold_in(key, 0), count, times[0], cond)  # what `sample` began with
     path = jax.tree.map(lambda a, b: jnp.moveaxis(jnp.concatenate([a[None], b]), 0, 1), first, out.kept)
-    rewards = _reward(callable_pytree(reward, "a reward"), out.x0, cond)
-    data = {"path": path, "x0": out.x0, "reward": rewards}
+    data = {"path": path, "x0": out.x0, "reward": score(reward, out.x0, cond)}
     return data if cond is None else data | {"cond": cond}
 
 
 def _state(carry: State, info: Info) -> State:
     return carry
-
-
-_reward = jax.jit(lambda reward, x0, cond: reward(x0, cond))

@@ -85,6 +85,7 @@ class WeightedRegression:
 
     def rollout(self, key: Key, state: TrainState, cond: Cond = None) -> Sampled:
         """Draw B samples of the model, or of the prior; `repeats` consecutive ones for every row of cond."""
+        checks.conditions(cond, self.batch // self.repeats)
         cond = jax.tree.map(lambda leaf: jnp.repeat(leaf, self.repeats, 0), cond)
         denoiser = self.training.model(state.params) if self.prior is None else self.prior
         return Sampled(Drawing(ancestral(self.process, denoiser), self.times)(key, self.batch, cond), cond)
@@ -99,6 +100,7 @@ class WeightedRegression:
 
     def update(self, key: Key, state: TrainState, experience: Sampled, rewards: Array) -> tuple[TrainState, Info]:
         """Take epochs * minibatches optimiser steps of the weighted denoising loss, with fresh noise in each."""
+        rewards = checks.per_example("rewards must hold", rewards, self.batch)
         weights = self.weights(rewards)
         key_rows, key_noise = jax.random.split(key)
         index = minibatch_rows(key_rows, self.batch, self.epochs, self.minibatches)

@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from rgdiff import metrics, policies, tuners
@@ -81,7 +82,9 @@ def test_chains_begin_anew_and_a_lost_one_returns():
 
 def test_gamma_holds_energies_at_zero():
     """A constant energy c has loss 2 gamma c^2 and nothing else: the gradient is 4 gamma c, whatever the chains."""
-    tuner = langevin_energy(lambda c: lambda x, cond=None: jnp.broadcast_to(c, x.shape[:1]), (1,), None, gamma=0.3)
+    tuner = langevin_energy(
+        lambda c: lambda x, cond=None: jnp.broadcast_to(c, x.shape[:1]), (1,), optax.sgd(0.1), gamma=0.3
+    )
     slope = jax.grad(lambda c: tuner.loss(c, jnp.ones((5, 1)), jnp.zeros((7, 1)))[0])(jnp.float32(2))
     assert abs(float(slope) - 4 * 0.3 * 2) < 1e-5
 

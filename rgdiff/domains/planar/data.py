@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rgdiff import checks
+from rgdiff.rewards import evaluate
 from rgdiff.typing import Array, Cond, Key, Reward, callable_pytree, pytree, static
 
 TRAINING = 65_536  # examples for training a network
@@ -244,7 +245,7 @@ class Feasible:
     limit: Array
 
     def __call__(self, x0: Array, cond: Cond = None) -> Array:
-        return jnp.where(self.curve.distance(x0) <= self.limit, self.reward(x0, cond), jnp.nan)
+        return jnp.where(self.curve.distance(x0) <= self.limit, evaluate(self.reward, x0, cond), jnp.nan)
 
 
 def feasible(reward: Reward, curve: Curve, limit: float) -> Feasible:

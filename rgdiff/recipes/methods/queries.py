@@ -20,7 +20,7 @@ from rgdiff.recipes.methods.tuning import FineTuning
 from rgdiff.recipes.outcome import draw, draw_with_kl, nothing, outcome
 from rgdiff.recipes.priors import unconditional
 from rgdiff.recipes.typing import Method, Outcome, Prior, ReadyPrior, Shape
-from rgdiff.rewards import HostReward, Task
+from rgdiff.rewards import HostReward, Task, score
 from rgdiff.runtime.campaign import Campaign
 from rgdiff.runtime.run import Run
 from rgdiff.typing import Process
@@ -203,13 +203,10 @@ def judged(run: Run, phase: str, campaign: Campaign, prior: ReadyPrior, count: i
     return *draw_with_kl(run, phase, sampler, prior, count), None
 
 
-_score = jax.jit(lambda reward, x0: reward(x0))
-
-
 def _asked(name: str, reward: Any, x0: Any) -> Any:
     """The laboratory's answers. A black box that raises has not answered: its samples are not infeasible."""
     if not isinstance(reward, HostReward):
-        return _score(reward, jax.tree.map(jnp.asarray, x0))
+        return score(reward, jax.tree.map(jnp.asarray, x0))
     try:
         return reward.answers(x0)
     except Exception as error:

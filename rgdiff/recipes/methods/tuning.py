@@ -18,7 +18,7 @@ from rgdiff.recipes.outcome import draw, draw_with_kl, nothing, outcome, path_kl
 from rgdiff.recipes.priors import initial, state_shape, unconditional
 from rgdiff.recipes.typing import Curves, Method, Outcome, Prior, ReadyPrior, Shape
 from rgdiff.recipes.values import LearnedModel
-from rgdiff.rewards import HostReward, Task
+from rgdiff.rewards import HostReward, Task, score
 from rgdiff.runtime.adapters import save_peft
 from rgdiff.runtime.checkpoint import save_params
 from rgdiff.runtime.run import Run
@@ -48,14 +48,11 @@ def measured(
         x0 = np.asarray(draw(run, phase, sampler, prior, count).x0)
         kl = path_kl(run, phase, prior, denoiser, count)
     cond = prior.conditions(count)
-    figures = {name: float(jnp.nanmean(_rewards(reward, x0, cond))) for name, reward in rewards.items()}
+    figures = {name: float(jnp.nanmean(score(reward, x0, cond))) for name, reward in rewards.items()}
     figures |= {"diversity": metrics.diversity(x0), "path KL": kl}
     run.log.rewind(phase, 0)
     run.log.write(phase, 0, {name.replace(" ", "_").replace("-", "_"): value for name, value in figures.items()})
     return figures
-
-
-_rewards = jax.jit(lambda reward, x0, cond: reward(x0, cond))
 
 
 @dataclasses.dataclass(frozen=True)

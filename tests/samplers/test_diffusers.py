@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from rgdiff import denoisers, processes, samplers, schedules
-from tests.worlds import GaussianWorld, slope
+from tests.worlds.worlds import GaussianWorld, slope
 
 LEADING = [852, 710, 568, 426, 284, 142, 0]
 LEADING_OFFSET = [853, 711, 569, 427, 285, 143, 1]
