@@ -304,7 +304,7 @@ def needs_signal(method: Any, times: Array, params: Params = None) -> None:
     if params is None:
         look(method)
     else:
-        jax.eval_shape(lambda params: look(method(params)), params)
+        jax.eval_shape(lambda params: look(method(params)), checks.params(params))
     for prediction, schedule in found:
         if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((schedule, times))):
             continue

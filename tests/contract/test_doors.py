@@ -195,7 +195,7 @@ def _regression(reward, model=lambda p: lambda x, t, cond=None: p[0] * x[:, 0]):
 
 
 def _dpok(value):
-    options = {"reference": W.denoiser, "kl_weight": 1.0, "value_params": jnp.float32(1), "value_optimizer": SGD}
+    options = {"reference": W.denoiser, "temperature": 1.0, "value_params": jnp.float32(1), "value_optimizer": SGD}
     return fit(
         tuners.as_tuner(tuners.dpok(W.model, W.process, W.times, SGD, batch=8, value=value, **options), W.reward)
     )
@@ -493,7 +493,7 @@ def test_a_black_box_that_fails_ends_a_run_in_one_line(function, words, tmp_path
         "prior.steps=3",
         "samples=8",
         "method=svdd",
-        "method.candidates=2",
+        "method.options.candidates=2",
     ]
     argv += [
         "reward=custom",
@@ -535,7 +535,7 @@ UNDIFFERENTIATED = {
     "smc": lambda s: samplers.smc(W.process, _closed(s), posterior_mean(W.reward)),
     "smc's parameters": lambda s: samplers.smc(W.process, W.model((s, 1.0)), posterior_mean(W.reward)),
     "best of n": lambda s: samplers.best_of_n(samplers.ancestral(W.process, _closed(s)), W.reward, 2),
-    "time travel": lambda s: samplers.ancestral(W.process, _closed(s), recurrences=2),
+    "time travel": lambda s: samplers.ancestral(W.process, _closed(s), time_travel=2),
     "told not to": lambda s: samplers.ancestral(W.process, _closed(s), differentiable=False),
     "tokens": lambda s: samplers.ancestral(
         M.process, lambda x, t, cond=None: M.denoiser(x, t) + s * jnp.arange(M.classes)
