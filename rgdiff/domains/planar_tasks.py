@@ -79,7 +79,9 @@ class PlanarJudge(Judge):
         shown = {}
         for name, x0 in samples.items():
             beyond = float(np.mean(~(np.abs(np.asarray(x0)) <= HALF).all(-1)))
-            label = f"first coordinate ({beyond:.1%} of the samples lie outside)" if beyond else "first coordinate"
+            label = (
+                f"first coordinate ({beyond:.1%} of the samples lie outside)" if beyond >= 5e-4 else "first coordinate"
+            )
             shown[name] = Plane(dots(x0), (-HALF, HALF, -HALF, HALF), np.asarray(x0), label, "second coordinate")
         return shown
 
