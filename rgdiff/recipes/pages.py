@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import jax
 import numpy as np
 
 from rgdiff.runtime import tables
@@ -154,7 +155,8 @@ def cards(
     few = 3 * (count // 8)
     known = []
     for title, x0 in data.items():
-        some = x0[:: max(1, len(x0) // count)][: few if shown else count]
+        some = _take(x0, slice(0, None, max(1, _length(x0) // count)))
+        some = _take(some, slice(few if shown else count))
         known.append(
             [*_whole(title, wholes.get(("", title))), *_each(judge, title, some, columns=3 if shown else None)]
         )
@@ -166,11 +168,20 @@ def cards(
         more: list[Any] = [[Whole(title, image)] for title, images in outcome.pictures.items() for image in images]
         for what, x0 in outcome.shown.items():
             title = f"{key}: {what}"
-            more.append([*_whole(title, wholes.get((key, what))), *_each(judge, title, x0[:FOLDED])])
+            more.append([*_whole(title, wholes.get((key, what))), *_each(judge, title, _take(x0, slice(FOLDED)))])
         sets, more = [one for one in sets if one], [one for one in more if one]
         if sets:
             out.append(Card(key, sets, more, rows[key].get("over_optimised", "")))
     return out or ([Card("The data", known)] if any(known) else [])
+
+
+def _take(x0: Any, places: Any) -> Any:
+    """Return some of the samples, of every part of a state that has several."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[places], x0)
+
+
+def _length(x0: Any) -> int:
+    return len(jax.tree.leaves(x0)[0])
 
 
 def _whole(title: str, drawing: Any, marks: Mapping[str, Any] | None = None, caption: str = "") -> list[Any]:
@@ -178,7 +189,7 @@ def _whole(title: str, drawing: Any, marks: Mapping[str, Any] | None = None, cap
 
 
 def _each(judge: Any, title: str, x0: Any, labels: Sequence[str] = (), columns: int | None = None) -> list[Any]:
-    drawn = judge.show_each(np.asarray(x0)) if len(x0) else None
+    drawn = judge.show_each(x0) if _length(x0) else None
     if drawn is not None and not labels and isinstance(drawn[0], str):
         drawn = drawn[:: max(1, len(drawn) // 3)][:3]
     return [] if drawn is None else [Grid(title, drawn, labels, columns=columns)]
@@ -191,10 +202,11 @@ def _set(
     order, said = best_median_worst(scores), rounded(scores)
     points = getattr(whole, "points", None)
     marks = {} if points is None else {name: points[place] for name, place in order.items()}
-    others = [place for place in range(min(len(outcome.x0), count + 3)) if place not in order.values()]
+    others = [place for place in range(min(_length(outcome.x0), count + 3)) if place not in order.values()]
     places = [*order.values(), *others][:count]
-    drawn = judge.show_each(np.asarray(outcome.x0)[places])
-    if drawn is not None and isinstance(drawn[0], str):  # lines of letters, and vectors: those that have a name
+    drawn = judge.show_each(_take(outcome.x0, places))
+    named_only = whole is not None or (drawn is not None and isinstance(drawn[0], str) and drawn[0][:4] != "<svg")
+    if drawn is not None and named_only:  # where all samples are in one drawing, and of lines of letters
         places, drawn = places[: len(order) or 3], drawn[: len(order) or 3]
     names = [*order, *[""] * len(places)]
     labels = [] if scores is None else [f"{n} {said(scores[p])}".strip() for n, p in zip(names, places, strict=False)]

@@ -730,7 +730,8 @@ figcaption b{color:var(--ink);font-weight:600}
 .row span,.rows span{font-size:12px;line-height:1.5;color:var(--quiet);font-variant-numeric:tabular-nums}
 .row span{display:block;text-align:center}
 .card img{display:block;image-rendering:pixelated;max-width:100%;height:auto}
-.vectors svg{display:block;width:100%;height:64px;border:1px solid var(--line)}
+.vectors svg{display:block;width:100%;height:auto;border:1px solid var(--line)}
+.vectors svg[preserveAspectRatio=none]{height:96px}
 .rows>div{display:flex;gap:10px;align-items:baseline}
 .rows span{flex:0 0 15ch}
 .rows code{font:14px/1.5 ui-monospace,Menlo,Consolas,monospace;letter-spacing:.06em}
@@ -779,8 +780,10 @@ details{margin-top:16px}
 details h3{margin:16px 0 4px}
 summary{cursor:pointer;font-weight:600}
 @media (max-width:560px){main{padding:16px 12px 32px}.card{padding:10px 10px 12px}h1{font-size:21px}
-dl{grid-template-columns:1fr}dd{margin:0 0 6px}.rows>div{display:block}}
+dl{grid-template-columns:1fr}dd{margin:0 0 6px}.rows>div{display:block}
+.row>div:nth-child(n+10){display:none}}
 @media print{main{max-width:none;padding:0}body,.card{background:none}nav{display:none}
-.card,figure,tr,li{break-inside:avoid}h2,h3{break-after:avoid}.scroll{overflow:visible}th,td{padding:3px 6px;font-size:10px}
+.card,.plot,tr,li{break-inside:avoid}.tiles-set{flex:1 1 0!important}.tiles-set[style]{flex:0 0 198px!important}
+.tiles .row>div{width:60px!important}.row span{font-size:9px}.figures{grid-template-columns:1fr 1fr}h2,h3{break-after:avoid}.scroll{overflow:visible}th,td{padding:3px 6px;font-size:10px}
 tbody th{position:static}img,image,.box,i{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import sklearn.datasets
 import sklearn.metrics
 
+from rgdiff.domains.anomaly import AnomalyJudge
 from rgdiff.domains.anomaly import data as anomaly
 from rgdiff.domains.anomaly.tasks import typicality
 from rgdiff.recipes import compose as recipe
@@ -150,3 +152,16 @@ def test_recipes_compose_and_their_arguments_fit(name):
 
 def test_typicality_is_minus_half_the_squared_distance():
     np.testing.assert_allclose(typicality().reward(jnp.array([[3.0, 4.0]])), [-12.5])
+
+
+def test_the_page_of_detectors_shows_the_data_and_the_auroc_of_every_digit():
+    domain = anomaly.one_class("digits", (3, 5))
+    judge = AnomalyJudge(domain, jax.random.key(0))
+    normal, anomalous = judge.references(typicality()).values()
+    pictures = judge.show_each(anomalous)
+    assert pictures.shape == (len(anomalous), 8, 8, 1) and pictures.dtype == np.uint8 and len(normal)
+    np.testing.assert_allclose((pictures.reshape(-1, 64) - 127.5) / 127.5 * 3, np.clip(anomalous, -3, 3), atol=0.02)
+    rows = {"prior": {}, "a": {"auroc_digit_3": 0.9, "auroc_digit_5": 0.8, "auroc_digit_3_sd": 0.1}}
+    ((x, y, curves),) = judge.curves(rows).values()
+    assert curves == {"a": ([3, 5], [0.9, 0.8])} and "AUROC" in y and "digit" in x
+    assert AnomalyJudge(anomaly.one_class("wine"), jax.random.key(0)).show_each(normal[:2, :13])[0].startswith("<svg")

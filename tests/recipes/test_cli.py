@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import re
 import sys
 from functools import partial
 
@@ -131,7 +132,13 @@ def test_methods_run(method, tmp_path, cache):
     assert samples[method].shape == (12, 8, 8, 1) and np.isfinite(samples[method]).all()
     for name in ("config.yaml", "versions.json", "metrics.jsonl", "report.html"):
         assert (folder / name).stat().st_size > 0
-    assert "<img" in (folder / "report.html").read_text()
+    page = (folder / "report.html").read_text()
+    assert re.findall(r"<article class=card><h3>(.*?)</h3>", page) == ["prior", method]
+    assert (
+        "<img" in page
+        and "reward_mean" not in page
+        and page.index("<img") < page.index("<h2>In words") < page.index("<details")
+    )
     if method == "draft_k":
         saved, kl = folder / "adapters" / method, {}
         for weight in (1.0, 2.0):

@@ -300,16 +300,17 @@ class FakeJudge:
         self.kind = kind
 
     def references(self, task):
-        return {"real": np.zeros((30, 8, 8, 1))}
+        return {"real": np.zeros((30, 8, 8, 1))} if self.kind != "parts" else {}
 
     def scores(self, x0, task):
-        return x0.mean((1, 2, 3))
+        return (x0["a"] if self.kind == "parts" else x0).mean((1, 2, 3))
 
     def show_each(self, x0):
         kinds = {
             "pictures": lambda: np.clip(x0 + 128, 0, 255).astype(np.uint8),
             "letters": lambda: ["ACGT" * 50 for _ in x0],
             "svg": lambda: bars(x0, 3.0),
+            "parts": lambda: bars(x0["b"], 3.0),
         }
         return kinds.get(self.kind, lambda: None)()
 
@@ -344,6 +345,7 @@ def written(tmp_path, kind: str, methods: int, count: int, name: str = "method")
     outcomes, rows = {}, {}
     for i, key in enumerate(["prior", *(f"{name}_{i}" for i in range(methods))]):
         x0 = rng.normal(size=(count, 8, 8, 1)).astype(np.float32)
+        x0 = {"a": x0, "b": x0[..., 0]} if kind == "parts" else x0
         curves = {"reward, by step of tuning": (range(5), range(5)), "log Z": (range(5), range(5))} if i else {}
         outcomes[key] = Outcome(x0, 10, 1.0 * i, 2.0, 3.0, curves=curves)
         rows[key] = {
@@ -360,7 +362,7 @@ def written(tmp_path, kind: str, methods: int, count: int, name: str = "method")
     return (tmp_path / "report.html").read_text()
 
 
-@pytest.mark.parametrize("kind", ["pictures", "letters", "svg", "plane", "nothing"])
+@pytest.mark.parametrize("kind", ["pictures", "letters", "svg", "parts", "plane", "nothing"])
 def test_the_page_opens_with_samples_then_words_then_figures(tmp_path, kind):
     text = written(tmp_path, kind, 2, 12)
     page = Page(text)

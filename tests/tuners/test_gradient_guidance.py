@@ -16,8 +16,9 @@ import optax
 import pytest
 
 from rgdiff import guides, processes, samplers, schedules, tuners
+from rgdiff.domains.subspace import VectorJudge
 from rgdiff.domains.subspace import data as subspace
-from rgdiff.domains.subspace.tasks import Along, Parabola
+from rgdiff.domains.subspace.tasks import Along, Parabola, along
 from rgdiff.keys import unrolled
 from rgdiff.typing import callable_pytree, pytree
 from tests.worlds.worlds import MixtureDenoiser
@@ -583,3 +584,21 @@ def test_the_u_net_takes_vectors_and_signals():
     moved = net.apply({"params": params}, x.at[1, 2].add(1.0), jnp.float32(0.5))
     np.testing.assert_array_equal(moved[jnp.array([0, 2])], out[jnp.array([0, 2])])
     assert out.shape == x.shape and np.abs(moved[1] - out[1]).max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["subspace", "sphere"])
+def test_samples_are_drawn_by_their_distance_from_the_support_and_their_reward(kind):
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.normal(size=(6, 2)))[0].T.astype(np.float32) if kind == "subspace" else None
+    theta = np.array([1.0, 0, 0, 0, 0, 0], np.float32)
+    domain = subspace.VectorDomain({"theta_1": theta}, basis)
+    judge, task = VectorJudge(domain, jax.random.key(0)), along(domain)
+    inside = np.asarray(domain.data(jax.random.key(3), 200))
+    out = np.linalg.qr(np.concatenate([basis, np.eye(6)]).T)[0][:, 2] if basis is not None else inside
+    away = 0.5 * np.asarray(out, np.float32)
+    shown = judge.show_all({"data": inside, "moved": inside + away}, task)
+    np.testing.assert_allclose(shown["data"].points[:, 0], 0.0, atol=1e-5)
+    np.testing.assert_allclose(shown["moved"].points[:, 0], 0.5, atol=1e-5)
+    np.testing.assert_allclose(shown["moved"].points[:, 1], (inside + away) @ theta, atol=1e-5)
+    assert shown["data"].extent == shown["moved"].extent and shown["data"].extent[1] > 0.5  # one scale
+    assert len(judge.show_each(inside[:3])) == 3 and judge.references(task)["data"].shape == (1024, 6)

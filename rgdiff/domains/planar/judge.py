@@ -56,7 +56,9 @@ class PlanarJudge(BaseJudge):
         shown, half = {}, MARGIN * self.domain.extent
         for name, x0 in samples.items():
             beyond = float(np.mean(~(np.abs(np.asarray(x0)) <= half).all(-1)))
-            label = f"first coordinate ({beyond:.1%} of the samples lie outside)" if beyond else "first coordinate"
+            label = (
+                f"first coordinate ({beyond:.1%} of the samples lie outside)" if beyond >= 5e-4 else "first coordinate"
+            )
             shown[name] = Plane(dots(x0, half), (-half, half, -half, half), np.asarray(x0), label, "second coordinate")
         return shown
 
