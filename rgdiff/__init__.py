@@ -36,4 +36,6 @@ _MODULES = (
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"rgdiff.{name}")
+    if name == "load":  # a run's folder, back in Python
+        return importlib.import_module("rgdiff.runtime.loaded").load
     raise AttributeError(f"module 'rgdiff' has no attribute {name!r}; it has {', '.join(_MODULES)}")

@@ -17,9 +17,9 @@ import numpy as np
 
 from rgdiff import checks, denoisers, metrics, policies, samplers, tuners
 from rgdiff.domains import planar_tasks
-from rgdiff.rewards import Task
+from rgdiff.rewards import Task, differentiable
 from rgdiff.runtime.methods import Curves, Outcome, nothing
-from rgdiff.runtime.priors import GaussianPrior, Prior, initial
+from rgdiff.runtime.priors import GaussianPrior, Prior, initial, offers
 from rgdiff.runtime.run import Run
 from rgdiff.runtime.values import LearnedModel
 from rgdiff.typing import Array, Cond, Params, callable_pytree, pytree
@@ -49,6 +49,11 @@ class DataPrior(GaussianPrior):
     """A Gaussian prior that hands its data on to methods that learn from them; arguments as `runtime.priors.gaussian_prior`."""
 
     hands_on = True  # its data
+
+    def check(self, domain: Any) -> None:
+        """Refuse what does not fit each other or the domain, before anything is trained."""
+        offers(domain, "data" if hasattr(domain, "data") else "heldout_x", "examples that the prior has not seen")
+        super().check(domain)
 
     def obtain(self, run: Run, domain: Any, identity: Any) -> LearningPrior:
         """Make the prior ready."""
@@ -180,6 +185,11 @@ class MaximumEntropy(FewSteps):
             raise ValueError(
                 "guidance goes by values that gcd does not learn, in units of tau: give setting=dxmi and tau > 0, or guidance=0"
             )
+
+    def suits(self, task: Task) -> None:
+        """Refuse a reward without a gradient, before anything is trained."""
+        if self.setting == "dxdp":
+            differentiable("dxdp", task.reward)
 
     def tuner(self, policy: Any, process: policies.FewStep, task: Task) -> Any:
         """Build the tuner."""

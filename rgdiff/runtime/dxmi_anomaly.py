@@ -18,6 +18,7 @@ from rgdiff.domains import anomaly
 from rgdiff.rewards import Task
 from rgdiff.runtime.dxmi import LearningPrior
 from rgdiff.runtime.methods import Outcome
+from rgdiff.runtime.priors import offers
 from rgdiff.runtime.run import Run
 from rgdiff.tuners import standard_normal
 from rgdiff.typing import Denoiser, Params, Process, pytree
@@ -54,6 +55,10 @@ class OneClassPrior:
     def process(self, shape: tuple[int, ...], eta: float | None = None) -> Process:
         """Return the process on examples of this shape."""
         return processes.gaussian(self.schedule, shape, eta=1.0 if eta is None else eta)
+
+    def check(self, domain: Any) -> None:
+        """Refuse a domain without problems."""
+        offers(domain, "problems", "one-class problems: domain=anomaly")
 
     def obtain(self, run: Run, domain: Any, identity: Any) -> ProblemPrior:
         """Make the prior."""

@@ -56,6 +56,11 @@ class Elegant:
     steps: int = 800
     batch: int = 256
 
+    @property
+    def tunes(self) -> FineTuning:
+        """The settings that tune to the reward."""
+        return self.tuning
+
     def check(self, prior: Any, shape: tuple[int, ...]) -> None:
         """Refuse settings that do not fit each other or the prior, before anything is trained."""
         if not self.tuning.kl_weight:

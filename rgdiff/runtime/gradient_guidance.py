@@ -15,9 +15,9 @@ import numpy as np
 
 from rgdiff import processes, tuners
 from rgdiff.guides import increment
-from rgdiff.rewards import Task
+from rgdiff.rewards import Task, differentiable
 from rgdiff.runtime.methods import Outcome
-from rgdiff.runtime.priors import GaussianPrior, Prior
+from rgdiff.runtime.priors import GaussianPrior, Prior, offers
 from rgdiff.runtime.run import Run
 from rgdiff.typing import Process
 
@@ -37,6 +37,11 @@ class ExactPrior:
     schedule: Any
     steps: int = 200
     eta: float = 1.0
+
+    def check(self, domain: Any) -> None:
+        """Refuse a domain whose denoiser is not known, and a number of steps that the schedule does not take."""
+        offers(domain, "family", "an exact denoiser: subspace, sphere or mixture")
+        self.process(domain.shape).times(self.steps)
 
     def process(self, shape: tuple[int, ...], eta: float | None = None) -> Process:
         """Return the process on examples of this shape, with the prior's own eta or another."""
@@ -59,6 +64,11 @@ class MeasuredPrior(Prior):
 @dataclasses.dataclass(frozen=True)
 class VectorPrior(GaussianPrior):
     """A network trained on a vector domain; arguments as `rgdiff.runtime.priors.gaussian_prior`."""
+
+    def check(self, domain: Any) -> None:
+        """Refuse what does not fit each other or the domain, before anything is trained."""
+        offers(domain, "family", "an exact denoiser: subspace, sphere or mixture")
+        super().check(domain)
 
     def obtain(self, run: Run, domain: Any, identity: Any) -> Prior:
         """Train or load the prior, and measure its eps-error on fresh data, beside that of the exact denoiser (the Bayes error)."""
@@ -104,6 +114,10 @@ class GradientGuidance:
         """Refuse settings that do not fit each other or the prior, before anything is trained."""
         process = prior.process(shape)
         self.tuner(_nothing, process, _nothing, process.times(prior.steps), self.increments[0], None)
+
+    def suits(self, task: Task) -> None:
+        """Refuse a reward without a gradient, before anything is trained."""
+        differentiable("gradient_guidance", task.reward)
 
     @property
     def increments(self) -> Sequence[float]:

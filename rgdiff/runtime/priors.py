@@ -6,10 +6,14 @@ It assumes a domain with `shape` and `train_x`. What is sampled from a prior, an
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import hashlib
 import json
+import logging
 import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +23,11 @@ import numpy as np
 
 from rgdiff import checks, denoisers, processes, tuners
 from rgdiff.domains.enumeration import Factorised
-from rgdiff.runtime.checkpoint import load_params, save_params
-from rgdiff.runtime.run import Run
+from rgdiff.runtime.checkpoint import CheckpointError, check_params, load_params, save_params
+from rgdiff.runtime.run import Run, phase_key
 from rgdiff.typing import Denoiser, Model, Params, Process, pytree, static
+
+log = logging.getLogger("rgdiff")
 
 
 @pytree
@@ -82,6 +88,12 @@ def unconditional(settings: Any, what: str, instead: str) -> None:
         raise ValueError(f"{what} is not offered for a conditional prior; {instead}")
 
 
+def offers(domain: Any, name: str, what: str) -> None:
+    """Refuse a domain that lacks what a prior needs of it, before anything is trained."""
+    if not hasattr(domain, name):
+        raise ValueError(f"this prior needs a domain with {what}; choose another prior or domain")
+
+
 def initial(network: Any, key: jax.Array, shape: tuple[int, ...]) -> Params:
     """Draw a Linen network's parameters for states [B, *shape] without running it."""
     blank, t = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, *shape), (1,)))
@@ -91,6 +103,21 @@ def initial(network: Any, key: jax.Array, shape: tuple[int, ...]) -> Params:
 def state_shape(process: Process) -> tuple[int, ...]:
     """Return the shape of one noised example, as a network sees it; a masked one has the mask as a further class."""
     return jax.eval_shape(lambda: process.prior(1).sample(jax.random.key(0))).shape[1:]
+
+
+def prediction_shape(network: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape that a Linen network makes of one state of `shape`, without running it.
+
+    Raises:
+      ValueError: if it does not take such a state.
+    """
+    blank, t = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, *shape), (1,)))
+    try:
+        out = jax.eval_shape(lambda x, t: network.init_with_output(jax.random.key(0), x, t)[0], blank, t)
+        return tuple(out.shape[1:])
+    except Exception as error:  # whatever a network does with a state that it is not for
+        reason = (" ".join(str(error).split()) or type(error).__name__)[:160]
+        raise ValueError(f"prior.network does not take a state of shape {list(shape)}: {reason}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,40 +130,80 @@ class TrainedPrior:
     checkpoint: str | None
     train: dict[str, Any]
 
+    seed = 0
     unseen = ("steps", "checkpoint")  # settings that training does not see: priors that differ in them alone are one
 
-    def digest(self, identity: Any) -> str:
-        """Return the name of the cache entry: a hash of what training sees of the settings."""
-        seen = {name: value for name, value in identity["prior"].items() if name not in self.unseen}
-        identity = identity | {"prior": seen, "conditional": self.train.get("null") is not None}
-        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    def check(self, domain: Any) -> None:
+        """Refuse what does not fit each other or the domain, before anything is trained: steps, network, checkpoint, training."""
+        process = self.process(domain.shape)  # type: ignore[attr-defined]
+        _chain(process, self.steps)
+        shape = state_shape(process)
+        if (found := prediction_shape(self.network, shape)) != tuple(domain.shape):
+            out = f"; give prior.network.out={domain.shape[-1]}" if hasattr(self.network, "out") else ""
+            raise ValueError(
+                f"prior.network returns {list(found)} for a state of shape {list(shape)}, expected {list(domain.shape)}{out}"
+            )
+        if self.checkpoint is not None:
+            check_params(
+                self.checkpoint, jax.eval_shape(lambda key: initial(self.network, key, shape), jax.random.key(0))
+            )
+        else:
+            offers(domain, "train_x", "examples to train a prior on")
+            self.tuner(denoisers.LinenModel(self.network), process)
 
-    def parameters(self, run: Run, model: Model, process: Process, domain: Any, identity: Any) -> Params:
-        """Load the parameters from the checkpoint or the cache, or train and cache them.
+    def kept(self, cache: Path, identity: Any, domain: Any) -> Path:
+        """Return where the parameters are kept in the cache once they are trained."""
+        return cache / "priors" / self.digest(identity, domain)
+
+    def digest(self, identity: Any, domain: Any) -> str:
+        """Return the name of the cache entry: a hash of what training sees of the settings, and of the data.
 
         Args:
-          identity: the run's domain, prior and seed as plain values; the hash of what training sees of them, all but `unseen`,
-            names the cache entry.
+          identity: the prior's settings as plain values.
+          domain: with the data.
         """
-        key = run.key("prior")
+        seen = {name: value for name, value in identity.items() if name not in self.unseen} | {"seed": self.seed}
+        conditional = self.train.get("null") is not None
+        told = hashlib.sha256(json.dumps({"prior": seen, "conditional": conditional}, sort_keys=True).encode())
+        for part in (domain.train_x, domain.train_y) if conditional else (domain.train_x,):
+            array = np.ascontiguousarray(part)
+            told.update(f"{array.dtype}{array.shape}".encode())
+            told.update(array.tobytes())
+        return told.hexdigest()[:16]
+
+    def tuner(self, model: Any, process: Process) -> Any:
+        """Build the trainer."""
+        options = {name: value for name, value in self.train.items() if name not in ("steps", "batch")}
+        try:
+            return tuners.pretraining(model, process, **options)
+        except TypeError as error:  # an option that it does not take, or lacks
+            raise ValueError(f"prior.train: {error}") from None
+
+    def parameters(self, run: Run, model: Model, process: Process, domain: Any, identity: Any) -> Params:
+        """Load the parameters from the checkpoint or the cache, or train and cache them; `identity` as in `digest`."""
+        key = phase_key(self.seed, "prior")
         like = initial(self.network, jax.random.fold_in(key, 0), state_shape(process))
         if self.checkpoint is not None:
             run.say(f"prior: parameters from {self.checkpoint}")
             return load_params(self.checkpoint, like)
-        digest = self.digest(identity)
-        cached = run.cache / "priors" / digest
+        cached = self.kept(run.cache, identity, domain)
         if cached.exists():
-            run.say(f"prior: trained earlier, from {cached}")
-            return load_params(cached, like)
-        options = dict(self.train)
-        steps, batch = options.pop("steps"), options.pop("batch")
-        tuner = tuners.pretraining(model, process, **options)
+            try:
+                params = load_params(cached, like)
+                run.say(f"prior: trained earlier, from {cached}")
+                return params
+            except CheckpointError as error:
+                run.say(f"prior: trained again, for the cached one cannot be used ({error})")
         data = {"x0": jnp.asarray(domain.train_x)}
-        if options.get("null") is not None:
+        if self.train.get("null") is not None:
             data["cond"] = jnp.asarray(domain.train_y)
-        params = run.fit("prior", tuner, key, like, steps, data=data, batch=batch).best
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        save_params(cached, params, meta={"identity": identity})
+        steps, batch = self.train["steps"], self.train["batch"]
+        params = run.fit("prior", self.tuner(model, process), key, like, steps, data=data, batch=batch).best
+        try:
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            save_params(cached, params, meta={"identity": identity})
+        except (CheckpointError, OSError) as error:
+            log.warning("the prior was not kept for other runs: %s", " ".join(str(error).split()))
         return params
 
 
@@ -148,8 +215,33 @@ class GaussianPrior(TrainedPrior):
     eta: float
     clip: bool
     guidance: float | None = None
+    seed: int = 0
 
     unseen = (*TrainedPrior.unseen, "eta", "clip", "guidance")  # whether there are conditions is seen
+
+    def check(self, domain: Any) -> None:
+        """Refuse what does not fit each other or the domain, before anything is trained."""
+        TrainedPrior.check(self.conditioned(self.conditional(domain)), domain)
+
+    def kept(self, cache: Path, identity: Any, domain: Any) -> Path:
+        """Return where the parameters are kept in the cache once they are trained."""
+        return TrainedPrior.kept(self.conditioned(self.conditional(domain)), cache, identity, domain)
+
+    def conditioned(self, classes: int | None) -> GaussianPrior:
+        """Return the settings with a null class for training without a condition, where there are classes."""
+        return self if classes is None else dataclasses.replace(self, train={**self.train, "null": classes})
+
+    def conditional(self, domain: Any) -> int | None:
+        """Return the number of classes that the prior is conditioned on, or None."""
+        if self.guidance is None:
+            return None
+        classes = getattr(domain, "classes", None)
+        if classes is None or getattr(self.network, "classes", classes) != classes:
+            raise ValueError(
+                f"a conditional prior needs a domain with labels and a network for its {classes} classes, "
+                f"got prior.network.classes={getattr(self.network, 'classes', None)}"
+            )
+        return classes
 
     def process(self, shape: tuple[int, ...], eta: float | None = None) -> Process:
         """Return the process on examples of this shape, with the prior's own eta or another."""
@@ -159,16 +251,8 @@ class GaussianPrior(TrainedPrior):
         """Make the prior ready; `identity` as in `parameters`."""
         model = PriorModel(self.schedule, self.network, self.prediction)
         process = self.process(domain.shape)
-        settings, classes = self, None
-        if self.guidance is not None:
-            classes = getattr(domain, "classes", None)
-            if classes is None or getattr(self.network, "classes", classes) != classes:
-                raise ValueError(
-                    f"a conditional prior needs a domain with labels and a network for its {classes} classes, "
-                    f"got prior.network.classes={getattr(self.network, 'classes', None)}"
-                )
-            settings = dataclasses.replace(self, train={**self.train, "null": classes})
-        params = settings.parameters(run, model, process, domain, identity)
+        classes = self.conditional(domain)
+        params = self.conditioned(classes).parameters(run, model, process, domain, identity)
         clipped = dataclasses.replace(model, value_range=domain.value_range) if self.clip else model
         if classes is not None:
             clipped = dataclasses.replace(clipped, classes=classes, guidance=self.guidance)
@@ -180,6 +264,7 @@ class MaskedPrior(TrainedPrior):
     """The settings of a masked prior with a network. Build it with `masked_prior`."""
 
     order: str = "independent"
+    seed: int = 0
 
     unseen = (*TrainedPrior.unseen, "order")
 
@@ -190,13 +275,6 @@ class MaskedPrior(TrainedPrior):
     def obtain(self, run: Run, domain: Any, identity: Any) -> Prior:
         """Make the prior ready; `identity` as in `parameters`."""
         process = self.process(domain.shape)
-        blank, t = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, *state_shape(process)), (1,)))
-        out = jax.eval_shape(lambda x, t: self.network.init_with_output(jax.random.key(0), x, t)[0], blank, t)
-        if out.shape != (1, *domain.shape):
-            raise ValueError(
-                f"prior.network returns {list(out.shape[1:])} for a sequence, expected logits {list(domain.shape)}; "
-                f"give prior.network.out={domain.shape[-1]}"
-            )
         model = denoisers.LinenModel(self.network)
         params = self.parameters(run, model, process, domain, identity)
         return Prior(process, process.times(self.steps), model, params, self, domain.shape)
@@ -212,6 +290,10 @@ class FactorisedPrior:
     uniform: bool
     order: str = "independent"
 
+    def check(self, domain: Any) -> None:
+        """Refuse what does not fit the domain."""
+        _chain(self.process(domain.shape), self.steps)
+
     def process(self, shape: tuple[int, ...], eta: float | None = None) -> Process:
         """Return the process on one-hot examples of this shape, (L, K)."""
         return _masked(self.schedule, shape, eta, self.order)
@@ -225,9 +307,18 @@ class FactorisedPrior:
         return Prior(process, process.times(self.steps), FactorisedModel(), logits, self, domain.shape)
 
 
+def _chain(process: Process, steps: int) -> None:
+    """Refuse a number of network calls that the process does not take."""
+    checks.times(process.times(checks.at_least("prior.steps", steps, 1)), process)
+
+
 def _masked(schedule: Any, shape: tuple[int, ...], eta: float | None, order: str) -> Process:
     if eta is not None:
         raise ValueError(f"eta is for Gaussian priors, and this one is masked; give method.eta=null instead of {eta}")
+    if len(shape) < 2:
+        raise ValueError(
+            f"this prior is of sequences, and the domain's examples have shape {list(shape)}; choose another"
+        )
     process = processes.masked(schedule, shape[:-1], shape[-1])
     first = checks.one_of("prior.order", order, ("independent", "first_hitting")) == "first_hitting"
     return processes.first_hitting(process) if first else process
@@ -243,6 +334,7 @@ def gaussian_prior(
     clip: bool = True,
     checkpoint: str | None = None,
     guidance: float | None = None,
+    seed: int = 0,
 ) -> GaussianPrior:
     """Describe a Gaussian prior.
 
@@ -256,8 +348,9 @@ def gaussian_prior(
       clip: clip predictions of x0 to the data's range when sampling.
       checkpoint: parameters of your own, an Orbax folder or a .safetensors file, in place of training.
       guidance: scale of classifier-free guidance by the domain's labels, which then condition the prior; null for none.
+      seed: of training, apart from the run's: runs of several seeds share one prior.
     """
-    return GaussianPrior(network, schedule, steps, checkpoint, train, prediction, eta, clip, guidance)
+    return GaussianPrior(network, schedule, steps, checkpoint, train, prediction, eta, clip, guidance, seed)
 
 
 def masked_prior(
@@ -267,6 +360,7 @@ def masked_prior(
     steps: int = 32,
     checkpoint: str | None = None,
     order: str = "independent",
+    seed: int = 0,
 ) -> MaskedPrior:
     """Describe a masked prior of sequences (MDLM, arXiv 2406.07524).
 
@@ -277,8 +371,9 @@ def masked_prior(
       steps: network calls of a sampling chain.
       checkpoint: parameters of your own, an Orbax folder or a .safetensors file, in place of training.
       order: `independent` positions in `steps` moves, or `first_hitting`, one position a move (`processes.first_hitting`).
+      seed: of training, apart from the run's: runs of several seeds share one prior.
     """
-    return MaskedPrior(network, schedule, steps, checkpoint, train, order)
+    return MaskedPrior(network, schedule, steps, checkpoint, train, order, seed)
 
 
 def factorised_prior(
@@ -297,7 +392,43 @@ def factorised_prior(
     return FactorisedPrior(schedule, steps, pseudocount, uniform, order)
 
 
-def default_cache() -> Path:
-    """Return the cache of trained priors and compiled programs: RGDIFF_CACHE, or rgdiff under the user's cache folder."""
-    base = os.environ.get("RGDIFF_CACHE")
-    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rgdiff"
+def cache_path(named: str | None = None) -> Path | None:
+    """Return the cache of trained priors and compiled programs: `named`, RGDIFF_CACHE, or rgdiff in the user's cache folder.
+
+    It is None where there is no home folder to have it in.
+    """
+    chosen = named or os.environ.get("RGDIFF_CACHE")
+    above = chosen or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    try:
+        return Path(above).expanduser().absolute() / ("" if chosen else "rgdiff")
+    except RuntimeError:
+        return None
+
+
+def open_cache(named: str | None = None) -> Path:
+    """Return `cache_path`, made; a temporary folder, with a warning, where that cannot be written and the user has named none.
+
+    Raises:
+      ValueError: if the cache that the user named cannot be written.
+    """
+    try:
+        cache = cache_path(named)
+        if cache is None:
+            raise OSError("there is no home folder")
+        if set("[*?") & set(str(cache)):
+            raise OSError("its path has one of [ * ?")
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            return cache
+    except OSError as error:
+        reason = error.strerror or str(error)
+        for name, chosen in (("cache_dir", named), ("RGDIFF_CACHE", os.environ.get("RGDIFF_CACHE"))):
+            if chosen:
+                raise ValueError(
+                    f"the cache {name}={chosen} cannot be written ({reason}); name another folder"
+                ) from None
+        cache = Path(tempfile.mkdtemp(prefix="rgdiff-cache-"))
+        atexit.register(shutil.rmtree, cache, ignore_errors=True)
+        os.environ.setdefault("MPLCONFIGDIR", str(cache / "matplotlib"))  # which has the same trouble, in more lines
+        log.warning("no cache can be kept (%s): this run's is %s; name a folder with RGDIFF_CACHE", reason, cache)
+        return cache

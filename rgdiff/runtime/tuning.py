@@ -252,6 +252,11 @@ class MixedAdapters:
     second: Task
     weights: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0)
 
+    @property
+    def tunes(self) -> FineTuning:
+        """The settings that tune to the reward."""
+        return self.tuning
+
     def check(self, prior: Any, shape: tuple[int, ...]) -> None:
         """Refuse settings that do not fit each other or the prior, before anything is trained."""
         self.tuning.check(prior, shape)
