@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         typing,
         values,
     )
+    from rgdiff.recipes.loaded import load
     from rgdiff.samplers import sample
     from rgdiff.tuners import fit, fit_online
 
@@ -47,6 +48,7 @@ __all__ = [
     "fit_online",
     "guides",
     "kernels",
+    "load",
     "metrics",
     "nets",
     "policies",
@@ -64,5 +66,5 @@ __all__ = [
     "typing",
     "values",
 ]
-_FUNCTIONS = {"sample": "samplers", "fit": "tuners", "fit_online": "tuners"}
+_FUNCTIONS = {"sample": "samplers", "fit": "tuners", "fit_online": "tuners", "load": "recipes.loaded"}
 __getattr__, __dir__ = submodules(__name__, [name for name in __all__ if name not in _FUNCTIONS], _FUNCTIONS)

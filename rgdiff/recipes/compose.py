@@ -9,13 +9,26 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-COMMON = {"out": None, "seed": 0, "data_dir": None, "resume": False}  # the keys of every recipe
+from rgdiff import checks
+
+COMMON = {"out": None, "seed": 0, "samples": None, "data_dir": None, "resume": False}  # the keys of every recipe
+PARTS = ("domain", "prior", "reward", "method", "methods", "rewards")  # the keys that recipes are built from
+PATHS = (
+    "out",
+    "data_dir",
+    "cache_dir",
+    "source",
+    "checkpoint",
+    "images",
+    "labels",
+)  # last names of keys that hold paths
 CONSTRUCTORS = tuple(  # modules whose public classes and functions a recipe may call; none of them writes files
     f"rgdiff.{name}"
     for name in (
@@ -31,6 +44,17 @@ CONSTRUCTORS = tuple(  # modules whose public classes and functions a recipe may
     )
 )
 GROUPS = ("domain", "method", "prior", "reward", "surrogate", "value")
+COUNTS = {  # numbers of things, wherever they stand in a config, and the least that makes sense; null is the default's
+    **dict.fromkeys(("batch", "chunk", "candidates", "particles", "draws", "iterations", "rounds", "seeds"), 1),
+    **dict.fromkeys(("rollouts", "value_batch", "moves", "evaluate", "recurrences"), 1),
+    **dict.fromkeys(("steps", "value_steps"), 0),
+}
+KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {  # by annotation: what a constructor takes, and its name
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": (bool, "true or false"),
+    "str": (str, "a word"),
+}
 
 
 def config_dir() -> Path:
@@ -50,7 +74,7 @@ def names(group: str | None = None) -> list[str]:
 
 def summary_of(name: str, group: str | None = None) -> str:
     """Return the first comment line of a config: what it is, in a few words."""
-    text = (config_dir() / (group or "") / f"{name}.yaml").read_text()
+    text = (config_dir() / (group or "") / f"{name}.yaml").read_text(encoding="utf-8")
     first = next((line for line in text.splitlines() if line.startswith("#") and "@package" not in line), "")
     return first.lstrip("# ").strip()
 
@@ -73,19 +97,12 @@ def composed(recipe: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any]
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
+    from hydra.errors import ConfigCompositionException, HydraException
     from omegaconf import OmegaConf, open_dict
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    folder, name = config_dir(), recipe
-    if recipe.endswith((".yaml", ".yml")):
-        path = Path(recipe).absolute()
-        if not path.is_file():
-            raise ValueError(f"no recipe file at {path}")
-        folder, name = path.parent, path.stem
-    elif recipe not in names():
-        raise ValueError(f"unknown recipe {recipe!r}{_nearest(recipe, names())}; `rgdiff list` shows them all")
+    folder, name, search = _source(recipe)
     for override in overrides:
         key, _, value = override.partition("=")
         if "=" not in override and not override.startswith("~"):
@@ -95,15 +112,24 @@ def composed(recipe: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any]
             raise ValueError(
                 f"unknown {group} {value!r}{_nearest(value, names(group))}; choose from {', '.join(names(group))}"
             )
-    search = [] if folder == config_dir() else [f"hydra.searchpath=[file://{config_dir()}]"]
+    parsed, literal = apart(overrides)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(folder), version_base="1.3"):
-            choices = [o for o in overrides if _is_choice(o)]
-            base = hydra_compose(name, overrides=choices + search, return_hydra_config=True)
-            chosen = dict(base.hydra.runtime.choices)
-            with open_dict(base):
-                del base["hydra"]
+
+            def chosen_by(choices: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+                base = hydra_compose(name, overrides=[*choices, *search], return_hydra_config=True)
+                chosen = dict(base.hydra.runtime.choices)
+                with open_dict(base):
+                    del base["hydra"]
+                return base, chosen
+
+            choices = [o for o in parsed if _is_choice(o)]
+            try:
+                base, chosen = chosen_by(choices)
+            except ConfigCompositionException as error:
+                told = _unmatched(recipe, choices, chosen_by([])[1]) or f"{recipe}: {_line(error)}"
+                raise ValueError(told) from None
             known = list(_keys(OmegaConf.to_container(base, resolve=False)))
             for override in overrides:
                 key = override.partition("=")[0]
@@ -111,20 +137,165 @@ def composed(recipe: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any]
                     raise ValueError(
                         f"unknown key {key!r} in {recipe}{_nearest(key, known)}; `rgdiff show {recipe}` shows them all"
                     )
-            config = hydra_compose(name, overrides=[*overrides, *search]) if len(choices) < len(overrides) else base
+            config = hydra_compose(name, overrides=[*parsed, *search]) if len(choices) < len(parsed) else base
+            for key, value in literal.items():
+                OmegaConf.update(config, key.lstrip("+"), value, force_add=key.startswith("+"))
+            if any(o.startswith("+") for o in overrides):
+                _all_read(config, [*PARTS, *COMMON, *chosen_by([])[0]], recipe)
             missing = sorted(OmegaConf.missing_keys(config))
             if missing:
                 raise ValueError(f"{recipe} needs a value for {missing[0]}; give {missing[0]}=…")
             plain = OmegaConf.to_container(config, resolve=True)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        raise ValueError(f"{recipe}: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{recipe}: {_line(error)}") from None
     finally:
         GlobalHydra.instance().clear()
     assert isinstance(plain, dict)
     for key, default in COMMON.items():
         plain.setdefault(key, default)
+    plain = {str(key): _at_home(value) for key, value in plain.items()}
+    _fit_replaced(plain, overrides)
     plain["out"] = plain["out"] or f"runs/{name}"
-    return {str(key): value for key, value in plain.items()}, {key: chosen.get(key) for key in GROUPS}
+    return plain, {key: chosen.get(key) for key in GROUPS}
+
+
+def sources(recipe: str, overrides: Sequence[str]) -> list[tuple[Path, str]]:
+    """Return the files that a recipe is composed of, in order, each with the package of its keys ("" is the top)."""
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
+
+    folder, name, search = _source(recipe)
+    choices = [override for override in overrides if _is_choice(override)]
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(folder), version_base="1.3"):
+            loader = GlobalHydra.instance().config_loader()
+            found = loader.compute_defaults_list(name, [*choices, *search], RunMode.RUN).defaults
+    finally:
+        GlobalHydra.instance().clear()
+    files = [(f"{one.config_path}.yaml", one.package or "") for one in found]
+    return [
+        (next(path for path in (folder / file, config_dir() / file) if path.is_file()), package)
+        for file, package in files
+        if not file.startswith("hydra/")
+    ]
+
+
+def _source(recipe: str) -> tuple[Path, str, list[str]]:
+    """Return the folder and the name of a recipe, and what finds the packaged groups from there."""
+    if recipe.endswith((".yaml", ".yml")):
+        path = Path(recipe).absolute()
+        if not path.is_file():
+            raise ValueError(f"no recipe file at {path}")
+        return path.parent, path.stem, [f"hydra.searchpath=[file://{config_dir()}]"]
+    if recipe not in names():
+        raise ValueError(f"unknown recipe {recipe!r}{_nearest(recipe, names())}; `rgdiff list` shows them all")
+    return config_dir(), recipe, []
+
+
+def apart(overrides: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Part overrides into those in Hydra's grammar and values to be taken as they are, by key: paths, and what that grammar refuses."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+    from yaml import YAMLError, safe_load
+
+    parsed, literal = [], {}
+    for override in overrides:
+        key, given, value = override.partition("=")
+        quoted = value[:1] in ("'", '"') and value[-1:] == value[:1] and len(value) > 1
+        if not given or key.startswith("~") or _is_choice(override) or quoted or value == "null":
+            parsed.append(override)
+        elif key.rpartition(".")[2].lstrip("+") in PATHS:
+            literal[key] = value
+        else:
+            try:
+                OverridesParser.create().parse_override(override)
+                parsed.append(override)
+            except HydraException:
+                try:
+                    literal[key] = safe_load(value) if value[:1] in ("{", "[") else value
+                except YAMLError:
+                    parsed.append(override)  # Hydra says what is wrong with it
+    return parsed, literal
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _unmatched(recipe: str, choices: Sequence[str], own: dict[str, Any]) -> str | None:
+    """Say what to give in place of a choice whose group the recipe has elsewhere, or not at all."""
+    for choice in choices:
+        key, _, value = choice.partition("=")
+        group = key.split("@")[0]
+        places = [place for place in own if place.split("@")[0] == group]
+        if key.startswith("+") or key in own:
+            continue
+        if key == "method" and places:
+            several = ", ".join(place.rpartition(".")[2] for place in places)
+            return (
+                f"{recipe} has several methods ({several}); give +method={value} to run it beside them, {places[0]}={value} "
+                f"to replace one, or `rgdiff run steer method={value}`"
+            )
+        instead = f"; give {' or '.join(f'{place}={value}' for place in places)}" if places else ""
+        return f"{recipe} has no {key}= of its own{instead}"
+    return None
+
+
+def _all_read(config: Any, known: Sequence[str], recipe: str) -> None:
+    """Refuse keys that were added at the top where nothing reads them."""
+    for key in config:
+        if key not in known:
+            inside = f"; a {key} belongs to a method, e.g. {key}@method.{key}=…" if key in GROUPS else ""
+            raise ValueError(f"nothing reads {key!r} in {recipe}{_nearest(str(key), known)}{inside}")
+
+
+def _at_home(value: Any) -> Any:
+    """Write the home folder out where a string, or the key of a dict, begins with ~/."""
+    if isinstance(value, str) and (value == "~" or value.startswith("~/")):
+        try:
+            return str(Path(value).expanduser())
+        except RuntimeError:
+            raise ValueError(f"{value}: there is no home folder; write the path out") from None
+    if isinstance(value, dict):
+        return {_at_home(key): _at_home(inner) for key, inner in value.items()}
+    return [_at_home(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _fit_replaced(config: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Drop what a recipe says of a part that the command line has replaced, where the new part does not take it."""
+    trusted = trusted_modules(overrides)
+    given = [override.partition("=")[0].lstrip("+") for override in overrides]
+
+    def fitting(node: Any, path: str) -> Any:
+        if not isinstance(node, dict):
+            return node
+        accepted = _accepted(node, trusted)
+        return {
+            key: fitting(value, f"{path}.{key}")
+            for key, value in node.items()
+            if accepted is None or key in accepted or any(f"{one}.".startswith(f"{path}.{key}.") for one in given)
+        }
+
+    for override in overrides:
+        if _is_choice(override) and not override.startswith("+"):
+            group, _, package = override.partition("=")[0].partition("@")
+            *parents, last = (package or group).split(".")
+            node: Any = config
+            for part in parents:
+                node = node.get(part, {}) if isinstance(node, dict) else {}
+            if isinstance(node, dict) and last in node:
+                node[last] = fitting(node[last], package or group)
+
+
+def _accepted(node: dict[str, Any], trusted: set[str]) -> set[str] | None:
+    """The keys that the constructor of a part takes, or None if it takes any or is not known."""
+    try:
+        taken = inspect.signature(locate(node["_target_"], trusted)).parameters
+    except (KeyError, ValueError):
+        return None
+    return None if any(p.kind is p.VAR_KEYWORD for p in taken.values()) else {"_target_", *taken}
 
 
 def _is_choice(override: str) -> bool:
@@ -194,8 +365,14 @@ def locate(path: str, trusted: set[str] = frozenset()) -> Any:  # type: ignore[a
 
 
 def check(config: Any, trusted: set[str], path: str = "") -> None:
-    """Check every `_target_` below `config` and its arguments against its signature, before anything is built."""
+    """Check every `_target_` below `config` and its arguments against its signature, before anything is built.
+
+    Raises:
+      ValueError: for an argument that the constructor does not take, or of another kind than it is annotated with, and for
+        numbers of things (`COUNTS`) that are not whole or too small; the line names the key.
+    """
     if isinstance(config, dict):
+        accepted: Any = {}
         if "_target_" in config:
             target = locate(config["_target_"], trusted)
             accepted = inspect.signature(target).parameters
@@ -206,17 +383,75 @@ def check(config: Any, trusted: set[str], path: str = "") -> None:
                             f"{path or 'config'}: {config['_target_']} takes no {key!r}{_nearest(key, list(accepted))}"
                         )
         for key, value in config.items():
+            below = f"{path}.{key}" if path else str(key)
             if _is_function(key, value):
                 locate(value, trusted)
-            check(value, trusted, f"{path}.{key}" if path else str(key))
+            if key in accepted:
+                _of_kind(below, value, accepted[key].annotation)
+            if path and key in COUNTS and not isinstance(value, dict | list | None):
+                checks.at_least(below, value, COUNTS[key])
+            if key == "seed" and checks.at_least(below, value, 0) >= 2**32:
+                raise ValueError(f"{below} must be below 2^32, got {value}")
+            check(value, trusted, below)
     elif isinstance(config, list):
         for index, value in enumerate(config):
             check(value, trusted, f"{path}[{index}]")
 
 
+def _of_kind(key: str, value: Any, annotation: Any) -> None:
+    """Refuse a value of another kind than an annotation of plain kinds, e.g. `int | None`."""
+    text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
+    kinds = text.split(" | ")
+    if not all(kind in KINDS or kind == "None" for kind in kinds) or (value is None and "None" in kinds):
+        return
+    wanted = [KINDS[kind] for kind in kinds if kind in KINDS]
+    if not any(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) for kind, _ in wanted):
+        raise ValueError(
+            f"{key} must be {' or '.join(name for _, name in wanted)}, got {json.dumps(value, default=str)}"
+        )
+
+
+def check_common(config: dict[str, Any], recipe: str) -> None:
+    """Refuse, by name, wrong values of the keys that every recipe has, and a recipe that lacks a part."""
+    for key in ("domain", "prior", "reward"):
+        if not isinstance(config.get(key), dict):
+            raise ValueError(f"{recipe} has no {key}; give its defaults one, e.g. - {key}: {names(key)[0]}")
+    if not config.get("methods") and not config.get("method"):
+        raise ValueError(f"{recipe} has no method; give its defaults one, e.g. - method: svdd")
+    checks.at_least("samples", config["samples"], 2)  # figures and their errors need two
+    for key, kind in (
+        ("resume", "bool"),
+        ("out", "str | None"),
+        ("data_dir", "str | None"),
+        ("cache_dir", "str | None"),
+    ):
+        _of_kind(key, config.get(key), kind)
+    _of_kind("title", config.get("title", recipe), "str")
+
+
+def methods_of(config: dict[str, Any], chosen: dict[str, str | None]) -> dict[str, Any]:
+    """Return the settings of every method by its name: those of `methods`, and the one of `method`, which joins them."""
+    methods = dict(config.get("methods") or {})
+    if config.get("method"):
+        name = chosen["method"] or "method"
+        if name in methods:
+            raise ValueError(f"there are two methods of the name {name}; give +method@methods.NAME={name}")
+        methods[name] = config["method"]
+    for name, settings in methods.items():
+        if not isinstance(settings, dict) or "_target_" not in settings:
+            near = _nearest(name, [other for other in methods if other != name])
+            raise ValueError(f"methods.{name} is no method{near}; add one with +method@methods.{name}=CHOICE")
+    return methods
+
+
 def _is_function(key: str, value: Any) -> bool:
     """Whether a config value names a function by its dotted path: keys `fn` and `…_fn`."""
     return isinstance(value, str) and (key == "fn" or key.endswith("_fn"))
+
+
+def needs(config: dict[str, Any], trusted: set[str]) -> set[str]:
+    """Return the arguments that the constructor of a part takes."""
+    return set(inspect.signature(locate(config["_target_"], trusted)).parameters)
 
 
 def build(config: Any, trusted: set[str] = frozenset(), **more: Any) -> Any:  # type: ignore[assignment]

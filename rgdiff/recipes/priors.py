@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,11 @@ import numpy as np
 from rgdiff import checks, denoisers, processes, schedules, tuners
 from rgdiff.exact.enumeration import Factorised
 from rgdiff.recipes.typing import Domain, Prior, ReadyPrior, Shape
-from rgdiff.runtime.checkpoint import load_params, save_params
-from rgdiff.runtime.run import Run
+from rgdiff.runtime.checkpoint import CheckpointError, check_params, load_params, save_params
+from rgdiff.runtime.run import Run, phase_key
 from rgdiff.typing import Denoiser, Model, Params, Process, pytree, static
+
+log = logging.getLogger("rgdiff")
 
 FRESH = 10_000  # points that a law is drawn for, beside those a prior learns from
 
@@ -64,6 +66,12 @@ def needs_data(prior: Prior) -> None:
     unconditional(prior, "a method that learns from data", "choose a prior without prior.guidance")
 
 
+def offers(domain: Any, name: str, what: str) -> None:
+    """Refuse a domain that lacks what a prior needs of it, before anything is trained."""
+    if not hasattr(domain, name):
+        raise ValueError(f"this prior needs a domain with {what}; choose another prior or domain")
+
+
 def unconditional(prior: Prior, what: str, instead: str) -> None:
     """Refuse the settings of a conditional prior, before it is trained."""
     if getattr(prior, "guidance", None) is not None:
@@ -81,6 +89,21 @@ def state_shape(process: Process) -> tuple[int, ...]:
     return jax.eval_shape(lambda: process.prior(1).sample(jax.random.key(0))).shape[1:]
 
 
+def prediction_shape(network: Any, shape: Shape) -> tuple[int, ...]:
+    """Return the shape that a Linen network makes of one state of `shape`, without running it.
+
+    Raises:
+      ValueError: if it does not take such a state.
+    """
+    blank, t = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, *shape), (1,)))
+    try:
+        out = jax.eval_shape(lambda x, t: network.init_with_output(jax.random.key(0), x, t)[0], blank, t)
+        return tuple(out.shape[1:])
+    except Exception as error:  # whatever a network does with a state that it is not for
+        reason = (" ".join(str(error).split()) or type(error).__name__)[:160]
+        raise ValueError(f"prior.network does not take a state of shape {list(shape)}: {reason}") from None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainedPrior(Prior):
     """What priors with a network share: how their parameters are found.
@@ -91,6 +114,7 @@ class TrainedPrior(Prior):
       train: steps, batch and the arguments of `rgdiff.tuners.pretraining`.
       steps: network calls of a sampling chain.
       checkpoint: parameters of your own, an Orbax folder or a .safetensors file, in place of training.
+      seed: of training, apart from the run's: runs of several seeds share one prior.
     """
 
     network: Any
@@ -98,44 +122,81 @@ class TrainedPrior(Prior):
     train: dict[str, Any]
     steps: int
     checkpoint: str | None = None
+    seed: int = 0
 
     unseen = ("steps", "checkpoint")  # settings that training does not see: priors that differ in them alone are one
 
-    def digest(self, identity: Mapping[str, Any]) -> str:
-        """Return the name of the cache entry: a hash of what training sees of the settings."""
-        seen = {name: value for name, value in identity["prior"].items() if name not in self.unseen}
-        identity = {**identity, "prior": seen, "conditional": self.train.get("null") is not None}
-        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    def check(self, domain: Any) -> None:
+        """Refuse what does not fit each other or the domain, before anything is trained: steps, network, checkpoint, training."""
+        process = self.process(domain.shape)  # type: ignore[attr-defined]
+        _chain(process, self.steps)
+        shape = state_shape(process)
+        if (found := prediction_shape(self.network, shape)) != tuple(domain.shape):
+            out = f"; give prior.network.out={domain.shape[-1]}" if hasattr(self.network, "out") else ""
+            raise ValueError(
+                f"prior.network returns {list(found)} for a state of shape {list(shape)}, expected {list(domain.shape)}{out}"
+            )
+        if self.checkpoint is not None:
+            check_params(
+                self.checkpoint, jax.eval_shape(lambda key: initial(self.network, key, shape), jax.random.key(0))
+            )
+        else:
+            offers(domain, "train_x", "examples to train a prior on")
+            self.tuner(denoisers.LinenModel(self.network), process)
 
-    def parameters(
-        self, run: Run, model: Model, process: Process, domain: Domain, identity: Mapping[str, Any]
-    ) -> Params:
-        """Load the parameters from the checkpoint or the cache, or train and cache them.
+    def kept(self, cache: Path, identity: Any, domain: Any) -> Path:
+        """Return where the parameters are kept in the cache once they are trained."""
+        return cache / "priors" / self.digest(identity, domain)
+
+    def digest(self, identity: Any, domain: Any) -> str:
+        """Return the name of the cache entry: a hash of what training sees of the settings, and of the data.
 
         Args:
-          identity: the run's domain, prior and seed as plain values; the hash of what training sees of them, all but `unseen`,
-            names the cache entry.
+          identity: the prior's settings as plain values.
+          domain: with the data.
         """
-        key = run.key("prior")
+        seen = {name: value for name, value in identity.items() if name not in self.unseen} | {"seed": self.seed}
+        conditional = self.train.get("null") is not None
+        told = hashlib.sha256(json.dumps({"prior": seen, "conditional": conditional}, sort_keys=True).encode())
+        for part in (domain.train_x, domain.train_y) if conditional else (domain.train_x,):
+            array = np.ascontiguousarray(part)
+            told.update(f"{array.dtype}{array.shape}".encode())
+            told.update(array.tobytes())
+        return told.hexdigest()[:16]
+
+    def tuner(self, model: Any, process: Process) -> Any:
+        """Build the trainer."""
+        options = {name: value for name, value in self.train.items() if name not in ("steps", "batch")}
+        try:
+            return tuners.pretraining(model, process, **options)
+        except TypeError as error:  # an option that it does not take, or lacks
+            raise ValueError(f"prior.train: {error}") from None
+
+    def parameters(self, run: Run, model: Model, process: Process, domain: Any, identity: Any) -> Params:
+        """Load the parameters from the checkpoint or the cache, or train and cache them; `identity` as in `digest`."""
+        key = phase_key(self.seed, "prior")
         like = initial(self.network, jax.random.fold_in(key, 0), state_shape(process))
         if self.checkpoint is not None:
             run.say(f"prior: parameters from {self.checkpoint}")
             return load_params(self.checkpoint, like)
-        digest = self.digest(identity)
-        cached = run.cache / "priors" / digest
+        cached = self.kept(run.cache, identity, domain)
         if cached.exists():
-            run.say(f"prior: trained earlier, from {cached}")
-            return load_params(cached, like)
-        options = dict(self.train)
-        steps, batch = options.pop("steps"), options.pop("batch")
-        tuner = tuners.pretraining(model, process, **options)
+            try:
+                params = load_params(cached, like)
+                run.say(f"prior: trained earlier, from {cached}")
+                return params
+            except CheckpointError as error:
+                run.say(f"prior: trained again, for the cached one cannot be used ({error})")
         data = {"x0": jnp.asarray(domain.train_x)}
-        if options.get("null") is not None:
-            labelled: Any = domain
-            data["cond"] = jnp.asarray(labelled.train_y)
-        params = run.fit("prior", tuner, key, like, steps, data=data, batch=batch).best
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        save_params(cached, params, meta={"identity": identity})
+        if self.train.get("null") is not None:
+            data["cond"] = jnp.asarray(domain.train_y)
+        steps, batch = self.train["steps"], self.train["batch"]
+        params = run.fit("prior", self.tuner(model, process), key, like, steps, data=data, batch=batch).best
+        try:
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            save_params(cached, params, meta={"identity": identity})
+        except (CheckpointError, OSError) as error:
+            log.warning("the prior was not kept for other runs: %s", " ".join(str(error).split()))
         return params
 
 
@@ -160,6 +221,30 @@ class GaussianPrior(TrainedPrior):
 
     unseen = (*TrainedPrior.unseen, "eta", "clip", "guidance")  # whether there are conditions is seen
 
+    def check(self, domain: Any) -> None:
+        """Refuse what does not fit each other or the domain, before anything is trained."""
+        TrainedPrior.check(self.conditioned(self.conditional(domain)), domain)
+
+    def kept(self, cache: Path, identity: Any, domain: Any) -> Path:
+        """Return where the parameters are kept in the cache once they are trained."""
+        return TrainedPrior.kept(self.conditioned(self.conditional(domain)), cache, identity, domain)
+
+    def conditioned(self, classes: int | None) -> GaussianPrior:
+        """Return the settings with a null class for training without a condition, where there are classes."""
+        return self if classes is None else dataclasses.replace(self, train={**self.train, "null": classes})
+
+    def conditional(self, domain: Any) -> int | None:
+        """Return the number of classes that the prior is conditioned on, or None."""
+        if self.guidance is None:
+            return None
+        classes = getattr(domain, "classes", None)
+        if classes is None or getattr(self.network, "classes", classes) != classes:
+            raise ValueError(
+                f"a conditional prior needs a domain with labels and a network for its {classes} classes, "
+                f"got prior.network.classes={getattr(self.network, 'classes', None)}"
+            )
+        return classes
+
     def process(self, shape: Shape, eta: float | None = None) -> Process:
         """Return the process on examples of this shape, with the prior's own eta or another."""
         return processes.gaussian(self.schedule, shape, eta=self.eta if eta is None else eta)
@@ -168,16 +253,8 @@ class GaussianPrior(TrainedPrior):
         """Make the prior ready; `identity` as in `parameters`."""
         model = PriorModel(self.schedule, self.network, self.prediction)
         process = self.process(domain.shape)
-        settings, classes = self, None
-        if self.guidance is not None:
-            classes = getattr(domain, "classes", None)
-            if classes is None or getattr(self.network, "classes", classes) != classes:
-                raise ValueError(
-                    f"a conditional prior needs a domain with labels and a network for its {classes} classes, "
-                    f"got prior.network.classes={getattr(self.network, 'classes', None)}"
-                )
-            settings = dataclasses.replace(self, train={**self.train, "null": classes})
-        params = settings.parameters(run, model, process, domain, identity)
+        classes = self.conditional(domain)
+        params = self.conditioned(classes).parameters(run, model, process, domain, identity)
         clipped = dataclasses.replace(model, value_range=domain.value_range) if self.clip else model
         if classes is not None:
             clipped = dataclasses.replace(clipped, classes=classes, guidance=self.guidance)
@@ -208,13 +285,6 @@ class MaskedPrior(TrainedPrior):
     def obtain(self, run: Run, domain: Domain, identity: Mapping[str, Any]) -> ReadyPrior:
         """Make the prior ready; `identity` as in `parameters`."""
         process = self.process(domain.shape)
-        blank, t = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, *state_shape(process)), (1,)))
-        out = jax.eval_shape(lambda x, t: self.network.init_with_output(jax.random.key(0), x, t)[0], blank, t)
-        if out.shape != (1, *domain.shape):
-            raise ValueError(
-                f"prior.network returns {list(out.shape[1:])} for a sequence, expected logits {list(domain.shape)}; "
-                f"give prior.network.out={domain.shape[-1]}"
-            )
         model = denoisers.LinenModel(self.network)
         params = self.parameters(run, model, process, domain, identity)
         return ReadyPrior(process, process.times(self.steps), model, params, self, domain.shape)
@@ -241,6 +311,10 @@ class FactorisedPrior(Prior):
         if not self.uniform and not self.pseudocount > 0:
             raise ValueError(f"pseudocount must be > 0, so that no letter is impossible, got {self.pseudocount!r}")
 
+    def check(self, domain: Domain) -> None:
+        """Refuse what does not fit the domain."""
+        _chain(self.process(domain.shape), self.steps)
+
     def process(self, shape: Shape, eta: float | None = None) -> Process:
         """Return the process on one-hot examples of this shape, (L, K)."""
         return _masked(self.schedule, shape, eta, self.order)
@@ -254,9 +328,18 @@ class FactorisedPrior(Prior):
         return ReadyPrior(process, process.times(self.steps), FactorisedModel(), logits, self, domain.shape)
 
 
+def _chain(process: Process, steps: int) -> None:
+    """Refuse a number of network calls that the process does not take."""
+    checks.times(process.times(checks.at_least("prior.steps", steps, 1)), process)
+
+
 def _masked(schedule: Any, shape: Shape, eta: float | None, order: str) -> Process:
     if eta is not None:
         raise ValueError(f"eta is for Gaussian priors, and this one is masked; give method.eta=null instead of {eta}")
+    if len(shape) < 2:
+        raise ValueError(
+            f"this prior is of sequences, and the domain's examples have shape {list(shape)}; choose another"
+        )
     process = processes.masked(schedule, shape[:-1], shape[-1])
     first = checks.one_of("prior.order", order, ("independent", "first_hitting")) == "first_hitting"
     return processes.first_hitting(process) if first else process
@@ -265,6 +348,10 @@ def _masked(schedule: Any, shape: Shape, eta: float | None, order: str) -> Proce
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VectorPrior(GaussianPrior):
     """A Gaussian prior with a network on a domain whose exact denoiser is known, to which it is compared."""
+
+    def check(self, domain: Domain) -> None:
+        offers(domain, "family", "an exact denoiser: subspace, sphere or mixture")
+        super().check(domain)
 
     def obtain(self, run: Run, domain: Any, identity: Mapping[str, Any]) -> ReadyPrior:
         """Train or load the prior, and measure its eps-error on fresh data, beside that of the exact denoiser (the Bayes error)."""
@@ -288,6 +375,10 @@ class ExactPrior(Prior):
     schedule: Any
     steps: int = 200
     eta: float = 1.0
+
+    def check(self, domain: Domain) -> None:
+        offers(domain, "family", "an exact denoiser: subspace, sphere or mixture")
+        self.process(domain.shape).times(self.steps)
 
     def process(self, shape: Shape, eta: float | None = None) -> Process:
         """Return the process on examples of this shape, with the prior's own eta or another."""
@@ -318,6 +409,9 @@ class OneClassPrior(Prior):
 
     gives_data = True
 
+    def check(self, domain: Domain) -> None:
+        offers(domain, "problems", "one-class problems: domain=anomaly")
+
     @property
     def schedule(self) -> Any:
         return schedules.cosine_vp()
@@ -331,9 +425,3 @@ class OneClassPrior(Prior):
         process: Any = self.process(domain.shape)
         model = ConstantModel(tuners.standard_normal(process))
         return ReadyPrior(process, process.times(self.steps), model, None, self, domain.shape, problems=domain.problems)
-
-
-def default_cache() -> Path:
-    """Return the cache of trained priors and compiled programs: RGDIFF_CACHE, or rgdiff under the user's cache folder."""
-    base = os.environ.get("RGDIFF_CACHE")
-    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rgdiff"

@@ -95,12 +95,15 @@ class Prior(Protocol):
 
     steps: int
 
+    def check(self, domain: Domain) -> None:
+        """Refuse settings that do not fit each other or the domain, before anything is trained."""
+
     def process(self, shape: Shape, eta: float | None = None) -> Process:
         """Return the process on examples of this shape, with the prior's own eta or another."""
         ...
 
     def obtain(self, run: Run, domain: Domain, identity: Mapping[str, Any]) -> ReadyPrior:
-        """Train, load or look up the prior; `identity` (plain values) names what it depends on."""
+        """Train, load or look up the prior; `identity` has its settings as plain values."""
         ...
 
 

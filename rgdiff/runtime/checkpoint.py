@@ -15,7 +15,9 @@ import logging
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
@@ -78,7 +80,8 @@ class Checkpoints:
             self._swept = True
         rewritten = [n for s, n in self._entries() if s == step]
         name = f"{step}.{max(rewritten) + 1}" if rewritten else str(step)
-        self._pending = (step, _start_save(self.folder / name, state, {"step": step, "meta": meta}))
+        with _unwritten(f"checkpoint at step {step} was not written to {self.folder}"):
+            self._pending = (step, _start_save(self.folder / name, state, {"step": step, "meta": meta}))
 
     def latest(self) -> int | None:
         """Return the step of the newest complete checkpoint, or None."""
@@ -116,12 +119,8 @@ class Checkpoints:
         if self._pending is None:
             return
         (step, response), self._pending = self._pending, None
-        try:
+        with _unwritten(f"checkpoint at step {step} was not written to {self.folder}"):
             response.result()
-        except Exception as error:
-            raise CheckpointError(
-                f"checkpoint at step {step} was not written to {self.folder}: {_line(error)}"
-            ) from error
         if jax.process_index() == 0:
             current = [entry for entry in self._entries() if entry[0] <= step]
             newest_of_step = dict(current)
@@ -151,9 +150,12 @@ def save_params(path: str | os.PathLike[str], params: Any, meta: dict[str, Any] 
     path = Path(path).absolute()
     new = path.with_name(f".new-{uuid.uuid4().hex[:8]}-{path.name}")
     try:
-        _start_save(new, params, {"step": None, "meta": meta}).result()
-    except Exception as error:
-        raise CheckpointError(f"parameters were not written to {path}: {_line(error)}") from error
+        with interruptible(), _unwritten(f"parameters were not written to {path}"):
+            _start_save(new, params, {"step": None, "meta": meta}).result()
+    except BaseException:
+        for left in (new, new.with_name(f"{new.name}.orbax-checkpoint-tmp")):
+            shutil.rmtree(left, ignore_errors=True)
+        raise
     while True:
         try:
             return os.rename(new, path)
@@ -179,15 +181,70 @@ def load_params(path: str | os.PathLike[str], like: Any = None) -> Any:
     return _load(path, like)[0]
 
 
+def check_params(path: str | os.PathLike[str], like: Any) -> None:
+    """Refuse, as `load_params` does, what is not there or does not fit `like` (arrays or their shapes); arrays are not read.
+
+    Raises:
+      CheckpointError: see `load_params`.
+    """
+    path = Path(path).absolute()
+    if path.suffix == ".safetensors":
+        _load_safetensors(path, like)
+    else:
+        _fit(path, _read_manifest(path)["leaves"], like)
+
+
 def load_meta(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """Return the `meta` given to `save_params`."""
     return _read_manifest(Path(path).absolute())["meta"]
 
 
+@contextlib.contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Hold the first Ctrl-C back, so that what is being saved is saved; the second interrupts at once.
+
+    Yields:
+      A function that tells whether there was one; who asks it then saves and raises KeyboardInterrupt. If nobody does, it is
+      raised at the end. Outside of the main thread, and where others handle Ctrl-C, nothing is held back.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is not signal.default_int_handler:
+        yield lambda: False
+        return
+    pressed = False
+
+    def hold(*_: Any) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+        with contextlib.suppress(OSError):  # not print: it may be under way
+            os.write(2, b"\nrgdiff: stopping when the steps under way are done and saved; Ctrl-C again stops at once\n")
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
+
+
 # Writing
 
 
+@contextlib.contextmanager
+def _unwritten(what: str) -> Iterator[None]:
+    """Say in one line that something was not written, and why."""
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(f"{what}: {_line(error)}") from error
+
+
 def _start_save(path: Path, state: Any, head: dict[str, Any]) -> Any:
+    if pattern := set("[*?") & set(str(path)):  # Orbax would leave the arrays out, without a word
+        raise CheckpointError(f"a path must not have {' or '.join(sorted(pattern))}")
     ocp = _orbax()
     arrays, leaves = {}, {}
     for name, leaf in _flatten(state):
@@ -251,18 +308,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 def _load(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
     manifest = _read_manifest(path)
     stored: dict[str, list[Any]] = manifest["leaves"]
-    if like is None:
-        wanted = [(name, None) for name in stored]
-    else:
-        wanted = _flatten(like)
-        for name, leaf in wanted:
-            spec, found = _spec(leaf), stored.get(name, ["nothing"])[0]
-            if spec != found:
-                raise CheckpointError(f"checkpoint {path} does not fit: at {name!r} expected {spec}, found {found}")
-        for name in stored.keys() - dict(wanted).keys():
-            raise CheckpointError(
-                f"checkpoint {path} does not fit: at {name!r} expected nothing, found {stored[name][0]}"
-            )
+    wanted = [(name, None) for name in stored] if like is None else _fit(path, stored, like)
     ocp = _orbax()
     targets = {}
     for name, leaf in wanted:
@@ -287,6 +333,18 @@ def _load(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
             raise _Unreadable(f"checkpoint {path} is damaged: {name!r} fails its check sum")
         values.append(_as(data, leaf, spec))
     return (_nest(dict(zip(stored, values, strict=True))) if like is None else _unflatten(like, values)), manifest
+
+
+def _fit(path: Path, stored: dict[str, list[Any]], like: Any) -> list[tuple[str, Any]]:
+    """Return the leaves of `like` by name; refuse a checkpoint that has others."""
+    wanted = _flatten(like)
+    for name, leaf in wanted:
+        spec, found = _spec(leaf), stored.get(name, ["nothing"])[0]
+        if spec != found:
+            raise CheckpointError(f"checkpoint {path} does not fit: at {name!r} expected {spec}, found {found}")
+    for name in stored.keys() - dict(wanted).keys():
+        raise CheckpointError(f"checkpoint {path} does not fit: at {name!r} expected nothing, found {stored[name][0]}")
+    return wanted
 
 
 def _load_safetensors(path: Path, like: Any) -> Any:
@@ -418,7 +476,7 @@ def _name(entry: tuple[int, int]) -> str:
 
 def _line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."
+    return text if len(text) <= 160 else f"{text[:60]} ... {text[-95:]}"  # the reason is often said last
 
 
 def _orbax() -> Any:
@@ -426,7 +484,13 @@ def _orbax() -> Any:
     from orbax.checkpoint import v1 as ocp
 
     absl.logging.set_verbosity(absl.logging.WARNING)
+    absl.logging.get_absl_logger().addFilter(_not_orbax)
     return ocp
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+    """Hold back the tracebacks that Orbax logs of its threads: what they raise reaches whoever waits for the save."""
+    return not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ or a kill never meets half a file. Checkpoints and metrics in the same folder ar
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import json
 import logging
@@ -15,6 +16,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,11 @@ import numpy as np
 
 log = logging.getLogger("rgdiff")
 
-WHERE = ("out", "resume", "data_dir")  # config keys that say where, not what: they may change on resume
+WHERE = ("out", "resume", "data_dir", "cache_dir")  # config keys that say where, not what: they may change on resume
+OURS = (  # what a run writes into its folder
+    "config.yaml", "versions.json", "summary.json", "samples.npz", "metrics.jsonl", "metrics.csv", "report.html", "sweep.csv",
+    "checkpoints", "adapters", "tuned", "campaigns",
+)  # fmt: skip
 _PACKAGES = ("rgdiff", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -49,18 +55,42 @@ class RunFolder:
           longer: a key of the config whose list may go on where that of the run there ends.
 
         Raises:
-          ValueError: if the folder holds a run and `resume` is False, if the run there has another config
-            (out, resume and data_dir aside), or if the config has values that YAML cannot hold.
+          ValueError: if the folder holds a run and `resume` is False, or no run and a file that a run would overwrite, if the
+            run there has another config (the keys of `WHERE` aside), or if the config has values that YAML cannot hold.
         """
         path = Path(path).absolute()
-        stored, versions = path / "config.yaml", collect_versions()
         config = _plain(config)
+        cls.check(path, config, resume, longer)
+        versions = collect_versions()
+        if (path / "config.yaml").exists():
+            with contextlib.suppress(OSError, ValueError):
+                old = json.loads((path / "versions.json").read_text(encoding="utf-8"))
+                changed = [f"{k} {old.get(k)} -> {v}" for k, v in versions.items() if old.get(k) != v]
+                if changed:
+                    log.warning("resuming with other versions, numbers may differ: %s", ", ".join(changed))
+        path.mkdir(parents=True, exist_ok=True)
+        write_atomic(path / "config.yaml", _to_yaml(config).encode())  # first: it marks what else is there as a run's
+        folder = cls(path, config, versions)
+        folder._write_json("versions.json", versions)
+        return folder
+
+    @staticmethod
+    def check(
+        path: str | os.PathLike[str], config: dict[str, Any], resume: bool = False, longer: str | None = None
+    ) -> None:
+        """Refuse a folder that `create` would refuse; nothing is written."""
+        path, config = Path(path).absolute(), _plain(config)
+        if pattern := set("[*?") & set(str(path)):
+            raise ValueError(
+                f"{path}: checkpoints cannot be written where a path has {' or '.join(sorted(pattern))}; give another out"
+            )
         if path.exists() and not path.is_dir():
             raise ValueError(f"{path} is a file; out must name a folder")
+        stored = path / "config.yaml"
         if stored.exists():
             if not resume:
                 raise ValueError(f"{path} already holds a run; give resume=true to go on with it, or another out")
-            before = _read_yaml(stored)
+            before = read_config(stored)
             if longer is not None and config[longer][: len(before.get(longer, ()))] == before.get(longer):
                 before[longer] = config[longer]
             different = _first_difference(_what(before), _what(config))
@@ -70,21 +100,21 @@ class RunFolder:
                     f"cannot resume {path}: its run has {key}={was}, this one {key}={now}; "
                     "give the same settings, or another out"
                 )
-            with contextlib.suppress(OSError, ValueError):
-                old = json.loads((path / "versions.json").read_text())
-                changed = [f"{k} {old.get(k)} -> {v}" for k, v in versions.items() if old.get(k) != v]
-                if changed:
-                    log.warning("resuming with other versions, numbers may differ: %s", ", ".join(changed))
-        path.mkdir(parents=True, exist_ok=True)
-        folder = cls(path, config, versions)
-        folder._write_json("versions.json", versions)
-        write_atomic(stored, _to_yaml(config).encode())  # last: it is what marks the folder as holding a run
-        return folder
+        elif foreign := [name for name in OURS if (path / name).exists()]:
+            raise ValueError(f"{path} has a {foreign[0]} that is no run's; give another out, or move it away")
 
     def forget(self) -> None:
-        """Undo `create`: the folder holds no run any more; whatever else lies in it stays."""
-        for name in ("config.yaml", "versions.json"):
+        """Undo `create`: the folder holds no run any more; whatever else lies in it stays, and an empty one goes."""
+        for name in ("metrics.jsonl", "metrics.csv", "versions.json", "config.yaml"):
             (self.path / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
+
+    @property
+    def empty(self) -> bool:
+        """Whether the run has made nothing yet that is worth keeping."""
+        made = ("checkpoints", "campaigns", "adapters", "tuned", "samples.npz", "report.html", "summary.json")
+        return not any((self.path / name).exists() for name in made)
 
     @property
     def done(self) -> bool:
@@ -116,6 +146,45 @@ class RunFolder:
         write_atomic(self.path / name, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
+@contextlib.contextmanager
+def alone(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Keep other processes out of a run's folder, which is made if missing.
+
+    Raises:
+      ValueError: if another process is at work in it.
+    """
+    path = Path(path).absolute()
+    new = not path.exists()
+    path.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run is at work in {path}; wait for it, or give another out") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+        if new:
+            with contextlib.suppress(OSError):  # nothing came of it
+                path.rmdir()
+
+
+def next_free(path: str | os.PathLike[str], resume: bool = False) -> Path:
+    """Return `path` if nothing of a run is there, else the first of path-2, path-3, ... of which this is true.
+
+    With `resume`: the last of them that holds a run, or `path`.
+    """
+    path, number = Path(path), 1
+    latest, free = path, path
+    while any((free / name).exists() for name in OURS):
+        latest, number = free, number + 1
+        free = path.with_name(f"{path.name}-{number}")
+    return latest if resume else free
+
+
 def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
     """Write a file so that it is there whole or not at all."""
     path = Path(path)
@@ -123,6 +192,8 @@ def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
     try:
         new.write_bytes(content)
         os.replace(new, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         new.unlink(missing_ok=True)
 
@@ -185,11 +256,16 @@ def _to_yaml(config: dict[str, Any]) -> str:
     return yaml.safe_dump(listed(config), sort_keys=False, allow_unicode=True, width=1000)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a config that a run has written.
+
+    Raises:
+      ValueError: if it cannot be read.
+    """
     import yaml
 
     try:
-        found = yaml.safe_load(path.read_text())
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
         found = None
     if not isinstance(found, dict):

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import os
 import time
+import warnings
 import zlib
 from collections.abc import Iterator
 from functools import partial
@@ -21,7 +22,7 @@ import numpy as np
 
 from rgdiff import tuners
 from rgdiff.rewards import HostReward, RewardFailure, score
-from rgdiff.runtime.checkpoint import Checkpoints
+from rgdiff.runtime.checkpoint import Checkpoints, interruptible
 from rgdiff.runtime.folder import RunFolder
 from rgdiff.runtime.metrics import MetricsLog
 from rgdiff.runtime.progress import pieces, progress
@@ -66,6 +67,11 @@ def _listen() -> None:
         _listening.append(True)
 
 
+def phase_key(seed: int, phase: str) -> jax.Array:
+    """Return the PRNG key of a phase of the run of a seed."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(phase.encode()))
+
+
 class Run:
     """What the phases of a recipe share. `cache` holds trained priors and compiled programs between runs."""
 
@@ -79,7 +85,7 @@ class Run:
 
     def key(self, phase: str) -> jax.Array:
         """Return the PRNG key of a phase."""
-        return jax.random.fold_in(jax.random.key(self._seed), zlib.crc32(phase.encode()))
+        return phase_key(self._seed, phase)
 
     def say(self, text: str) -> None:
         """Print one line, unless nobody listens."""
@@ -117,7 +123,7 @@ class Run:
         """
         state = tuner.init(params)
         chunk = pieces(steps, chunk, (chunk + 1) // 2) or chunk
-        with Checkpoints(self.folder.path / "checkpoints" / phase) as checkpoints:
+        with interruptible() as interrupted, Checkpoints(self.folder.path / "checkpoints" / phase) as checkpoints:
             if checkpoints.latest() is not None:
                 state, step, _ = checkpoints.restore(state)
                 self.log.rewind(phase, step)
@@ -150,9 +156,12 @@ class Run:
                     shown = next(name for name in ("reward", "loss", "gradient_norm") if name in infos)
                     advance(count, f"{shown} {float(np.mean(infos[shown])):.4g}" + (f", {bad} skipped" if bad else ""))
                     over = done == steps or bool(getattr(state, "stopped", False))
-                    if over or (clean and time.monotonic() - saved > self._save_every):
+                    if over or (clean and (interrupted() or time.monotonic() - saved > self._save_every)):
                         checkpoints.save(done, state)
                         saved = time.monotonic()
+                    if interrupted():
+                        checkpoints.wait()
+                        raise KeyboardInterrupt
 
                 inner = tuner.tuner if isinstance(tuner, EarlyStopping) else tuner
 
@@ -190,3 +199,4 @@ def use_compilation_cache(cache: Path) -> None:
     jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")  # it compiles without

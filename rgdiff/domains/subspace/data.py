@@ -162,7 +162,7 @@ class _Constant:
 
 def _load(name: str, data_dir: str | os.PathLike | None) -> dict[str, np.ndarray]:
     folder = data_dir or os.environ.get("RGDIFF_DATA")
-    path = Path(folder or ".") / f"ggdm_{name}_hyperparameters.npz"
+    path = Path(folder or ".").expanduser() / f"ggdm_{name}_hyperparameters.npz"
     if folder is None or not path.is_file():
         where = "data_dir and RGDIFF_DATA are unset" if folder is None else f"looked at {path}"
         raise FileNotFoundError(

@@ -52,6 +52,8 @@ class Along:
 
 
 def _constant(domain: VectorDomain, name: str) -> Any:
+    if not hasattr(domain, "constants"):
+        raise ValueError("this reward is of the gradient-guidance paper; choose domain=subspace or domain=sphere")
     return jnp.asarray(domain.constants[checks.one_of("reward", name, domain.constants)])
 
 

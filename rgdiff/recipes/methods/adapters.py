@@ -30,6 +30,11 @@ class MixedAdapters(Method):
     second: Task
     weights: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0)
 
+    @property
+    def tunes(self) -> FineTuning:
+        """The settings that tune to the reward."""
+        return self.tuning
+
     def check(self, prior: Prior, shape: Shape) -> None:
         self.tuning.check(prior, shape)
         if self.tuning.adapter is None or not self.weights:

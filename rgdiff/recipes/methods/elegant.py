@@ -67,6 +67,11 @@ class Elegant(Method):
     steps: int = 800
     batch: int = 256
 
+    @property
+    def tunes(self) -> FineTuning:
+        """The settings that tune to the reward."""
+        return self.tuning
+
     def check(self, prior: Prior, shape: Shape) -> None:
         if not self.tuning.temperature:
             raise ValueError("ELEGANT aims at p exp(r/alpha)/Z; give its alpha as method.tuning.temperature > 0")

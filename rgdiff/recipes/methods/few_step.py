@@ -21,7 +21,7 @@ from rgdiff.recipes.outcome import nothing, outcome
 from rgdiff.recipes.priors import FRESH, initial, needs_data
 from rgdiff.recipes.typing import Curves, Method, Outcome, Prior, ReadyPrior, Shape
 from rgdiff.recipes.values import LearnedModel
-from rgdiff.rewards import Task
+from rgdiff.rewards import Task, differentiable
 from rgdiff.runtime.run import Run
 from rgdiff.typing import Array, Cond, Params, callable_pytree, pytree
 
@@ -146,6 +146,10 @@ class FewStepTraining(FewSteps):
             raise ValueError(
                 "guidance goes by values that gcd does not learn, in units of the temperature: give setting=dxmi and options.temperature > 0, or guidance=0"
             )
+
+    def suits(self, task: Task) -> None:
+        if self.setting == "dxdp":
+            differentiable("dxdp", task.reward)
 
     def tuner(self, policy: Any, process: policies.FewStep, task: Task) -> Any:
         """Build the tuner."""

@@ -16,7 +16,7 @@ from rgdiff import tuners
 from rgdiff.guides import increment
 from rgdiff.recipes.outcome import nothing, outcome
 from rgdiff.recipes.typing import Method, Outcome, Prior, ReadyPrior, Shape
-from rgdiff.rewards import Task
+from rgdiff.rewards import Task, differentiable
 from rgdiff.runtime.run import Run
 
 TITLES = {
@@ -56,6 +56,9 @@ class GuidanceRounds(Method):
     def check(self, prior: Prior, shape: Shape) -> None:
         process = prior.process(shape)
         self.tuner(nothing, process, nothing, process.times(prior.steps), self.increments[0], None)
+
+    def suits(self, task: Task) -> None:
+        differentiable("gradient_guidance", task.reward)
 
     @property
     def increments(self) -> Sequence[float]:

@@ -1,0 +1,88 @@
+"""The configs' comments are true as far as they can be checked: every command and every key=value in them composes and checks."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import pytest
+
+from rgdiff import cli
+from rgdiff.recipes import compose as recipe
+
+FOLDER = recipe.config_dir()
+PAIR = r"[a-z_0-9+@]+(?:\.[a-z_0-9@]+)*=[^\s;,)]+"  # key=value
+COMMAND = re.compile(rf"rgdiff run ([a-z_0-9]+)((?:\s+{PAIR})*)")
+NEEDS = {"tfbind8": "SIX6_REF_R1_8mers.txt", "utr": "snv_phenotype_log_diff.csv", "gfp": "avgfp.tsv"} | {
+    "mnist": "mnist-t10k-images-idx3-ubyte.gz", "subspace": "ggdm_linear_hyperparameters.npz",
+    "sphere": "ggdm_ball_hyperparameters.npz",
+}  # fmt: skip
+
+
+def comments(path):
+    """The words of a file's comments, as one line."""
+    return " ".join(line.partition("#")[2].strip() for line in path.read_text(encoding="utf-8").splitlines())
+
+
+def commands():
+    """Every command in a comment of a recipe: (recipe, overrides)."""
+    for name in recipe.names():
+        for found, overrides in COMMAND.findall(comments(FOLDER / f"{name}.yaml")):
+            yield found, tuple(o for o in overrides.split() if o != "data_dir=DIR")
+
+
+def test_every_recipe_says_how_it_is_run_and_names_no_key_outside_of_a_command():
+    for name in recipe.names():
+        text = comments(FOLDER / f"{name}.yaml")
+        assert name in [found for found, _ in COMMAND.findall(text)], name
+        rest = COMMAND.sub("", text)
+        pairs = [pair for pair in re.findall(PAIR, rest) if pair.partition("=")[0] in recipe.GROUPS or "." in pair]
+        for pair in pairs:  # mentioned in passing: of this recipe or of any
+            key, _, value = pair.partition("=")
+            assert key in recipe.GROUPS and value in recipe.names(key), (name, pair)
+
+
+def checked(name, overrides):
+    """Compose a command and check it as far as no data is needed."""
+    config, chosen = recipe.composed(name, overrides)
+    recipe.check_common(config, name)
+    recipe.check(config, recipe.trusted_modules(overrides))
+    assert recipe.methods_of(config, chosen)
+    return chosen
+
+
+def test_every_command_of_a_comment_composes():
+    for name, overrides in sorted(set(commands())):
+        checked(name, overrides)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "overrides"), sorted(set(commands())), ids=str)
+def test_every_command_of_a_comment_would_run(name, overrides, tmp_path):
+    needed = NEEDS.get(checked(name, overrides)["domain"])
+    if needed and not os.path.isfile(os.path.join(os.environ.get("RGDIFF_DATA", ""), needed)):
+        pytest.skip(f"composed and checked; building needs {needed} in RGDIFF_DATA")
+    cli.run_recipe(name, [*overrides, f"out={tmp_path / 'run'}"], dry=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_choices_of_groups_name_keys_and_choices_that_there_are():
+    for group in recipe.GROUPS:
+        for path in (FOLDER / group).glob("*.yaml"):
+            for run in re.findall(rf"{PAIR}(?: {PAIR})*", comments(path)):
+                pairs = [pair.rstrip(".:") for pair in run.split()]
+                mine = [o for o in pairs if not re.search("my_module|FILE|FOLDER", o)]
+                itself = (
+                    [] if path.stem.startswith("_") or group in ("surrogate", "value") else [f"{group}={path.stem}"]
+                )
+                given = [o.partition("=")[0] for o in mine]
+                recipe.compose("steer", [*(o for o in itself if group not in given), *own(path, itself), *mine])
+
+
+def own(path, itself):
+    """What a choice of the user's own parts needs to compose."""
+    return {
+        ("domain", "custom"): ["domain.fn=tests.user_module.load"],
+        ("prior", "custom"): ["prior.network._target_=tests.user_module.Net"],
+        ("reward", "custom"): ["reward.fn=tests.user_module.score"],
+    }.get((path.parent.name, path.stem) if itself else ("", ""), [])
