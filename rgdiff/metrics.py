@@ -158,9 +158,11 @@ def summarize_rewards(rewards: Any, lineages: Any = None) -> dict[str, float | i
     n = len(feasible)
     error = feasible.std(ddof=1) / np.sqrt(n) if n > 1 else np.nan
     if lineages is not None and n > 1:
+        import jax.numpy as jnp
+
         from rgdiff.resampling import standard_error
 
-        error = standard_error(np.asarray(rewards - feasible.mean(), np.float32), np.asarray(lineages))
+        error = standard_error(jnp.asarray(rewards - feasible.mean(), jnp.float32), jnp.asarray(lineages))
     return {
         "reward_mean": float(feasible.mean()) if n else float("nan"),
         "reward_se": float(error),

@@ -71,17 +71,17 @@ class GaussianProcess:
         alpha_s, sigma_s = self.schedule.alpha(s), self.schedule.sigma(s)
         eps = self.eps(x, t, prediction)
         if not self.stochastic:
-            return PointMass(along(alpha_s, x) * prediction + along(sigma_s, x) * eps)
+            return PointMass((along(alpha_s, x) * prediction + along(sigma_s, x) * eps).astype(x.dtype))
         shrink = jnp.sqrt(-jnp.expm1(self.schedule.log_snr(t) - self.schedule.log_snr(s)))
         fraction = jnp.minimum(self.eta * shrink, 1.0)
         mean = along(alpha_s, x) * prediction + along(sigma_s * jnp.sqrt(1 - fraction**2), x) * eps
-        return Gaussian(mean, along(sigma_s * fraction, x))
+        return Gaussian(mean.astype(x.dtype), along(sigma_s * fraction, x))
 
     def mean(self, x: Array, t: Array, prediction: Array) -> Array:
-        return prediction
+        return prediction.astype(x.dtype)
 
     def finalize(self, x: Array, t: Array, prediction: Array) -> Array:
-        return prediction
+        return prediction.astype(x.dtype)
 
 
 @pytree
@@ -161,7 +161,7 @@ class MaskedProcess:
 
     def mean(self, x: Array, t: Array, prediction: Array) -> Array:
         """E[x0 | x_t], a point of the simplex per position [B, ..., K]: copies, and softmax of the logits where masked."""
-        return x[..., :-1] + x[..., -1:] * jax.nn.softmax(prediction)
+        return x[..., :-1] + x[..., -1:] * jax.nn.softmax(prediction).astype(x.dtype)
 
     def finalize(self, x: Array, t: Array, prediction: Array) -> Array:
         """Drop the mask: at t = 0 no position is masked."""

@@ -38,7 +38,7 @@ class GradientGuided:
     def __call__(self, x: Array, t: Array, cond: Cond = None) -> Array:
         alpha, variance = self.schedule.alpha(t), self.schedule.sigma(t) ** 2
         if self.look_ahead:
-            prediction, back = jax.vjp(lambda x: self.denoiser(x, t, cond), x)
+            prediction, back = jax.vjp(lambda x: self.denoiser(x, t, cond).astype(x.dtype), x)
             direction = back(self.gradient)[0]
             strength = alpha**2 / (alpha**2 * self.noise**2 + variance * inner(direction, direction))
         else:
