@@ -211,11 +211,11 @@ def conditions(cond: Any, batch: int) -> None:
 
 
 def prediction(out: Any, x: Any, what: str = "a denoiser") -> jax.Array:
-    """Return a denoiser's prediction of the state x as float32; refuse one of another shape, which broadcasting would hide."""
+    """Return a denoiser's prediction of the state x, in float32 at least; refuse one of another shape, which broadcasting would hide."""
     if not hasattr(out, "shape") or out.shape != x.shape:
         got = list(out.shape) if hasattr(out, "shape") else type(out).__name__
         raise ValueError(f"{what} must return a prediction of the state's shape {list(x.shape)}, got {got}")
-    return out.astype(jnp.float32)
+    return out.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def rows(data: Any, batch: int | None) -> None:

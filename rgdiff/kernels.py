@@ -57,7 +57,7 @@ class Gaussian:
 
     def tilt(self, direction: Array) -> Gaussian:
         """p(x) exp<direction, x>, renormalised: the mean moves by std^2 times the direction."""
-        return Gaussian(self.mean + self.std**2 * direction, self.std)
+        return Gaussian((self.mean + self.std**2 * direction).astype(self.mean.dtype), self.std)
 
 
 class _NoDensity:
@@ -224,7 +224,7 @@ class Absorbing:
 
     def _place(self, key: Key, token: Array) -> Array:
         event = jnp.log(jax.random.uniform(key, self.masked.shape)) < self.log_move
-        return jnp.where((self.masked & event)[..., None], token, self.x)
+        return jnp.where((self.masked & event)[..., None], token.astype(self.x.dtype), self.x)
 
     def log_prob(self, x: Array) -> Array:
         """Log-probability of a one-hot state [B, ..., K + 1]; -inf where an unmasked position has changed."""
@@ -314,7 +314,7 @@ class FirstHitting:
         scores = self.log_position + jax.random.gumbel(key, self.masked.shape)
         flat = jax.lax.stop_gradient(scores).reshape(scores.shape[0], -1)
         chosen = jax.nn.one_hot(jnp.argmax(flat, -1), flat.shape[-1], dtype=bool).reshape(scores.shape)
-        return jnp.where((self.masked & chosen)[..., None], token, self.x)
+        return jnp.where((self.masked & chosen)[..., None], token.astype(self.x.dtype), self.x)
 
     def log_prob(self, x: Array) -> Array:
         """Log-probability of a one-hot state [B, ..., K + 1]; -inf unless exactly one masked position took a token."""

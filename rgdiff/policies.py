@@ -247,7 +247,9 @@ class Steps:
         mean = x + out
         if not self.residual:
             mean = along(self.levels.of_x0[at], x) * out + along(self.levels.of_x[at], x) * x
-        return Gaussian(mean, jnp.broadcast_to(along(self.sigma[at], x), (x.shape[0],) + (1,) * (x.ndim - 1)))
+        return Gaussian(
+            mean.astype(x.dtype), jnp.broadcast_to(along(self.sigma[at], x), (x.shape[0],) + (1,) * (x.ndim - 1))
+        )
 
 
 @pytree

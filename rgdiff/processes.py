@@ -80,12 +80,12 @@ class GaussianProcess:
         alpha_s, sigma_s = self.schedule.alpha(s), self.schedule.sigma(s)
         eps, prediction = self.eps(x, t, prediction), self._clipped(prediction)
         if not self.stochastic:
-            return PointMass(along(alpha_s, x) * prediction + along(sigma_s, x) * eps)
+            return PointMass((along(alpha_s, x) * prediction + along(sigma_s, x) * eps).astype(x.dtype))
         shrink = self._shrink(t, s)
         fraction = jnp.minimum(self.eta * shrink, 1.0)
         mean = along(alpha_s, x) * prediction + along(sigma_s * jnp.sqrt(1 - fraction**2), x) * eps
         std = self.schedule.sigma(t) * shrink if self.variance == "fixed_large" else sigma_s * fraction
-        return Gaussian(mean, along(std, x))
+        return Gaussian(mean.astype(x.dtype), along(std, x))
 
     def _clipped(self, prediction: Array) -> Array:
         return prediction if self.clip is None else jnp.clip(prediction, self.clip[0], self.clip[1])
@@ -172,7 +172,7 @@ class MaskedProcess:
 
     def mean(self, x: Array, t: Array, prediction: Array) -> Array:
         """E[x0 | x_t], a point of the simplex per position [B, ..., K]: copies, and softmax of the logits where masked."""
-        return x[..., :-1] + x[..., -1:] * jax.nn.softmax(checks.logits(prediction, x))
+        return x[..., :-1] + x[..., -1:] * jax.nn.softmax(checks.logits(prediction, x)).astype(x.dtype)
 
     def finalize(self, x: Array, t: Array, prediction: Array) -> Array:
         """Drop the mask: at t = 0 no position is masked."""

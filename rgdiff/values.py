@@ -121,8 +121,8 @@ class EndsAtReward:
     process: Process
 
     def __call__(self, x: State, t: Array, cond: Cond = None) -> Array:
-        value = lambda: evaluate(self.value, x, t, cond)  # noqa: E731
-        at_end = lambda: rewards.evaluate(self.reward, self.process.finalize(x, t, None), cond)  # noqa: E731
+        value = lambda: evaluate(self.value, x, t, cond).astype(jnp.float32)  # noqa: E731
+        at_end = lambda: rewards.evaluate(self.reward, self.process.finalize(x, t, None), cond).astype(jnp.float32)  # noqa: E731
         return jax.lax.cond(t > 0, value, at_end) if jnp.ndim(t) == 0 else jnp.where(t > 0, value(), at_end())
 
 

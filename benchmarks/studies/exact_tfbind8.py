@@ -175,7 +175,7 @@ def rows_of(world: World, temperature: float, learnt: Any, repeats: int, only: s
         "smc, terminal (importance sampling)": samplers.smc(process, denoiser, mean, potential="terminal", **options),
         "tds, plug-in mean": samplers.tds(process, denoiser, mean, **options),
         "das, plug-in mean": samplers.das(process, denoiser, mean, world.times, gamma=0.05, **options),
-        "adaptive tempering, plug-in mean": samplers.smc(process, denoiser, mean, adaptive=0.9, twist=1.0, **options),
+        "adaptive tempering, plug-in mean": samplers.smc(process, denoiser, mean, adaptive=0.5, twist=1.0, **options),
     }
     for name, sampler in particles.items():
         add(name, sampler, repeats)

@@ -58,7 +58,7 @@ class Guided:
 
     def __call__(self, x: Array, t: Array, cond: Cond = None) -> Array:
         prediction, pull = jax.vjp(lambda x: checks.prediction(self.denoiser(x, t, cond), x), x)
-        g = self.term(Point(x, t, cond, prediction, lambda u: pull(u)[0]))
+        g = self.term(Point(x, t, cond, prediction, lambda u: pull(u.astype(x.dtype))[0]))
         finite = jnp.all(jnp.isfinite(g), axis=tuple(range(1, g.ndim)), keepdims=True)
         return prediction + self.scale * along(score_weight(self.process, t), x) * jnp.where(finite, g, 0.0)
 

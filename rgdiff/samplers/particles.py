@@ -55,9 +55,9 @@ class Particles(NamedTuple):
 
     `log_weights` [N] are those since the last resampling, `log_z` is the estimate at the last resampling. `value` [N] is that
     over tau, imputed where it is infeasible; `running` [N] is its running maximum or sum; `log_potential` [N] is the log of the
-    product of a lineage's potentials so far. `lineages` [N] names the initial particle that each descends from. The
-    scalars come last: `strength` in [0, 1] of the tempering, the number of the `move`; and `gains` [N], by initial particle,
-    what its descendants' share of the weights gained between resamplings.
+    product of a lineage's potentials so far. `lineages` [N] names the initial particle that each descends from; `gains` [N]
+    is, by initial particle, what its descendants' share of the weights gained between resamplings. `strength` in [0, 1] is
+    the tempering's.
     """
 
     x: State
@@ -118,7 +118,7 @@ class Smc:
         y = proposal.sample(key_draw)
         log_ratio = jnp.zeros_like(carry.log_weights)
         if proposal is not kernel:
-            log_ratio = kernel.log_prob(y) - proposal.log_prob(y)
+            log_ratio = (kernel.log_prob(y) - proposal.log_prob(y)).astype(jnp.float32)
         evaluation = self._evaluate(y, s, cond)
         moved = self._weigh(carry._replace(x=y, move=carry.move + 1), log_ratio, evaluation, 1 - s / t)
         info = {
@@ -203,7 +203,9 @@ class Smc:
             strength = self.tempering[jnp.minimum(index, self.tempering.shape[0] - 1)]
         if self.adaptive is not None and progress is not None:
             log_weights = particles.log_weights + log_ratio
-            tempered = self._temper(log_weights, particles.log_potential, reached, self.adaptive**progress)
+            tempered = self._temper(
+                log_weights, particles.log_potential, reached, self.adaptive ** (self.interval * progress)
+            )
             strength = jnp.where(evaluates, tempered, strength)
         log_potential = jnp.where(evaluates, strength * reached, particles.log_potential)
         return particles._replace(
@@ -242,14 +244,24 @@ class Smc:
         count = carry.log_weights.shape[0]
         needed = ess(carry.log_weights) < self.ess_threshold * count
         ancestors = jnp.where(needed, SCHEMES[self.resampling](key, carry.log_weights), jnp.arange(count))
-        of_particles = jax.tree.map(lambda leaf: leaf[ancestors], carry[:6])
-        gains = jnp.where(needed, share_gains(carry.log_weights, carry.lineages), 0.0)
-        resampled = carry._replace(
+        of_particles = carry.x, carry.evaluation, carry.value, carry.running, carry.log_potential, carry.lineages
+        x, evaluation, value, running, log_potential, lineages = jax.tree.map(
+            lambda leaf: leaf[ancestors], of_particles
+        )
+        resampled = Particles(
+            x,
+            evaluation,
+            value,
+            running,
+            log_potential,
+            lineages,
             log_weights=jnp.where(needed, 0.0, carry.log_weights),
             log_z=carry.log_z + jnp.where(needed, log_mean_exp(carry.log_weights), 0.0),
-            gains=carry.gains + gains,
+            strength=carry.strength,
+            move=carry.move,
+            gains=carry.gains + jnp.where(needed, share_gains(carry.log_weights, carry.lineages), 0.0),
         )
-        return Particles(*of_particles, *resampled[6:]), ancestors, needed  # type: ignore[call-arg]
+        return resampled, ancestors, needed
 
 
 def _imputed(values: Array, previous: Array, log_weights: Array) -> Array:

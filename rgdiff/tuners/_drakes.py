@@ -165,7 +165,7 @@ class SoftAbsorbing:
 
     def _mix(self, drawn: Array) -> Array:
         copied = 1 - self.x[..., -1:]
-        return copied * self.x + (1 - copied) * drawn
+        return copied * self.x + (1 - copied) * drawn.astype(self.x.dtype)
 
     def sample(self, key: Key) -> Array:
         return jax.lax.stop_gradient(self._mix(draw_token(key, self.log_q, "straight_through", 1.0)))

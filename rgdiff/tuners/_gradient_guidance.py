@@ -60,7 +60,7 @@ class Refit:
 
         def refit(train: TrainState) -> tuple[TrainState, Array]:
             train, losses = jax.lax.scan(one, train, jax.random.split(key, self.updates))
-            return train, losses.mean()
+            return train, losses.mean().astype(jnp.float32)
 
         wait = lambda train: (train, jnp.float32(jnp.nan))  # noqa: E731
         return jax.lax.cond(state.step >= self.first, refit, wait, state.train)
@@ -98,7 +98,7 @@ class GradientGuidance:
         x0 = jnp.zeros((self.batch, *self.process.shape), jnp.float32)
         train = start(params, optax.identity()) if self.refit is None else self.refit.tuner.init(params)
         history = jnp.zeros((self.memory, *x0.shape), jnp.float32)
-        return GuidanceState(train, x0, jnp.zeros_like(x0), jnp.zeros(self.batch), history, jnp.int32(0))
+        return GuidanceState(train, x0, jnp.zeros_like(x0), jnp.zeros(self.batch, jnp.float32), history, jnp.int32(0))
 
     def step(self, key: Key, state: GuidanceState, batch: Any = None) -> tuple[GuidanceState, Info]:
         """Refit (algorithm 2), sample under the last query, and query the reward at the new samples."""
@@ -138,7 +138,7 @@ class GradientGuidance:
         at = x0 if self.gradient_at == "sample" else x0.mean(0, keepdims=True)
         values, back = jax.vjp(lambda x: evaluate(self.reward, x), at)
         gradient = back(jnp.ones_like(values))[0]
-        target = self.target(gradient, at, values)
+        target = self.target(gradient, at, values).astype(jnp.float32)
         usable = jnp.isfinite(inner(gradient, gradient)) & jnp.isfinite(target) & jnp.isfinite(values)
         gradient = jnp.where(usable.reshape(-1, *(1,) * (x0.ndim - 1)), gradient, 0.0)
         rewards = values if self.gradient_at == "sample" else evaluate(self.reward, x0)

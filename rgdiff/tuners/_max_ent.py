@@ -103,10 +103,10 @@ class Togo:
     timeless: bool = static(default=False)
 
     def __call__(self, x: State, t: Array, cond: Cond = None) -> Array:
-        value = lambda: evaluate(self.value, x, 0.0 * t if self.timeless else t, cond)  # noqa: E731
+        value = lambda: evaluate(self.value, x, 0.0 * t if self.timeless else t, cond).astype(jnp.float32)  # noqa: E731
         if self.energy is None:
             return value()
-        energy = lambda: self.energy(x, cond)  # noqa: E731
+        energy = lambda: self.energy(x, cond).astype(jnp.float32)  # noqa: E731
         return jax.lax.cond(t > 0, value, energy) if jnp.ndim(t) == 0 else jnp.where(t > 0, value(), energy())
 
 
@@ -295,7 +295,7 @@ class MaximumEntropy:
         loss, gradients = jax.value_and_grad(self.policy_loss)(params["policy"], key, params, paths, speed, step, cond)
         norm = optax.tree.norm(gradients)
         shrink = jnp.minimum(1.0, self.clip / jnp.maximum(norm, 1e-12))
-        gradients = jax.tree.map(lambda g: shrink * g, gradients)
+        gradients = jax.tree.map(lambda g: (shrink * g).astype(g.dtype), gradients)
         rates = self._rate(self.rates.policy, step)
         if isinstance(params["policy"], dict) and "log_sigma" in params["policy"]:
             rates = dict.fromkeys(params["policy"], rates) | {"log_sigma": self._rate(self.rates.sigma, step)}
@@ -343,7 +343,7 @@ class MaximumEntropy:
 
 
 def _minus(params: Params, updates: Params, rate: Array) -> Params:
-    return jax.tree.map(lambda p, u: p - rate * u, params, updates)
+    return jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), params, updates)
 
 
 def _either(which: Array, new: Any, old: Any) -> Any:

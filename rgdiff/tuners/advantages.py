@@ -128,7 +128,7 @@ def push(buffers: Buffers, index: Array, rewards: Array, feasible: Array) -> Buf
     conditions, length = buffers.values.shape
     mine = jax.nn.one_hot(index, conditions, dtype=jnp.int32) * feasible[:, None]
     rank = jnp.take_along_axis(jnp.cumsum(mine, 0) - mine, index[:, None], 1)[:, 0]
-    total = mine.sum(0)
+    total = mine.sum(0, dtype=jnp.int32)
     kept = feasible & (rank >= total[index] - length)  # of more than a whole buffer, the last ones
     slot = (buffers.count[index] + rank) % length
     row = jnp.where(kept, index, conditions)  # out of range is dropped

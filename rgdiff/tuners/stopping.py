@@ -107,7 +107,7 @@ class EarlyStopping:
     def _watch(self, state: StoppingState, inner: Any, info: Info) -> tuple[StoppingState, Info]:
         if missing := {self.metric, self.limited} - {*info, ""}:
             raise ValueError(f"the tuner reports {sorted(info)}; early_stopping asks for {sorted(missing)}")
-        value = info[self.metric]
+        value = jnp.asarray(info[self.metric], jnp.float32)
         total = state.total + jnp.where(jnp.isfinite(value), value, 0.0)
         finite, count = state.finite + jnp.isfinite(value), state.count + 1
         full = count == self.window

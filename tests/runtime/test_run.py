@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,8 @@ import optax
 import pytest
 
 from rgdiff import guides, processes, schedules, tuners
-from rgdiff.recipes.methods.steering import GuidedSampling, ParticleSampling
+from rgdiff.domains.judging import BaseJudge
+from rgdiff.recipes.methods.steering import CandidateSampling, GuidedSampling, ParticleSampling
 from rgdiff.recipes.outcome import without_divergence
 from rgdiff.recipes.priors import GaussianPrior, MaskedPrior
 from rgdiff.recipes.typing import ReadyPrior
@@ -20,7 +23,7 @@ from rgdiff.runtime.folder import RunFolder
 from rgdiff.runtime.progress import pieces
 from rgdiff.runtime.run import PATIENCE, Diverged, Run
 from rgdiff.tuners._loop import start, update
-from rgdiff.typing import pytree
+from rgdiff.typing import Function, pytree
 
 
 @pytree
@@ -121,6 +124,43 @@ def test_samples_that_diverged_are_said_and_counted(tmp_path, capsys):
     outcome.x0[:3] = [[1e7], [np.nan], [-np.inf]]
     assert without_divergence(run, "dps", prior, outcome).figures == {"divergent": 3.0}
     assert "dps: 3 of 8 samples diverged" in capsys.readouterr().out
+
+
+def test_the_table_has_errors_of_particles_as_repeated_runs_show_them(tmp_path):
+    """N(0, 1) tilted by x / 0.7: means and log Z of 24 runs spread by their standard errors, not by those of 4096 samples."""
+    process = processes.gaussian(schedules.linear_vp(), (1,))
+    reward = Function(lambda x0, cond=None: x0[:, 0])
+    task, prior = Task(reward, reward), ReadyPrior(process, process.times(8), _Exact(process), None, None, (1,))
+    method = ParticleSampling(
+        particles=256, temperature=0.7, options={"ess_threshold": 1.0, "resampling": "multinomial"}
+    )
+    rows = []
+    for seed in range(24):
+        run = Run(RunFolder.create(tmp_path / str(seed), {}), seed, tmp_path / "cache")
+        out = method.run(run, "smc", prior, task, 4096)
+        rows.append(BaseJudge(SimpleNamespace(shape=(1,)), jax.random.key(0)).row(out, task) | out.figures)
+    column = lambda name: np.array([row[name] for row in rows])  # noqa: E731
+    for name, se in (("reward_mean", "reward_se"), ("log_z", "log_z_se")):
+        assert 0.65 < np.sqrt(np.mean(column(se) ** 2)) / column(name).std(ddof=1) < 1.5
+        assert (np.abs(column(name) - column(name).mean()) < 3.5 * column(se)).all()
+    assert column("reward_se").min() > 2 / 64  # a std of about 1 over 64 would be that of independent samples
+    assert (column("lineages") > 2).all() and (column("lineages") < 100).all()
+
+
+def test_svdd_shows_where_candidates_were_infeasible(tmp_path):
+    """Chains that keep away from infeasible means are not those of the tilted law: the report has their share."""
+    process = processes.gaussian(schedules.linear_vp(), (1,))
+    prior = ReadyPrior(process, process.times(5), _Exact(process), None, None, (1,))
+    title = "infeasible share of the candidates along the chain"
+    for cut, seen in ((0.0, True), (99.0, False)):
+        reward = Function(lambda x0, cond=None, cut=cut: jnp.where(x0[:, 0] > cut, jnp.nan, 0.0))
+        run = Run(RunFolder.create(tmp_path / str(cut), {}), 0, tmp_path / "cache")
+        out = CandidateSampling(temperature=1.0, options={"candidates": 4}).run(
+            run, "svdd", prior, Task(reward, reward), 512
+        )
+        assert (title in out.curves) == seen
+        if seen:  # x_T says nothing of x0: half of the first candidates have a mean beyond the cut
+            assert abs(out.curves[title][1][0] - 0.5) < 4 * 0.5 / np.sqrt(4 * 512) and max(out.x0) <= 0
 
 
 @pytree
