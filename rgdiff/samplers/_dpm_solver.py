@@ -68,6 +68,9 @@ def dpm_solver(process: Process, denoiser: Denoiser) -> DpmSolver:
       process: Gaussian, with eta = 0.
       denoiser: (x, t, cond) -> E[x0 | x_t].
 
+    Returns:
+      The sampler.
+
     Raises:
       ValueError: for a process that is not Gaussian, or whose steps are draws.
 
