@@ -115,7 +115,7 @@ def laws(chain: Line, reward: Reward, temperature: float) -> Laws:
 
     Args:
       chain: from `line`.
-      reward: (x0 [N, 1], cond) -> [N].
+      reward: x0 [N, 1] -> [N]; it is called without a condition.
       temperature: tau (alpha of the paper), in the reward's unit.
 
     Returns:
@@ -130,7 +130,7 @@ def laws(chain: Line, reward: Reward, temperature: float) -> Laws:
       >>> process = rgdiff.processes.gaussian(rgdiff.schedules.linear_vp(), (1,))
       >>> denoiser = lambda x, t, cond=None: x * process.schedule.alpha(t)
       >>> chain = quadrature.line(process, denoiser, process.times(4), points=201)
-      >>> print(f"{quadrature.laws(chain, lambda x0, cond: 0 * x0[:, 0] + 2.0, 4.0).log_z:.4f}")  # log E exp(2 / 4)
+      >>> print(f"{quadrature.laws(chain, lambda x0, cond=None: 0 * x0[:, 0] + 2.0, 4.0).log_z:.4f}")  # log E exp(2 / 4)
       0.5000
     """
     rewards = np.asarray(reward(jnp.asarray(chain.x0[:, None], jnp.float32)), float)

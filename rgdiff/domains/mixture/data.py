@@ -62,16 +62,27 @@ class MixtureDomain:
 
 
 def mixture(weights: Sequence[float], centres: Sequence[float], std: float, network: Any) -> MixtureDomain:
-    """Make a mixture of Gaussians on the line.
+    """Make a mixture of Gaussians on the line, x0 ~ sum_k w_k N(m_k, std^2).
 
     Args:
       weights: w_k > 0; they need not sum to 1.
       centres: m_k, one for each weight, in the unit of x0.
       std: of every component.
-      network: a Linen module called as (x, t, cond) that is zero at first, e.g. `nets.MLP`: what tuning adds to the exact denoiser.
+      network: a Linen module called as (x, t, cond) that is zero at first, e.g. `nets.MLP`: tuning adds its output to the
+        exact denoiser.
+
+    Returns:
+      The domain.
 
     Raises:
       ValueError: for weights that are not positive, another number of centres, or std <= 0.
+
+    Example:
+      >>> import jax, rgdiff
+      >>> from rgdiff.domains import mixture
+      >>> domain = mixture.mixture([1.0, 1.0], [-2.0, 2.0], 0.5, rgdiff.nets.MLP(features=(8,)))
+      >>> domain.data(jax.random.key(0), 3).shape
+      (3, 1)
     """
     w, m = np.asarray(weights, float), np.asarray(centres, float)
     if w.ndim != 1 or w.shape != m.shape or not (w > 0).all():
