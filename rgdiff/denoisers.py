@@ -1,12 +1,12 @@
-"""The door for networks: Linen modules, NNX models and plain functions become denoisers; predictions become canonical.
+"""Denoisers of networks: Linen modules, NNX models and plain functions become denoisers, and their predictions become x0.
 
 A denoiser is a callable pytree (x, t, cond) -> E[x0 | x_t] for continuous leaves, or logits of p(x0 | x_t) for
-discrete ones, in float32 whatever the network computes in, with its parameters inside. What a network predicts (eps,
-v, score, velocity) is undone here, once, so that everything above works with x0; guidance that acts on the prediction
-(classifier-free, clipping, thresholding) wraps a denoiser into a denoiser.
+discrete ones, in float32 whatever the network computes in, with its parameters inside. Predictions of eps, v, score or
+velocity are converted here, once, so that the rest of the library works with x0; guidance that acts on the prediction
+(classifier-free, clipping, thresholding) maps a denoiser to a denoiser.
 
-Samplers call a denoiser with one time t [], losses with a time per example [B]. A network that came through `from_linen`,
-`from_nnx` or `from_function` always sees t [B]. `discrete_time` gives it the step's number in place of t.
+Samplers call a denoiser with one time t [], losses with a time per example [B]. A network made by `from_linen`,
+`from_nnx` or `from_function` is always called with t [B]. `discrete_time` passes it the step's number in place of t.
 """
 
 from __future__ import annotations

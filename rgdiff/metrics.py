@@ -1,7 +1,7 @@
-"""Numbers about samples: distances between sets, coverage, diversity, accuracy, AUROC, reward summaries; of sequences, k-mers.
+"""Metrics of samples: distances between sets, coverage, diversity, accuracy, AUROC, reward summaries; of sequences, k-mers.
 
-Everything is computed on the host in float64 from arrays whose first axis counts examples, and says how many of them
-were left out. Which features to take (raw pixels, a classifier's penultimate layer) is left to the caller.
+Everything is computed on the host in float64 from arrays whose first axis counts examples, and the number of examples left
+out is returned. The caller chooses the features (raw pixels, a classifier's penultimate layer).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 
 class PrecisionRecall(NamedTuple):
-    """Share of fakes that look real, and share of reals that the fakes cover; both in [0, 1]."""
+    """The share of fakes in the support of the reals, and of reals in the support of the fakes; both in [0, 1]."""
 
     precision: float
     recall: float

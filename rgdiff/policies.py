@@ -1,8 +1,8 @@
 """Few-step Gaussian policies: a chain of T learnt Gaussian steps, as a process of this library and a model of its parameters.
 
-`levels`, `variances`, `fast_dpm` and `karras` give the noise levels of the T steps, computed in float64; `few_step` makes
-them a process whose denoisers predict the step's own law, and `policy` a model: parameters {network, log_sigma} become
-such a denoiser. Samplers, path KL and every tuner take both as they are, and then learn the standard deviations too.
+`levels`, `variances`, `fast_dpm` and `karras` compute the noise levels of the T steps in float64. `few_step` makes
+them a process whose denoisers predict the step's own kernel, and `policy` a model: parameters {network, log_sigma} become
+such a denoiser. Samplers, path KL and every tuner take both without change, and then learn the standard deviations too.
 """
 
 from __future__ import annotations
@@ -241,7 +241,7 @@ def _time_of(schedule: GaussianSchedule, log_snr: float) -> float:
 
 @pytree
 class FewStep:
-    """A process of T Gaussian steps to data. Build it with `few_step`. A prediction is the law of the next state itself."""
+    """A process of T Gaussian steps to data. Build it with `few_step`. A prediction is the kernel of the next state itself."""
 
     levels: Levels
     shape: tuple[int, ...] = static()

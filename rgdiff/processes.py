@@ -1,7 +1,7 @@
 """Noising processes: a schedule becomes kernels. `gaussian`, `masked`, `first_hitting` and `product` build them.
 
-A process turns a network's prediction (E[x0 | x_t], or logits of p(x0 | x_t)) into the reverse law p(x_s | x_t), and
-knows the prior, the forward law and the time grid of a chain. Gaussian chains end at a small t > 0 and are projected
+A process turns a network's prediction (E[x0 | x_t], or logits of p(x0 | x_t)) into the reverse kernel p(x_s | x_t). It
+holds the prior, the forward kernel and the time grid of a chain. Gaussian chains end at a small t > 0 and are projected
 to data by `mean`; masked chains run to t = 0, where the last kernel unmasks everything.
 """
 

@@ -1,8 +1,8 @@
 """Resampling of weighted particles: four schemes and the effective sample size.
 
-All take unnormalised log-weights [N] of one problem (many problems are `vmap`) and return N ancestor indices; the
-expected number of copies of particle i is N w_i for every scheme, they differ in its variance. Weights that are all
-zero (or NaN) count as equal. When to resample, and what rides with a particle, is the sampler's business.
+All take unnormalised log-weights [N] of one problem (many problems are `vmap`) and return N ancestor indices. The
+expected number of copies of particle i is N w_i for every scheme; they differ in its variance. Weights that are all
+zero (or NaN) count as equal. The sampler decides when to resample and which arrays are permuted.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Rewards: callables (x0, cond) -> [B] in the reward's own unit, and how host functions and sums become one.
 
-NaN marks an infeasible sample; it is counted and reported by whoever uses the reward, never averaged. Nothing here
-knows a domain, and no temperature lives here: it belongs to the method.
+NaN marks an infeasible sample. The method that uses the reward counts and reports it, and never averages it. Rewards here
+depend on no domain and have no temperature, which belongs to the method.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Values: callables (x_t, t, cond) -> [B], the expected reward to go in the reward's own unit.
 
-`posterior_mean` turns a reward and a denoiser into a value without training, `learned` takes a network trained by
-`rgdiff.tuners.value_regression` or `temporal_difference`; the losses and backups they are trained by stand here, and
-`error_over_time` says how good a value is at each time. Methods that already hold the denoiser's prediction pass it on
-(`given`), so that no network is called twice with the same input.
+`posterior_mean` makes a value of a reward and a denoiser without training. `learned` takes a network trained by
+`rgdiff.tuners.value_regression` or `temporal_difference`; their losses and backups are in this module.
+`error_over_time` measures the error of a value at each time. Methods that already hold the denoiser's prediction pass it
+to the value (`given`), so that no network is called twice with the same input.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Exact laws of small discrete worlds by enumeration: the law and the path KL of a masked chain, tilted laws, soft values.
+"""Exact distributions of small discrete worlds by enumeration: those of masked chains and their path KL, tilts, soft values.
 
-K letters at L positions make K^L sequences and (K + 1)^L partly masked states, both in C order (the last position runs
-fastest; the mask is the last class). Laws are NumPy float64 on the host, exact for the chain of the given time grid:
+K letters at L positions make K^L sequences and (K + 1)^L partly masked states, both in C order (the last position varies
+fastest; the mask is the last class). Probabilities are NumPy float64 on the host, exact for the chain of the given time grid:
 one event at a time (`processes.first_hitting`), or moves that may unmask several positions at once from one prediction.
 It assumes one process on sequences [L] and as many states as fit: 5^8 = 390,625 for DNA 8-mers.
 """

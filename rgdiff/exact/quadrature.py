@@ -1,7 +1,7 @@
-"""Exact laws of one-dimensional Gaussian chains by quadrature: the prior's, its tilt, and what a frozen start leaves of it.
+"""Exact distributions of one-dimensional Gaussian chains by quadrature: the prior's, its tilt, and that of tilted kernels alone.
 
-Kernels of any process and denoiser on states [B, 1] become matrices on a grid, so the laws are those of the chain with its own number of
-moves and not of its limit. It is to numbers what `enumeration` is to letters; float64, on the host.
+Kernels of any process and denoiser on states [B, 1] become matrices on a grid, so the distributions are those of the chain with
+its own number of moves and not of its limit. It is the counterpart of `enumeration` for numbers; float64, on the host.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Exact rounds of online fine-tuning where all samples can be enumerated: the optimum of every round, and its regret.
 
-Laws and rewards are NumPy arrays [n] over all samples, float64. With these a method's outer loop (what it asks, what it learns,
-how far it moves) is measured apart from how well a network is tuned in each round.
+Probabilities and rewards are NumPy arrays [n] over all samples, float64. With these a method's outer loop (its queries, its
+surrogate, its steps) is measured apart from the tuning of a network in each round.
 """
 
 from __future__ import annotations

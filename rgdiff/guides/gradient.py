@@ -1,9 +1,9 @@
-"""Gradient guidance G and G_loss (arXiv 2404.14743): a denoiser steered so that g . x0 comes near a target y.
+"""Gradient guidance G and G_loss (arXiv 2404.14743): a denoiser guided so that g . x0 is near a target y.
 
-The model behind both is y = g . x0 + noise. `g` moves the score along g itself, which leaves the data's support;
+The model behind both is y = g . x0 + noise. `g` changes the score along g itself, which leaves the data's support;
 `g_loss` along the gradient of the look-ahead g . E[x0 | x_t], which stays in it and is the exact conditional score
-for Gaussian data. `increment` and `level` choose y from a gradient query; the rounds of queries are
-`tuners.gradient_guidance`.
+for data N(m, P), P a projection, under a variance-preserving schedule. `increment` and `level` choose y from a gradient
+query; the rounds of queries are `tuners.gradient_guidance`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class GradientGuided:
 
     def __call__(self, x: Array, t: Array, cond: Cond = None) -> Array:
         signal, variance = self.schedule.alpha(t), self.schedule.sigma(t) ** 2
-        alpha = jnp.where(signal > 0, signal, 1.0)  # where it is 0, x_t says nothing of x0 and nothing is guided
+        alpha = jnp.where(signal > 0, signal, 1.0)  # where it is 0, x_t does not depend on x0 and nothing is guided
         if self.look_ahead:
             prediction, back = jax.vjp(lambda x: self.denoiser(x, t, cond), x)
             direction = back(self.gradient)[0]

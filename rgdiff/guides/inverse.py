@@ -1,8 +1,8 @@
 """Guides for y = A x0 + noise: `dps`, `dps_step`, `pigdm`, `tmpd`, each a score g(x_t) in place of grad log p(y | x_t).
 
-They differ in what they take p(x0 | x_t) to be: a point (DPS), a Gaussian of one variance (PiGDM), a Gaussian with the
+They approximate p(x0 | x_t) by a point (DPS), by a Gaussian of one variance (PiGDM), or by a Gaussian with the
 covariance that the denoiser's Jacobian gives (TMPD). J is that Jacobian; J^T u is a backward pass, and no Jacobian is
-formed. What was measured is a `guides.measurements` object. `likelihood` is PiGDM's log p(y | x_t), a value.
+formed. The measurement is an object of `guides.measurements`. `likelihood` is PiGDM's log p(y | x_t), a value.
 """
 
 from __future__ import annotations

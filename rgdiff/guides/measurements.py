@@ -1,8 +1,8 @@
-"""What was measured of x0: `linear` (y = A x0 + noise) and `inpainting` (some coordinates, with noise).
+"""Measurements of x0: `linear` (y = A x0 + noise) and `inpainting` (some coordinates, with noise).
 
 A measurement is a reward, its log-likelihood log p(y | x0) in nats with the normalising constant, so that every method
-of the library takes it. It also knows log p(y | x_t) where x0 | x_t is N(m, v I), for any v without another
-factorisation, and what covariance-aware guides need: the residual, A, A^T and the rows of A.
+of the library takes it. It also computes log p(y | x_t) where x0 | x_t is N(m, v I), for any v without another
+factorisation, and provides the residual, A, A^T and the rows of A for covariance-aware guides.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""What conditions a network: the time and the class, as one vector per example.
+"""The conditioning of a network: the time and the class, as one vector per example.
 
-It holds the sinusoidal features of t and the small embedding network all reference nets share. It assumes
-times in [0, 1] and integer labels in 0..N-1, with N for "no class". How the vector enters a network is left
-to that network.
+It holds the sinusoidal features of t and the small embedding network that all reference nets share. It assumes
+times in [0, 1] and integer labels in 0..N-1, with N for "no class". Each network decides where the vector enters.
 """
 
 from __future__ import annotations

@@ -22,7 +22,16 @@ GROUPS = 8
 
 
 def conv3(features: int, x: Array, **options: Any) -> Conv:
-    """Return the layer of a convolution of 3 taps on every spatial axis of x, padded by one."""
+    """Return the layer of a convolution of 3 taps on every spatial axis of x, padded by one.
+
+    Args:
+      features: output channels.
+      x: [B, *spatial, I]; its number of axes is read.
+      options: further fields of `Conv`.
+
+    Returns:
+      The layer.
+    """
     axes = x.ndim - 2
     return Conv(features, (3,) * axes, padding=((1, 1),) * axes, **options)
 

@@ -1,7 +1,7 @@
 """Ancestral sampling: draw from the reverse kernel at every move. DDPM, DDIM(eta), EDM, flow and masked chains alike.
 
-A guide may tilt each kernel before the draw, and moves may be repeated after going back (time travel). Guides on the
-prediction need nothing here: they make another denoiser (`rgdiff.guides.score`).
+A guide may tilt each kernel before the draw, and moves may be repeated after noising back (time travel). Guides on the
+prediction need no support here: they make another denoiser (`rgdiff.guides.score`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Event-driven masked sampling: the ancestral chain, with the network called only for examples in which a token appeared.
 
-On a fine grid most moves of most examples change nothing (with L positions and T moves, a fraction exp(-L/T)); a
-denoiser that does not look at t then has nothing new to say. Draw for draw these are the samples of `ancestral`.
+On a fine grid most moves of most examples change nothing (with L positions and T moves, a fraction exp(-L/T)). A
+denoiser that does not depend on t then has the same prediction as before. The samples equal those of `ancestral` for the same key.
 """
 
 from __future__ import annotations

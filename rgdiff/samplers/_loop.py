@@ -168,8 +168,8 @@ def sample(
       times: [T + 1], decreasing from noise; `process.times(steps)` makes it.
       cond: conditions, a pytree of [B, ...], or None.
       keep: (carry, info) -> pytree to store after each move, e.g. `lambda carry, info: info["value"]`; None stores nothing.
-      chunk: moves per compiled call; with it `on_chunk(done, T)` is called between chunks to show progress. The
-        result is the same.
+      chunk: moves per compiled call; None compiles the chain as one call. The result is the same.
+      on_chunk: (done, T) -> None, called between chunks to show progress.
       mesh: a mesh with an axis named "data" over which the batch is split.
 
     Returns:

@@ -1,8 +1,8 @@
 """SVDD: soft value-based decoding (arXiv 2408.08252). Draw M candidates from the kernel, keep one in proportion to exp(v/tau).
 
-Nothing is differentiated and nothing is trained, so the reward may be a black box. The samples do not interact (but
-for `replace`); as M grows the law tends to p_pre(x) exp(r(x)/tau)/Z when v is the exact soft value and the initial draw is
-selected too (a masked chain begins at one state, and needs no selection there), with an error of order 1/M.
+It needs no gradient and no training, so the reward may be a black box. The samples do not interact (but
+for `replace`). As M grows their distribution tends to p_pre(x) exp(r(x)/tau)/Z when v is the exact soft value and the initial
+draw is selected too (a masked chain begins at one state, and needs no selection there), with an error of order 1/M.
 """
 
 from __future__ import annotations
@@ -72,9 +72,10 @@ class Svdd:
         return self.initial(key, batch, t, cond)[0]
 
     def initial(self, key: Key, batch: int, t: Array, cond: Cond = None) -> tuple[SvddCarry, Info]:
-        """Return the beginning of chains and, with `select_initial`, the info of its selection, as of a move's.
+        """Return the beginning of chains and, with `select_initial`, the info of its selection, in the form of a move's.
 
-        That of `sample(sampler, key, ...)` is `sampler.initial(jax.random.fold_in(key, 0), batch, times[0], cond)`: `keep` sees moves.
+        `sample(sampler, key, ...)` begins with `sampler.initial(jax.random.fold_in(key, 0), batch, times[0], cond)`; its `keep` is
+        called after moves only.
         """
         key_draw, key_select = jax.random.split(key)
         prior = self.process.prior(batch)
@@ -112,9 +113,9 @@ class Svdd:
         return self.process.finalize(carry.x, t, prediction), info
 
     def network_calls(self, moves: int) -> int:
-        """Calls of the denoiser per sample over a chain of `moves` moves, at most (the value's own network not counted).
+        """Return the largest number of denoiser calls per sample over a chain of `moves` moves (the value's own network not counted).
 
-        With `distinct` fewer: info["evaluations"] says how many states were evaluated.
+        With `distinct` there are fewer: info["evaluations"] counts the evaluated states.
         """
         if not self.shared:
             return moves + self.process.projects

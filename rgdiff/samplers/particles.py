@@ -1,8 +1,8 @@
 """Sequential Monte Carlo towards p_pre(x) exp(r(x)/tau)/Z: FK steering, TDS and DAS are settings of it.
 
 The batch is the particles of one problem; many problems are `vmap`. Log-weights accumulate between resamplings, and
-everything that belongs to a particle is re-indexed with it. The potentials on the way are positive, and the last one makes
-their product exp(r(x0)/tau): weighted averages and the estimate of Z are right as the number of particles grows.
+every array of a particle is permuted with it. The intermediate potentials are positive, and the last one makes
+their product exp(r(x0)/tau), so that weighted averages and the estimate of Z converge as the number of particles grows.
 """
 
 from __future__ import annotations
@@ -292,7 +292,7 @@ def smc(
       value: (x, t, cond) -> [B], in the reward's unit; or a measurement (`guides.linear`, `guides.inpainting`), which
         stands for `guides.likelihood` of it with data of variance 1, and for the reward.
       temperature: tau, in the reward's unit.
-      potential: `difference`, `max`, `sum` or `terminal`, see above (FK steering, arXiv 2501.06848).
+      potential: `difference`, `max`, `sum` or `terminal`; `smc` has their equations (FK steering, arXiv 2501.06848).
       reward: r of the target, (x0, cond) -> [B]. Without it r is the value at the last time, which for `posterior_mean` is the
         reward at the projection, and for `guides.likelihood` its measurement.
       resampling: `multinomial`, `stratified`, `systematic` or `residual`.
@@ -300,7 +300,7 @@ def smc(
       interval: moves between potentials (FK steering's schedule); the end always contributes.
       twist: propose from the kernel tilted by twist * gradient of v/tau (TDS, arXiv 2306.17775; DAS, 2501.05803); 1 is
         the twist of the target. One VJP of the value a move. The value must then be near the soft value
-        tau log E[exp(r(x0)/tau) | x_t] in its gradient too: see the note.
+        tau log E[exp(r(x0)/tau) | x_t] in its gradient too: see the note of `smc`.
       proposal: any guide on the kernel, in place of or under the twist.
       tempering: [T + 1] strengths in [0, 1], one per time of the chain, that multiply v (DAS); see `das_tempering`.
       adaptive: choose the strengths: at each move from t to s the largest in [0, 1] at which the potential keeps the

@@ -67,7 +67,7 @@ def _public():
 
 
 PUBLIC = dict(_public())
-FUNCTIONS = {name: thing for name, thing in PUBLIC.items() if inspect.isfunction(thing)}
+FUNCTIONS = {name: thing for name, thing in PUBLIC.items() if not inspect.isclass(thing)}
 MODULES = {name: thing for name, thing in PUBLIC.items() if name.startswith("rgdiff.nets.") and inspect.isclass(thing)}
 KERNELS = {
     name: thing for name, thing in PUBLIC.items() if name.startswith("rgdiff.kernels.") and inspect.isclass(thing)

@@ -1,7 +1,7 @@
-"""One-class problems: learn from normal examples alone, then tell normal from anomalous ones; and three detectors to compare with.
+"""One-class problems: train on normal examples alone, then separate normal from anomalous ones; and three detectors to compare with.
 
 Data are scikit-learn's: digits with one class held out, and two medical and chemical tables whose one class is normal. Examples are
-float32 [N, D], scaled by the training examples'; scores are higher for what is more anomalous, and judged by their AUROC.
+float32 [N, D], scaled by the training examples'. Scores are higher for anomalous examples and are evaluated by their AUROC.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DETECTORS = ("isolation_forest", "one_class_svm", "local_outlier_factor")
 
 
 class OneClass(NamedTuple):
-    """Normal examples to learn from [N, D], and normal [M, D] and anomalous ones [K, D] to be told apart."""
+    """Normal examples for training [N, D], and normal [M, D] and anomalous ones [K, D] for the test."""
 
     name: str
     train: np.ndarray

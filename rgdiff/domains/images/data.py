@@ -1,7 +1,7 @@
-"""Image domains: real data in [-1, 1] with three disjoint splits, and the way to 8-bit pictures and back.
+"""Image domains: real data in [-1, 1] with three disjoint splits, and the conversion to 8-bit pictures and back.
 
 Images are float32 [B, H, W, C], 1 is full ink and -1 is background; labels are int32 [B]. Data come from scikit-learn's
-digits or from MNIST's IDX files by path, and nothing is downloaded. Classifiers and rewards on images live next door.
+digits or from MNIST's IDX files by path, and nothing is downloaded. Classifiers and rewards are in `classifier` and `rewards`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Numbers from a Gaussian mixture, with an exact denoiser: a world on the line where every law of interest can be drawn.
+"""Numbers from a Gaussian mixture, with an exact denoiser: a one-dimensional world whose distributions are computed by quadrature.
 
-States are [B, 1]. The judge compares samples with the tilted law of the prior's own chain, by quadrature, and with the
-law that tuning reaches while x_T stays the prior's. What is tuned, and how, is left to the methods.
+States are [B, 1]. The judge compares samples with the tilt of the prior's own chain, by quadrature, and with the
+distribution that tuning reaches while x_T stays the prior's. Tuning is left to the methods.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Points in the plane: 8 Gaussians, 2 spirals, a checkerboard, 3 rings, curves; each sampled by key, each with its log density.
 
-A law here is a pytree with `sample(key, count)` [count, 2] and `log_prob(x)` [...], nats. It assumes states [B, 2] and
-knows neither priors nor rewards except `feasible`, which bounds a reward to the neighbourhood of a curve. What reports
-show of samples is `planar_tasks`' business.
+A distribution here is a pytree with `sample(key, count)` [count, 2] and `log_prob(x)` [...], nats. It assumes states [B, 2] and
+depends on no prior and no reward except `feasible`, which bounds a reward to the neighbourhood of a curve. `judge` holds
+what reports show of samples.
 """
 
 from __future__ import annotations
@@ -366,7 +366,7 @@ def feasible(reward: Reward, curve: Curve, limit: float) -> Feasible:
 
 @pytree
 class PlanarDomain:
-    """A law on the plane as a domain of recipes. Build it with `planar` or `curve`."""
+    """A distribution on the plane as a domain of recipes. Build it with `planar` or `curve`."""
 
     law: Any
     name: str = static()
@@ -388,7 +388,7 @@ def planar(name: str = "eight_gaussians", scale: float = 1.0, noise: float | Non
     """Make the domain of a distribution on the plane, by its name.
 
     Args:
-      name: `eight_gaussians`, `two_spirals`, `checkerboard` or `rings`.
+      name: `eight_gaussians`, `two_spirals`, `checkerboard`, `rings`, or a curve, `arc` or `figure_eight` (see `curve`).
       scale: of the set about 0; at 1 it lies in [-4, 4]^2.
       noise: standard deviation of the Gaussian noise about it, in the plane's unit; the set's own, times scale, by default.
 

@@ -14,7 +14,7 @@ from rgdiff.typing import Array, Cond, pytree
 
 @pytree
 class LogDensity:
-    """r(x) = log p(x) of a law, nats: with temperature 1 a sampler of exp(r) draws from the law."""
+    """r(x) = log p(x), nats: with temperature 1 a sampler of exp(r) draws from p."""
 
     law: Any
 

@@ -1,8 +1,8 @@
 """Variants of one protein, given as lists of mutations: the reader, the wild type that they imply, and GFP's brightness.
 
-A variant `A108D,N144D` says which letters of the wild type it changes, so the file itself holds the wild type wherever
-something was ever mutated; other positions stay unknown (X) and are no part of the state, which is one-hot [L, 20] over
-the known positions of a window. Learned brightness and its judge are in `protein_tasks`.
+The wild type is reconstructed from the mutation codes: position 108 is A because a variant lists A108D. Positions never
+mutated are unknown (X) and dropped from the state, which is one-hot [L, 20] over the known positions of a window. Learned
+brightness is in `rewards`, its judge in `judge`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ STOP = "*"
 class Variants(NamedTuple):
     """Variants of one wild type.
 
-    wild_type: its letters from position `first` on, X where no variant says. tokens: [N, len(wild_type)] letters as classes
-    0..19, 20 for a stop, 255 at X. mutations: [N], how many letters differ.
+    wild_type: its letters from position `first` on, X where no variant has a mutation. tokens: [N, len(wild_type)] letters as
+    classes 0..19, 20 for a stop, 255 at X. mutations: [N], the number of letters that differ.
     """
 
     wild_type: str
@@ -139,8 +139,8 @@ def gfp(
 
     A state is one-hot [L, 20] over the positions of the window whose wild type follows from the file: 233 of 235 without a
     window. Variants with a mutation elsewhere, or with a stop codon, are left out. The prior may use all the others; the two
-    random halves of them are for the rewards that guide and that judge (all are near copies of one protein: a judge has seen
-    neighbours of what it judges, but never the variant itself). Brightness has two modes, dark (near 1.3) and
+    random halves of them are for the rewards that guide and that judge (all are near copies of one protein: a judge is
+    trained on neighbours of the variants that it judges, never on a variant itself). Brightness has two modes, dark (near 1.3) and
     bright (near 3.6): `dark` is the threshold between them (`two_modes` of all measurements), about 2.5.
 
     Args:

@@ -1,9 +1,9 @@
 """Sequence domains: alphabets, letters as one-hot states and back, and data in the splits that rewards and judges need.
 
 Sequences are one-hot [B, L, K], all of one length; the mask of a noised state is a further class, K, last. The prior
-may see everything in `train_x`; where there are measurements, `guide` and `judge` hold disjoint halves of them, so that
+may use all of `train_x`; where there are measurements, `guide` and `judge` hold disjoint halves of them, so that
 a learned reward never judges its own samples: equal sequences, whatever their case, near copies and the two strands of one
-molecule are in one half (`linked`). Files are read in `sequence_files`, rewards are next door.
+molecule are in one half (`linked`). Files are read in `files`, rewards are in `rewards`.
 """
 
 from __future__ import annotations

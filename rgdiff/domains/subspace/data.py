@@ -1,8 +1,8 @@
 """The gradient-guidance paper's worlds: Gaussian data on a linear subspace, and the unit sphere, with exact denoisers.
 
-States are vectors [B, D]. Beside a reward it is always said how much of theta . x lies in the data's support, since a
-linear reward is cheaply raised by leaving it. The fixed subspace and objectives of arXiv 2404.14743 are read from the
-authors' files by path (`linear`, `sphere`); judging samples for a report is `subspace_tasks`' business.
+States are vectors [B, D]. Reports show, beside a reward, how much of theta . x lies in the data's support, since leaving the
+support raises a linear reward easily. The fixed subspace and objectives of arXiv 2404.14743 are read from the
+authors' files by path (`linear`, `sphere`); `judge` evaluates samples for a report.
 """
 
 from __future__ import annotations
