@@ -1,12 +1,12 @@
-"""The door for networks: Linen modules, NNX models and plain functions become denoisers; predictions become canonical.
+"""Denoisers of networks: Linen modules, NNX models and plain functions become denoisers, and their predictions become x0.
 
 A denoiser is a callable pytree (x, t, cond) -> E[x0 | x_t] for continuous leaves, or logits of p(x0 | x_t) for
-discrete ones, in float32 whatever the network computes in, with its parameters inside. What a network predicts (eps,
-v, score, velocity) is undone here, once, so that everything above works with x0; guidance that acts on the prediction
-(classifier-free, clipping, thresholding) wraps a denoiser into a denoiser.
+discrete ones, in float32 whatever the network computes in, with its parameters inside. Predictions of eps, v, score or
+velocity are converted here, once, so that the rest of the library works with x0; guidance that acts on the prediction
+(classifier-free, clipping, thresholding) maps a denoiser to a denoiser.
 
-Samplers call a denoiser with one time t [], losses with a time per example [B]. A network that came through `from_linen`,
-`from_nnx` or `from_function` always sees t [B]. `discrete_time` gives it the step's number in place of t.
+Samplers call a denoiser with one time t [], losses with a time per example [B]. A network made by `from_linen`,
+`from_nnx` or `from_function` is always called with t [B]. `discrete_time` passes it the step's number in place of t.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ PREDICTIONS = ("x0", "eps", "v", "score", "velocity", "logits", "probabilities")
 
 @pytree
 class Network:
-    """A function apply(params, rest, x, t, cond) with its parameters; returns float32. Bind the function once: a new one recompiles.
+    """A function apply(params, rest, x, t, cond) with its parameters; returns float32. Create the function once: a new one recompiles.
 
-    `rest` is state that no tuner moves: BatchNorm's statistics, keys. t reaches the function as [B], unless it has an
-    attribute `scalar_time` that is true: then as it comes, since one time for all examples costs it less.
+    `rest` is state that no tuner updates: BatchNorm's statistics, keys. t reaches the function as [B], unless it has a true
+    attribute `scalar_time`: then t is passed as it comes, since one time for all examples is cheaper.
     """
 
     params: Params
@@ -48,7 +48,23 @@ class Network:
 
 
 def per_row(t: Array | float, x: State) -> Array:
-    """Return a time, [] or [B], as one per example of the state x: [B], float32 (integers stay integers)."""
+    """Return a time as one per example of the state: [B], float32 (integers stay integers).
+
+    Args:
+      t: [] or [B].
+      x: the state, leaves [B, ...].
+
+    Returns:
+      [B].
+
+    Raises:
+      ValueError: for another shape.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> print(rgdiff.denoisers.per_row(0.5, jnp.zeros((3, 2))))
+      [0.5 0.5 0.5]
+    """
     batch = jax.tree.leaves(x)[0].shape[0]
     t = jnp.asarray(t)
     if t.shape not in ((), (batch,)):
@@ -130,11 +146,23 @@ class _NnxApply:
 
 
 def from_function(function: Callable[..., Any], params: Params) -> Network:
-    """Take a plain function and its parameters as a network.
+    """Make a network of a plain function and its parameters.
 
     Args:
       function: (params, x, t, cond) -> prediction, or (params, x, t); t is [B].
       params: any pytree.
+
+    Returns:
+      The network, (x, t, cond) -> prediction.
+
+    Raises:
+      ValueError: for something that cannot be called.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> network = rgdiff.denoisers.from_function(lambda params, x, t: params * x, jnp.float32(3.0))
+      >>> print(network(jnp.ones((1, 2)), 0.5))
+      [[3. 3.]]
     """
     if not callable(function):
         raise ValueError(f"a network must be a function (params, x, t, cond) -> prediction, got {function!r}")
@@ -143,12 +171,25 @@ def from_function(function: Callable[..., Any], params: Params) -> Network:
 
 
 def from_linen(module: Any, params: Params) -> Network:
-    """Take a Flax Linen module as a network.
+    """Make a network of a Flax Linen module and its parameters.
 
     Args:
       module: called as module.apply({"params": params}, x, t, cond), or (x, t) where it has no third argument; t is [B].
-      params: what `module.init` returned, or its "params" alone. Other collections, e.g. "batch_stats", are handed to
+      params: what `module.init` returned, or its "params" alone. Other collections, e.g. "batch_stats", are passed to
         the module and never trained.
+
+    Returns:
+      The network, (x, t, cond) -> prediction.
+
+    Raises:
+      ValueError: for something that is not a Linen module.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rgdiff
+      >>> module, x = rgdiff.nets.MLP(features=(8,)), jnp.ones((1, 2))
+      >>> params = module.init(jax.random.key(0), x, jnp.zeros(1))
+      >>> print(rgdiff.denoisers.from_linen(module, params)(x, 0.5))  # the last layer is zero at first
+      [[0. 0.]]
     """
     if not hasattr(module, "apply") or not hasattr(module, "init"):
         raise ValueError(
@@ -163,9 +204,18 @@ def from_linen(module: Any, params: Params) -> Network:
 
 @pytree
 class LinenModel:
-    """A Linen module as a model: params -> network, what a tuner differentiates.
+    """A Linen module as a model: params -> network. A tuner differentiates it in the parameters.
 
-    `rest` holds the collections that are not trained, e.g. {"batch_stats": ...}.
+    Args:
+      module: as for `from_linen`.
+      rest: the collections that are not trained, e.g. {"batch_stats": ...}; None if there are none.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rgdiff
+      >>> module, x = rgdiff.nets.MLP(features=(8,)), jnp.ones((1, 2))
+      >>> params = module.init(jax.random.key(0), x, jnp.zeros(1))["params"]
+      >>> rgdiff.denoisers.LinenModel(module)(params)(x, 0.5).shape
+      (1, 2)
     """
 
     module: Any = static()
@@ -177,7 +227,7 @@ class LinenModel:
 
 @pytree
 class NnxModel:
-    """An NNX module as a model: params -> network, what a tuner differentiates. Build it with `nnx_model`."""
+    """An NNX module as a model: params -> network. A tuner differentiates it in the parameters. Build it with `nnx_model`."""
 
     apply: Callable[..., Any] = static()
     rest: Any = None
@@ -191,11 +241,24 @@ def nnx_model(module: Any) -> tuple[NnxModel, Params]:
 
     Args:
       module: called as module(x, t, cond), or (x, t) where it has no third argument; t is [B]. It must not change its own
-        state when it is called: `module.eval()` first.
+        state when it is called: call `module.eval()` first.
 
     Returns:
       The model (params -> network) and the arrays of its `nnx.Param`, nested dicts by attribute. Everything else (running
       statistics, keys, counts) stays in the model and is never trained. `nnx.update(module, params)` writes tuned ones back.
+
+    Raises:
+      ValueError: for something that is not an NNX module; at a call, for a module that changes its own state.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> from flax import nnx
+      >>> class Double(nnx.Module):
+      ...     def __init__(self): self.weight = nnx.Param(jnp.float32(2.0))
+      ...     def __call__(self, x, t): return self.weight[...] * x
+      >>> model, params = rgdiff.denoisers.nnx_model(Double())
+      >>> print(model(params)(jnp.ones((1, 2)), 0.5))
+      [[2. 2.]]
     """
     from flax import nnx
 
@@ -207,16 +270,52 @@ def nnx_model(module: Any) -> tuple[NnxModel, Params]:
 
 
 def from_nnx(module: Any) -> Network:
-    """Take a Flax NNX module as a network with its own parameters; see `nnx_model`, which tuners need."""
+    """Make a network of a Flax NNX module with its own parameters. Tuners need `nnx_model` instead.
+
+    Args:
+      module: as for `nnx_model`.
+
+    Returns:
+      The network, (x, t, cond) -> prediction.
+
+    Raises:
+      ValueError: for something that is not an NNX module.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> from flax import nnx
+      >>> class Double(nnx.Module):
+      ...     def __init__(self): self.weight = nnx.Param(jnp.float32(2.0))
+      ...     def __call__(self, x, t): return self.weight[...] * x
+      >>> print(rgdiff.denoisers.from_nnx(Double())(jnp.ones((1, 2)), 0.5))
+      [[2. 2.]]
+    """
     model, params = nnx_model(module)
     return model(params)
 
 
 def to_x0(prediction: str, schedule: GaussianSchedule, x: Array, t: Array, out: Array) -> Array:
-    """Turn a network's output into E[x0 | x_t].
+    """Convert a network's output into E[x0 | x_t].
 
     eps: (x - sigma eps) / alpha; v = alpha eps - sigma x0 (arXiv 2202.00512): alpha x - sigma v, over alpha^2 + sigma^2;
     score: (x + sigma^2 score) / alpha; velocity = d x_t / dt of the flow schedule, eps - x0: x - t velocity.
+
+    Args:
+      prediction: x0, eps, v, score or velocity.
+      schedule: of the process.
+      x: the state x_t [B, ...].
+      t: [] or [B].
+      out: the network's output [B, ...].
+
+    Returns:
+      E[x0 | x_t], [B, ...].
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> x0, eps, schedule = jnp.array([[2.0]]), jnp.array([[1.0]]), rgdiff.schedules.flow()
+      >>> x, t = 0.75 * x0 + 0.25 * eps, jnp.float32(0.25)
+      >>> print(rgdiff.denoisers.to_x0("eps", schedule, x, t, eps), rgdiff.denoisers.to_x0("velocity", schedule, x, t, eps - x0))
+      [[2.]] [[2.]]
     """
     out = checks.prediction(out, x, "a network")
     alpha, sigma = along(schedule.alpha(t), x), along(schedule.sigma(t), x)
@@ -233,7 +332,7 @@ def to_x0(prediction: str, schedule: GaussianSchedule, x: Array, t: Array, out: 
 
 @pytree
 class Predicts:
-    """A network that predicts `prediction` becomes a denoiser of x0. Build it with `predicts`."""
+    """A denoiser of x0 made of a network that predicts `prediction`. Build it with `predicts`."""
 
     network: Denoiser
     schedule: GaussianSchedule
@@ -255,20 +354,30 @@ class LogOf:
 
 
 def predicts(prediction: str, network: Denoiser, schedule: GaussianSchedule | None = None) -> Denoiser:
-    """Make a network that predicts `prediction` (x0, eps, v, score, velocity, logits, probabilities) a denoiser.
+    """Make a denoiser of a network that predicts x0, eps, v, score, velocity, logits or probabilities.
 
     Args:
-      prediction: of the network. For tokens: `logits` [B, ..., K], unnormalised and without one for the mask, or
-        `probabilities` [B, ..., K], whose logarithm is taken. Probabilities given as logits are as good as uniform.
+      prediction: the name of the network's output. For tokens: `logits` [B, ..., K], unnormalised and without one for the mask,
+        or `probabilities` [B, ..., K], whose logarithm is taken. Probabilities passed as logits are close to uniform.
       network: (x, t, cond) -> prediction.
       schedule: of the process; not needed for x0 and tokens.
+
+    Returns:
+      The denoiser, (x, t, cond) -> E[x0 | x_t] [B, ...], or logits [B, ..., K] for tokens.
 
     Raises:
       ValueError: for an unknown prediction, a missing schedule, or velocity with another schedule than flow.
 
     Note:
-      Where alpha is 0 (zero terminal SNR: the flow and cosine schedules at t = 1) eps and score say nothing of x0, and a grid
-      that begins there is refused: begin it below, e.g. times = 0.99 * process.times(steps). x0, v and velocity do.
+      Where alpha is 0 (zero terminal SNR: the flow and cosine schedules at t = 1) eps and the score do not determine x0, and a
+      grid that begins there is refused: begin it below, e.g. times = 0.99 * process.times(steps). x0, v and velocity do.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> network = lambda x, t, cond: jnp.ones_like(x)  # eps = 1
+      >>> denoiser = rgdiff.denoisers.predicts("eps", network, rgdiff.schedules.flow())
+      >>> print(denoiser(jnp.array([[1.0]]), jnp.float32(0.5)))  # (1 - 0.5 eps) / 0.5
+      [[1.]]
     """
     from rgdiff.schedules import Flow
 
@@ -288,11 +397,15 @@ def predicts(prediction: str, network: Denoiser, schedule: GaussianSchedule | No
 
 
 def needs_signal(method: Any, times: Array, params: Params = None) -> None:
-    """Refuse a grid that begins where nothing of x0 is left for a network that predicts eps or the score.
+    """Refuse a grid that begins at alpha = 0 for a network that predicts eps or the score, which do not determine x0 there.
 
     Args:
-      method: a denoiser, or what holds one (a sampler); with `params` a model, which is looked at and not run.
+      method: a denoiser, or an object that holds one (a sampler); with `params` a model, which is traced and not run.
       times: [T + 1].
+      params: of the model; None for a denoiser or a sampler.
+
+    Raises:
+      ValueError: for such a grid.
     """
     found: list[tuple[str, GaussianSchedule]] = []
 
@@ -318,7 +431,7 @@ def needs_signal(method: Any, times: Array, params: Params = None) -> None:
 
 @pytree
 class DiscreteTime:
-    """Hands a network the number of its step in place of t. Build it with `discrete_time`."""
+    """Passes the number of its step to a network in place of t. Build it with `discrete_time`."""
 
     network: Denoiser
     steps: int = static()
@@ -328,21 +441,33 @@ class DiscreteTime:
 
 
 def discrete_time(network: Denoiser, steps: int) -> Denoiser:
-    """Let a network of integer steps 0 ... T - 1 be called at times t in [0, 1]: it sees round(t T) - 1, int32 [B].
+    """Let a network of integer steps 0 ... T - 1 be called at times t in [0, 1]: it gets round(t T) - 1, int32 [B].
 
-    t = (i + 1)/T is step i, as in `schedules.tabulated(alpha_bar)`: on each of its grids the network sees the step whose
-    alpha_bar the process uses. A time between two steps goes to the nearest, one below 1/T to step 0.
+    t = (i + 1)/T is step i, as in `schedules.tabulated(alpha_bar)`: on each of its grids the network gets the step whose
+    alpha_bar the process uses. A time between two steps is rounded to the nearest, one below 1/T to step 0.
 
     Args:
       network: (x, step, cond) -> prediction, step 0 next to the data.
       steps: T, of the chain that the network was trained on; 1,000 in DDPM.
+
+    Returns:
+      The network, (x, t, cond) -> prediction.
+
+    Raises:
+      ValueError: for fewer than one step.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> network = rgdiff.denoisers.discrete_time(lambda x, step, cond: step, 1000)
+      >>> print(network(jnp.zeros((2, 1)), 1.0), network(jnp.zeros((2, 1)), 0.001))
+      [999 999] [0 0]
     """
     return DiscreteTime(callable_pytree(network, "a network"), checks.at_least("steps", steps, 1))
 
 
 @pytree
 class EdmPreconditioned:
-    """EDM's preconditioning (arXiv 2206.00364, table 1): x0 = c_skip x + c_out F(c_in x, t). The network sees t, not log sigma."""
+    """EDM's preconditioning: x0 = c_skip x + c_out F(c_in x, t). Build it with `edm_preconditioned`."""
 
     network: Denoiser
     schedule: GaussianSchedule
@@ -356,7 +481,28 @@ class EdmPreconditioned:
 
 
 def edm_preconditioned(network: Denoiser, schedule: GaussianSchedule, *, sigma_data: float = 0.5) -> Denoiser:
-    """Precondition a network for a variance-exploding schedule; `sigma_data` is the data's standard deviation."""
+    """Precondition a network F for a variance-exploding schedule: x0 = c_skip x + c_out F(c_in x, t) (EDM, arXiv 2206.00364, table 1).
+
+    c_skip = s^2 / (sigma^2 + s^2),  c_out = sigma s / sqrt(sigma^2 + s^2),  c_in = 1 / sqrt(sigma^2 + s^2),  s = sigma_data.
+
+    Args:
+      network: F, (x, t, cond) -> [B, ...]. It gets t and not log sigma.
+      schedule: of the process, with alpha = 1.
+      sigma_data: standard deviation of the data, in its unit.
+
+    Returns:
+      The denoiser, (x, t, cond) -> E[x0 | x_t] [B, ...].
+
+    Raises:
+      ValueError: for a process in place of the schedule, or sigma_data <= 0.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> schedule = rgdiff.schedules.karras_ve(0.1, 1.0)
+      >>> denoiser = rgdiff.denoisers.edm_preconditioned(lambda x, t, cond: 0 * x, schedule, sigma_data=1.0)
+      >>> print(denoiser(jnp.ones((1, 1)), jnp.float32(1.0)).round(3))  # F = 0: the exact denoiser of N(0, 1), x / 2
+      [[0.5]]
+    """
     schedule = checks.schedule(schedule, "edm_preconditioned")
     return EdmPreconditioned(callable_pytree(network, "a network"), schedule, checks.positive("sigma_data", sigma_data))
 
@@ -388,21 +534,37 @@ def _between(a: Array, b: Array, weight: Array) -> Array:
 
 
 def classifier_free(denoiser: Denoiser, scale: float, null: Any) -> Denoiser:
-    """Guide a conditional denoiser (arXiv 2207.12598): scale 1 is the conditional model, 0 the unconditional one.
+    """Guide a conditional denoiser: d(x, null) + scale (d(x, cond) - d(x, null)) (arXiv 2207.12598).
 
-    On predictions of x0 this equals the published combination of eps or scores (both are affine in x0). On logits it
+    Scale 1 is the conditional model, 0 the unconditional one. Both predictions come from one network call of 2B rows. On
+    predictions of x0 this equals the published combination of eps or scores (both are affine in x0). On logits it
     combines log-probabilities, p(x0|c)^scale p(x0)^(1 - scale) per token; a token that either of them forbids (logit -inf)
-    is forbidden, but for the one whose exponent is 0.
+    is forbidden, unless that one's exponent is 0.
 
     Args:
+      denoiser: conditional, (x, t, cond) -> prediction.
+      scale: the guidance's weight, without unit.
       null: the condition that means none, a scalar or a pytree like `cond` (for class labels: the number of classes).
+
+    Returns:
+      The denoiser; it needs a condition.
+
+    Raises:
+      ValueError: at a call without a condition.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> conditional = lambda x, t, cond: cond[:, None] * jnp.ones_like(x)
+      >>> denoiser = rgdiff.denoisers.classifier_free(conditional, 3.0, null=0.0)
+      >>> print(denoiser(jnp.zeros((1, 1)), 0.5, jnp.array([2.0])))  # 0 + 3 (2 - 0)
+      [[6.]]
     """
     return ClassifierFree(callable_pytree(denoiser, "a denoiser"), jnp.asarray(scale, jnp.float32), null)
 
 
 @pytree
 class Annealed:
-    """Goes from one denoiser to another along the chain: d(x, t) + t^power (base(x, t) - d(x, t))."""
+    """Interpolates two denoisers along the chain: d(x, t) + t^power (base(x, t) - d(x, t)). Build it with `annealed`."""
 
     denoiser: Denoiser
     base: Denoiser
@@ -415,10 +577,28 @@ class Annealed:
 
 
 def annealed(denoiser: Denoiser, base: Denoiser, power: float = 1.0) -> Denoiser:
-    """Sample with the prior while noise is high and with the tuned denoiser at the end: annealed guidance (DRaFT+).
+    """Sample with the prior at high noise and with the tuned denoiser at the end: d + t^power (base - d).
 
-    The weight of the prior is t^power, all of it at t = 1; power 0 is the prior throughout, a large one the tuned
-    denoiser. On predictions of x0 this equals the published interpolation of eps. Costs one call of each a step.
+    This is annealed guidance (DRaFT+). The weight of the prior is t^power, 1 at t = 1; power 0 is the prior throughout, a large
+    one the tuned denoiser. On predictions of x0 it equals the published interpolation of eps. It calls both once a step.
+
+    Args:
+      denoiser: d, the tuned one.
+      base: the prior's.
+      power: exponent of t, >= 0.
+
+    Returns:
+      The denoiser.
+
+    Raises:
+      ValueError: for a negative power.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> tuned, prior = lambda x, t, cond: x + 1, lambda x, t, cond: x
+      >>> denoiser = rgdiff.denoisers.annealed(tuned, prior, power=2.0)
+      >>> print(denoiser(jnp.zeros((1, 1)), 0.5))  # 1 + 0.25 (0 - 1)
+      [[0.75]]
     """
     denoiser, base = (callable_pytree(one, "a denoiser") for one in (denoiser, base))
     return Annealed(denoiser, base, checks.positive("power", power, zero=True))
@@ -437,7 +617,24 @@ class ClipX0:
 
 
 def clip_x0(denoiser: Denoiser, low: float = -1.0, high: float = 1.0) -> Denoiser:
-    """Clip predictions of x0 to the range of the data."""
+    """Clip predictions of x0 to the range of the data.
+
+    Args:
+      denoiser: (x, t, cond) -> E[x0 | x_t] [B, ...].
+      low, high: the range, in data units.
+
+    Returns:
+      The denoiser.
+
+    Raises:
+      ValueError: for an empty range.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> denoiser = rgdiff.denoisers.clip_x0(lambda x, t, cond: x)
+      >>> print(denoiser(jnp.array([[-3.0, 0.5]]), 0.5))
+      [[-1.   0.5]]
+    """
     if not low < high:
         raise ValueError(f"clip_x0 expects low < high, got {low} and {high}")
     return ClipX0(callable_pytree(denoiser, "a denoiser"), jnp.float32(low), jnp.float32(high))
@@ -459,7 +656,27 @@ class DynamicThreshold:
 
 
 def dynamic_threshold(denoiser: Denoiser, percentile: float = 99.5, *, floor: float = 1.0) -> Denoiser:
-    """Threshold predictions of x0 per example to the range [-floor, floor]; `percentile` is in percent."""
+    """Threshold predictions of x0 to [-floor, floor]: clip to s, then multiply by floor / s (Imagen, arXiv 2205.11487, §2.3).
+
+    s is the percentile of |x0| over each example's coordinates, or `floor` where that is larger.
+
+    Args:
+      denoiser: (x, t, cond) -> E[x0 | x_t] [B, ...].
+      percentile: in percent, in (0, 100].
+      floor: half-width of the range of the data, in its unit.
+
+    Returns:
+      The denoiser.
+
+    Raises:
+      ValueError: for a percentile outside (0, 100], or a floor that is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> denoiser = rgdiff.denoisers.dynamic_threshold(lambda x, t, cond: x, percentile=100.0)
+      >>> print(denoiser(jnp.array([[-4.0, 2.0]]), 0.5))  # s = 4
+      [[-1.   0.5]]
+    """
     if not 0 < percentile <= 100:
         raise ValueError(f"percentile must be in (0, 100], got {percentile}")
     denoiser = callable_pytree(denoiser, "a denoiser")

@@ -1,8 +1,8 @@
-"""Laws of the next state: `Gaussian`, `Categorical`, `Absorbing`, `FirstHitting`, `Product`, and `PointMass` and `Drawn`, which have no density.
+"""Distributions of the next state: `Gaussian`, `Categorical`, `Absorbing`, `FirstHitting` and `Product`; `PointMass` and `Drawn` have no density.
 
 A kernel is a pytree with leading axis B; log-probabilities, KL and entropy are in nats, summed over one example, and
-exact in log-space (no clamping of weights). Discrete states are one-hot; what a draw passes to a gradient is named by
-`relaxation`. How a network's prediction becomes a kernel is `rgdiff.processes`' business.
+exact in log-space (no clamping of weights). Discrete states are one-hot; `relaxation` names the gradient that a draw
+passes back. `rgdiff.processes` turns a network's prediction into a kernel.
 """
 
 from __future__ import annotations
@@ -26,11 +26,18 @@ def _total(x: Array) -> Array:
 
 @pytree
 class Gaussian:
-    """The normal law N(mean, std^2) with independent coordinates.
+    """The normal distribution N(mean, std^2) with independent coordinates.
 
     Args:
-      mean: [B, ...].
-      std: broadcastable to `mean`, positive.
+      mean: [B, ...], in data units.
+      std: standard deviation, broadcastable to `mean`, positive.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> p = rgdiff.kernels.Gaussian(jnp.zeros((1, 2)), jnp.float32(1.0))
+      >>> q = rgdiff.kernels.Gaussian(jnp.ones((1, 2)), jnp.float32(1.0))
+      >>> print(p.kl(q))  # |0 - 1|^2 / 2 over two coordinates
+      [1.]
     """
 
     mean: Array
@@ -56,7 +63,7 @@ class Gaussian:
         return _total(jnp.broadcast_to(per_coordinate, self.mean.shape))
 
     def tilt(self, direction: Array) -> Gaussian:
-        """p(x) exp<direction, x>, renormalised: the mean moves by std^2 times the direction."""
+        """Return p(x) exp<direction, x>, renormalised: the mean is shifted by std^2 times the direction [B, ...]."""
         return Gaussian((self.mean + self.std**2 * direction).astype(self.mean.dtype), self.std)
 
 
@@ -81,7 +88,19 @@ class _NoDensity:
 
 @pytree
 class PointMass(_NoDensity):
-    """A deterministic step (eta = 0) or a fixed prior: it can be drawn from, and has no density."""
+    """A distribution on one point: a deterministic step (eta = 0) or a fixed prior. It can be drawn from and has no density.
+
+    Args:
+      point: the state, a pytree of leaves [B, ...].
+
+    Raises:
+      ValueError: from `log_prob`, `kl`, `entropy` and `tilt`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rgdiff
+      >>> print(rgdiff.kernels.PointMass(jnp.ones((1, 2))).sample(jax.random.key(0)))
+      [[1. 1.]]
+    """
 
     what = "a point mass"
     advice = "; build the process with eta > 0"
@@ -97,7 +116,21 @@ class PointMass(_NoDensity):
 
 @pytree
 class Drawn(_NoDensity):
-    """The law of another chain's samples, draw(key, batch): it can be drawn from, and its density is not known."""
+    """The distribution of another chain's samples. It can be drawn from; its density is not known.
+
+    Args:
+      draw: (key, batch) -> state, a pytree of leaves [B, ...].
+      batch: B, number of examples of a draw.
+
+    Raises:
+      ValueError: from `log_prob`, `kl`, `entropy` and `tilt`.
+
+    Example:
+      >>> import jax, rgdiff
+      >>> uniform = rgdiff.kernels.Drawn(lambda key, batch: jax.random.uniform(key, (batch, 2)), 3)
+      >>> uniform.sample(jax.random.key(0)).shape
+      (3, 2)
+    """
 
     what = "the law of another chain's samples"
 
@@ -112,12 +145,31 @@ class Drawn(_NoDensity):
 
 
 def draw_token(key: Key, logits: Array, relaxation: str, gumbel_temperature: Array | float) -> Array:
-    """Draw one-hot tokens [..., K] whose value or gradient is relaxed as named.
+    """Draw one-hot tokens whose value or gradient is relaxed.
 
-    straight_through: hard value, gradient of softmax(logits); unbiased for what acts multilinearly on the tokens.
-    gumbel: hard value, gradient of softmax((logits + Gumbel) / gumbel_temperature) with the same noise (arXiv 1611.01144).
-    reinmax: hard value, second-order gradient (arXiv 2304.08612).
-    relaxed: the Gumbel-softmax point itself, off the corners of the simplex.
+    Args:
+      key: a typed PRNG key.
+      logits: [..., K], unnormalised log-probabilities; -inf is allowed.
+      relaxation: one of
+
+        straight_through: hard value, gradient of softmax(logits). Unbiased for functions that are multilinear in the tokens.
+        gumbel: hard value, gradient of softmax((logits + Gumbel) / gumbel_temperature) with the same noise (arXiv 1611.01144).
+        reinmax: hard value, second-order gradient (arXiv 2304.08612).
+        relaxed: the Gumbel-softmax point itself, in the interior of the simplex.
+      gumbel_temperature: of `gumbel` and `relaxed`, positive, without unit; the others do not read it.
+
+    Returns:
+      Tokens [..., K]: one-hot, but for `relaxed`.
+
+    Raises:
+      ValueError: for an unknown relaxation.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rgdiff
+      >>> logits = jnp.log(jnp.array([0.25, 0.75]))
+      >>> first = lambda logits: rgdiff.kernels.draw_token(jax.random.key(0), logits, "straight_through", 1.0)[0]
+      >>> [round(float(g), 4) for g in jax.grad(first)(logits)]  # of softmax: p_0 (1 - p_0), -p_0 p_1
+      [0.1875, -0.1875]
     """
     checks.one_of("relaxation", relaxation, RELAXATIONS)
     log_p = jax.nn.log_softmax(logits)
@@ -144,12 +196,20 @@ def _cross(p: Array, log_q: Array) -> Array:
 
 @pytree
 class Categorical:
-    """Independent categorical laws over one-hot tokens.
+    """Independent categorical distributions of one-hot tokens.
 
     Args:
       logits: [B, ..., K], unnormalised log-probabilities; -inf is allowed.
-      relaxation: how `rsample` passes gradients (see `draw_token`).
-      gumbel_temperature: of the relaxations that have one.
+      gumbel_temperature: of the relaxations `gumbel` and `relaxed`, positive, without unit.
+      relaxation: the gradient that `rsample` passes back (see `draw_token`).
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> p = rgdiff.kernels.Categorical(jnp.log(jnp.array([[0.25, 0.75]])))
+      >>> print(jnp.exp(p.log_prob(jnp.array([[0.0, 1.0]]))))
+      [0.75]
+      >>> print(jnp.exp(p.tilt(jnp.log(jnp.array([[3.0, 1.0]]))).log_p))
+      [[0.5 0.5]]
     """
 
     logits: Array
@@ -178,23 +238,30 @@ class Categorical:
         return -_total(_cross(jnp.exp(self.log_p), self.log_p))
 
     def tilt(self, direction: Array) -> Categorical:
-        """p(x) exp<direction, x>, renormalised: the logits move by the direction [B, ..., K]."""
+        """Return p(x) exp<direction, x>, renormalised: the direction [B, ..., K] is added to the logits."""
         return Categorical(self.logits + direction, self.gumbel_temperature, self.relaxation)
 
 
 @pytree
 class Absorbing:
-    """The reverse law of masked diffusion: each masked position moves with probability exp(log_move), to a token of its own.
+    """The reverse kernel of masked diffusion: each masked position is unmasked with probability exp(log_move), independently.
 
-    Unmasked positions are copied, and the copies stand outside the draw, so that a gradient passes through them whole
-    (a single categorical with deltas on unmasked tokens has the right law and 1/T of the gradient). Which positions
-    move is drawn exactly and carries no gradient; only the token is relaxed.
+    Unmasked positions are copied. The copies are not part of the draw, so that their gradient is passed on in full (one
+    categorical with deltas on unmasked tokens is the same distribution, and passes 1/T of the gradient). The positions that
+    are unmasked are drawn exactly and carry no gradient; the token alone is relaxed.
 
     Args:
       x: the state, one-hot [B, ..., K + 1] with the mask last.
-      logits: [B, ..., K], of the token given that the position moves.
-      log_move, log_stay: log-probabilities of moving and of staying masked, broadcastable to [B, ...].
-      relaxation, gumbel_temperature: of the token (see `draw_token`).
+      logits: [B, ..., K], of the token given that the position is unmasked.
+      log_move, log_stay: log-probabilities of being unmasked and of staying masked, broadcastable to [B, ...].
+      gumbel_temperature, relaxation: of the token (see `draw_token`).
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> masked, token = jnp.array([[[0.0, 0.0, 1.0]]]), jnp.array([[[1.0, 0.0, 0.0]]])
+      >>> kernel = rgdiff.kernels.Absorbing(masked, jnp.zeros((1, 1, 2)), jnp.log(0.5), jnp.log(0.5))
+      >>> print(jnp.exp(kernel.log_prob(masked)), jnp.exp(kernel.log_prob(token)))
+      [0.5] [0.25]
     """
 
     x: Array
@@ -227,14 +294,14 @@ class Absorbing:
         return jnp.where((self.masked & event)[..., None], token.astype(self.x.dtype), self.x)
 
     def log_prob(self, x: Array) -> Array:
-        """Log-probability of a one-hot state [B, ..., K + 1]; -inf where an unmasked position has changed."""
+        """Return the log-probability [B] of a one-hot state [B, ..., K + 1]; -inf where an unmasked position differs."""
         stays = x[..., -1] > 0.5
         token = self.log_move + _cross(x[..., :-1], self.log_p)
         copied = jnp.where(jnp.all(x == self.x, -1), 0.0, -jnp.inf)
         return _total(jnp.where(self.masked, jnp.where(stays, self.log_stay, token), copied))
 
     def kl(self, other: Absorbing) -> Array:
-        """KL in nats: over masked positions, the token's KL weighted by the probability to move, and the events' KL."""
+        """Return the KL [B] in nats: over masked positions, the KL of unmasking, and the token's weighted by the probability of unmasking."""
         move, stay = jnp.exp(self.log_move), jnp.exp(self.log_stay)
         p = jnp.exp(self.log_p)
         token = _cross(p, self.log_p) - _cross(p, other.log_p)
@@ -248,7 +315,7 @@ class Absorbing:
         return _total(jnp.where(self.masked, move * token + event, 0.0))
 
     def tilt(self, direction: Array) -> Absorbing:
-        """p(x) exp<direction, x>, renormalised, for a direction [B, ..., K + 1]: tilts the token *and* the rate of unmasking."""
+        """Return p(x) exp<direction, x>, renormalised, for a direction [B, ..., K + 1]: it tilts the token *and* the rate of unmasking."""
         tilted = self.log_p + direction[..., :-1]
         move = self.log_move + jax.nn.logsumexp(tilted, -1)
         stay = self.log_stay + direction[..., -1]
@@ -256,7 +323,7 @@ class Absorbing:
         return Absorbing(self.x, tilted, move - total, stay - total, self.gumbel_temperature, self.relaxation)
 
     def tilt_token(self, direction: Array) -> Absorbing:
-        """Tilt only the token's law by a direction [B, ..., K]; the rate of unmasking stays as it is."""
+        """Tilt the token alone by a direction [B, ..., K]; the rate of unmasking is not changed."""
         return Absorbing(
             self.x, self.logits + direction, self.log_move, self.log_stay, self.gumbel_temperature, self.relaxation
         )
@@ -264,17 +331,23 @@ class Absorbing:
 
 @pytree
 class FirstHitting:
-    """Masked diffusion seen from event to event: one masked position, drawn uniformly, takes a token of its own.
+    """The kernel of one event of masked diffusion: one masked position, drawn uniformly, is unmasked.
 
-    L such moves give the law of `Absorbing` chains of infinitely many moves: there is no discretisation gap
-    (arXiv 2409.02908). Which position moves is drawn exactly and carries no gradient; only the token is relaxed. A state
-    without a masked position is copied.
+    L such events have the same distribution as an `Absorbing` chain of infinitely many moves, without discretisation error
+    (arXiv 2409.02908). The position is drawn exactly and carries no gradient; the token alone is relaxed. A state without a
+    masked position is copied.
 
     Args:
       x: the state, one-hot [B, ..., K + 1] with the mask last.
-      logits: [B, ..., K], of the token given that the position moves.
-      log_where: [B, ...], unnormalised log-probability of each masked position to be the one; 0 is uniform.
-      relaxation, gumbel_temperature: of the token (see `draw_token`).
+      logits: [B, ..., K], of the token given that the position is unmasked.
+      log_where: [B, ...], unnormalised log-probability that a masked position is the one unmasked; 0 is uniform.
+      gumbel_temperature, relaxation: of the token (see `draw_token`).
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rgdiff
+      >>> x = jax.nn.one_hot(jnp.array([[2, 0, 2]]), 3)  # masked, token 0, masked
+      >>> print(jnp.exp(rgdiff.kernels.FirstHitting(x, jnp.zeros((1, 3, 2))).log_position))
+      [[0.5 0.  0.5]]
     """
 
     x: Array
@@ -293,7 +366,7 @@ class FirstHitting:
 
     @property
     def log_position(self) -> Array:
-        """Log-probability of each position to be the one that moves, -inf where it is not masked: [B, ...]."""
+        """Log-probability of each position to be the one unmasked, -inf where it is not masked: [B, ...]."""
         masked = self.masked
         scores = jnp.where(masked, self.log_where, -jnp.inf).reshape(masked.shape[0], -1)
         some = masked.reshape(masked.shape[0], -1).any(-1, keepdims=True)
@@ -317,7 +390,7 @@ class FirstHitting:
         return jnp.where((self.masked & chosen)[..., None], token.astype(self.x.dtype), self.x)
 
     def log_prob(self, x: Array) -> Array:
-        """Log-probability of a one-hot state [B, ..., K + 1]; -inf unless exactly one masked position took a token."""
+        """Return the log-probability [B] of a one-hot state [B, ..., K + 1]; -inf unless exactly one masked position took a token."""
         moved = jnp.any(x != self.x, -1) & self.masked
         taken = jnp.where(moved, self.log_position + _cross(x[..., :-1], self.log_p), 0.0)
         flat = lambda a: a.reshape(a.shape[0], -1)  # noqa: E731
@@ -327,7 +400,7 @@ class FirstHitting:
         return jnp.where((count == expected) & copied, _total(taken), -jnp.inf)
 
     def kl(self, other: FirstHitting) -> Array:
-        """KL in nats: the token's KL averaged over the position that moves, and the positions' KL."""
+        """Return the KL [B] in nats: the KL of the positions, and the token's averaged over the position that is unmasked."""
         where = jnp.exp(self.log_position)
         p = jnp.exp(self.log_p)
         token = _cross(p, self.log_p) - _cross(p, other.log_p)
@@ -341,13 +414,13 @@ class FirstHitting:
         return _total(jnp.where(self.masked, where * token, 0.0) - _expected(where, self.log_position, 0.0))
 
     def tilt(self, direction: Array) -> FirstHitting:
-        """p(x) exp<direction, x>, renormalised, for a direction [B, ..., K + 1]: tilts the token *and* which position moves."""
+        """Return p(x) exp<direction, x>, renormalised, for a direction [B, ..., K + 1]: it tilts the token *and* the position."""
         tilted = self.log_p + direction[..., :-1]
         where = self.log_where + jax.nn.logsumexp(tilted, -1) - direction[..., -1]
         return FirstHitting(self.x, tilted, where, self.gumbel_temperature, self.relaxation)
 
     def tilt_token(self, direction: Array) -> FirstHitting:
-        """Tilt only the token's law by a direction [B, ..., K]; which position moves stays as it is."""
+        """Tilt the token alone by a direction [B, ..., K]; the probabilities of the positions are not changed."""
         return FirstHitting(self.x, self.logits + direction, self.log_where, self.gumbel_temperature, self.relaxation)
 
 
@@ -359,7 +432,19 @@ def _expected(probability: Array, log_p: Array, log_q: Array | float) -> Array:
 
 @pytree
 class Product:
-    """Independent laws of a mixed state, one kernel per name; states and directions are dicts with the same names."""
+    """Independent kernels of a mixed state, one per name; states and directions are dicts with the same names.
+
+    Args:
+      parts: dict of name -> kernel, each with leading axis B.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> normal = rgdiff.kernels.Gaussian(jnp.zeros((1, 2)), jnp.float32(1.0))
+      >>> coin = rgdiff.kernels.Categorical(jnp.zeros((1, 3, 2)))
+      >>> both = rgdiff.kernels.Product({"x": normal, "tokens": coin})
+      >>> print(bool(jnp.isclose(both.entropy()[0], jnp.log(2 * jnp.pi * jnp.e) + 3 * jnp.log(2.0))))
+      True
+    """
 
     parts: dict[str, Gaussian | Categorical | Absorbing | FirstHitting | PointMass]
 

@@ -1,7 +1,7 @@
-"""Numbers about samples: distances between sets, coverage, diversity, accuracy, AUROC, reward summaries; of sequences, k-mers.
+"""Metrics of samples: distances between sets, coverage, diversity, accuracy, AUROC, reward summaries; of sequences, k-mers.
 
-Everything is computed on the host in float64 from arrays whose first axis counts examples, and says how many of them
-were left out. Which features to take (raw pixels, a classifier's penultimate layer) is left to the caller.
+Everything is computed on the host in float64 from arrays whose first axis counts examples, and the number of examples left
+out is returned. The caller chooses the features (raw pixels, a classifier's penultimate layer).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 
 class PrecisionRecall(NamedTuple):
-    """Share of fakes that look real, and share of reals that the fakes cover; both in [0, 1]."""
+    """The share of fakes in the support of the reals, and of reals in the support of the fakes; both in [0, 1]."""
 
     precision: float
     recall: float
@@ -33,11 +33,17 @@ def frechet_distance(a: Any, b: Any) -> float:
     Raises:
       ValueError: for fewer than two examples, differing D, or values that are not finite.
 
-    References: Heusel et al. 2017, arXiv:1706.08500, equation 6.
-
     Note: the distance of finite samples is biased upwards, the more the larger D / N: compare only at equal N,
       with N well above D. With S_i = R_i^T R_i from a QR of the centred data, the square root's trace is the sum of
       the singular values of R_a R_b^T: no matrix square root, and singular covariances do no harm.
+
+    References: Heusel et al. 2017, arXiv:1706.08500, equation 6.
+
+    Example:
+      >>> import numpy as np, rgdiff
+      >>> a = np.array([[0.0], [2.0]])
+      >>> print(f"{rgdiff.metrics.frechet_distance(a, a + 3.0):.4f}")  # equal variances: 3^2
+      9.0000
     """
     a, b = _features(a, "a", 2), _features(b, "b", 2)
     if a.shape[1] != b.shape[1]:
@@ -58,10 +64,19 @@ def precision_recall(real: Any, fake: Any, k: int = 3) -> PrecisionRecall:
       real, fake: features [N, ...], trailing axes flattened; memory is quadratic in N.
       k: neighbours that set a ball's radius.
 
+    Returns:
+      PrecisionRecall(precision, recall), both in [0, 1].
+
     Raises:
       ValueError: for k < 1, for sets of k or fewer examples, differing dimensions, or values that are not finite.
 
     References: Kynkaanniemi et al. 2019, arXiv:1904.06991, equations 1-2.
+
+    Example:
+      >>> import numpy as np, rgdiff
+      >>> real, fake = np.array([[0.0], [1.0], [9.0], [10.0]]), np.array([[0.0], [1.0]])
+      >>> print(tuple(rgdiff.metrics.precision_recall(real, fake, k=1)))  # the fakes miss one of two clusters
+      (1.0, 0.5)
     """
     if k < 1:
         raise ValueError(f"k={k}: expected at least one neighbour")
@@ -84,16 +99,26 @@ def precision_recall(real: Any, fake: Any, k: int = 3) -> PrecisionRecall:
 def sliced_wasserstein(a: Any, b: Any, projections: int = 1000, seed: int = 0) -> float:
     """Compute the sliced 2-Wasserstein distance of two sets of examples.
 
-    d^2 = mean over random unit directions u of int_0^1 (F_a^-1(q) - F_b^-1(q))^2 dq, F the laws of u . x; each integral exact.
+    d^2 = mean over random unit directions u of int_0^1 (F_a^-1(q) - F_b^-1(q))^2 dq, F the distributions of u . x; each integral exact.
 
     Args:
       a, b: examples [N, ...], trailing axes flattened to D; N may differ, D may not.
-      projections: number of directions, the same for every call with one seed.
+      projections: number of directions.
+      seed: of the directions; they are the same for every call with one seed.
+
+    Returns:
+      The distance d, in the unit of the examples.
 
     Raises:
       ValueError: for no projection, differing D, or values that are not finite.
 
-    Note: of finite samples it is biased upwards: two sets of 10,000 points of one law of spread 3 are about .05 apart.
+    Note: of finite samples it is biased upwards: two sets of 10,000 points of one distribution of spread 3 are about .05 apart.
+
+    Example:
+      >>> import numpy as np, rgdiff
+      >>> a = np.array([[0.0], [2.0]])
+      >>> print(f"{rgdiff.metrics.sliced_wasserstein(a, a + 3.0):.4f}")  # on the line: the shift
+      3.0000
     """
     a, b = _features(a, "a", 1), _features(b, "b", 1)
     if a.shape[1] != b.shape[1] or projections < 1:
@@ -112,13 +137,21 @@ def sliced_wasserstein(a: Any, b: Any, projections: int = 1000, seed: int = 0) -
 
 
 def auroc(positive: Any, negative: Any) -> float:
-    """Compute the area under the ROC curve: how often a positive's score exceeds a negative's, ties counting half.
+    """Compute the area under the ROC curve: the probability that a positive's score exceeds a negative's, ties counting half.
 
     Args:
       positive, negative: scores [N] and [M]; higher means positive. Infinite ones compare as usual.
 
+    Returns:
+      The area, in [0, 1].
+
     Raises:
       ValueError: for an empty set, or for NaN.
+
+    Example:
+      >>> import rgdiff
+      >>> rgdiff.metrics.auroc([1.0, 3.0], [0.0, 2.0])  # 3 of 4 pairs
+      0.75
     """
     positive, negative = np.asarray(positive, np.float64).ravel(), np.sort(np.asarray(negative, np.float64).ravel())
     if not len(positive) or not len(negative) or np.isnan(positive).any() or np.isnan(negative).any():
@@ -130,7 +163,22 @@ def auroc(positive: Any, negative: Any) -> float:
 
 
 def diversity(x: Any) -> float:
-    """Average the Euclidean distance over all pairs of different examples; x is [N, ...], trailing axes flattened."""
+    """Average the Euclidean distance over all pairs of different examples.
+
+    Args:
+      x: [N, ...], trailing axes flattened.
+
+    Returns:
+      The mean distance, in the unit of x.
+
+    Raises:
+      ValueError: for fewer than two examples, or values that are not finite.
+
+    Example:
+      >>> import rgdiff
+      >>> rgdiff.metrics.diversity([[0.0, 0.0], [3.0, 4.0]])
+      5.0
+    """
     from scipy.spatial.distance import pdist
 
     return float(pdist(_features(x, "x", 2)).mean())
@@ -168,7 +216,7 @@ def jackknife(statistic: Callable[[np.ndarray], float], x: Any, groups: int = 10
 
 
 def summarize_rewards(rewards: Any, lineages: Any = None) -> dict[str, float | int]:
-    """Summarise the rewards [B] of a set of samples; NaN marks an infeasible one, which is left out and counted.
+    """Summarise the rewards of a set of samples; NaN marks an infeasible one, which is left out and counted.
 
     Args:
       rewards: [B].
@@ -181,6 +229,12 @@ def summarize_rewards(rewards: Any, lineages: Any = None) -> dict[str, float | i
 
     Raises:
       ValueError: for rewards that are not one number per sample.
+
+    Example:
+      >>> import numpy as np, rgdiff
+      >>> summary = rgdiff.metrics.summarize_rewards(np.array([0.0, 2.0, np.nan]))
+      >>> print({name: round(number, 4) for name, number in summary.items()})
+      {'reward_mean': 1.0, 'reward_se': 1.0, 'reward_median': 1.0, 'reward_top_decile': 2.0, 'infeasible': 1}
     """
     rewards = np.asarray(rewards, np.float64)
     if rewards.ndim != 1:
@@ -212,8 +266,16 @@ def classifier_accuracy(classifier: Callable[[Any], Any], x: Any, y: Any, batch:
       y: integer labels [N].
       batch: examples per call, to bound memory.
 
+    Returns:
+      The share, in [0, 1].
+
     Raises:
       ValueError: when there is not one label per example.
+
+    Example:
+      >>> import numpy as np, rgdiff
+      >>> rgdiff.metrics.classifier_accuracy(lambda x: x, np.eye(4), np.array([0, 1, 2, 0]))
+      0.75
     """
     labels = np.asarray(y)
     if labels.shape != (len(x),) or not len(x):
@@ -226,13 +288,23 @@ def classifier_accuracy(classifier: Callable[[Any], Any], x: Any, y: Any, batch:
 
 
 def kmer_frequencies(tokens: Any, classes: int, k: int = 3) -> np.ndarray:
-    """Count the k-mers of sequences, as shares of all their windows [classes^k], in C order.
+    """Count the k-mers of sequences, as shares of all their windows.
 
     Args:
       tokens: class numbers [N, L].
+      classes: K, number of letters.
+      k: length of a window.
+
+    Returns:
+      Shares [K^k], in C order; they sum to 1.
 
     Raises:
       ValueError: for tokens that are not whole numbers in 0..classes-1, or k outside 1..L.
+
+    Example:
+      >>> import numpy as np, rgdiff
+      >>> print(rgdiff.metrics.kmer_frequencies(np.array([[0, 1, 1, 1, 0]]), classes=2, k=2))  # 00, 01, 10, 11
+      [0.   0.25 0.25 0.5 ]
     """
     tokens = _tokens(tokens, "tokens")
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < classes:
@@ -245,11 +317,26 @@ def kmer_frequencies(tokens: Any, classes: int, k: int = 3) -> np.ndarray:
 
 
 def kmer_correlation(a: Any, b: Any, classes: int, k: int = 3) -> float:
-    """Correlate (Pearson) the k-mer counts of two sets of sequences [N, L]; sizes and lengths may differ.
+    """Correlate (Pearson) the k-mer counts of two sets of sequences.
 
-    NaN where one set has all k-mers equally often.
+    Args:
+      a, b: class numbers [N, L]; sizes and lengths may differ.
+      classes: K, number of letters.
+      k: length of a window.
+
+    Returns:
+      The correlation, in [-1, 1]; NaN where one set has all k-mers equally often.
+
+    Raises:
+      ValueError: as for `kmer_frequencies`.
 
     References: DRAKES, arXiv:2410.13643 (3-mers of samples against those of the most active training sequences).
+
+    Example:
+      >>> import numpy as np, rgdiff
+      >>> a, b = np.array([[0, 0, 1]]), np.array([[1, 1, 0]])  # 1-mers (2, 1) / 3 and (1, 2) / 3
+      >>> print(f"{rgdiff.metrics.kmer_correlation(a, b, classes=2, k=1):.4f}")
+      -1.0000
     """
     p, q = kmer_frequencies(a, classes, k), kmer_frequencies(b, classes, k)
     p, q = p - p.mean(), q - q.mean()
@@ -258,9 +345,23 @@ def kmer_correlation(a: Any, b: Any, classes: int, k: int = 3) -> float:
 
 
 def sequence_diversity(tokens: Any) -> float:
-    """Average the share of differing positions over all pairs of different samples, tokens [N, L]; 0 for copies of one sequence.
+    """Average the share of differing positions over all pairs of different samples.
 
     It is 1 - the mean pairwise cosine of one-hot sequences, as in SVDD, arXiv:2408.08252 (its diversity of DNA and RNA).
+
+    Args:
+      tokens: class numbers [N, L].
+
+    Returns:
+      The share, in [0, 1]; 0 for copies of one sequence.
+
+    Raises:
+      ValueError: for fewer than two sequences.
+
+    Example:
+      >>> import numpy as np, rgdiff
+      >>> rgdiff.metrics.sequence_diversity(np.array([[0, 1, 2, 3], [0, 1, 2, 0]]))
+      0.25
     """
     tokens = _tokens(tokens, "tokens", 2)
     n = len(tokens)
@@ -272,7 +373,23 @@ def sequence_diversity(tokens: Any) -> float:
 
 
 def novelty(tokens: Any, known: Any) -> float:
-    """Return the share of samples [N, L] that are not among the known sequences [M, L]."""
+    """Return the share of samples that are not among the known sequences.
+
+    Args:
+      tokens: samples, class numbers [N, L].
+      known: class numbers [M, L].
+
+    Returns:
+      The share, in [0, 1].
+
+    Raises:
+      ValueError: for sequences of different lengths.
+
+    Example:
+      >>> import numpy as np, rgdiff
+      >>> rgdiff.metrics.novelty(np.array([[0, 1], [1, 1]]), np.array([[0, 1]]))
+      0.5
+    """
     tokens, known = _tokens(tokens, "tokens"), _tokens(known, "known")
     if tokens.shape[1] != known.shape[1]:
         raise ValueError(f"expected sequences of one length, got {tokens.shape[1]} and {known.shape[1]}")
@@ -281,13 +398,25 @@ def novelty(tokens: Any, known: Any) -> float:
 
 
 def unique(tokens: Any) -> float:
-    """Return the number of different samples over the number of samples, tokens [N, L]."""
+    """Return the number of different samples over the number of samples.
+
+    Args:
+      tokens: class numbers [N, L].
+
+    Returns:
+      The share, in (0, 1].
+
+    Example:
+      >>> import numpy as np, rgdiff
+      >>> rgdiff.metrics.unique(np.array([[0, 1], [0, 1]]))
+      0.5
+    """
     tokens = _tokens(tokens, "tokens")
     return len({row.tobytes() for row in tokens}) / len(tokens)
 
 
 def histogram_distance(samples: Any, values: Any, probabilities: Any, bins: int = 50) -> float:
-    """Compute the total variation between the histogram of sampled rewards and that of an exact law.
+    """Compute the total variation between the histogram of sampled rewards and that of an exact distribution.
 
     d = 1/2 sum_b |share of samples in bin b - probability of bin b|, over equal bins of the range of both; in [0, 1].
 
@@ -296,10 +425,18 @@ def histogram_distance(samples: Any, values: Any, probabilities: Any, bins: int 
       values, probabilities: rewards [n] of all sequences and their probabilities.
       bins: number of bins.
 
+    Returns:
+      The distance, in [0, 1].
+
     Raises:
       ValueError: for no sample, or values and probabilities of different shapes.
 
     Note: N exact samples keep a distance of about sum_b sqrt(p_b (1 - p_b) / (2 pi N)): compare at equal N.
+
+    Example:
+      >>> import rgdiff
+      >>> rgdiff.metrics.histogram_distance([0.0, 1.0, 1.0, 1.0], [0.0, 1.0], [0.5, 0.5], bins=2)
+      0.25
     """
     samples, values, probabilities = (np.asarray(a, np.float64) for a in (samples, values, probabilities))
     samples = samples[~np.isnan(samples)]

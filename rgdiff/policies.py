@@ -1,8 +1,8 @@
 """Few-step Gaussian policies: a chain of T learnt Gaussian steps, as a process of this library and a model of its parameters.
 
-`levels`, `variances`, `fast_dpm` and `karras` give the noise levels of the T steps, computed in float64; `few_step` makes
-them a process whose denoisers predict the step's own law, and `policy` a model: parameters {network, log_sigma} become
-such a denoiser. Samplers, path KL and every tuner take both as they are, and then learn the standard deviations too.
+`levels`, `variances`, `fast_dpm` and `karras` compute the noise levels of the T steps in float64. `few_step` makes
+them a process whose denoisers predict the step's own kernel, and `policy` a model: parameters {network, log_sigma} become
+such a denoiser. Samplers, path KL and every tuner take both without change, and then learn the standard deviations too.
 """
 
 from __future__ import annotations
@@ -30,9 +30,19 @@ FORMS = ("residual", "denoiser")
 class Levels:
     """Noise levels of a T-step chain, noise first: a schedule on the times 1, (T - 1)/T, ..., 0 and on nothing between them.
 
-    alphas, sigmas [T + 1], the last ones 1 and 0 (data); stds [T], the steps' first standard deviations; of_x0, of_x [T]: a
-    step's mean is of_x0 E[x0 | x_t] + of_x x_t; clock, scale [T]: a network knows a state x of these levels as scale x at
-    the time `clock`.
+    Args:
+      alphas, sigmas: [T + 1], the last ones 1 and 0 (data).
+      stds: [T], standard deviations of the steps before training, data units.
+      of_x0, of_x: [T]; the mean of step i is of_x0[i] E[x0 | x_t] + of_x[i] x_t.
+      clock, scale: [T]; the network is called as network(scale[i] * x, clock[i]), the input scale and the time of level i in its
+        training.
+      prior_std: standard deviation of x at t = 1, data units.
+
+    Example:
+      >>> import rgdiff
+      >>> levels = rgdiff.policies.variances((0.6, 0.8))
+      >>> [round(float(a) ** 2, 4) for a in levels.alphas]  # (1 - 0.36) (1 - 0.64), 1 - 0.64, 1
+      [0.2304, 0.36, 1.0]
     """
 
     alphas: Array
@@ -49,7 +59,7 @@ class Levels:
         return self.stds.shape[-1]
 
     def index(self, t: Array) -> Array:
-        """The number of moves made before time t."""
+        """Return the number of moves made before time t."""
         return jnp.round((1 - jnp.asarray(t, jnp.float32)) * self.steps).astype(jnp.int32)
 
     def alpha(self, t: Array) -> Array:
@@ -97,6 +107,17 @@ def levels(schedule: GaussianSchedule, steps: int, *, last: float = 0.1) -> Leve
       schedule: of the prior, whose network is then called at its own times.
       steps: T.
       last: standard deviation of the last move, data units; the others are those of ancestral sampling.
+
+    Returns:
+      The levels.
+
+    Raises:
+      ValueError: for a process in place of the schedule, fewer than two steps, or last <= 0.
+
+    Example:
+      >>> import rgdiff
+      >>> print(rgdiff.policies.levels(rgdiff.schedules.flow(), 3, last=0.1).stds[-1])
+      0.1
     """
     times = checks.schedule(schedule, "levels").times(checks.at_least("steps", steps, 1))
     alphas, sigmas = schedule.alpha(times), schedule.sigma(times)
@@ -104,9 +125,25 @@ def levels(schedule: GaussianSchedule, steps: int, *, last: float = 0.1) -> Leve
 
 
 def variances(stds: Sequence[float] = (0.8, 0.7, 0.6, 0.45, 0.3)) -> Levels:
-    """Make DDPM's levels of T steps of standard deviations sqrt(beta), noise first: alpha_t^2 is the product of 1 - beta.
+    """Make DDPM's levels of T steps with standard deviations sqrt(beta), noise first: alpha_t^2 is the product of 1 - beta.
 
-    The default is what reached the floor on 2-D data. Chains begin at N(0, I), whatever is left of the data there.
+    Chains begin at N(0, I), however much of the data is left at t = 1.
+
+    Args:
+      stds: sqrt(beta) of the T steps, noise first, each in (0, 1), without unit. The default reached the best result on 2-D
+        data.
+
+    Returns:
+      The levels.
+
+    Raises:
+      ValueError: for numbers outside (0, 1).
+
+    Example:
+      >>> import rgdiff
+      >>> levels = rgdiff.policies.variances((0.6, 0.8))
+      >>> [round(float(a) ** 2, 4) for a in levels.alphas]  # (1 - 0.36) (1 - 0.64), 1 - 0.64, 1
+      [0.2304, 0.36, 1.0]
     """
     beta = np.square(np.asarray(stds, np.float64))
     if beta.ndim != 1 or not len(beta) or not ((beta > 0) & (beta < 1)).all():
@@ -126,19 +163,31 @@ def fast_dpm(
 ) -> Levels:
     """Make FastDPM's quadratic variance schedule (arXiv 2106.00132, §3): beta_i = (sqrt(first) + i c)^2, i = 0 ... T - 1.
 
-    c is such that the product of 1 - beta comes nearest to `end`, by bisection in float64.
+    c is such that the product of 1 - beta is nearest to `end`, by bisection in float64.
 
     Args:
       steps: T.
-      schedule: of a pre-trained prior: its network is called where its own signal-to-noise ratio is the level's, at its own scale.
+      schedule: of a pre-trained prior: its network is called at the time of the level's signal-to-noise ratio, at its own scale.
+        None calls it at the levels' own times.
       first: the smallest beta.
-      end: the product aimed at, that of 1,000 steps of beta from 1e-4 to 0.02.
+      end: the wanted product, that of 1,000 steps of beta from 1e-4 to 0.02.
       cap: bounds sqrt(first) + T c, hence the largest beta.
-      last: standard deviation of the last move, as released.
+      last: standard deviation of the last move, as released, data units.
+
+    Returns:
+      The levels.
+
+    Raises:
+      ValueError: for fewer than one step, or a number that is not positive.
 
     Note:
       With the released cap of 0.95 few steps do not reach `end` (0.343 for T = 4, 0.220 for 5, 0.021 for 10), and chains
       begin at N(0, I) all the same; cap = 2 lifts it. The released search runs in float32 under NumPy 2 and fails.
+
+    Example:
+      >>> import rgdiff
+      >>> print(f"{rgdiff.policies.fast_dpm(4).alphas[0] ** 2:.3f}")
+      0.343
     """
     root, low = math.sqrt(checks.positive("first", first)), 0.0
     high = checks.positive("cap", cap) / checks.at_least("steps", steps, 1)
@@ -153,14 +202,27 @@ def fast_dpm(
 
 
 def karras(steps: int, schedule: Any = None, *, low: float = 0.002, high: float = 80.0, rho: float = 7.0) -> Levels:
-    """Make EDM's levels (arXiv 2206.00364, eq. 5): sigma^(1/rho) falls evenly from `high` to `low`, then the data; alpha = 1.
+    """Make EDM's levels (arXiv 2206.00364, eq. 5): sigma^(1/rho) decreases evenly from `high` to `low`, then the data; alpha = 1.
 
-    Steps are EDM's ancestral ones, which is DDPM's posterior for alpha = 1; the last standard deviation is `low`.
+    Steps are EDM's ancestral ones, which are DDPM's posteriors for alpha = 1; the last standard deviation is `low`.
 
     Args:
       steps: T, at least 2.
-      schedule: of a pre-trained prior, whose network is called where its signal-to-noise ratio is the level's, at its own scale.
-      low, high, rho: in data units; the released samplers have rho 7 at T = 10 and 4 at T = 4.
+      schedule: of a pre-trained prior: its network is called at the time of the level's signal-to-noise ratio, at its own scale.
+        None calls it at the levels' own times.
+      low, high: sigma of the last and the first level, data units.
+      rho: exponent; the released samplers have rho 7 at T = 10 and 4 at T = 4.
+
+    Returns:
+      The levels.
+
+    Raises:
+      ValueError: for fewer than two steps, or unless 0 < low < high.
+
+    Example:
+      >>> import rgdiff
+      >>> print(rgdiff.policies.karras(3, low=1.0, high=3.0, rho=1.0).sigmas)  # linear for rho = 1, then data
+      [3. 2. 1. 0.]
     """
     share = np.linspace(0.0, 1.0, checks.at_least("steps", steps, 2))
     if not 0 < low < high:
@@ -180,7 +242,7 @@ def _time_of(schedule: GaussianSchedule, log_snr: float) -> float:
 
 @pytree
 class FewStep:
-    """A process of T Gaussian steps to data. Build it with `few_step`. A prediction is the law of the next state itself."""
+    """A process of T Gaussian steps to data. Build it with `few_step`. A prediction is the kernel of the next state itself."""
 
     levels: Levels
     shape: tuple[int, ...] = static()
@@ -228,7 +290,20 @@ class FewStep:
 
 
 def few_step(levels: Levels, shape: tuple[int, ...]) -> FewStep:
-    """Build the process of T learnt Gaussian steps on states [B, *shape] from x_1 ~ N(0, prior_std^2) to data at t = 0."""
+    """Build the process of T learnt Gaussian steps on states [B, *shape] from x_1 ~ N(0, prior_std^2) to data at t = 0.
+
+    Args:
+      levels: from `levels`, `variances`, `fast_dpm` or `karras`.
+      shape: of one example.
+
+    Returns:
+      The process; its grid `times()` has T moves and ends at 0.
+
+    Example:
+      >>> import rgdiff
+      >>> print(rgdiff.policies.few_step(rgdiff.policies.variances((0.6, 0.8)), (2,)).times())
+      [1.  0.5 0. ]
+    """
     return FewStep(levels, tuple(int(d) for d in shape))
 
 
@@ -254,7 +329,7 @@ class Steps:
 
 @pytree
 class Denoising:
-    """The network of a policy, by itself, as a model of E[x0 | x_t]: params["network"] -> denoiser."""
+    """The network of a policy as a model of E[x0 | x_t]: params["network"] -> denoiser."""
 
     policy: Policy
 
@@ -283,7 +358,7 @@ class Policy:
     residual: bool = static()
 
     def init(self, network: Params) -> dict[str, Any]:
-        """Parameters from those of the network; standard deviations are the levels' own."""
+        """Return the policy's parameters made of those of the network; standard deviations are the levels' own."""
         return {"network": network, "log_sigma": self.start}
 
     def sigma(self, params: Params) -> Array:
@@ -305,14 +380,25 @@ def policy(process: FewStep, model: Any, *, form: str = "residual", reach: float
     Args:
       process: from `few_step`.
       model: params -> network (x, t, cond) -> [B, ...], e.g. `lambda p: denoisers.from_linen(nets.MLP(), p)`.
-      form: `residual`, mean = x + network(x, t): every step can move as far as any other; or `denoiser`, the network gives
+      form: `residual`, mean = x + network(x, t): every step can move as far as any other; or `denoiser`, the network returns
         E[x0 | x_t] (`denoisers.predicts` makes one of a network of eps, v, ...) and the mean is that of DDPM's posterior:
         for a pre-trained prior.
       reach: log sigma_t = log sigma_t0 + log(reach) tanh((p - log sigma_t0) / log(reach)), p the parameter: smooth, of slope
-        1 at first, and within a factor of `reach` for ever. 1e6 is as good as no bound.
+        1 at first, and always within a factor of `reach`. 1e6 is practically unbounded.
+
+    Returns:
+      The policy, a model: `policy.init(network_params)` makes its parameters.
 
     Raises:
-      ValueError: for another form, or a reach that is not above 1.
+      ValueError: for a process that is not few-step, another form, or a reach that is not above 1.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> process = rgdiff.policies.few_step(rgdiff.policies.variances((0.6, 0.8)), (2,))
+      >>> policy = rgdiff.policies.policy(process, lambda p: lambda x, t, cond: p * x)
+      >>> step = policy(policy.init(jnp.float32(1.0)))(jnp.ones((1, 2)), jnp.float32(1.0))
+      >>> print(step.mean, step.std)  # x + network(x), sqrt(beta)
+      [[2. 2.]] [[0.6]]
     """
     if not isinstance(process, FewStep):
         raise ValueError(f"a policy needs a few-step process, got {type(process).__name__}; build it with few_step")
@@ -346,9 +432,24 @@ def value_guidance(value: Value, scale: float = 1.0) -> ValueGuidance:
       value: a *cost*, of `tuners.dxdp` or `tuners.dxmi`: (y, s, cond) -> [B], the energy at s = 0.
       scale: 1 / temperature, per unit of V; 1 / tau is one more step of policy improvement.
 
+    Returns:
+      A guide, (kernel, move) -> kernel.
+
+    Raises:
+      ValueError: for a negative scale.
+
     Note:
       The paper's released code moves x by lambda sigma_t grad V, which for lambda > 0 goes *uphill* (it explores with it
       in training); improving samples is a negative lambda there, and a positive scale here. The shift is scale sigma_t^2.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> from rgdiff.typing import Move
+      >>> guide = rgdiff.policies.value_guidance(lambda y, s, cond: y.sum(-1), scale=2.0)
+      >>> kernel = rgdiff.kernels.Gaussian(jnp.ones((1, 1)), jnp.full((1, 1), 0.5))
+      >>> move = Move(jnp.zeros((1, 1)), jnp.float32(0.5), jnp.float32(0.25), None, None)
+      >>> print(guide(kernel, move).mean)  # 1 - 2 * 0.5^2
+      [[0.5]]
     """
     differentiable("value_guidance", value)
     return ValueGuidance(callable_pytree(value, "a value"), checks.positive("scale", scale, zero=True))

@@ -1,7 +1,7 @@
 """Noising processes: a schedule becomes kernels. `gaussian`, `masked`, `first_hitting` and `product` build them.
 
-A process turns a network's prediction (E[x0 | x_t], or logits of p(x0 | x_t)) into the reverse law p(x_s | x_t), and
-knows the prior, the forward law and the time grid of a chain. Gaussian chains end at a small t > 0 and are projected
+A process turns a network's prediction (E[x0 | x_t], or logits of p(x0 | x_t)) into the reverse kernel p(x_s | x_t). It
+holds the prior, the forward kernel and the time grid of a chain. Gaussian chains end at a small t > 0 and are projected
 to data by `mean`; masked chains run to t = 0, where the last kernel unmasks everything.
 """
 
@@ -22,7 +22,15 @@ from rgdiff.typing import Array, Process, State, callable_pytree, pytree, static
 
 
 def along(t: Array | float, x: Array) -> Array:
-    """Give times or coefficients, scalar or [B], the rank of the state x [B, ...] so that they multiply it."""
+    """Return times or coefficients with the rank of the state, so that they multiply it.
+
+    Args:
+      t: [] or [B].
+      x: the state [B, ...].
+
+    Returns:
+      t as [] or [B, 1, ..., 1].
+    """
     t = jnp.asarray(t, jnp.float32)
     return t if t.ndim == 0 else t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
 
@@ -56,7 +64,7 @@ class GaussianProcess:
         return Gaussian(along(self.schedule.alpha(t), x0) * x0, along(self.schedule.sigma(t), x0))
 
     def renoise(self, x: Array, s: Array, t: Array) -> Gaussian:
-        """p(x_t | x_s), s < t, the forward law between two times: mean (alpha_t / alpha_s) x_s."""
+        """Return p(x_t | x_s), s < t, the forward kernel between two times: mean (alpha_t / alpha_s) x_s."""
         std = self.schedule.sigma(t) * self._shrink(t, s)
         return Gaussian(along(self.schedule.alpha(t) / self.schedule.alpha(s), x) * x, along(std, x))
 
@@ -65,7 +73,7 @@ class GaussianProcess:
         return jnp.sqrt(-jnp.expm1(self.schedule.log_snr(t) - self.schedule.log_snr(s)))
 
     def eps(self, x: Array, t: Array, prediction: Array) -> Array:
-        """The noise implied by x_t and a prediction of x0."""
+        """Return the noise [B, ...] implied by x_t and a prediction of x0."""
         prediction = checks.prediction(prediction, x)
         return (x - along(self.schedule.alpha(t), x) * prediction) / along(self.schedule.sigma(t), x)
 
@@ -149,21 +157,21 @@ class MaskedProcess:
         return PointMass(jnp.broadcast_to(mask, (batch, *self.shape, self.classes + 1)))
 
     def forward(self, x0: Array, t: Array) -> Categorical:
-        """Law of x_t [B, ..., K + 1] given x0 one-hot [B, ..., K]: masked with probability rate(t)."""
+        """Return the distribution of x_t [B, ..., K + 1] given x0 one-hot [B, ..., K]: masked with probability rate(t)."""
         rate = along(self.schedule.rate(t), x0)
         mask = jnp.broadcast_to(rate, (*x0.shape[:-1], 1))
         p = jnp.concatenate([(1 - rate) * x0, mask], -1)
         return Categorical(jnp.where(p > 0, jnp.log(jnp.where(p > 0, p, 1.0)), -jnp.inf))  # no NaN gradient at p = 0
 
     def renoise(self, x: Array, s: Array, t: Array) -> Categorical:
-        """p(x_t | x_s), s < t: an unmasked position is masked with probability (rate_t - rate_s) / (1 - rate_s)."""
+        """Return p(x_t | x_s), s < t: an unmasked position is masked with probability (rate_t - rate_s) / (1 - rate_s)."""
         rate_t, rate_s = self.schedule.rate(t), self.schedule.rate(s)
         masks = along((rate_t - rate_s) / (1 - rate_s), x)
         mask = jax.nn.one_hot(self.classes, self.classes + 1, dtype=x.dtype)
         return Categorical(jnp.log((1 - masks) * x + masks * mask))
 
     def reverse(self, x: Array, t: Array, s: Array, prediction: Array) -> Absorbing:
-        """p(x_s | x_t): a masked position moves with probability (rate_t - rate_s) / rate_t (arXiv 2406.07524, eq. 7)."""
+        """Return p(x_s | x_t): a masked position is unmasked with probability (rate_t - rate_s) / rate_t (arXiv 2406.07524, eq. 7)."""
         rate_t, rate_s = self.schedule.rate(t), self.schedule.rate(s)
         positions = x[..., -1]
         log_move = along(jnp.log((rate_t - rate_s) / rate_t), positions)
@@ -171,7 +179,7 @@ class MaskedProcess:
         return Absorbing(x, checks.logits(prediction, x), log_move, log_stay, self.gumbel_temperature, self.relaxation)
 
     def mean(self, x: Array, t: Array, prediction: Array) -> Array:
-        """E[x0 | x_t], a point of the simplex per position [B, ..., K]: copies, and softmax of the logits where masked."""
+        """Return E[x0 | x_t] [B, ..., K], a point of the simplex per position: the token, or softmax of the logits where masked."""
         return x[..., :-1] + x[..., -1:] * jax.nn.softmax(checks.logits(prediction, x)).astype(x.dtype)
 
     def finalize(self, x: Array, t: Array, prediction: Array) -> Array:
@@ -185,7 +193,7 @@ class FirstHittingProcess(MaskedProcess):
 
     @property
     def moves(self) -> int:
-        """L, the moves without which positions stay masked."""
+        """L, the number of moves after which no position is masked."""
         return math.prod(self.shape)
 
     def times(self, steps: int | None = None) -> Array:
@@ -198,7 +206,7 @@ class FirstHittingProcess(MaskedProcess):
         return jnp.interp(jnp.linspace(1.0, 0.0, self.moves + 1), self.schedule.rate(grid), grid)
 
     def reverse(self, x: Array, t: Array, s: Array, prediction: Array) -> FirstHitting:  # type: ignore[override]
-        """Law of the state after the next event: a uniformly drawn masked position takes a token; t, s do not enter."""
+        """Return the distribution after the next event: a uniformly drawn masked position takes a token. t and s are not read."""
         return FirstHitting(x, checks.logits(prediction, x), 0.0, self.gumbel_temperature, self.relaxation)
 
 
@@ -262,22 +270,34 @@ def gaussian(
     variance: str = "fixed_small",
     clip: tuple[float, float] | None = None,
 ) -> GaussianProcess:
-    """Build a Gaussian process on states [B, *shape].
+    """Build a Gaussian process x_t = alpha_t x0 + sigma_t eps on states [B, *shape].
 
     Args:
       schedule: alpha and sigma, from `rgdiff.schedules`.
       shape: of one example.
       eta: 1 is ancestral sampling, 0 is DDIM / the probability-flow ODE: its steps are points and can only be drawn
         from. A number, or a traced scalar (then taken as positive).
-      variance: of a step with eta = 1: `fixed_small` is the posterior's, of x_s given x_t and x0, exact for data at one point;
-        `fixed_large` is that of x_t given x_s, 1 - (alpha_t / alpha_s)^2 in a variance-preserving schedule, exact for N(0, I)
-        data (DDPM's two choices, arXiv 2006.11239, §3.2).
+      variance: of a step with eta = 1. `fixed_small` is the variance of x_s given x_t and x0, exact for data at one point.
+        `fixed_large` is the variance of x_t given x_s, 1 - (alpha_t / alpha_s)^2 in a variance-preserving schedule, exact for
+        N(0, I) data (DDPM's two choices, arXiv 2006.11239, §3.2).
       clip: (low, high), in data units: predictions of x0 are clipped where they are used, and the direction eps stays the
         network's own, as in DDIM of released code (diffusers' `clip_sample`). `denoisers.clip_x0` clips before the step, so that
         eps follows the clipped x0, as in DDPM's.
 
+    Returns:
+      The process.
+
     Raises:
       ValueError: for a process in place of the schedule, an unknown variance, `fixed_large` with another eta than 1, or an empty range.
+
+    References: DDPM (arXiv 2006.11239), DDIM (arXiv 2010.02502, eq. 12).
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.flow(), (2,))
+      >>> kernel = process.forward(jnp.ones((1, 2)), jnp.float32(0.25))
+      >>> print(kernel.mean, kernel.std)
+      [[0.75 0.75]] 0.25
     """
     value = checks.positive("eta", eta, zero=True)
     stochastic = isinstance(value, Tracer) or float(value) > 0
@@ -297,7 +317,25 @@ def gaussian(
 
 
 def started_from(process: GaussianProcess, draw: Any) -> GaussianProcess:
-    """Return the process whose chains begin at draw(key, batch) [B, *shape] instead of its prior (see `tuners.elegant`)."""
+    """Return the process whose chains begin at draws of a function instead of its prior (see `tuners.elegant`).
+
+    Args:
+      process: Gaussian.
+      draw: (key, batch) -> x_T [B, *shape], in the unit of x at t = 1.
+
+    Returns:
+      A process with the same kernels and another prior, which has no density.
+
+    Raises:
+      ValueError: for a process that is not Gaussian.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rgdiff
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.linear_vp(), (2,))
+      >>> process = rgdiff.processes.started_from(process, lambda key, batch: jnp.full((batch, 2), 3.0))
+      >>> print(process.prior(1).sample(jax.random.key(0)))
+      [[3. 3.]]
+    """
     if not isinstance(process, GaussianProcess):
         raise ValueError(
             f"started_from needs a Gaussian process, got {type(process).__name__}: masked chains begin at one point"
@@ -306,13 +344,26 @@ def started_from(process: GaussianProcess, draw: Any) -> GaussianProcess:
 
 
 def initial_law(process: GaussianProcess, schedule: GaussianSchedule) -> InitialProcess:
-    """Build the process of chains that draw x_T of another one: moves that leave N(0, std^2) as it is, to be tuned.
+    """Build the process of chains that draw x_T of another process; before tuning their moves leave N(0, std^2) unchanged.
 
     Args:
-      process: whose prior N(0, std^2) is to be learnt.
+      process: Gaussian; its prior N(0, std^2) is the distribution to be tuned.
       schedule: of the moves, variance-preserving (alpha^2 + sigma^2 = 1); x_T is the chain's last state times std.
-        Where alpha(1) is near 0 the chain forgets its own beginning, and its tuned law is near the tilted one (off by
-        about 1/T of its T moves, whose variances are not tuned).
+        Where alpha(1) is near 0 the chain's last state hardly depends on its first one, and its tuned distribution is near the
+        tilted one (off by about 1/T of its T moves, whose variances are not tuned).
+
+    Returns:
+      The process; `times(T)` has T moves and no projection.
+
+    Raises:
+      ValueError: for a process that is not Gaussian, or one in place of the schedule.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.karras_ve(), (2,))
+      >>> start = rgdiff.processes.initial_law(process, rgdiff.schedules.linear_vp())
+      >>> print(start.finalize(jnp.ones((1, 2)), jnp.float32(0.0), None))  # std = 80
+      [[80. 80.]]
     """
     if not isinstance(process, GaussianProcess):
         raise ValueError(f"initial_law needs a Gaussian process, got {type(process).__name__}")
@@ -340,6 +391,22 @@ def masked(
       shape: of the positions of one example (an int for a sequence's length).
       classes: K, the number of tokens without the mask.
       relaxation, gumbel_temperature: how a token's draw passes gradients (`rgdiff.kernels.draw_token`).
+
+    Returns:
+      The process.
+
+    Raises:
+      ValueError: for a Gaussian schedule, fewer than two classes, an unknown relaxation, or a temperature that is not positive.
+
+    References: MDLM (arXiv 2406.07524, eq. 7).
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rgdiff
+      >>> process = rgdiff.processes.masked(rgdiff.schedules.log_linear_mask(), 2, classes=3)
+      >>> kernel = process.forward(jax.nn.one_hot(jnp.array([[0, 2]]), 3), 0.25)
+      >>> print(jnp.exp(kernel.log_p)[0])  # token, or mask with probability t
+      [[0.75 0.   0.   0.25]
+       [0.   0.   0.75 0.25]]
     """
     shape = (shape,) if isinstance(shape, int) else tuple(int(d) for d in shape)
     checks.one_of("relaxation", relaxation, RELAXATIONS)
@@ -353,11 +420,28 @@ def masked(
 
 
 def first_hitting(process: MaskedProcess) -> FirstHittingProcess:
-    """Build the masked process seen from event to event: its chains have L moves and no discretisation gap.
+    """Build the masked process seen from event to event: its chains have L moves and no discretisation error.
 
     Every sampler and tuner takes it. The path KL of such a chain is sum over m of E[(1/m) sum over m masked positions
     of KL], the limit of the masked process' own as steps shrink. A network sees the times of `times()`, at which as
     many positions are masked on average.
+
+    Args:
+      process: from `masked`, with L positions.
+
+    Returns:
+      The process.
+
+    Raises:
+      ValueError: for a process that is not masked.
+
+    References: first-hitting sampler (arXiv 2409.02908).
+
+    Example:
+      >>> import rgdiff
+      >>> process = rgdiff.processes.masked(rgdiff.schedules.log_linear_mask(), 2, classes=3)
+      >>> print(rgdiff.processes.first_hitting(process).times())
+      [1.  0.5 0. ]
     """
     if not isinstance(process, MaskedProcess):
         raise ValueError(f"first_hitting needs a masked process, got {type(process).__name__}")
@@ -367,7 +451,25 @@ def first_hitting(process: MaskedProcess) -> FirstHittingProcess:
 
 
 def product(**parts: Process) -> ProductProcess:
-    """Build a process on mixed states: dicts with one entry per name, e.g. product(adjacency=masked(...), x=gaussian(...))."""
+    """Build a process on mixed states: dicts with one entry per name, e.g. product(adjacency=masked(...), x=gaussian(...)).
+
+    Args:
+      parts: a process per name, as keywords; the names are those of the state's dict. One denoiser predicts all parts.
+
+    Returns:
+      The process, whose parts are noised independently.
+
+    Raises:
+      ValueError: without a part, or for a part that is not a process.
+
+    Example:
+      >>> import jax, rgdiff
+      >>> tokens = rgdiff.processes.masked(rgdiff.schedules.log_linear_mask(), 5, classes=4)
+      >>> x = rgdiff.processes.gaussian(rgdiff.schedules.linear_vp(), (2,))
+      >>> draw = rgdiff.processes.product(tokens=tokens, x=x).prior(3).sample(jax.random.key(0))
+      >>> {name: leaf.shape for name, leaf in draw.items()}
+      {'tokens': (3, 5, 5), 'x': (3, 2)}
+    """
     if not parts:
         raise ValueError("product() needs at least one named process, e.g. product(tokens=masked(...))")
     return ProductProcess({name: checks.noising_process(part, f"product({name}=...)") for name, part in parts.items()})

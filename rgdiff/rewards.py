@@ -1,6 +1,6 @@
 """Rewards: callables (x0, cond) -> [B] in the reward's own unit, and how host functions and sums become one.
 
-NaN marks an infeasible sample; it is counted and reported by whoever uses the reward, never averaged. Every method calls
+NaN marks an infeasible sample; it is counted and reported by the method that uses it, never averaged. Every method calls
 a reward through `evaluate`, which refuses what is not one float per example while a program is traced. What a function of
 the host raises reaches the caller of `sample`, `fit` and `score` (`failures`). Nothing here knows a domain, and no
 temperature lives here: it belongs to the method.
@@ -90,7 +90,7 @@ _score = jax.jit(evaluate)
 
 @pytree
 class HostReward:
-    """A NumPy function behind a callback; what it raises becomes NaN, so that a compiled loop is never torn down, and is told at its end."""
+    """A NumPy function behind a callback; what it raises becomes NaN, so that a compiled loop runs to its end, where it is raised."""
 
     function: Callable[..., Any] = static()
 
@@ -101,7 +101,7 @@ class HostReward:
         return jax.pure_callback(self._on_host, out, x0, cond, vmap_method="sequential")
 
     def answers(self, x0: State, cond: Cond = None) -> np.ndarray:
-        """Return the function's values [B] outside of compiled code, where what it raises stops the caller."""
+        """Return the function's values [B] outside of compiled code, where an exception reaches the caller."""
         values = self.function(jax.tree.map(np.asarray, x0), cond)
         batch = jax.tree.leaves(x0)[0].shape[0]
         if isinstance(values, tuple) and [np.shape(part) for part in values] == [(batch,)] * 2:
@@ -169,12 +169,25 @@ def host_rewards(tree: Any) -> list[HostReward]:
 
 
 def from_host(function: Callable[..., Any]) -> Reward:
-    """Make a black-box host function (x0 as NumPy [B, ...], cond) -> [B] a reward that works inside compiled code.
+    """Make a black-box host function a reward that works inside compiled code. It has no gradient.
 
-    It may return (values [B], valid [B]) instead. It has no gradient. NaN marks an infeasible sample. Where it raises, or
-    returns something else than B numbers, `samplers.sample`, `tuners.fit` and `rewards.score` raise RewardFailure with its
-    text; inside a program of your own its whole batch is infeasible (NaN). Hand the result itself to a constructor: within
-    another function nobody sees that it is a black box.
+    Args:
+      function: (x0 as NumPy [B, ...], cond) -> values [B], or (values [B], valid bool [B]).
+
+    Returns:
+      The reward, (x0, cond) -> [B], without a gradient. NaN marks an infeasible sample. Where the function raises, or returns
+      something else than B numbers, `samplers.sample`, `tuners.fit` and `rewards.score` raise RewardFailure with its text;
+      inside a program of your own its whole batch is infeasible. Hand the result itself to a constructor: within another
+      function nobody sees that it is a black box.
+
+    Raises:
+      ValueError: for something that cannot be called.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, numpy as np, rgdiff
+      >>> reward = rgdiff.rewards.from_host(lambda x0, cond: np.linalg.norm(x0, axis=-1))
+      >>> print(jax.jit(reward)(jnp.array([[3.0, 4.0]])))
+      [5.]
     """
     if isinstance(function, HostReward):
         return function
@@ -196,12 +209,36 @@ class WhereValid:
 
 
 def where_valid(function: Callable[..., Any]) -> Reward:
-    """Make (x0, cond) -> (values [B], valid bool [B]) a reward: NaN, which is infeasible, where it is not valid."""
+    """Make a reward of a function that says which samples are valid; the others are NaN, infeasible.
+
+    Args:
+      function: (x0, cond) -> (values [B], valid bool [B]), in JAX.
+
+    Returns:
+      The reward, (x0, cond) -> [B].
+
+    Raises:
+      ValueError: for something that cannot be called.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> reward = rgdiff.rewards.where_valid(lambda x0, cond: (x0[:, 0], x0[:, 0] > 0))
+      >>> print(reward(jnp.array([[2.0], [-1.0]])))
+      [ 2. nan]
+    """
     return WhereValid(callable_pytree(function, "a function of samples"))
 
 
 def differentiable(what: str, reward: Any) -> None:
-    """Refuse a reward, or a value made of one, with a black box in it: `what` would see the gradient 0 and do nothing."""
+    """Refuse a reward, or a value made of one, that contains a black box: its gradient would be 0 without a warning.
+
+    Args:
+      what: name of the method that needs the gradient.
+      reward: a reward or a value.
+
+    Raises:
+      ValueError: for a black box.
+    """
     if host_rewards(reward):
         raise ValueError(
             f"{what} needs the reward's gradient, which a black box does not have; "
@@ -222,7 +259,24 @@ class WeightedSum:
 
 
 def weighted_sum(rewards: list[Reward] | tuple[Reward, ...], weights: list[float] | tuple[float, ...]) -> Reward:
-    """Add rewards with weights; the weights are dynamic."""
+    """Add rewards with weights: r(x0) = sum_i w_i r_i(x0). A sample that is infeasible (NaN) for one is infeasible.
+
+    Args:
+      rewards: r_i, each (x0, cond) -> [B].
+      weights: w_i, one per reward; they may change without a recompilation.
+
+    Returns:
+      The reward, (x0, cond) -> [B].
+
+    Raises:
+      ValueError: for another number of weights than of rewards.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> first, second = lambda x0, cond: x0[:, 0], lambda x0, cond: x0[:, 1]
+      >>> print(rgdiff.rewards.weighted_sum([first, second], [1.0, 2.0])(jnp.array([[1.0, 3.0]])))
+      [7.]
+    """
     if len(rewards) != len(weights) or not rewards:
         raise ValueError(f"weighted_sum expects as many weights as rewards, got {len(weights)} and {len(rewards)}")
     return WeightedSum(tuple(callable_pytree(r, "a reward") for r in rewards), jnp.asarray(weights, jnp.float32))
@@ -230,7 +284,7 @@ def weighted_sum(rewards: list[Reward] | tuple[Reward, ...], weights: list[float
 
 @pytree
 class Ensemble:
-    """Several rewards of one thing, joined as named. Build it with `ensemble`."""
+    """Several rewards of one quantity, reduced to one. Build it with `ensemble`."""
 
     rewards: tuple[Reward, ...]
     caution: Array
@@ -249,11 +303,24 @@ class Ensemble:
 
 
 def ensemble(rewards: list[Reward] | tuple[Reward, ...], reduce: str = "mean", *, caution: float = 1.0) -> Reward:
-    """Join rewards that were learnt apart, so that a tuner exploits no single one's faults; infeasible for one is infeasible.
+    """Reduce rewards that were trained apart to one, so that a tuner exploits the errors of no single one.
 
     Args:
+      rewards: each (x0, cond) -> [B]. A sample that is infeasible (NaN) for one is infeasible.
       reduce: `mean`, `min`, or `lower`: mean - caution * standard deviation over the rewards.
-      caution: c of `lower`, dynamic.
+      caution: of `lower`, >= 0, without unit; it may change without a recompilation.
+
+    Returns:
+      The reward, (x0, cond) -> [B].
+
+    Raises:
+      ValueError: without a reward, for an unknown reduction, or a negative caution.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> first, second = lambda x0, cond: x0[:, 0], lambda x0, cond: x0[:, 1]
+      >>> print(rgdiff.rewards.ensemble([first, second], "lower")(jnp.array([[1.0, 3.0]])))  # 2 - 1
+      [1.]
     """
     if not rewards:
         raise ValueError("ensemble needs at least one reward")
@@ -263,10 +330,14 @@ def ensemble(rewards: list[Reward] | tuple[Reward, ...], reduce: str = "mean", *
 
 
 class Task(NamedTuple):
-    """What a run optimises and how it is judged: the reward that guides, a held-out one that does not, and a class if it has one.
+    """The objective of a run and its evaluation.
 
-    `measure`, if there is one, maps samples x0 to numbers that belong beside the reward. `conditional`: the reward is of the
-    condition that a sample was drawn with.
+    Args:
+      reward: the guiding reward, (x0, cond) -> [B].
+      heldout: a reward that guides nothing and evaluates the samples.
+      target: the class that is aimed at, or None.
+      measure: x0 -> dict of numbers that are reported beside the reward, or None.
+      conditional: whether the reward depends on the condition that a sample was drawn with.
     """
 
     reward: Reward
@@ -277,9 +348,22 @@ class Task(NamedTuple):
 
 
 def custom(fn: Callable[..., Any], heldout_fn: Callable[..., Any] | None = None, host: bool = False) -> Task:
-    """Make a task of a user's function (x0 [B, ...], cond) -> [B]: JAX, or NumPy with host=True (no gradient).
+    """Make a task of a user's function.
 
-    Without a `heldout_fn` the samples are judged by the reward that guided them, and over-optimisation stays unseen.
+    Args:
+      fn: (x0 [B, ...], cond) -> [B]: in JAX, or in NumPy with host=True.
+      heldout_fn: a function of the same form that evaluates the samples. Without one they are evaluated by the reward that
+        guided them, and over-optimisation is not seen.
+      host: whether the functions run on the host; they then have no gradient.
+
+    Returns:
+      The task.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> task = rgdiff.rewards.custom(lambda x0, cond: x0.sum(-1))
+      >>> print(task.reward(jnp.ones((1, 2)), None), task.heldout(jnp.ones((1, 2)), None))
+      [2.] [2.]
     """
     reward = from_host(fn) if host else callable_pytree(fn, "a reward")
     judge = heldout_fn or fn
@@ -287,5 +371,14 @@ def custom(fn: Callable[..., Any], heldout_fn: Callable[..., Any] | None = None,
 
 
 def check(reward: Reward, x0: State, cond: Cond = None) -> None:
-    """Refuse, before any compile, a reward that does not map this state to float [B]."""
+    """Refuse, before any compilation, a reward that does not map this state to float [B].
+
+    Args:
+      reward: (x0, cond) -> [B].
+      x0: a state, or its shapes, leaves [B, ...].
+      cond: conditions, a pytree of [B, ...], or None.
+
+    Raises:
+      ValueError: for another shape or type.
+    """
     jax.eval_shape(lambda x, c: evaluate(reward, x, c), x0, cond)

@@ -149,7 +149,20 @@ class Flow:
 
 
 def level(t: Array, levels: int) -> Array:
-    """Return the noise level of t in a discrete chain of T levels: i where t is next to (i + 1)/T. int32 in 0 ... T - 1."""
+    """Return the noise level of t in a discrete chain: the i in 0 ... T - 1 whose (i + 1) / T is nearest to t.
+
+    Args:
+      t: times in [0, 1], any shape.
+      levels: T, number of noise levels.
+
+    Returns:
+      int32, the shape of t.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> print(rgdiff.schedules.level(jnp.array([0.001, 0.5, 1.0]), 1000))
+      [  0 499 999]
+    """
     index = jnp.round(jnp.asarray(t, jnp.float32) * levels).astype(jnp.int32) - 1
     return jnp.clip(index, 0, levels - 1)
 
@@ -188,17 +201,62 @@ class Tabulated:
 
 
 def linear_vp(beta_min: float = 0.1, beta_max: float = 20.0) -> LinearVP:
-    """Build the linear variance-preserving schedule; the defaults are DDPM's 1,000 steps in continuous time."""
+    """Build the linear variance-preserving schedule, beta(t) = beta_min + (beta_max - beta_min) t (arXiv 2011.13456).
+
+    log alpha(t) = -(beta_min t + (beta_max - beta_min) t^2 / 2) / 2,  sigma^2 = 1 - alpha^2.
+
+    Args:
+      beta_min, beta_max: rates at t = 0 and t = 1, positive, per unit of time. The defaults are DDPM's 1,000 steps in
+        continuous time.
+
+    Returns:
+      The schedule.
+
+    Raises:
+      ValueError: for a rate that is not positive.
+
+    Example:
+      >>> import rgdiff
+      >>> round(float(rgdiff.schedules.linear_vp().alpha(1.0)), 4)  # exp(-5.025)
+      0.0066
+    """
     return LinearVP(checks.positive("beta_min", beta_min), checks.positive("beta_max", beta_max))
 
 
 def cosine_vp() -> CosineVP:
-    """Build the cosine variance-preserving schedule."""
+    """Build the cosine variance-preserving schedule, alpha(t) = cos(pi/2 t) (arXiv 2102.09672 without its offset).
+
+    Returns:
+      The schedule. Its grids begin at t = 0.992, since alpha(1) = 0.
+
+    Example:
+      >>> import rgdiff
+      >>> schedule = rgdiff.schedules.cosine_vp()
+      >>> print(f"{schedule.alpha(0.5):.4f} {schedule.sigma(0.5):.4f}")
+      0.7071 0.7071
+    """
     return CosineVP()
 
 
 def karras_ve(sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> KarrasVE:
-    """Build EDM's variance-exploding schedule; sigma in units of the data."""
+    """Build EDM's variance-exploding schedule: alpha = 1 and sigma(t)^(1/rho) linear in t (arXiv 2206.00364, eq. 5).
+
+    Args:
+      sigma_min, sigma_max: sigma at t = 0 and t = 1, in data units, 0 < sigma_min < sigma_max.
+      rho: exponent, positive; a larger one puts more of the grid near the data.
+
+    Returns:
+      The schedule.
+
+    Raises:
+      ValueError: for a number that is not positive, or sigma_min >= sigma_max.
+
+    Example:
+      >>> import rgdiff
+      >>> schedule = rgdiff.schedules.karras_ve()
+      >>> print(f"{schedule.sigma(0.0):.3f} {schedule.sigma(1.0):.3f}")
+      0.002 80.000
+    """
     low, high = checks.positive("sigma_min", sigma_min), checks.positive("sigma_max", sigma_max)
     if sigma_min >= sigma_max:
         raise ValueError(f"sigma_min must be below sigma_max, got {sigma_min} and {sigma_max}")
@@ -206,22 +264,41 @@ def karras_ve(sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.
 
 
 def flow() -> Flow:
-    """Build the rectified-flow schedule."""
+    """Build the rectified-flow schedule, x_t = (1 - t) x0 + t eps (arXiv 2209.03003, 2210.02747).
+
+    Returns:
+      The schedule.
+
+    Example:
+      >>> import rgdiff
+      >>> schedule = rgdiff.schedules.flow()
+      >>> print(schedule.alpha(0.25), schedule.sigma(0.25))
+      0.75 0.25
+    """
     return Flow()
 
 
 def tabulated(alpha_bar: Any) -> Tabulated:
-    """Build the variance-preserving schedule of a discrete chain from its products alpha_bar.
+    """Build the variance-preserving schedule of a discrete chain from its cumulative products alpha_bar.
 
     x_t = sqrt(alpha_bar_i) x0 + sqrt(1 - alpha_bar_i) eps at t = (i + 1) / T. With eta = 1 the reverse kernels on its
     whole grid, `times(T)`, are DDPM's with the posterior variance, and the projection is its last, noiseless step.
 
     Args:
-      alpha_bar: [T], strictly decreasing in (0, 1); the last may be 0 (zero terminal SNR, arXiv 2305.08891), where
-        predictions of x0 and v say what x0 is, and those of eps do not.
+      alpha_bar: [T], strictly decreasing in (0, 1); the last may be 0 (zero terminal SNR, arXiv 2305.08891). There a prediction
+        of x0 or v determines x0, and one of eps does not.
+
+    Returns:
+      The schedule; between two levels log_snr is linear in t.
 
     Raises:
       ValueError: for anything else.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> schedule = rgdiff.schedules.tabulated([0.9, 0.5, 0.1])
+      >>> [round(float(a) ** 2, 3) for a in schedule.alpha(jnp.array([1, 2, 3]) / 3)]
+      [0.9, 0.5, 0.1]
     """
     table = np.asarray(alpha_bar, np.float64)
     if table.ndim != 1 or not len(table) or not (np.diff(table, prepend=1.0) < 0).all() or table[-1] < 0:
@@ -231,18 +308,41 @@ def tabulated(alpha_bar: Any) -> Tabulated:
 
 
 def zero_terminal_snr(alpha_bar: Any) -> np.ndarray:
-    """Shift and scale sqrt(alpha_bar) so that the last is 0 and the first stays (arXiv 2305.08891, algorithm 1). [T]"""
+    """Shift and scale sqrt(alpha_bar) so that its last entry is 0 and its first is unchanged (arXiv 2305.08891, algorithm 1).
+
+    Args:
+      alpha_bar: [T], cumulative products, decreasing.
+
+    Returns:
+      The new alpha_bar [T], for `tabulated`.
+
+    Example:
+      >>> import rgdiff
+      >>> print(rgdiff.schedules.zero_terminal_snr([0.81, 0.36, 0.09]).round(4))
+      [0.81   0.2025 0.    ]
+    """
     root = np.sqrt(np.asarray(alpha_bar, np.float64))
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
 
 def cosine_ddpm(steps: int = 1000, *, offset: float = 0.008, largest: float = 0.999) -> Tabulated:
-    """Build the cosine schedule of improved DDPM, discrete: alpha_bar_i = prod min(beta, largest) (arXiv 2102.09672, eq. 17).
+    """Build the cosine schedule of improved DDPM, discrete: alpha_bar_i = prod (1 - min(beta, largest)) (arXiv 2102.09672, eq. 17).
 
     Args:
-      steps: T, noise levels.
+      steps: T, number of noise levels.
       offset: s of alpha_bar(u) = cos^2((u + s) / (1 + s) pi/2), up to a constant.
       largest: the largest beta.
+
+    Returns:
+      The schedule.
+
+    Raises:
+      ValueError: for fewer than one level.
+
+    Example:
+      >>> import rgdiff
+      >>> print(f"{rgdiff.schedules.cosine_ddpm().alpha(0.5) ** 2:.3f}")  # cos^2(0.7916) / cos^2(0.0125)
+      0.494
     """
     u = np.arange(checks.at_least("steps", steps, 1) + 1) / steps
     curve = np.cos((u + offset) / (1 + offset) * np.pi / 2) ** 2
@@ -253,28 +353,48 @@ def cosine_ddpm(steps: int = 1000, *, offset: float = 0.008, largest: float = 0.
 
 
 def trailing_times(steps: int, levels: int = 1000) -> Array:
-    """Return T, T - T/n, ..., T/n of T levels, rounded: from the last level on, evenly to data (arXiv 2305.08891, table 2). [n]
+    """Return evenly spaced times from the last level on: T, T - T/n, ..., T/n over T, rounded (arXiv 2305.08891, table 2).
 
-    What `tabulated(...).times(steps)` gives: the projection spans one ordinary step.
+    `tabulated(...).times(steps)` is this grid. The projection spans one ordinary step.
 
     Args:
       steps: n, network calls; all but the last are moves.
       levels: T of the discrete chain that the network was trained on; level i = 1 ... T is at t = i/T.
+
+    Returns:
+      Times [n], decreasing.
+
+    Raises:
+      ValueError: for n outside 1 ... T.
+
+    Example:
+      >>> import rgdiff
+      >>> print(rgdiff.schedules.trailing_times(4))
+      [1.   0.75 0.5  0.25]
     """
     return _at(np.linspace(levels, levels / _calls(steps, levels), steps), levels)
 
 
 def leading_times(steps: int, levels: int = 1000, *, offset: int = 0) -> Array:
-    """Return 1 + (n - 1) k, ..., 1 + k, 1 with k = floor(T/n), each plus `offset`: DDIM's and PNDM's spacing (2305.08891, table 2). [n]
+    """Return DDIM's and PNDM's spacing: 1 + (n - 1) k, ..., 1 + k, 1 over T with k = floor(T/n) (arXiv 2305.08891, table 2).
 
-    The last level is left out, as released: chains begin where some of the data is left, with noise all the same.
+    The last level is left out, as in the released code: chains begin where part of the data is left, and are begun with noise.
 
     Args:
-      steps, levels: as for `trailing_times`.
+      steps: n, network calls; all but the last are moves.
+      levels: T of the discrete chain that the network was trained on; level i = 1 ... T is at t = i/T.
       offset: added to every level; 1 in Stable Diffusion (diffusers' `steps_offset`).
 
+    Returns:
+      Times [n], decreasing.
+
     Raises:
-      ValueError: for an offset that leads beyond the last level.
+      ValueError: for n outside 1 ... T, or an offset that leads beyond the last level.
+
+    Example:
+      >>> import rgdiff
+      >>> print(rgdiff.schedules.leading_times(4))
+      [0.751 0.501 0.251 0.001]
     """
     first = 1 + (_calls(steps, levels) - 1) * (levels // steps) + checks.at_least("offset", offset, 0)
     if first > levels:
@@ -283,11 +403,24 @@ def leading_times(steps: int, levels: int = 1000, *, offset: int = 0) -> Array:
 
 
 def linspace_times(steps: int, levels: int = 1000) -> Array:
-    """Return n levels from T to 1, evenly and rounded: improved DDPM's spacing (arXiv 2305.08891, table 2). [n]
+    """Return improved DDPM's spacing: n levels from T to 1, even and rounded, over T (arXiv 2305.08891, table 2).
 
-    DPM-Solver's takes n + 1 of them without the last: `linspace_times(n + 1)[:-1]`.
+    DPM-Solver takes n + 1 of them without the last: `linspace_times(n + 1)[:-1]`.
 
-    Args: as for `trailing_times`.
+    Args:
+      steps: n, network calls; all but the last are moves.
+      levels: T of the discrete chain that the network was trained on; level i = 1 ... T is at t = i/T.
+
+    Returns:
+      Times [n], decreasing.
+
+    Raises:
+      ValueError: for n outside 1 ... T.
+
+    Example:
+      >>> import rgdiff
+      >>> print(rgdiff.schedules.linspace_times(4))
+      [1.    0.667 0.334 0.001]
     """
     return _at(1 + np.rint(np.linspace(levels - 1, 0, _calls(steps, levels))), levels)
 
@@ -300,20 +433,28 @@ def karras_times(
     sigma_min: float | None = None,
     sigma_max: float | None = None,
 ) -> Array:
-    """Return the times at which (sigma / alpha)^(1/rho) falls evenly: EDM's grid on any schedule (arXiv 2206.00364, eq. 5). [n]
+    """Return the times at which (sigma / alpha)^(1/rho) decreases evenly: EDM's grid on any schedule (arXiv 2206.00364, eq. 5).
 
     Args:
-      schedule: whose noise level sigma(t) / alpha(t) the times are looked up in.
-      steps: n, at least 2.
-      rho: 7 in the paper.
+      schedule: a Gaussian schedule; the times are those at which sigma(t) / alpha(t) has the wanted values.
+      steps: n, number of times, at least 2.
+      rho: exponent, positive; 7 in the paper.
       sigma_min, sigma_max: sigma / alpha at the last and the first time. By default those of t = 0 and t = 1; of 0.001 where no
         noise is left at 0, of 0.999 where no data is left at 1.
+
+    Returns:
+      Times [n], decreasing.
 
     Raises:
       ValueError: for levels that the schedule does not reach.
 
     Note:
-      Between the levels of a table the times lie between its steps, where log_snr is linear in t.
+      With `tabulated` the times lie between its levels, where log_snr is linear in t.
+
+    Example:
+      >>> import rgdiff
+      >>> print(rgdiff.schedules.karras_times(rgdiff.schedules.karras_ve(), 3).round(3))  # linear in t by construction
+      [1.  0.5 0. ]
     """
     checks.schedule(schedule, "karras_times"), checks.positive("rho", rho)
     level = lambda t: np.asarray(checks.log_snr(schedule, jnp.asarray(t, jnp.float32)), np.float64)  # noqa: E731
@@ -369,10 +510,28 @@ class CosineMask:
 
 
 def log_linear_mask() -> LogLinearMask:
-    """Build the log-linear mask schedule."""
+    """Build the log-linear mask schedule, rate(t) = t (MDLM, arXiv 2406.07524, without its 1e-3 offset).
+
+    Returns:
+      The schedule.
+
+    Example:
+      >>> import rgdiff
+      >>> print(rgdiff.schedules.log_linear_mask().rate(0.25))
+      0.25
+    """
     return LogLinearMask()
 
 
 def cosine_mask() -> CosineMask:
-    """Build the cosine mask schedule."""
+    """Build the cosine mask schedule, rate(t) = 1 - cos(pi/2 t): late steps unmask fewer tokens (arXiv 2406.04329).
+
+    Returns:
+      The schedule.
+
+    Example:
+      >>> import rgdiff
+      >>> print(f"{rgdiff.schedules.cosine_mask().rate(0.5):.4f}")  # 1 - cos(pi/4)
+      0.2929
+    """
     return CosineMask()

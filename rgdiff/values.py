@@ -1,9 +1,9 @@
 """Values: callables (x_t, t, cond) -> [B], the expected reward to go in the reward's own unit.
 
-`posterior_mean` turns a reward and a denoiser into a value without training, `learned` takes a network trained by
-`rgdiff.tuners.value_regression` or `temporal_difference`; the losses and backups they are trained by stand here, and
-`error_over_time` says how good a value is at each time. Methods that already hold the denoiser's prediction pass it on
-(`given`), so that no network is called twice with the same input.
+`posterior_mean` makes a value of a reward and a denoiser without training. `learned` takes a network trained by
+`rgdiff.tuners.value_regression` or `temporal_difference`; their losses and backups are in this module.
+`error_over_time` measures the error of a value at each time. Methods that already hold the denoiser's prediction pass it
+to the value (`given`), so that no network is called twice with the same input.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class PosteriorMean:
         return self.given(x, t, self.denoiser(x, t, cond), cond)
 
     def given(self, x: State, t: Array, prediction: State, cond: Cond = None) -> Array:
-        """Return the value when the denoiser's prediction at (x, t) is already known: no network call."""
+        """Return the value for a denoiser's prediction at (x, t) that is already known: no network call."""
         if self.mode:
             prediction = _sharpen(self.process, prediction)
         return rewards.evaluate(self.reward, self.process.mean(x, t, prediction), cond)
@@ -65,15 +65,28 @@ def _has_tokens(process: Process) -> bool:
 
 
 def posterior_mean(reward: Reward, process: Process, denoiser: Denoiser, *, plug_in: str = "mean") -> PosteriorMean:
-    """Evaluate the reward at the posterior mean of x0 (SVDD-PM, arXiv 2408.08252; DPS, arXiv 2209.14687).
+    """Evaluate the reward at the posterior mean of x0: v(x_t) = r(E[x0 | x_t]) (SVDD-PM, arXiv 2408.08252; DPS, arXiv 2209.14687).
 
     Args:
+      reward: (x0, cond) -> [B].
+      process: of the chain.
+      denoiser: of the prior. A sampler with this same object computes its prediction once.
       plug_in: `mean`, or `mode` for discrete states: the most probable token at each masked position (the first of
-        equally probable ones) in place of a point of the simplex, which is what the released SVDD code does. In a
+        equally probable ones) in place of a point of the simplex, as in the released SVDD code. In a
         product process it concerns the masked parts; the others keep their mean.
+
+    Returns:
+      The value, (x_t, t, cond) -> [B], in the reward's unit.
 
     Raises:
       ValueError: for an unknown plug-in, or the mode of a process without tokens.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.flow(), (2,))
+      >>> value = rgdiff.values.posterior_mean(lambda x0, cond: x0.sum(-1), process, lambda x, t, cond: 3 * x)
+      >>> print(value(jnp.ones((1, 2)), jnp.float32(0.5)))
+      [6.]
     """
     checks.noising_process(process, "posterior_mean")
     checks.one_of("plug_in", plug_in, ("mean", "mode"))
@@ -95,7 +108,22 @@ class Learned:
 
 
 def per_example(out: Array) -> Array:
-    """Return one number per example, [B], of [B], [B, 1] or one number a position [B, ..., 1], which are averaged."""
+    """Return one number per example; numbers per position are averaged.
+
+    Args:
+      out: [B], [B, 1] or [B, ..., 1].
+
+    Returns:
+      [B].
+
+    Raises:
+      ValueError: for another shape.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> print(rgdiff.values.per_example(jnp.array([[[1.0], [3.0]]])))
+      [2.]
+    """
     if out.ndim > 1 and out.shape[-1] != 1:
         raise ValueError(f"the network must return [B], [B, 1] or one number a position, got {list(out.shape)}")
     return jnp.mean(out.reshape(out.shape[0], -1), -1)
@@ -103,7 +131,18 @@ def per_example(out: Array) -> Array:
 
 @pytree
 class AtTime:
-    """A value at one time as a reward or an energy of that time's states: (x, cond) -> v(x, time, cond)."""
+    """A value at one fixed time, as a reward or an energy of that time's states: (x, cond) -> v(x, time, cond).
+
+    Args:
+      value: (x, t, cond) -> [B].
+      time: t, a scalar.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> reward = rgdiff.values.AtTime(lambda x, t, cond: t * x.sum(-1), jnp.float32(0.5))
+      >>> print(reward(jnp.ones((1, 2))))
+      [1.]
+    """
 
     value: Value
     time: Array
@@ -114,7 +153,7 @@ class AtTime:
 
 @pytree
 class EndsAtReward:
-    """The value for t > 0 and the reward itself at t = 0, where a masked chain ends; at one time t only one is called."""
+    """The value for t > 0 and the reward itself at t = 0, the end of a masked chain. Build it with `learned(..., reward, process)`."""
 
     value: Value
     reward: Reward
@@ -127,12 +166,24 @@ class EndsAtReward:
 
 
 def learned(network: Denoiser, reward: Reward | None = None, process: Process | None = None) -> Value:
-    """Take a network as a value (SVDD-MC).
+    """Make a value of a network (SVDD-MC, arXiv 2408.08252).
 
     Args:
       network: one number per example, or one per position, which are averaged: `nets.ValueMLP()` for any state,
         `nets.ConvNet1D(out=1, time_conditioning=True)` for sequences.
-      reward, process: for a masked process, whose chain reaches t = 0: the last selection is then by the reward itself.
+      reward, process: for a masked process, whose chain reaches t = 0: the last selection then uses the reward itself.
+
+    Returns:
+      The value, (x_t, t, cond) -> [B], in the reward's unit.
+
+    Raises:
+      ValueError: for a reward without a process, or with a process that is not masked.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> value = rgdiff.values.learned(lambda x, t, cond: x)  # one number a position: [B, L, 1]
+      >>> print(value(jnp.array([[[1.0], [3.0]]]), jnp.float32(0.5)))
+      [2.]
     """
     value = Learned(callable_pytree(network, "a value network"))
     if reward is None:
@@ -145,10 +196,19 @@ def learned(network: Denoiser, reward: Reward | None = None, process: Process | 
 
 
 def backup(values: Array, temperature: Array | float | None = None) -> Array:
-    """Back values of M next states up to the state they were drawn from: [M, B] -> [B].
+    """Compute the soft Bellman backup of M next states' values: tau log (1/M) sum_m exp(v_m / tau) (arXiv 2408.08252, §3).
 
-    tau log (1/M) sum_m exp(v_m / tau), the soft Bellman backup (arXiv 2408.08252, §3), or the plain mean without a
-    temperature. NaN values are left out; a column without a number gives NaN.
+    Args:
+      values: v [M, B], in the reward's unit. NaN values are left out.
+      temperature: tau, in the reward's unit; None takes the plain mean.
+
+    Returns:
+      [B], in the reward's unit; NaN where a column has no number.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> print(f"{rgdiff.values.backup(jnp.log(jnp.array([[1.0], [3.0]])), 1.0)[0]:.4f}")  # log((1 + 3) / 2)
+      0.6931
     """
     known = ~jnp.isnan(values)
     count = jnp.sum(known, 0)
@@ -162,27 +222,33 @@ def backup(values: Array, temperature: Array | float | None = None) -> Array:
 def regression_loss(
     value: Array, target: Array, temperature: Array | float | None = None, bound: Array | float = 10.0
 ) -> Array:
-    """Loss of a value f against targets y, elementwise, in the reward's unit squared.
+    """Compute the loss of a value f against targets y, elementwise: (y - f)^2, or 2 tau^2 (e^z - z - 1) with z = (y - f) / tau.
 
-    Without a temperature (y - f)^2, whose minimiser is E[y]. With tau
-
-        2 tau^2 (e^z - z - 1),  z = (y - f) / tau,  continued along its tangent beyond z = bound,
-
-    the Itakura-Saito divergence of exp(f/tau) from exp(y/tau), also known as LINEX and as Gumbel regression (arXiv
+    Without a temperature the minimiser is E[y]. With tau the loss is continued along its tangent beyond z = bound. It is the
+    Itakura-Saito divergence of exp(f/tau) from exp(y/tau), also known as LINEX and as Gumbel regression (arXiv
     2301.02328). It is convex in f, tends to (y - f)^2 as tau grows, and its slope 2 tau (1 - E min(e^z, e^bound))
     vanishes where E e^z = 1: at f = tau log E exp(y/tau), the soft value, exactly if y <= f + bound tau almost surely.
     E e^z = 1 itself bounds e^z by one over the outcome's probability, so that every outcome y of conditional probability
     at least e^-bound counts in full; rarer and larger ones are bounded, and the minimiser lies below the soft value.
 
     Args:
-      value: f, any shape.
-      target: y, finite.
+      value: f, any shape, in the reward's unit.
+      target: y, the same shape, finite.
       temperature: tau in the reward's unit.
       bound: in nats; the slope is at most 2 tau e^bound, so nothing overflows whatever y / tau is.
+
+    Returns:
+      The loss, the shape of f, in the reward's unit squared.
 
     Note:
       arXiv 2408.08252 (algorithm 3) writes {exp(y/tau) - exp(f/tau)}^2. It has the same minimiser, overflows at
       y/tau = 45 in float32, and has no gradient where exp(f/tau) is small: its slope over exp(2 f/tau) is ours.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> loss = rgdiff.values.regression_loss(jnp.float32(0.0), jnp.float32(1.0), temperature=1.0)
+      >>> print(f"{loss:.4f}")  # 2 (e - 2)
+      1.4366
     """
     if temperature is None:
         return (target - value) ** 2
@@ -192,7 +258,7 @@ def regression_loss(
 
 
 class ErrorOverTime(NamedTuple):
-    """How good a value is at each time of a grid, [T + 1] each; see `error_over_time`."""
+    """Errors of a value at each time of a grid, [T + 1] each; see `error_over_time`."""
 
     times: Array
     mse: Array
@@ -209,7 +275,7 @@ def error_over_time(
     temperature: Array | float | None = None,
     exact: Value | None = None,
 ) -> ErrorOverTime:
-    """Measure a value on held-out rollouts, at each time.
+    """Measure the errors of a value on held-out rollouts, at each time.
 
     Args:
       value: (x, t, cond) -> [B].
@@ -226,6 +292,16 @@ def error_over_time(
       exact: mean of (v - exact)^2, reward squared, or None.
 
       All over examples whose reward is finite.
+
+    Raises:
+      ValueError: for times of another length than the rollouts'.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> rollouts = {"path": jnp.zeros((4, 2, 1)), "reward": jnp.array([0.0, 0.0, 2.0, 2.0])}  # B = 4, T + 1 = 2
+      >>> errors = rgdiff.values.error_over_time(lambda x, t, cond: 1 - t + x[:, 0], [1.0, 0.0], rollouts)
+      >>> print(errors.mse, errors.bias)  # v = 0, then 1
+      [2. 1.] [1. 0.]
     """
     times = jnp.asarray(times, jnp.float32)
     path, reward = rollouts["path"], rollouts["reward"]

@@ -1,4 +1,4 @@
-"""Exact laws of chains, knowing no domain: `enumeration` of masked ones, `quadrature` on the line, and `regret`."""
+"""Exact distributions of chains, independent of the domain: `enumeration` of masked ones, `quadrature` on the line, and `regret`."""
 
 from rgdiff.exact import enumeration, quadrature, regret
 

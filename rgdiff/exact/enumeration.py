@@ -1,7 +1,7 @@
-"""Exact laws of small discrete worlds by enumeration: the law and the path KL of a masked chain, tilted laws, soft values.
+"""Exact distributions of small discrete worlds by enumeration: those of masked chains and their path KL, tilts, soft values.
 
-K letters at L positions make K^L sequences and (K + 1)^L partly masked states, both in C order (the last position runs
-fastest; the mask is the last class). Laws are NumPy float64 on the host, exact for the chain of the given time grid:
+K letters at L positions make K^L sequences and (K + 1)^L partly masked states, both in C order (the last position varies
+fastest; the mask is the last class). Probabilities are NumPy float64 on the host, exact for the chain of the given time grid:
 one event at a time (`processes.first_hitting`), or moves that may unmask several positions at once from one prediction.
 It assumes one process on sequences [L] and as many states as fit: 5^8 = 390,625 for DNA 8-mers.
 """
@@ -28,32 +28,100 @@ _predict = jax.jit(lambda denoiser, x, t: jax.nn.log_softmax(denoiser(x, t, None
 
 
 def enumerable(length: int, classes: int) -> bool:
-    """Whether the (K + 1)^L partly masked states are few enough."""
+    """Return whether the (K + 1)^L partly masked states are few enough to enumerate.
+
+    Args:
+      length: L, positions.
+      classes: K, tokens without the mask.
+
+    Returns:
+      bool.
+    """
     return length * np.log(classes + 1) <= np.log(LARGEST)
 
 
 def tokens(length: int, classes: int) -> np.ndarray:
-    """Return all sequences [K^L, L] of class numbers, int32, in C order; with classes K + 1 all partly masked states."""
+    """Return all sequences in C order (the last position varies fastest); with classes K + 1 all partly masked states.
+
+    Args:
+      length: L, positions.
+      classes: K, tokens.
+
+    Returns:
+      Class numbers [K^L, L], int32.
+
+    Raises:
+      ValueError: for more than 2,000,000 sequences.
+
+    Example:
+      >>> from rgdiff.exact import enumeration
+      >>> enumeration.tokens(2, 2).tolist()
+      [[0, 0], [0, 1], [1, 0], [1, 1]]
+    """
     if length * np.log(classes) > np.log(LARGEST):
         raise ValueError(f"{classes}^{length} sequences are more than {LARGEST:,}: too many to enumerate")
     return np.stack(np.unravel_index(np.arange(classes**length), (classes,) * length), -1).astype(np.int32)
 
 
 def codes(x: Array) -> Array:
-    """Return the place [B] of one-hot states [B, L, K] in C order over K^L."""
+    """Return the index of one-hot states in C order over K^L, as `tokens` lists them.
+
+    Args:
+      x: one-hot [B, L, K].
+
+    Returns:
+      [B], int32.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from rgdiff.exact import enumeration
+      >>> print(enumeration.codes(jax.nn.one_hot(jnp.array([[1, 0], [1, 1]]), 2)))
+      [2 3]
+    """
     length, classes = x.shape[-2:]
     return jnp.argmax(x, -1) @ jnp.asarray([classes**i for i in reversed(range(length))], jnp.int32)
 
 
 def all_rewards(reward: Reward, length: int, classes: int, *, batch: int = 8192) -> np.ndarray:
-    """Return the rewards [K^L] of all sequences, in C order; NaN where one is infeasible."""
+    """Return the rewards of all sequences, in C order.
+
+    Args:
+      reward: (x0 one-hot [B, L, K], cond) -> [B]; it is called with cond = None.
+      length: L, positions.
+      classes: K, tokens.
+      batch: sequences per call.
+
+    Returns:
+      [K^L], in the reward's unit; NaN where a sequence is infeasible.
+
+    Raises:
+      ValueError: for too many sequences.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> from rgdiff.exact import enumeration
+      >>> reward = rgdiff.typing.Function(lambda x0, cond: x0[:, :, 1].sum(-1))  # number of ones
+      >>> enumeration.all_rewards(reward, 2, 2).tolist()
+      [0.0, 1.0, 1.0, 2.0]
+    """
     every = tokens(length, classes)
     return _in_batches(lambda x: score(reward, x), every, classes, batch)
 
 
 @pytree
 class Factorised:
-    """The exact denoiser of independent positions: the same logits [L, K] whatever has been unmasked."""
+    """The exact denoiser of independent positions: the same logits whatever has been unmasked.
+
+    Args:
+      logits: [L, K], nats.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from rgdiff.exact import enumeration
+      >>> denoiser = enumeration.Factorised(jnp.zeros((3, 2)))
+      >>> denoiser(jax.nn.one_hot(jnp.full((4, 3), 2), 3), 1.0).shape
+      (4, 3, 2)
+    """
 
     logits: Array
 
@@ -71,9 +139,27 @@ class Tilted(NamedTuple):
 
 
 def tilted(law: np.ndarray, rewards: np.ndarray, temperature: float) -> Tilted:
-    """Tilt a law [n] by rewards [n]: p*(x) = p(x) exp(r(x)/tau) / Z, log Z = log E_p exp(r/tau), KL(p* || p) = E*[r]/tau - log Z.
+    """Tilt probabilities by rewards: p*(x) = p(x) exp(r(x)/tau) / Z.
 
-    Infeasible sequences (NaN) get no weight; with a temperature of infinity the law is conditioned on feasibility alone.
+    log Z = log E_p exp(r/tau),  KL(p* || p) = E*[r]/tau - log Z.
+
+    Args:
+      law: p [n], probabilities.
+      rewards: r [n]; NaN (infeasible) gets no weight.
+      temperature: tau, in the reward's unit; infinity conditions on feasibility alone.
+
+    Returns:
+      Tilted(probabilities [n], log_z nats, kl nats, reward_mean in the reward's unit).
+
+    Raises:
+      ValueError: for differing shapes, or a temperature that is not positive.
+
+    Example:
+      >>> import numpy as np
+      >>> from rgdiff.exact import enumeration
+      >>> tilted = enumeration.tilted(np.array([0.5, 0.5]), np.log([1.0, 3.0]), temperature=1.0)
+      >>> print(tilted.probabilities.round(4), f"{tilted.log_z:.4f}")  # log((1 + 3) / 2)
+      [0.25 0.75] 0.6931
     """
     law, rewards = np.asarray(law, np.float64), np.asarray(rewards, np.float64)
     if law.shape != rewards.shape or law.ndim != 1:
@@ -93,7 +179,20 @@ def tilted(law: np.ndarray, rewards: np.ndarray, temperature: float) -> Tilted:
 
 
 def product_law(probabilities: np.ndarray) -> np.ndarray:
-    """Return the law [K^L] of independent positions with probabilities [L, K]."""
+    """Return the probabilities of all sequences of independent positions.
+
+    Args:
+      probabilities: [L, K]; rows are normalised.
+
+    Returns:
+      [K^L], in C order.
+
+    Example:
+      >>> import numpy as np
+      >>> from rgdiff.exact import enumeration
+      >>> print(enumeration.product_law(np.array([[0.5, 0.5], [0.25, 0.75]])))
+      [0.125 0.375 0.125 0.375]
+    """
     law = np.ones(1)
     for row in np.asarray(probabilities, np.float64):
         law = np.multiply.outer(law, row / row.sum()).reshape(-1)
@@ -101,20 +200,40 @@ def product_law(probabilities: np.ndarray) -> np.ndarray:
 
 
 def chain_law(process: MaskedProcess, denoiser: Denoiser, times: Array, *, batch: int = 8192) -> np.ndarray:
-    """Return the law [K^L] of x0 of ancestral sampling over `times`, network and discretisation included.
+    """Return the exact distribution of x0 of ancestral sampling over `times`, errors of network and discretisation included.
 
     p_s(y) = sum_x p_t(x) prod_i k_i(y_i | x), pushed forward over all (K + 1)^L states; k_i copies an unmasked letter,
-    and a masked one moves with probability (rate_t - rate_s)/rate_t. The cost is (2K + 1)^L products a move (4.3e7 for
-    DNA 8-mers), and one network call a state where the denoiser ignores t, a move and state where it reads it.
+    and a masked one is unmasked with probability (rate_t - rate_s)/rate_t. The cost is (2K + 1)^L products a move (4.3e7 for
+    DNA 8-mers), and one network call a state where the denoiser ignores t, one a move and state where it depends on it.
 
-    Of a first-hitting process p(y) = sum_x p(x) p_i(y_i | x) / m over the m masked positions i of x. A state is met at one
+    For a first-hitting process p(y) = sum_x p(x) p_i(y_i | x) / m over the m masked positions i of x. A state occurs at one
     move alone, so all moves together cost one network call a state and L K (K + 1)^(L - 1) products.
+
+    Args:
+      process: masked or first-hitting, on sequences [L].
+      denoiser: (x, t, cond) -> logits [B, L, K]; it is called with cond = None.
+      times: [T + 1], of the chain.
+      batch: states per network call.
+
+    Returns:
+      Probabilities [K^L], in C order, float64.
+
+    Raises:
+      ValueError: for another process, too many states, or a bad grid.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> from rgdiff.exact import enumeration
+      >>> process = rgdiff.processes.masked(rgdiff.schedules.log_linear_mask(), 2, classes=2)
+      >>> prior = enumeration.Factorised(jnp.log(jnp.array([[0.5, 0.5], [0.25, 0.75]])))
+      >>> print(enumeration.chain_law(process, prior, process.times(3)).round(4))
+      [0.125 0.375 0.125 0.375]
     """
     return _push(process, denoiser, times, None, batch).probabilities
 
 
 class ChainLaw(NamedTuple):
-    """The law [K^L] of a chain's x0, and the chain's path KL to a reference's, nats (0 without a reference)."""
+    """Probabilities [K^L] of a chain's x0, and the chain's path KL to a reference's, nats (0 without a reference)."""
 
     probabilities: np.ndarray
     path_kl: float
@@ -123,22 +242,37 @@ class ChainLaw(NamedTuple):
 def chain_law_and_kl(
     process: MaskedProcess, denoiser: Denoiser, times: Array, reference: Denoiser, *, batch: int = 8192
 ) -> ChainLaw:
-    """Return the law of x0 and the path KL of a tuned chain to the chain of the prior, both exact, in one pass.
+    """Return the distribution of x0 and the path KL of a tuned chain to the chain of the prior, both exact, in one pass.
 
     KL = sum over moves of E[P(move) * sum over masked positions of KL(p_i(. | x_t) || q_i(. | x_t))], P(move) the probability
-    (rate_t - rate_s)/rate_t of a masked position to move, or 1/m where one of m moves (first-hitting). It is at least
-    KL(law of x0 || the prior's), and equal to it for the prior's own path given x0. E[r] - alpha * path_kl is what
-    `tuners.drakes` maximises; of a first-hitting chain of the exact prior its maximum is alpha * log Z of `tilted`.
+    (rate_t - rate_s)/rate_t of a masked position to be unmasked, or 1/m where one of m is (first-hitting). It is at least
+    KL(p(x0) || the prior's), and equal to it where both have the same p(path | x0). E[r] - alpha * path_kl is the objective of
+    `tuners.drakes`; of a first-hitting chain of the exact prior its maximum is alpha * log Z of `tilted`.
 
     Args:
-      denoiser, reference: the tuned one and the prior's.
+      process, times, batch: as for `chain_law`.
+      denoiser, reference: the tuned one and the prior's, (x, t, cond) -> logits [B, L, K].
+
+    Returns:
+      ChainLaw(probabilities [K^L], path_kl in nats).
+
+    Raises:
+      ValueError: as for `chain_law`.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> from rgdiff.exact import enumeration
+      >>> process = rgdiff.processes.masked(rgdiff.schedules.log_linear_mask(), 1, classes=2)
+      >>> tuned, prior = (enumeration.Factorised(jnp.log(jnp.array([p]))) for p in ([0.25, 0.75], [0.5, 0.5]))
+      >>> print(f"{enumeration.chain_law_and_kl(process, tuned, process.times(3), prior).path_kl:.4f}")  # log 2 - entropy
+      0.1308
     """
     return _push(process, denoiser, times, reference, batch)
 
 
 @pytree
 class SoftValue:
-    """tau log E[exp(r(x0)/tau) | x_t] by lookup: [n, (K + 1)^L] at n times, of which the nearest is taken."""
+    """tau log E[exp(r(x0)/tau) | x_t] by look-up: a table [n, (K + 1)^L] at n times, of which the nearest is taken."""
 
     times: Array
     table: Array
@@ -148,14 +282,27 @@ class SoftValue:
 
 
 def product_value(probabilities: np.ndarray, rewards: np.ndarray, temperature: float) -> SoftValue:
-    """Return the exact soft value of a prior with independent positions, probabilities [L, K].
+    """Return the exact soft value of a prior with independent positions: v(x_t) = tau log sum_x0 p(x0 | x_t) exp(r(x0)/tau).
 
-    v(x_t) = tau log sum_x0 p(x0 | x_t) exp(r(x0)/tau) depends on the state alone, whatever the times of the chain, and
-    all (K + 1)^L states come from one contraction a position.
+    It depends on the state alone, whatever the times of the chain, and all (K + 1)^L states come from one contraction a position.
 
     Args:
+      probabilities: of the prior, [L, K].
       rewards: [K^L], see `all_rewards`; NaN has no weight.
       temperature: tau, in the reward's unit.
+
+    Returns:
+      The value, (x [B, L, K + 1], t, cond) -> [B], in the reward's unit.
+
+    Raises:
+      ValueError: for a temperature that is not positive.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, numpy as np
+      >>> from rgdiff.exact import enumeration
+      >>> value = enumeration.product_value(np.array([[0.5, 0.5]]), np.log([1.0, 3.0]), temperature=1.0)
+      >>> print(f"{value(jax.nn.one_hot(jnp.array([[2]]), 3), 1.0)[0]:.4f}")  # masked: log((1 + 3) / 2)
+      0.6931
     """
     probabilities = np.asarray(probabilities, np.float64)
     probabilities = probabilities / probabilities.sum(-1, keepdims=True)
@@ -180,8 +327,28 @@ def chain_value(
     """Return the exact soft value of a prior's own chain over `times`, by dynamic programming from its end.
 
     exp(v_t(x)/tau) = sum_y p(x_s = y | x_t = x) exp(v_s(y)/tau), v_0 = r (arXiv 2408.08252, soft Bellman equations). With it
-    SVDD and SMC tend to `tilted(chain_law(...))`. Costs as `chain_law`; holds one table of states for each time. Of a
+    SVDD and SMC tend to `tilted(chain_law(...))`. Costs as `chain_law`; holds one table of states for each time. For a
     first-hitting process the value depends on the state alone, and one table serves all times.
+
+    Args:
+      process, denoiser, times, batch: as for `chain_law`.
+      rewards: [K^L], see `all_rewards`; NaN has no weight.
+      temperature: tau, in the reward's unit.
+
+    Returns:
+      The value, (x [B, L, K + 1], t, cond) -> [B], in the reward's unit.
+
+    Raises:
+      ValueError: as for `chain_law`, or for a temperature that is not positive.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, numpy as np, rgdiff
+      >>> from rgdiff.exact import enumeration
+      >>> process = rgdiff.processes.masked(rgdiff.schedules.log_linear_mask(), 1, classes=2)
+      >>> prior = enumeration.Factorised(jnp.zeros((1, 2)))
+      >>> value = enumeration.chain_value(process, prior, process.times(3), np.log([1.0, 3.0]), temperature=1.0)
+      >>> print(f"{value(jax.nn.one_hot(jnp.array([[2]]), 3), 1.0)[0]:.4f}")  # masked: log((1 + 3) / 2)
+      0.6931
     """
     length, classes = sizes(process)
     weights, highest = _weights(rewards, temperature)
@@ -208,7 +375,17 @@ def chain_value(
 
 
 def sizes(process: Any) -> tuple[int, int]:
-    """Return L and K of a process that can be enumerated, and refuse another."""
+    """Return L and K of a process that can be enumerated, and refuse another.
+
+    Args:
+      process: any process.
+
+    Returns:
+      L, K.
+
+    Raises:
+      ValueError: for a process that is not masked, or not on sequences [L], or with too many states.
+    """
     if not isinstance(process, MaskedProcess) or len(process.shape) != 1:
         raise ValueError("enumeration is for a masked process on sequences [L]")
     if not enumerable(process.shape[0], process.classes):

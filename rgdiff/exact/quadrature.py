@@ -1,7 +1,7 @@
-"""Exact laws of one-dimensional Gaussian chains by quadrature: the prior's, its tilt, and what a frozen start leaves of it.
+"""Exact distributions of one-dimensional Gaussian chains by quadrature: the prior's, its tilt, and that of tilted kernels alone.
 
-Kernels of any process and denoiser on states [B, 1] become matrices on a grid, so the laws are those of the chain with its own number of
-moves and not of its limit. It is to numbers what `enumeration` is to letters; float64, on the host.
+Kernels of any process and denoiser on states [B, 1] become matrices on a grid, so the distributions are those of the chain with
+its own number of moves and not of its limit. It is the counterpart of `enumeration` for numbers; float64, on the host.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rgdiff.typing import Denoiser, Reward
 
 
 class Line(NamedTuple):
-    """A chain on a grid of states x [N], equally spaced.
+    """A chain on a grid of states x [N], equally spaced; built by `line`.
 
     start [N]: probabilities of x_T. means [T, N], stds [T]: of its kernels. x0 [N]: the projection of every last state.
     snr: alpha^2 / sigma^2 at the projection.
@@ -41,10 +41,10 @@ class Line(NamedTuple):
 
 
 class Laws(NamedTuple):
-    """Laws over the projections x0 [N], as probabilities [N], and the start's soft value.
+    """Distributions over the projections x0 [N], as probabilities [N], and the soft value of x_T; computed by `laws`.
 
-    prior: of the chain. tilted: p(x0) exp(r(x0)/alpha) / Z. frozen: every kernel tilted, x_T the prior's; its KL to
-    `tilted` is what no tuning of the chain alone can mend. value [N]: alpha log E[exp(r(x0)/alpha) | x_T = x], in the
+    prior: of the chain. tilted: p(x0) exp(r(x0)/alpha) / Z. frozen: every kernel tilted, x_T the prior's; tuning the kernels
+    alone cannot reduce its KL to `tilted`. value [N]: alpha log E[exp(r(x0)/alpha) | x_T = x], in the
     reward's unit. log_z: nats.
     """
 
@@ -57,14 +57,29 @@ class Laws(NamedTuple):
 
 
 def line(process: GaussianProcess, denoiser: Denoiser, times: Any, *, points: int = 1001, width: float = 6.0) -> Line:
-    """Put a chain on a grid.
+    """Discretise a one-dimensional chain on a grid of states.
 
     Args:
-      process: on states [B, 1], eta > 0.
-      points: N; `width`: the grid's half-width, in standard deviations of x_T or units of x0, whichever is larger.
+      process: Gaussian, on states [B, 1], eta > 0.
+      denoiser: (x, t) -> E[x0 | x_t] [B, 1]; it is called without a condition.
+      times: [T + 1], of the chain.
+      points: N.
+      width: half-width of the grid, in standard deviations of x_T or units of x0, whichever is larger.
+
+    Returns:
+      The chain on its grid.
 
     Raises:
-      ValueError: for another shape, a chain without a law, or a grid coarser than the chain's smallest noise.
+      ValueError: for another shape, a chain with eta = 0, or a grid coarser than the chain's smallest noise.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> from rgdiff.exact import quadrature
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.linear_vp(), (1,))
+      >>> denoiser = lambda x, t, cond=None: x * process.schedule.alpha(t)
+      >>> chain = quadrature.line(process, denoiser, process.times(4), points=201)
+      >>> print(chain.means.shape, f"{chain.start.sum():.4f}")
+      (3, 201) 1.0000
     """
     if not isinstance(process, GaussianProcess) or process.shape != (1,):
         raise ValueError(
@@ -97,7 +112,28 @@ def line(process: GaussianProcess, denoiser: Denoiser, times: Any, *, points: in
 
 
 def laws(chain: Line, reward: Reward, temperature: float) -> Laws:
-    """Compute the chain's law of x0, its tilt by exp(r / temperature), and the law that tilted kernels reach from the prior's x_T."""
+    """Compute a chain's distribution of x0, its tilt by exp(r / temperature), and that of tilted kernels from the prior's x_T.
+
+    Args:
+      chain: from `line`.
+      reward: x0 [N, 1] -> [N]; it is called without a condition.
+      temperature: tau (alpha of the paper), in the reward's unit.
+
+    Returns:
+      Laws(x0, prior, tilted, frozen, value, log_z).
+
+    Raises:
+      ValueError: for a temperature that is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> from rgdiff.exact import quadrature
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.linear_vp(), (1,))
+      >>> denoiser = lambda x, t, cond=None: x * process.schedule.alpha(t)
+      >>> chain = quadrature.line(process, denoiser, process.times(4), points=201)
+      >>> print(f"{quadrature.laws(chain, lambda x0, cond=None: 0 * x0[:, 0] + 2.0, 4.0).log_z:.4f}")  # log E exp(2 / 4)
+      0.5000
+    """
     rewards = np.asarray(score(reward, jnp.asarray(chain.x0[:, None], jnp.float32)), float)
     log_tilt = rewards / float(checks.positive("temperature", temperature))
     top = log_tilt.max()

@@ -1,8 +1,8 @@
-"""What was measured of x0: `linear` (y = A x0 + noise) and `inpainting` (some coordinates, with noise).
+"""Measurements of x0: `linear` (y = A x0 + noise) and `inpainting` (some coordinates, with noise).
 
 A measurement is a reward, its log-likelihood log p(y | x0) in nats with the normalising constant, so that every method
-of the library takes it. It also knows log p(y | x_t) where x0 | x_t is N(m, v I), for any v without another
-factorisation, and what covariance-aware guides need: the residual, A, A^T and the rows of A.
+of the library takes it. It also computes log p(y | x_t) where x0 | x_t is N(m, v I), for any v without another
+factorisation, and provides the residual, A, A^T and the rows of A for covariance-aware guides.
 """
 
 from __future__ import annotations
@@ -47,12 +47,30 @@ class Measurement(Protocol):
 
 
 def is_measurement(reward: Any) -> bool:
-    """Whether a reward knows its residual, and its likelihood where x0 has a variance."""
+    """Return whether a reward has a residual, and a likelihood for an x0 that has a variance.
+
+    Args:
+      reward: any reward or value.
+
+    Returns:
+      bool.
+    """
     return hasattr(reward, "residual") and hasattr(reward, "log_prob")
 
 
 def measured(measurement: Any, method: str) -> Measurement:
-    """Refuse another reward where a measurement is needed: `method` asks for its residual and its noise."""
+    """Refuse another reward where a measurement is needed.
+
+    Args:
+      measurement: a measurement, or another reward.
+      method: name of the method that needs its residual and its noise.
+
+    Returns:
+      The measurement.
+
+    Raises:
+      ValueError: for another reward.
+    """
     if not is_measurement(measurement):
         raise ValueError(
             f"{method} needs a measurement, guides.linear(...) or guides.inpainting(...), got {type(measurement).__name__}; "
@@ -161,7 +179,7 @@ def _log_normal(r: Array, variance: Array) -> Array:
 
 
 def linear(matrix: Array, y: Array, sigma: float, *, shape: tuple[int, ...] | None = None) -> LinearMeasurement:
-    """Measure y = A x0 + sigma * noise.
+    """Make the measurement y = A x0 + sigma * noise, a reward: its value is log N(y; A x0, sigma^2 I), nats.
 
     Args:
       matrix: A [M, D], acting on x0 flattened.
@@ -169,8 +187,17 @@ def linear(matrix: Array, y: Array, sigma: float, *, shape: tuple[int, ...] | No
       sigma: standard deviation of the noise, in the unit of y.
       shape: of one x0, with product D; (D,) by default.
 
+    Returns:
+      The measurement, a reward (x0, cond) -> [B].
+
     Raises:
       ValueError: where the shapes of A, y and x0 do not fit, or sigma is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> measurement = rgdiff.guides.linear(jnp.array([[1.0, 2.0]]), jnp.array([4.0]), sigma=0.5)
+      >>> print(measurement.residual(jnp.array([[1.0, 1.0]])))  # 4 - (1 + 2)
+      [[1.]]
     """
     matrix, y = jnp.asarray(matrix, jnp.float32), jnp.asarray(y, jnp.float32)
     checks.shape("matrix", matrix, (None, None))
@@ -183,15 +210,24 @@ def linear(matrix: Array, y: Array, sigma: float, *, shape: tuple[int, ...] | No
 
 
 def inpainting(mask: Array, y: Array, sigma: float) -> Inpainting:
-    """Measure the coordinates of x0 where the mask is 1, with noise.
+    """Make the measurement of the coordinates of x0 where the mask is 1, with noise: y = x0 + sigma * noise there.
 
     Args:
       mask: zeros and ones in the shape of one x0.
       y: in that shape, or [B, ...] for one measurement per example; not read where the mask is 0.
       sigma: standard deviation of the noise, in the unit of x0.
 
+    Returns:
+      The measurement, a reward (x0, cond) -> [B], nats.
+
     Raises:
       ValueError: where y does not have the mask's shape, or sigma is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> measurement = rgdiff.guides.inpainting(jnp.array([1.0, 0.0]), jnp.array([3.0, 5.0]), sigma=0.5)
+      >>> print(measurement.residual(jnp.array([[1.0, -1.0]])))  # 3 - 1; not measured
+      [[2. 0.]]
     """
     mask, y = jnp.asarray(mask, jnp.float32), jnp.asarray(y, jnp.float32)
     checks.shape("y", y, mask.shape if y.ndim <= mask.ndim else (None, *mask.shape))

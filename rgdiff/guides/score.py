@@ -1,7 +1,7 @@
-"""Guides on the prediction: the score moves by g(x_t), so the prediction of x0 moves by (sigma_t^2 / alpha_t) g(x_t).
+"""Guides on the prediction: a score changed by g(x_t) changes the prediction of x0 by (sigma_t^2 / alpha_t) g(x_t).
 
-Every guide makes a denoiser of a denoiser, so any sampler and any tuner takes it; with the exact conditional score the
-law is exact up to the steps' size. g is per example and costs one forward and one backward pass of the network. Those
+Every guide maps a denoiser to a denoiser, so any sampler and any tuner takes it. With the exact conditional score the
+samples are exact up to the steps' size. g is per example and costs one forward and one backward pass of the network. Guides
 for measurements are in `guides.inverse`; guides that tilt the kernel, masked ones too, in `guides.tilt`.
 """
 
@@ -47,8 +47,8 @@ class Point(NamedTuple):
 class Guided:
     """E[x0 | x_t] + (sigma_t^2 / alpha_t) scale g(x_t), g = term(point). Build it with a guide of this module.
 
-    An example whose g is not finite (an infeasible reward) is not guided at this step; nor is any where alpha_t = 0
-    (the flow schedule at t = 1), where x_t says nothing of x0.
+    An example whose g is not finite (an infeasible reward) is not guided at this step. No example is guided where alpha_t = 0
+    (the flow schedule at t = 1), where x_t does not depend on x0.
     """
 
     denoiser: Denoiser
@@ -64,13 +64,30 @@ class Guided:
 
 
 def score_weight(process: GaussianProcess, t: Array) -> Array:
-    """Return sigma_t^2 / alpha_t: what the prediction of x0 moves by, per unit of score; 0 where alpha_t is."""
+    """Return sigma_t^2 / alpha_t, the change of the prediction of x0 per unit of score; 0 where alpha_t is 0.
+
+    Args:
+      process: Gaussian.
+      t: [] or [B].
+
+    Returns:
+      The shape of t.
+    """
     alpha = process.schedule.alpha(t)
     return jnp.where(alpha > 0, process.schedule.sigma(t) ** 2 / jnp.where(alpha > 0, alpha, 1.0), 0.0)
 
 
 def posterior_variance(process: GaussianProcess, t: Array, prior_variance: Array) -> Array:
-    """Return Var[x0 | x_t] of N(m, v I) data, v s^2 / (v + s^2) with s = sigma_t / alpha_t."""
+    """Return Var[x0 | x_t] of N(m, v I) data: v s^2 / (v + s^2) with s = sigma_t / alpha_t.
+
+    Args:
+      process: Gaussian.
+      t: [] or [B].
+      prior_variance: v, of one coordinate of the data, in its unit squared.
+
+    Returns:
+      The shape of t.
+    """
     alpha, variance = process.schedule.alpha(t), process.schedule.sigma(t) ** 2
     return prior_variance * variance / (alpha**2 * prior_variance + variance)
 
@@ -87,10 +104,27 @@ def gaussian_only(process: Process, method: str) -> GaussianProcess:
 
 
 def guided(denoiser: Denoiser, process: Process, term: Callable[[Point], Array], scale: float = 1.0) -> Guided:
-    """Move the score by scale * term(point), for any term: a function or callable pytree, Point -> [B, ...].
+    """Change the score by scale * term(point), for any term.
+
+    Args:
+      denoiser: of the prior.
+      process: Gaussian.
+      term: a function or callable pytree, Point -> [B, ...]. A point has x, t, cond, the prediction E[x0 | x_t], and
+        `pull`: u -> J^T u with J the prediction's Jacobian at x_t.
+      scale: multiplies the term, >= 0; may change without a recompilation.
+
+    Returns:
+      The denoiser.
 
     Raises:
       ValueError: for a process that is not Gaussian, or a black box in the term.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.flow(), (1,))
+      >>> guided = rgdiff.guides.guided(lambda x, t, cond: x, process, lambda point: jnp.ones_like(point.x), scale=2.0)
+      >>> print(guided(jnp.zeros((1, 1)), jnp.float32(0.5)))  # (0.5^2 / 0.5) * 2
+      [[1.]]
     """
     differentiable("a guide on the prediction", term)
     return Guided(
@@ -120,7 +154,7 @@ class ValueGradient:
 
 
 def classifier_guidance(denoiser: Denoiser, process: Process, value: Value, scale: float = 1.0) -> Guided:
-    """Move the score by scale * gradient of v(x_t, t) (arXiv 2105.05233, algorithm 2: eps - s sigma_t grad log p(c | x_t)).
+    """Change the score by scale * gradient of v(x_t, t) (arXiv 2105.05233, algorithm 2: eps - s sigma_t grad log p(c | x_t)).
 
     With v = log p(c | x_t) and scale 1 it is the conditional score; with a soft value of temperature tau and scale
     1 / tau it samples p(x) exp(r(x) / tau) / Z.
@@ -132,8 +166,22 @@ def classifier_guidance(denoiser: Denoiser, process: Process, value: Value, scal
         network runs forward once.
       scale: per unit of the value; may change without a recompilation.
 
+    Returns:
+      The denoiser.
+
+    Raises:
+      ValueError: for a process that is not Gaussian, or a value that contains a black box.
+
     Note:
-      Algorithm 1 of the paper moves the kernel's mean instead: `rgdiff.guides.gradient_guide`.
+      Algorithm 1 of the paper shifts the kernel's mean instead: `rgdiff.guides.gradient_guide`.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.flow(), (1,))
+      >>> value = lambda x, t, cond: 3 * x[:, 0]
+      >>> guided = rgdiff.guides.classifier_guidance(lambda x, t, cond: x, process, value, scale=2.0)
+      >>> print(guided(jnp.zeros((1, 1)), jnp.float32(0.5)))  # (0.5^2 / 0.5) * 2 * 3
+      [[3.]]
     """
     process = gaussian_only(process, "classifier_guidance")
     denoiser, value = callable_pytree(denoiser, "a denoiser"), callable_pytree(value, "a value")
@@ -143,12 +191,27 @@ def classifier_guidance(denoiser: Denoiser, process: Process, value: Value, scal
 
 
 def reward_guidance(denoiser: Denoiser, process: Process, reward: Reward, scale: float = 1.0) -> Guided:
-    """Move the score by scale * gradient of r(E[x0 | x_t]) with respect to x_t, for any differentiable reward.
+    """Change the score by scale * gradient of r(E[x0 | x_t]) with respect to x_t, for any differentiable reward.
 
     Args:
       denoiser, process: the prior, Gaussian.
       reward: (x0, cond) -> [B]; a loss is a reward with the other sign.
       scale: 1 / temperature, per unit of the reward; may change without a recompilation.
+
+    Returns:
+      The denoiser.
+
+    Raises:
+      ValueError: for a process that is not Gaussian, or a black-box reward.
+
+    References: universal guidance (arXiv 2302.07121), FreeDoM (2303.09833); DPS (2209.14687) for a likelihood.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.flow(), (1,))
+      >>> guided = rgdiff.guides.reward_guidance(lambda x, t, cond: 2 * x, process, lambda x0, cond: x0[:, 0], scale=3.0)
+      >>> print(guided(jnp.zeros((1, 1)), jnp.float32(0.5)))  # (0.5^2 / 0.5) * 3 * J, J = 2
+      [[3.]]
     """
     process, denoiser = gaussian_only(process, "reward_guidance"), callable_pytree(denoiser, "a denoiser")
     differentiable("reward_guidance", reward)
@@ -208,9 +271,23 @@ def lgd_mc(
       scale: 1 / temperature, inside the exponential.
       prior_variance: v, of the data; r_t^2 = v s^2 / (v + s^2), s = sigma_t / alpha_t. With 1 it is the published r_t.
 
+    Returns:
+      The denoiser.
+
+    Raises:
+      ValueError: for a process that is not Gaussian, a black-box reward, or fewer than one draw.
+
     Note:
       The draws' weights sum to one. Some released code divides by n once more, which makes the guide n times weaker.
       A denoiser is a function, so that runs that differ by the sampler's key alone share this noise.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rgdiff
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.flow(), (1,))
+      >>> prior, reward = lambda x, t, cond: x, lambda x0, cond: 3 * x0[:, 0]
+      >>> guided = rgdiff.guides.lgd_mc(prior, process, reward, jax.random.key(0), draws=4)
+      >>> print(f"{guided(jnp.zeros((1, 1)), jnp.float32(0.5))[0, 0]:.4f}")  # (0.5^2 / 0.5) * 3: exact for a linear reward
+      1.5000
     """
     checks.key(key)
     differentiable("lgd_mc", reward)

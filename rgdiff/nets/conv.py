@@ -38,21 +38,28 @@ def conv(
     in a GPU process is right too.
 
     Args:
-        x: [B, *spatial, I].
-        kernel: [*window, I, O], of x's dtype.
-        stride: distance of output positions, one number or one per spatial axis.
-        dilation: distance of kernel taps, one number or one per spatial axis.
-        padding: "SAME", "VALID", or (low, high) per spatial axis.
+      x: [B, *spatial, I].
+      kernel: [*window, I, O], of x's dtype.
+      stride: distance of output positions, one number or one per spatial axis.
+      dilation: distance of kernel taps, one number or one per spatial axis.
+      padding: "SAME", "VALID", or (low, high) per spatial axis.
 
     Returns:
-        [B, *spatial', O].
+      [B, *spatial', O].
 
     Raises:
-        ValueError: when ranks, channels or padding do not fit together.
+      ValueError: when ranks, channels or padding do not fit together.
 
     Note:
-        Under `vmap` the parameter gradient is taken per mapped element (a grouped convolution), then summed,
-        where JAX's own joins the mapped axis to the batch.
+      Under `vmap` the parameter gradient is taken per mapped element (a grouped convolution), then summed,
+      where JAX's own joins the mapped axis to the batch.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rgdiff.nets.conv import conv
+      >>> x, kernel = jnp.arange(4.0).reshape(1, 4, 1), jnp.ones((2, 1, 1))
+      >>> print(conv(x, kernel, padding="VALID").ravel())  # sums of neighbours
+      [1. 3. 5.]
     """
     spatial = x.ndim - 2
     if spatial < 1 or kernel.ndim != x.ndim or kernel.shape[-2] != x.shape[-1]:
@@ -145,17 +152,23 @@ def _kernel_gradient(x: Array, kernel: Array, dy: Array, strides: Ints, dilation
 
 
 class Conv(nn.Module):
-    """Apply a convolution with bias to [B, *spatial, I].
+    """Apply a convolution with bias to [B, *spatial, I]; returns [B, *spatial', O].
 
     Args:
-        features: output channels O.
-        kernel_size: window, one length per spatial axis.
-        strides, dilation: one number or one per spatial axis.
-        padding: "SAME", "VALID", or (low, high) per spatial axis.
-        zero_init: start at zero, so that the output is zero at first.
-        before: a cheap function of the inputs whose result is convolved. Reverse mode keeps the inputs alone and
-            computes it again, so that a normalisation and a nonlinearity cost no memory.
-        dtype: the dtype of computation and output; parameters are float32.
+      features: output channels O.
+      kernel_size: window, one length per spatial axis.
+      strides, dilation: one number or one per spatial axis.
+      padding: "SAME", "VALID", or (low, high) per spatial axis.
+      zero_init: start at zero, so that the output is zero at first.
+      before: a cheap function of the inputs whose result is convolved. Reverse mode keeps the inputs alone and
+        computes it again, so that a normalisation and a nonlinearity cost no memory.
+      dtype: of the computation and the output; parameters are float32.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rgdiff
+      >>> net = rgdiff.nets.Conv(features=4, kernel_size=(3,), strides=2)
+      >>> jax.eval_shape(net.init_with_output, jax.random.key(0), jnp.zeros((1, 8, 2)))[0].shape
+      (1, 4, 4)
     """
 
     features: int

@@ -27,21 +27,27 @@ class ConvNet1D(nn.Module):
         out = Dense(ReLU(Dense(h)))                            zero at first
 
     Args:
-        out: number K of tokens, the mask not counted.
-        width: channels.
-        dilations: one residual layer each.
-        kernel: taps of each convolution, odd.
-        time_conditioning: when False the network sees t = 0 at all times; the law of x0 given the unmasked
-            tokens does not depend on t. The layers stay, so that both cases have the same parameters.
-        classes: number N of classes, or None. Label N, or cond=None, means "no class".
-        dtype: of the computation; input, output and parameters are float32.
-
-    References:
-        Dirichlet flow matching (arXiv:2402.05841), MDLM (arXiv:2406.07524), DRAKES (arXiv:2410.13643).
+      out: number K of tokens, the mask not counted.
+      width: channels.
+      dilations: one residual layer each.
+      kernel: taps of each convolution, odd.
+      time_conditioning: when False the network sees t = 0 at all times; p(x0 | the unmasked
+        tokens) does not depend on t. The layers stay, so that both cases have the same parameters.
+      classes: number N of classes, or None. Label N, or cond=None, means "no class".
+      dtype: of the computation; input, output and parameters are float32.
 
     Note:
-        3.33 M parameters at the defaults with K = 4, as released. The released network embeds time by random
-        frequencies; ours are sinusoids. Its last layer starts at random; ours at zero, uniform logits.
+      3.33 M parameters at the defaults with K = 4, as released. The released network embeds time by random
+      frequencies; ours are sinusoids. Its last layer starts at random; ours at zero, uniform logits.
+
+    References:
+      Dirichlet flow matching (arXiv:2402.05841), MDLM (arXiv:2406.07524), DRAKES (arXiv:2410.13643).
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rgdiff
+      >>> net = rgdiff.nets.ConvNet1D(out=4, width=8, dilations=(1,))
+      >>> jax.eval_shape(net.init_with_output, jax.random.key(0), jnp.zeros((2, 6, 5)), jnp.zeros(2))[0].shape
+      (2, 6, 4)
     """
 
     out: int

@@ -26,7 +26,16 @@ def _block(key: Key, index: Array) -> Array:
 
 
 def normal(key: Key, shape: tuple[int, ...], scale: float = 1.0) -> Array:
-    """Draw float32 normals of standard deviation `scale`, of any shape, with one compiled program for all shapes."""
+    """Draw float32 normals of standard deviation `scale`, of any shape, with one compiled program for all shapes.
+
+    Args:
+      key: a typed PRNG key.
+      shape: of the result.
+      scale: standard deviation.
+
+    Returns:
+      float32 of that shape.
+    """
     count = math.prod(shape)
     blocks: list[Any] = [_block(key, index) for index in range(-(-count // BLOCK))]
     xp: Any = jnp if any(isinstance(block, Tracer) for block in blocks) else np
@@ -35,5 +44,14 @@ def normal(key: Key, shape: tuple[int, ...], scale: float = 1.0) -> Array:
 
 
 def lecun_normal(key: Key, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
-    """Draw a kernel [..., fan_in parts, out] with variance 1 / fan_in (not truncated)."""
+    """Draw a kernel [..., fan_in parts, out] with variance 1 / fan_in (not truncated).
+
+    Args:
+      key: a typed PRNG key.
+      shape: of the kernel, the output features last.
+      dtype: of the result.
+
+    Returns:
+      An array of that shape.
+    """
     return normal(key, shape, 1 / math.sqrt(math.prod(shape[:-1]))).astype(dtype)

@@ -30,20 +30,27 @@ def lora_init(key: Key, params: Params, rank: int, *, target: Target = "kernel")
     """Make an adapter that leaves the network unchanged: a ~ N(0, 1 / rank^2), b = 0.
 
     Args:
-        key: PRNG key.
-        params: the network's parameters, any pytree; leaves are named by their "/"-joined path.
-        rank: inner dimension, at least 1.
-        target: a regular expression searched in the path, or a predicate of the path; of the leaves it picks,
-            those with two axes or more are adapted, a kernel of several axes as the matrix [fan_in, out].
+      key: a typed PRNG key.
+      params: the network's parameters, any pytree; leaves are named by their "/"-joined path.
+      rank: inner dimension, at least 1.
+      target: a regular expression searched in the path, or a predicate of the path; of the leaves it picks,
+        those with two axes or more are adapted, a kernel of several axes as the matrix [fan_in, out].
 
     Returns:
-        {path: {"a": [fan_in, rank], "b": [rank, out]}}, float32.
+      {path: {"a": [fan_in, rank], "b": [rank, out]}}, float32.
 
     Raises:
-        ValueError: when rank < 1 or no leaf is picked.
+      ValueError: when rank < 1 or no leaf is picked.
 
     References:
-        LoRA (arXiv:2106.09685).
+      LoRA (arXiv:2106.09685).
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rgdiff
+      >>> params = {"dense": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}}
+      >>> adapter = rgdiff.nets.lora_init(jax.random.key(0), params, rank=1)
+      >>> {path: (pair["a"].shape, pair["b"].shape) for path, pair in adapter.items()}
+      {'dense/kernel': ((3, 1), (1, 2))}
     """
     if rank < 1:
         raise ValueError(f"the rank of an adapter is at least 1; got {rank}")
@@ -67,12 +74,22 @@ def lora_merge(params: Params, adapter: Adapter, scale: Array | float = 1.0) -> 
     """Add an adapter to parameters: theta + scale * (a b), reshaped to theta's shape.
 
     Args:
-        params: the parameters the adapter was made for.
-        adapter: from `lora_init` or `lora_sum`; differentiable, and `jax.vmap` over it works.
-        scale: weight of the adapter; 0 gives `params` back.
+      params: the parameters the adapter was made for.
+      adapter: from `lora_init` or `lora_sum`; differentiable, and `jax.vmap` over it works.
+      scale: weight of the adapter; 0 gives `params` back.
+
+    Returns:
+      Parameters with the structure of `params`.
 
     Raises:
-        ValueError: when the adapter names a path that `params` does not have.
+      ValueError: when the adapter names a path that `params` does not have.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> adapter = {"kernel": {"a": jnp.ones((2, 1)), "b": jnp.ones((1, 2))}}
+      >>> print(rgdiff.nets.lora_merge({"kernel": jnp.eye(2)}, adapter, scale=0.5)["kernel"])
+      [[1.5 0.5]
+       [0.5 1.5]]
     """
     paths = {_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
     if missing := sorted(set(adapter) - paths):
@@ -91,7 +108,20 @@ def lora_sum(terms: Sequence[tuple[Adapter, Array | float]]) -> Adapter:
     """Add weighted adapters exactly: the change is sum_i scale_i (a_i b_i), the rank the sum of the ranks.
 
     Args:
-        terms: (adapter, scale) pairs; adapters may cover different parameters.
+      terms: (adapter, scale) pairs; adapters may cover different parameters.
+
+    Returns:
+      The adapter of the sum.
+
+    Raises:
+      ValueError: without a pair.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> adapter = {"kernel": {"a": jnp.ones((2, 1)), "b": jnp.ones((1, 2))}}
+      >>> total = rgdiff.nets.lora_sum([(adapter, 1.0), (adapter, 2.0)])["kernel"]
+      >>> print(total["a"].shape, (total["a"] @ total["b"])[0])
+      (2, 2) [3. 3.]
     """
     if not terms:
         raise ValueError("lora_sum needs at least one (adapter, scale) pair; got none")
@@ -107,12 +137,20 @@ def lora_sum(terms: Sequence[tuple[Adapter, Array | float]]) -> Adapter:
 
 @pytree
 class LoRAModel:
-    """Map an adapter to a denoiser: model(base + scale * adapter); a tuner differentiates the adapter alone.
+    """Map an adapter to a denoiser: model(base + scale * adapter); a tuner differentiates in the adapter alone.
 
     Args:
-        base: the frozen parameters.
-        model: parameters to denoiser; a function or a callable pytree.
-        scale: weight of the adapter, dynamic.
+      base: the frozen parameters.
+      model: parameters to denoiser; a function or a callable pytree.
+      scale: weight of the adapter; it may change without a recompilation.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> model = lambda params: lambda x, t, cond: x @ params["kernel"]
+      >>> adapter = {"kernel": {"a": jnp.ones((2, 1)), "b": jnp.ones((1, 2))}}
+      >>> denoiser = rgdiff.nets.LoRAModel({"kernel": jnp.eye(2)}, model, scale=0.5)(adapter)
+      >>> print(denoiser(jnp.ones((1, 2)), 0.5, None))
+      [[2. 2.]]
     """
 
     base: Params

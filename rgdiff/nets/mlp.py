@@ -21,10 +21,16 @@ class MLP(nn.Module):
     """Map (x, t, cond) to an array per example: h <- SiLU(Dense(h) + Dense(emb)), then Dense, zero at first.
 
     Args:
-        features: sizes of the hidden layers.
-        out: shape of the output per example; the state's own when None, () for a scalar ([B]).
-        classes: number N of classes, or None. Label N, or cond=None, means "no class".
-        dtype: of the computation; input, output and parameters are float32.
+      features: sizes of the hidden layers.
+      out: shape of the output per example; the state's own when None, () for a scalar ([B]).
+      classes: number N of classes, or None. Label N, or cond=None, means "no class".
+      dtype: of the computation; input, output and parameters are float32.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rgdiff
+      >>> net = rgdiff.nets.MLP(features=(8,), out=(5,))
+      >>> jax.eval_shape(net.init_with_output, jax.random.key(0), jnp.zeros((3, 2)), jnp.zeros(3))[0].shape
+      (3, 5)
     """
 
     features: tuple[int, ...] = (256, 256)
@@ -60,7 +66,19 @@ class MLP(nn.Module):
 
 
 class ValueMLP(nn.Module):
-    """Map (x, t, cond) to one number per example, [B]: an `MLP` with `out=()`."""
+    """Map (x, t, cond) to one number per example, [B]: an `MLP` with `out=()`.
+
+    Args:
+      features: sizes of the hidden layers.
+      classes: number N of classes, or None. Label N, or cond=None, means "no class".
+      dtype: of the computation; input, output and parameters are float32.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rgdiff
+      >>> net = rgdiff.nets.ValueMLP(features=(8,))
+      >>> jax.eval_shape(net.init_with_output, jax.random.key(0), jnp.zeros((3, 2)), jnp.zeros(3))[0].shape
+      (3,)
+    """
 
     features: tuple[int, ...] = (256, 256)
     classes: int | None = None

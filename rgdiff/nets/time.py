@@ -1,8 +1,7 @@
-"""What conditions a network: the time and the class, as one vector per example.
+"""The conditioning of a network: the time and the class, as one vector per example.
 
-It holds the sinusoidal features of t and the small embedding network all reference nets share. It assumes
-times in [0, 1] and integer labels in 0..N-1, with N for "no class". How the vector enters a network is left
-to that network.
+It holds the sinusoidal features of t and the small embedding network that all reference nets share. It assumes
+times in [0, 1] and integer labels in 0..N-1, with N for "no class". Each network decides where the vector enters.
 """
 
 from __future__ import annotations
@@ -20,14 +19,22 @@ def time_features(t: Array, features: int) -> Array:
     """Compute [cos(1000 t w_i), sin(1000 t w_i)] with w_i = 10000^(-i / (features / 2)).
 
     Args:
-        t: times in [0, 1], any shape.
-        features: number of features, even.
+      t: times in [0, 1], any shape.
+      features: number of features, even.
 
     Returns:
-        [*t.shape, features], float32.
+      [*t.shape, features], float32.
+
+    Raises:
+      ValueError: for an odd number of features, or fewer than 2.
 
     References:
-        Transformer positions (arXiv:1706.03762) at 1000 t, as in DDPM (arXiv:2006.11239).
+      Transformer positions (arXiv:1706.03762) at 1000 t, as in DDPM (arXiv:2006.11239).
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> print(rgdiff.nets.time_features(jnp.zeros(1), 4))  # cos 0, sin 0
+      [[1. 1. 0. 0.]]
     """
     if features < 2 or features % 2:
         raise ValueError(f"time features come in (cos, sin) pairs; got {features}, give an even number >= 2")
@@ -40,11 +47,18 @@ class Conditioning(nn.Module):
     """Embed (t, cond) as one vector per example: Dense(SiLU(Dense(time_features(t)))) + class row.
 
     Args:
-        features: size of the vector.
-        time_size: number of sinusoidal features, even.
-        classes: number N of classes, or None for a network without classes. Row N means "no class".
-        deep: whether SiLU and a second Dense follow the first.
-        dtype: of the computation and of the result.
+      features: size of the vector.
+      time_size: number of sinusoidal features, even.
+      classes: number N of classes, or None for a network without classes. Row N means "no class".
+      deep: whether SiLU and a second Dense follow the first.
+      dtype: of the computation and of the result.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rgdiff
+      >>> net = rgdiff.nets.Conditioning(features=8, time_size=4, classes=10)
+      >>> t, labels = jnp.zeros(3), jnp.array([0, 9, 10])
+      >>> jax.eval_shape(lambda key: net.init_with_output(key, 3, t, labels), jax.random.key(0))[0].shape
+      (3, 8)
     """
 
     features: int

@@ -21,14 +21,14 @@ def rotary(x: Array, positions: Array) -> Array:
     """Rotate pairs of channels by angles proportional to position, an equal share of channels per axis.
 
     Args:
-        x: [B, T, heads, D], D a multiple of 2 A.
-        positions: [T, A], coordinates of each token on A axes.
+      x: [B, T, heads, D], D a multiple of 2 A.
+      positions: [T, A], coordinates of each token on A axes.
 
     Returns:
-        [B, T, heads, D]; inner products of rotated vectors depend on differences of positions only.
+      [B, T, heads, D]; inner products of rotated vectors depend on differences of positions only.
 
     References:
-        RoFormer (arXiv:2104.09864).
+      RoFormer (arXiv:2104.09864).
     """
     axes, pairs = positions.shape[1], x.shape[-1] // (2 * positions.shape[1])
     angles = positions[:, :, None] * 10000.0 ** (-jnp.arange(pairs) / pairs)  # [T, A, pairs]
@@ -100,13 +100,22 @@ class Transformer(nn.Module):
     """Map one-hot sequences [B, L, K + 1] to logits [B, L, K].
 
     Args:
-        out: number K of tokens, the mask not counted.
-        width, depth, heads: channels, blocks, attention heads; width a multiple of 2 * heads.
-        classes: number N of classes, or None. Label N, or cond=None, means "no class".
-        dtype: of the computation; input, output and parameters are float32.
+      out: number K of tokens, the mask not counted.
+      width, depth, heads: channels, blocks, attention heads; width a multiple of 2 * heads.
+      classes: number N of classes, or None. Label N, or cond=None, means "no class".
+      dtype: of the computation; input, output and parameters are float32.
+
+    Raises:
+      ValueError: for a width that is not a multiple of 2 * heads.
 
     References:
-        DiT (arXiv:2212.09748) with rotary positions, as in MDLM (arXiv:2406.07524).
+      DiT (arXiv:2212.09748) with rotary positions, as in MDLM (arXiv:2406.07524).
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rgdiff
+      >>> net = rgdiff.nets.Transformer(out=4, width=8, depth=1, heads=2)
+      >>> jax.eval_shape(net.init_with_output, jax.random.key(0), jnp.zeros((2, 6, 5)), jnp.zeros(2))[0].shape
+      (2, 6, 4)
     """
 
     out: int
@@ -132,14 +141,23 @@ class DiT(nn.Module):
     """Map an image [B, H, W, C], a time and a class to an image, through tokens of patch x patch pixels.
 
     Args:
-        patch: side of a patch; divides H and W.
-        width, depth, heads: channels, blocks, attention heads; width a multiple of 4 * heads.
-        classes: number N of classes, or None. Label N, or cond=None, means "no class".
-        out_channels: channels of the output; those of the input when None.
-        dtype: of the computation; input, output and parameters are float32.
+      patch: side of a patch; divides H and W.
+      width, depth, heads: channels, blocks, attention heads; width a multiple of 4 * heads.
+      classes: number N of classes, or None. Label N, or cond=None, means "no class".
+      out_channels: channels of the output; those of the input when None.
+      dtype: of the computation; input, output and parameters are float32.
+
+    Raises:
+      ValueError: for a width that is not a multiple of 4 * heads; at a call, for sides that patch does not divide.
 
     References:
-        DiT (arXiv:2212.09748); positions are rotary on two axes.
+      DiT (arXiv:2212.09748); positions are rotary on two axes.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rgdiff
+      >>> net = rgdiff.nets.DiT(width=8, depth=1, heads=2)
+      >>> jax.eval_shape(net.init_with_output, jax.random.key(0), jnp.zeros((2, 4, 4, 1)), jnp.zeros(2))[0].shape
+      (2, 4, 4, 1)
     """
 
     patch: int = 2

@@ -22,7 +22,16 @@ GROUPS = 8
 
 
 def conv3(features: int, x: Array, **options: Any) -> Conv:
-    """Return the layer of a convolution of 3 taps on every spatial axis of x, padded by one."""
+    """Return the layer of a convolution of 3 taps on every spatial axis of x, padded by one.
+
+    Args:
+      features: output channels.
+      x: [B, *spatial, I]; its number of axes is read.
+      options: further fields of `Conv`.
+
+    Returns:
+      The layer.
+    """
     axes = x.ndim - 2
     return Conv(features, (3,) * axes, padding=((1, 1),) * axes, **options)
 
@@ -133,19 +142,25 @@ class UNet(nn.Module):
         out  = GroupNorm, SiLU, Conv3x3 (zero at first)
 
     Args:
-        channels: channels of each level, multiples of 8.
-        blocks: residual blocks per level on the way down.
-        attention: levels (0 is the full resolution) with self-attention.
-        classes: number N of classes, or None. Label N, or cond=None, means "no class".
-        out_channels: channels of the output; those of the input when None.
-        dropout: rate; active in `apply(..., train=True, rngs={"dropout": key})` only.
-        dtype: of the computation; input, output and parameters are float32.
+      channels: channels of each level, multiples of 8.
+      blocks: residual blocks per level on the way down.
+      attention: levels (0 is the full resolution) with self-attention.
+      classes: number N of classes, or None. Label N, or cond=None, means "no class".
+      out_channels: channels of the output; those of the input when None.
+      dropout: rate; active in `apply(..., train=True, rngs={"dropout": key})` only.
+      dtype: of the computation; input, output and parameters are float32.
 
     Raises:
-        ValueError: when channels, levels or the image's sides do not fit.
+      ValueError: when channels, levels or the image's sides do not fit.
 
     References:
-        DDPM (arXiv:2006.11239), with scale-shift conditioning as in arXiv:2102.09672.
+      DDPM (arXiv:2006.11239), with scale-shift conditioning as in arXiv:2102.09672.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rgdiff
+      >>> net = rgdiff.nets.UNet(channels=(8, 8))
+      >>> jax.eval_shape(net.init_with_output, jax.random.key(0), jnp.zeros((2, 4, 4, 1)), jnp.zeros(2))[0].shape
+      (2, 4, 4, 1)
     """
 
     channels: tuple[int, ...] = (32, 64, 64)

@@ -1,7 +1,7 @@
 """Ancestral sampling: draw from the reverse kernel at every move. DDPM, DDIM(eta), EDM, flow and masked chains alike.
 
-A guide may tilt each kernel before the draw, and moves may be repeated after going back (time travel). Guides on the
-prediction need nothing here: they make another denoiser (`rgdiff.guides.score`).
+A guide may tilt each kernel before the draw, and moves may be repeated after noising back (time travel). Guides on the
+prediction need no support here: they make another denoiser (`rgdiff.guides.score`).
 """
 
 from __future__ import annotations
@@ -92,20 +92,30 @@ def ancestral(
     """Build the plain sampler of a prior: DDPM (arXiv 2006.11239), DDIM (2010.02502), EDM (2206.00364), MDLM (2406.07524).
 
     Args:
-      process: its eta says how stochastic the steps are.
+      process: its eta sets the noise of the steps.
       denoiser: (x, t, cond) -> prediction.
-      reference: another denoiser; info["kl"] [B] is then the KL in nats of each step to the reference's step, and its
-        sum over moves, with that of the projection in the info of `sample`, the path KL. Needs eta > 0.
-      guide: (kernel, move) -> kernel, e.g. `rgdiff.guides.gradient_guide`; tilts each step's law. Needs eta > 0.
+      reference: another denoiser; info["kl"] [B] is then the KL in nats of each step to the reference's step. Its
+        sum over moves, with that of the projection in the info of `sample`, is the path KL. Needs eta > 0.
+      guide: (kernel, move) -> kernel, e.g. `rgdiff.guides.gradient_guide`; tilts each step. Needs eta > 0.
       time_travel: how often each move is made: before every repetition x_s is noised back to x_t. This is the time
         travel of FreeDoM (arXiv 2303.09833, algorithm 2) and the self-recurrence of universal guidance (2302.07121).
       window: (low, high), the times t whose moves are repeated; all by default. May change without a recompilation.
       differentiable: draw with `rsample`, so that gradients flow through the chain: by default where that costs nothing and
         is exact, in Gaussian chains whose moves are made once. True for tokens, whose gradient is the relaxation's; False refuses.
 
+    Returns:
+      The sampler.
+
     Raises:
       ValueError: for a reference or a guide with eta = 0; for repeated moves with a reference or a gradient (a repeated
         move has no density, and its loop has no reverse mode), or of a first-hitting chain.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rgdiff
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.linear_vp(), (2,))
+      >>> sampler = rgdiff.samplers.ancestral(process, lambda x, t, cond: jnp.full_like(x, 3.0))  # data at one point
+      >>> print(rgdiff.samplers.sample(sampler, jax.random.key(0), 1, process.times(4)).x0)
+      [[3. 3.]]
     """
     checks.noising_process(process, "ancestral sampling")
     time_travel = checks.at_least("time_travel", time_travel, 1)
@@ -138,20 +148,62 @@ def ancestral(
 
 
 def projection_kl(process: Process, x: State, t: Array, prediction: State, reference: State) -> Array:
-    """KL [B] in nats of two projections of x_t, noised back to t: in a Gaussian process 1/2 SNR(t) |x0 - x0'|^2.
+    """Return the KL of two projections of x_t, noised back to t: in a Gaussian process 1/2 SNR(t) |x0 - x0'|^2.
 
-    A projection is no draw and has no law of its own. This is what a further move from t would pay; left out, the last
-    network call could be changed for free.
+    A projection is no draw and has no distribution of its own. This is the KL of one further move from t. Without it, a tuner
+    could change the last network call at no KL.
+
+    Args:
+      process: of the chain.
+      x: the state x_t, leaves [B, ...].
+      t: the last time, [].
+      prediction, reference: the two denoisers' predictions at x_t.
+
+    Returns:
+      [B], nats.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.flow(), (1,))
+      >>> x, t = jnp.zeros((1, 1)), jnp.float32(0.5)  # SNR = 1
+      >>> print(rgdiff.samplers.projection_kl(process, x, t, jnp.full((1, 1), 2.0), jnp.zeros((1, 1))))  # 2^2 / 2
+      [2.]
     """
     ours, theirs = (process.forward(process.mean(x, t, p), t) for p in (prediction, reference))
     return ours.kl(theirs)
 
 
 def path_kl(carry: Any, info: Info) -> jax.Array:
-    """Keep function: the KL of every move to the reference, nats (see `total_path_kl`)."""
+    """Keep the KL of every move to the reference, nats: a function for `sample(..., keep=path_kl)` (see `total_path_kl`).
+
+    Args:
+      carry: the sampler's carry, not read.
+      info: of one move of `ancestral(..., reference=...)`.
+
+    Returns:
+      [B], nats.
+    """
     return info["kl"]
 
 
 def total_path_kl(samples: Samples) -> jax.Array:
-    """Path KL [B] to the reference of samples drawn with `keep=path_kl`, nats: all moves and the projection."""
+    """Sum the path KL to the reference of samples drawn with `keep=path_kl`: all moves and the projection.
+
+    Args:
+      samples: of `ancestral(..., reference=...)`.
+
+    Returns:
+      [B], nats.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rgdiff
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.flow(), (1,))
+      >>> tuned, prior = lambda x, t, cond: jnp.ones_like(x), lambda x, t, cond: jnp.zeros_like(x)
+      >>> sampler = rgdiff.samplers.ancestral(process, tuned, reference=prior)
+      >>> samples = rgdiff.samplers.sample(
+      ...     sampler, jax.random.key(0), 1, jnp.array([0.75, 0.5]), keep=rgdiff.samplers.path_kl
+      ... )
+      >>> print(f"{rgdiff.samplers.total_path_kl(samples)[0]:.4f}")  # (SNR(0.5) - SNR(0.75)) / 2 + SNR(0.5) / 2, SNR = 1, 1/9
+      0.9444
+    """
     return samples.kept.sum(0) + samples.info.get("kl", 0.0)

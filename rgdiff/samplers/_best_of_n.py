@@ -48,14 +48,30 @@ class BestOfN:
 
 
 def best_of_n(sampler: Sampler, reward: Reward, count: int) -> BestOfN:
-    """Keep the best of `count` samples, per sample; NaN rewards (infeasible) win only where all `count` are.
+    """Keep the best of `count` samples, per sample.
 
-    The law of the kept sample is known: with reward quantile function Q its reward is Q of a Beta(count, 1) variable,
-    and its KL to the prior is at most log count - (count - 1) / count nats (exactly that without ties).
+    The distribution of the kept sample is known: with reward quantile function Q its reward is Q of a Beta(count, 1) variable,
+    and its KL to the prior is at most log count - (count - 1) / count nats (exactly that without ties). A sample whose reward is
+    NaN (infeasible) is kept only where all `count` are.
 
     Args:
       sampler: any sampler of independent samples, such as `ancestral` or `svdd`.
       reward: (x0, cond) -> [B].
-      count: N.
+      count: N, candidates per sample.
+
+    Returns:
+      The sampler; `samples.info` has `rewards` [B, N] and `candidates` [B, N, ...].
+
+    Raises:
+      ValueError: for a count below 1.
+
+    Example:
+      >>> import jax, rgdiff
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.linear_vp(), (1,))
+      >>> prior = rgdiff.samplers.ancestral(process, lambda x, t, cond: x * process.schedule.alpha(t))
+      >>> best = rgdiff.samplers.best_of_n(prior, lambda x0, cond: x0[:, 0], count=8)
+      >>> samples = rgdiff.samplers.sample(best, jax.random.key(0), 4, process.times(4))
+      >>> bool((samples.x0[:, 0] == samples.info["rewards"].max(1)).all())
+      True
     """
     return BestOfN(sampler, callable_pytree(reward, "a reward"), checks.at_least("count", count, 1))

@@ -1,7 +1,7 @@
 """DPM-Solver++(2M): the probability-flow ODE by a second-order multistep rule, one network call a move.
 
-Every move is a point, as in DDIM: there is no log-probability, no KL and no second draw, and whatever needs a law refuses
-the process. Which grid it runs on is the caller's choice: `process.times`, or a spacing of `rgdiff.schedules`.
+Every move is a point, as in DDIM: there is no log-probability, no KL and no second draw, and methods that need one refuse
+the process. The caller chooses the grid: `process.times`, or a spacing of `rgdiff.schedules`.
 """
 
 from __future__ import annotations
@@ -67,6 +67,9 @@ def dpm_solver(process: Process, denoiser: Denoiser) -> DpmSolver:
     Args:
       process: Gaussian, with eta = 0.
       denoiser: (x, t, cond) -> E[x0 | x_t].
+
+    Returns:
+      The sampler.
 
     Raises:
       ValueError: for a process that is not Gaussian, or whose steps are draws.

@@ -1,7 +1,7 @@
-"""What a candidate or a particle is worth: values and predictions of many states at once, each network called once.
+"""Values and predictions of many states (candidates, particles) at once; each network is called once.
 
-Where the value is the posterior mean of the sampler's own denoiser the prediction is computed here and handed on, as
-the next move's. In discrete diffusion most candidates are copies; `distinct` evaluates one of each kind.
+Where the value is the posterior mean of the sampler's own denoiser, the prediction is computed here and returned for use
+in the next move. In discrete diffusion most candidates are copies; `distinct` evaluates one of each kind.
 """
 
 from __future__ import annotations

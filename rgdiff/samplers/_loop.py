@@ -1,8 +1,8 @@
-"""The one denoising loop: `roll` scans a sampler over a time grid, `sample` is its compiled public door.
+"""The denoising loop: `roll` scans a sampler over a time grid, `sample` compiles it and is what users call.
 
-Every sampler, and every tuner that differentiates through sampling, goes through `roll`. Random numbers depend on the
-key and the index of the move alone, so a chain cut into chunks, or into a dead head and a live tail, is the same chain;
-arrays are global, so results do not depend on how many devices hold them.
+Every sampler, and every tuner that differentiates through sampling, uses `roll`. Random numbers depend on the
+key and the index of the move alone, so a chain cut into chunks, or into a head without and a tail with gradients, is the same
+chain. Arrays are global, so results do not depend on the number of devices.
 """
 
 from __future__ import annotations
@@ -24,9 +24,15 @@ REMAT = ("none", "everything", "dots", "offload")
 
 
 def rematerialize(function: Callable[..., Any], remat: str) -> Callable[..., Any]:
-    """Wrap a function so that reverse mode recomputes it: `none`, `everything`, or all but matrix products.
+    """Wrap a function so that reverse mode recomputes its intermediate values.
 
-    Those stay on the device (`dots`) or go to the host's pinned memory (`offload`).
+    Args:
+      function: any function of arrays.
+      remat: `none` stores all; `everything` recomputes all; `dots` stores the results of matrix products on the device;
+        `offload` stores those in the host's pinned memory.
+
+    Returns:
+      A function with the same values and gradients.
     """
     checks.one_of("remat", remat, REMAT)
     if remat == "none":
@@ -51,16 +57,29 @@ def roll(
     keep: Keep | None = None,
     remat: str = "none",
 ) -> tuple[Any, Any]:
-    """Advance `carry` through the moves times[0] -> times[1] -> ... of one chain.
+    """Advance a sampler's carry through the moves times[0] -> times[1] -> ... of one chain.
 
     Args:
+      sampler: from one of the constructors of `rgdiff.samplers`.
+      key: a typed PRNG key, that of the whole chain.
+      carry: from `sampler.init`, or from an earlier `roll`.
       times: [n + 1], decreasing.
+      cond: conditions, a pytree of [B, ...], or None.
       first: index of the first of these moves in the whole chain; it selects the random numbers.
-      keep: (carry, info) -> what to store after every move; stacked on a leading axis [n].
+      keep: (carry, info) -> pytree to store after every move; stacked on a leading axis [n].
       remat: see `rematerialize`; applies to each move.
 
     Returns:
-      The carry, and what was kept.
+      The carry after the moves, and the stored pytree (None without `keep`).
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rgdiff
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.linear_vp(), (2,), eta=0.0)
+      >>> sampler = rgdiff.samplers.ancestral(process, lambda x, t, cond: 0 * x)  # x_t = sigma_t eps
+      >>> x = sampler.init(jax.random.key(0), 1, process.times(4)[0])
+      >>> y, _ = rgdiff.samplers.roll(sampler, jax.random.key(0), x, jnp.array([0.5, 0.1]))
+      >>> print(jnp.allclose(y / x, process.schedule.sigma(0.1) / process.schedule.sigma(0.5), rtol=1e-4))
+      True
     """
     moves = times.shape[0] - 1
 
@@ -80,10 +99,12 @@ def roll(
 
 
 class Samples(NamedTuple):
-    """What `sample` returns: x0 [B, ...], what `keep` stored, [T, ...] per leaf (None without `keep`), and the sampler's last word.
+    """Samples of a chain and what the sampler reports; returned by `sample`.
 
-    `samplers.divergent(process, x0)` says which of them diverged.
-    `info` is what `final` reports: nothing for most methods; log-weights, ESS and log Z for particle methods.
+    Args:
+      x0: the samples, leaves [B, ...]. `samplers.divergent(process, x0)` finds those that diverged.
+      kept: what `keep` returned after every move, leaves [T, ...]; None without `keep`.
+      info: what the sampler's `final` reports: nothing for most methods; log-weights, ESS and log Z for particle methods.
     """
 
     x0: State
@@ -103,7 +124,22 @@ class Drawing:
 
 
 def drawing(sampler: Sampler, times: Array) -> Drawing:
-    """Make a sampler the law of another chain's beginning (`processes.started_from`): the draws of `sample`, key for key."""
+    """Make a sampler on its grid a function (key, batch) -> x0, e.g. the start of another chain (`processes.started_from`).
+
+    Args:
+      sampler: from one of the constructors of `rgdiff.samplers`.
+      times: [T + 1], decreasing; `process.times(steps)` makes it.
+
+    Returns:
+      A callable pytree, (key, batch) -> x0 [B, ...], with the samples of `sample` for the same key.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rgdiff
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.linear_vp(), (2,))
+      >>> sampler = rgdiff.samplers.ancestral(process, lambda x, t, cond: jnp.full_like(x, 3.0))
+      >>> print(rgdiff.samplers.drawing(sampler, process.times(4))(jax.random.key(0), 1))
+      [[3. 3.]]
+    """
     times = checks.times(times, sampler.process)  # type: ignore[attr-defined]
     needs_signal(sampler, times)
     return Drawing(sampler, times)
@@ -136,8 +172,8 @@ def sample(
       times: [T + 1], decreasing from noise; `process.times(steps)` makes it.
       cond: conditions, a pytree of [B, ...], or None.
       keep: (carry, info) -> pytree to store after each move, e.g. `lambda carry, info: info["value"]`; None stores nothing.
-      chunk: moves per compiled call; with it `on_chunk(done, T)` is called between chunks to show progress. The
-        result is the same.
+      chunk: moves per compiled call; None compiles the chain as one call. The result is the same.
+      on_chunk: (done, T) -> None, called between chunks to show progress.
       mesh: a mesh with an axis named "data" over which the batch is split.
 
     Returns:

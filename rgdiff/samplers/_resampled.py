@@ -1,4 +1,4 @@
-"""Particles as samples of equal weight, for whoever takes no weights: rounds of queries, a chain begun at draws."""
+"""Particles as samples of equal weight, for callers that take no weights: rounds of queries, the start of another chain."""
 
 from __future__ import annotations
 
@@ -62,13 +62,28 @@ class Resampled:
 def resampled(sampler: Smc, count: int = 4) -> Resampled:
     """Draw B samples of equal weight from `count` * B particles of one problem.
 
-    They have the law that the particles estimate, with its bias of order 1 / (count B), and are not independent: lineages
-    meet. A larger count makes copies rarer. `samples.info` has `log_z`, `log_z_se` and `ess` of the particles, and `lineages`
-    [B], from which `resampling.standard_error` makes the error of a mean.
+    They have the distribution that the particles estimate, with its bias of order 1 / (count B). They are not independent:
+    several may descend from one particle. A larger count makes copies rarer. `samples.info` has `log_z`, `log_z_se` and `ess` of
+    the particles, and `lineages` [B], from which `resampling.standard_error` computes the error of a mean.
 
     Args:
       sampler: from `smc`, `fk_steering`, `tds` or `das`.
       count: particles per sample.
+
+    Returns:
+      The sampler.
+
+    Raises:
+      ValueError: for another sampler, or a count below 1.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rgdiff
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.linear_vp(), (1,))
+      >>> denoiser = lambda x, t, cond: x * process.schedule.alpha(t)
+      >>> particles = rgdiff.samplers.smc(process, denoiser, lambda x, t, cond: jnp.full(len(x), 2.0))
+      >>> samples = rgdiff.samplers.sample(rgdiff.samplers.resampled(particles), jax.random.key(0), 8, process.times(4))
+      >>> print(samples.x0.shape, f"{samples.info['log_z']:.4f}")  # 8 of 32 particles; log E exp(2)
+      (8, 1) 2.0000
     """
     if not isinstance(sampler, Smc):
         raise ValueError(f"resampled takes a particle sampler such as smc, got {type(sampler).__name__}")

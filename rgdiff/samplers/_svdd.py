@@ -1,8 +1,8 @@
 """SVDD: soft value-based decoding (arXiv 2408.08252). Draw M candidates from the kernel, keep one in proportion to exp(v/tau).
 
-Nothing is differentiated and nothing is trained, so the reward may be a black box. The samples do not interact (but
-for `replace`); as M grows the law tends to p_pre(x) exp(r(x)/tau)/Z when v is the exact soft value and the initial draw is
-selected too (a masked chain begins at one state, and needs no selection there), with an error of order 1/M.
+It needs no gradient and no training, so the reward may be a black box. The samples do not interact (but
+for `replace`). As M grows their distribution tends to p_pre(x) exp(r(x)/tau)/Z when v is the exact soft value and the initial
+draw is selected too (a masked chain begins at one state, and needs no selection there), with an error of order 1/M.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ SELECTIONS = ("soft", "argmax")
 
 
 class SvddCarry(NamedTuple):
-    """The state x_t; the denoiser's prediction there, where it is known; where copies reuse them, its value and what is out of date.
+    """The state of an SVDD chain.
 
-    `stale` [B] marks the examples whose prediction is of an earlier state (`timeless`, with a value of its own network);
-    `lineages` [B] names the initial example that each descends from (`replace`).
+    `x`: leaves [B, ...]. `prediction`: the denoiser's at x, or None. `value` [B]: the value of x, kept with `timeless` only.
+    `stale` [B]: whether the prediction is of an earlier state (`timeless`, with a value of its own network).
+    `lineages` [B]: the initial example that each descends from (`replace`).
     """
 
     x: State
@@ -72,9 +73,10 @@ class Svdd:
         return self.initial(key, batch, t, cond)[0]
 
     def initial(self, key: Key, batch: int, t: Array, cond: Cond = None) -> tuple[SvddCarry, Info]:
-        """Return the beginning of chains and, with `select_initial`, the info of its selection, as of a move's.
+        """Return the beginning of chains and, with `select_initial`, the info of its selection, in the form of a move's.
 
-        That of `sample(sampler, key, ...)` is `sampler.initial(jax.random.fold_in(key, 0), batch, times[0], cond)`: `keep` sees moves.
+        `sample(sampler, key, ...)` begins with `sampler.initial(jax.random.fold_in(key, 0), batch, times[0], cond)`; its `keep` is
+        called after moves only.
         """
         key_draw, key_select = jax.random.split(key)
         prior = self.process.prior(batch)
@@ -112,9 +114,9 @@ class Svdd:
         return self.process.finalize(carry.x, t, prediction), info
 
     def network_calls(self, moves: int) -> int:
-        """Calls of the denoiser per sample over a chain of `moves` moves, at most (the value's own network not counted).
+        """Return the largest number of denoiser calls per sample over a chain of `moves` moves (the value's own network not counted).
 
-        With `distinct` fewer: info["evaluations"] says how many states were evaluated.
+        With `distinct` there are fewer: info["evaluations"] counts the evaluated states.
         """
         if not self.shared:
             return moves + self.process.projects
@@ -248,9 +250,16 @@ class Svdd:
 
 
 def log_soft_weights(values: Array, temperature: Array) -> Array:
-    """values / temperature with the largest at 0, [M, B]; NaN (infeasible) gets -inf, and a column without a number is uniform.
+    """Return values / temperature with the largest at 0. NaN (infeasible) gives -inf, and a column without a number is uniform.
 
-    Subtracting the maximum first keeps huge values (1e30, inf) from turning into NaN.
+    The maximum is subtracted first, so that huge values (1e30, inf) do not become NaN.
+
+    Args:
+      values: [M, B], in the reward's unit.
+      temperature: tau, in the reward's unit.
+
+    Returns:
+      [M, B], nats.
     """
     infeasible = jnp.isnan(values)
     values = jnp.where(infeasible, -jnp.inf, values)
@@ -274,40 +283,56 @@ def svdd(
     distinct: bool = False,
     timeless: bool = False,
 ) -> Svdd:
-    """Build SVDD, arXiv 2408.08252 algorithm 1: SVDD-PM with `values.posterior_mean`, SVDD-MC with `values.learned`.
+    """Build SVDD, arXiv 2408.08252 algorithm 1: draw M candidates per move, keep one in proportion to exp(v/tau).
+
+    It is SVDD-PM with `values.posterior_mean`, and SVDD-MC with `values.learned`.
 
     Args:
-      process: with a law (eta > 0).
+      process: with eta > 0.
       denoiser: of the prior. Where the value is `posterior_mean` of this same object, each candidate costs one network
-        call and the winner's prediction is the next step's: M calls a move, not M + 1.
+        call, and the prediction of the one that is kept is used for the next step: M calls a move, not M + 1.
       value: (x, t, cond) -> [B], in the reward's unit.
-      temperature: tau in the reward's unit; the target is p_pre(x) exp(r(x)/tau)/Z, up to the law of x_T (select_initial).
+      temperature: tau in the reward's unit; the target is p_pre(x) exp(r(x)/tau)/Z, up to the distribution of x_T
+        (`select_initial`).
       candidates: M.
       chunk: candidates evaluated at once (a divisor of M; all by default, one with `distinct`), to bound memory.
       selection: `soft`, or `argmax`: the best candidate, whatever the temperature.
       select_initial: also select x_T among M draws of the prior. Without it a Gaussian chain tends to prior(x_T) times tilted
-        moves, which is the target only where x_T says nothing of x0.
-      proposal: a guide on the kernel; candidates come from the guided law and are weighted by kernel/proposal too
+        moves, which is the target only where x_T is independent of x0.
+      proposal: a guide on the kernel; candidates come from the guided kernel and are weighted by kernel/proposal too
         (algorithm 6), so that the target stays the same.
       replace: fraction of the batch that each move replaces, the lowest values by draws from the whole batch in
         proportion to exp(v/tau) (SVDD-R, algorithm 2); samples then interact, and `samples.info` has their `lineages` [B],
-        from which `resampling.standard_error` makes the error of a mean.
-      distinct: of a masked process, evaluate one of each kind of candidate only. The law is the same; the cost falls
+        from which `resampling.standard_error` computes the error of a mean.
+      distinct: of a masked process, evaluate equal candidates once. The distribution is the same; the cost falls
         with the number of copies. Examples then share their evaluations: not for a batch split over devices.
-      timeless: with `distinct`, the denoiser and the value do not look at t, so that a candidate in which nothing
-        changed costs nothing.
+      timeless: with `distinct`, the denoiser and the value do not depend on t, so that a candidate equal to the present state
+        costs no evaluation.
 
-    Note:
-      The released code takes the argmax at every step and does not read its temperature; that is
-      selection="argmax". A candidate whose value is NaN is never kept while another has a number (info["infeasible"]
-      counts them). With `posterior_mean` chains so keep away from states whose mean is infeasible, though their x0
-      need not be: of N(0, 1) with x0 > 0 infeasible the mean comes out near -0.78, not -0.71. The weights of `smc` correct that.
-      The paper's theorem selects the initial draw too, the released code does not. No code of
-      SVDD-R is public; the paper resamples globally and reports 3 to 5 % of the samples replaced a step.
+    Returns:
+      The sampler.
 
     Raises:
       ValueError: for eta = 0, M < 1, a chunk that does not divide M, a temperature that is not positive, `distinct`
         of a process that is not masked.
+
+    Note:
+      The released code takes the argmax at every step and does not read its temperature; that is
+      selection="argmax". A candidate whose value is NaN is never kept while another has a number (info["infeasible"]
+      counts them). With `posterior_mean`, chains therefore avoid states whose mean is infeasible, though their x0
+      need not be: of N(0, 1) with x0 > 0 infeasible the mean comes out near -0.78, not -0.71. The weights of `smc` correct that.
+      The paper's theorem selects the initial draw too, the released code does not. No code of
+      SVDD-R is public; the paper resamples globally and reports 3 to 5 % of the samples replaced a step.
+
+    Example:
+      >>> import jax, rgdiff
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.linear_vp(), (1,))
+      >>> denoiser = lambda x, t, cond: x * process.schedule.alpha(t)  # N(0, 1)
+      >>> value = rgdiff.values.posterior_mean(lambda x0, cond: x0[:, 0], process, denoiser)
+      >>> sampler = rgdiff.samplers.svdd(process, denoiser, value, temperature=0.5, candidates=8)
+      >>> samples = rgdiff.samplers.sample(sampler, jax.random.key(0), 256, process.times(8))
+      >>> 0.5 < float(samples.x0.mean()) < 2.0  # 0 in the prior, 2 in the target
+      True
     """
     checks.law(process, "svdd")
     candidates = checks.at_least("candidates", candidates, 1)

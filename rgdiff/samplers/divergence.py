@@ -1,4 +1,4 @@
-"""Samples that have left every scale: a guide whose step is too large amplifies them from move to move until float32 ends."""
+"""Divergence of guided chains: a guide whose step is too large amplifies samples from move to move until float32 overflows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LIMIT = 1e3  # standard deviations of the prior at t = 1
 
 
 def divergent(process: Process, x0: State, *, limit: float = LIMIT) -> Array:
-    """Say which samples diverged: a coordinate is not finite, or further from 0 than `limit` standard deviations of the prior.
+    """Return which samples diverged: a coordinate is not finite, or further from 0 than `limit` standard deviations of the prior.
 
     The prior is N(0, prior_std^2) at t = 1, of the data's own order or above it (VP and flow: 1, for data of order 1). A chain
     that diverges grows exponentially, so that the limit may be wide: see `guides.dps` for when one does. Tokens do not diverge.

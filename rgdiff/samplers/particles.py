@@ -1,8 +1,8 @@
 """Sequential Monte Carlo towards p_pre(x) exp(r(x)/tau)/Z: FK steering, TDS and DAS are settings of it.
 
 The batch is the particles of one problem; many problems are `vmap`. Log-weights accumulate between resamplings, and
-everything that belongs to a particle is re-indexed with it. The potentials on the way are positive, and the last one makes
-their product exp(r(x0)/tau): weighted averages and the estimate of Z are right as the number of particles grows.
+every array of a particle is permuted with it. The intermediate potentials are positive, and the last one makes
+their product exp(r(x0)/tau), so that weighted averages and the estimate of Z converge as the number of particles grows.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ class Evaluation(NamedTuple):
 class Particles(NamedTuple):
     """The particles of one problem.
 
-    `log_weights` [N] are those since the last resampling, `log_z` is the estimate at the last resampling. `value` [N] is that
-    over tau, imputed where it is infeasible; `running` [N] is its running maximum or sum; `log_potential` [N] is the log of the
-    product of a lineage's potentials so far. `lineages` [N] names the initial particle that each descends from; `gains` [N]
-    is, by initial particle, what its descendants' share of the weights gained between resamplings. `strength` in [0, 1] is
-    the tempering's.
+    `log_weights` [N]: since the last resampling. `log_z`: the estimate at the last resampling. `value` [N]: over tau, imputed
+    where it is infeasible. `running` [N]: its running maximum or sum. `log_potential` [N]: log of the product of a lineage's
+    potentials so far. `lineages` [N]: the initial particle that each descends from. `strength` in [0, 1]: of the tempering.
+    `move`: number of the move. `gains` [N], by initial particle: the gain of its descendants' share of the weights between
+    resamplings. The fields that are permuted by resampling come first.
     """
 
     x: State
@@ -291,55 +291,69 @@ def smc(
 ) -> Smc:
     """Build a particle sampler of p_pre(x) exp(r(x)/tau)/Z; `sample(..., batch=N)` runs N particles of one problem.
 
-    The weights are those of a Feynman-Kac model: at each move kernel/proposal times a potential, with v the value:
+    The weights are those of a Feynman-Kac model: each move contributes kernel/proposal times a potential, with v the value:
 
-        difference   exp((v(y, s) - v(x, t)) / tau)        max   exp of what the maximum of v/tau so far grew by
-        terminal     1, all at the end                     sum   exp of what the sum of v/tau grew by
+        difference   exp((v(y, s) - v(x, t)) / tau)        max   exp of the increase of the maximum of v/tau so far
+        terminal     1; all of the weight is at the end    sum   exp of the increase of the sum of v/tau
 
-    and at the end exp(r(x0)/tau) over the product of a lineage's potentials. Where v is infeasible (NaN or -inf) on the way, it
-    is taken to have changed as that of the other particles did in the mean, so that the lineage lives on and may end
+    and the end contributes exp(r(x0)/tau) over the product of a lineage's potentials. Where v is infeasible (NaN or -inf) before
+    the end, it is taken to have changed as that of the other particles did in the mean, so that the lineage goes on and may end
     feasible; r(x0) itself, where infeasible, has weight 0.
 
-    `samples.info` has `log_weights` [N] (normalised); `log_z`, an estimate of log E_pre exp(r/tau), unbiased in Z, and
-    `log_z_se`, its standard error; `lineages` [N], from which `resampling.standard_error` makes that of any mean; `ess`
-    and `value` [N]. Errors are those of the particles' own spread: lineages that all miss a mode do not know of it.
-
     Args:
-      process: with a law (eta > 0).
+      process: with eta > 0.
       denoiser: of the prior. Where the value is `posterior_mean` of this same object, a particle costs one network call a move.
       value: (x, t, cond) -> [B], in the reward's unit; or a measurement (`guides.linear`, `guides.inpainting`), which
         stands for `guides.likelihood` of it with data of variance 1, and for the reward.
-      temperature: tau.
-      potential: see above (FK steering, arXiv 2501.06848).
-      reward: what the target is tilted by; without it the value at the last time, which for `posterior_mean` is the same,
-        and of `guides.likelihood` its measurement.
+      temperature: tau, in the reward's unit.
+      potential: `difference`, `max`, `sum` or `terminal`; `smc` has their equations (FK steering, arXiv 2501.06848).
+      reward: r of the target, (x0, cond) -> [B]. Without it r is the value at the last time, which for `posterior_mean` is the
+        reward at the projection, and for `guides.likelihood` its measurement.
       resampling: `multinomial`, `stratified`, `systematic` or `residual`.
       ess_threshold: resample when the effective sample size falls below this fraction of N; 1 always, 0 never.
-      interval: moves between potentials (FK steering's schedule); the last is always paid.
+      interval: moves between potentials (FK steering's schedule); the end always contributes.
       twist: propose from the kernel tilted by twist * gradient of v/tau (TDS, arXiv 2306.17775; DAS, 2501.05803); 1 is
         the twist of the target. One VJP of the value a move. The value must then be near the soft value
-        tau log E[exp(r(x0)/tau) | x_t] in its gradient too: see the note.
+        tau log E[exp(r(x0)/tau) | x_t] in its gradient too: see the note of `smc`.
       proposal: any guide on the kernel, in place of or under the twist.
       tempering: [T + 1] strengths in [0, 1], one per time of the chain, that multiply v (DAS); see `das_tempering`.
       adaptive: choose the strengths: at each move from t to s the largest in [0, 1] at which the potential keeps the
-        conditional ESS (Zhou, Johansen and Aston, arXiv 1303.3123) at adaptive^((t - s) / t) of N. All that is left of
-        a chain may so cost that fraction, and what x_t says little of is trusted little. Below 1; 0.5 is a good
-        start, a smaller one for targets far from the prior. The strength begins at 0 and may fall; not with `tempering`.
+        conditional ESS (Zhou, Johansen and Aston, arXiv 1303.3123) at adaptive^((t - s) / t) of N, so that the rest of a chain
+        keeps at least that fraction. The strength begins at 0 and may fall. In (0, 1]; 0.5 is a good start, a smaller one for
+        targets far from the prior. Not with `tempering`.
       tilts: of a masked process, see `guides.gradient_guide`.
 
-    Note:
-      A twist moves the mean of a step by std^2 times the gradient of v/tau. The soft value of a measurement with noise sigma is
-      log N(y; A E[x0 | x_t], A Cov[x0 | x_t] A^T + sigma^2 I), curved by 1 / (v_t + sigma^2) at most. The plain posterior mean leaves
-      out v_t, the variance of x0 given x_t: curved by 1 / sigma^2, at small sigma its twist overshoots at every step as DPS
-      does (`guides.dps`), and log Z is lost (-41 nats for -2.0 at sigma = 0.1 and 50 steps, -1e27 at 0.03).
-
-      FK steering's released code drops the weights of moves at which it does not resample, and DAS's leaves the twist
-      behind when it resamples; both bias the result. Here weights accumulate and everything rides with its particle.
-      If all x0 are infeasible, their weights are equal and log_z = -inf. A large negative reward is no mark of the
-      infeasible: potentials of e^-1000 end lineages that might have recovered, at any number of particles.
+    Returns:
+      The sampler. `samples.info` has `log_weights` [N] (normalised); `log_z`, an estimate of log E_pre exp(r/tau), unbiased in Z,
+      and `log_z_se`, its standard error; `lineages` [N], from which `resampling.standard_error` computes that of any mean; `ess`
+      and `value` [N]. Errors are estimated from the spread of the particles: they do not include a mode that all lineages miss.
 
     Raises:
       ValueError: for eta = 0, an unknown potential or scheme, a threshold outside [0, 1], strengths outside [0, 1].
+
+    Note:
+      A twist shifts the mean of a step by std^2 times the gradient of v/tau. The soft value of a measurement with noise sigma is
+      log N(y; A E[x0 | x_t], A Cov[x0 | x_t] A^T + sigma^2 I), of curvature 1 / (v_t + sigma^2) at most. The plain posterior mean
+      leaves out v_t, the variance of x0 given x_t, and has curvature 1 / sigma^2: at small sigma its twist overshoots at every step
+      as DPS does (`guides.dps`), and log Z is wrong (-41 nats for -2.0 at sigma = 0.1 and 50 steps, -1e27 at 0.03).
+
+      FK steering's released code drops the weights of moves at which it does not resample, and DAS's does not permute the twist
+      when it resamples; both bias the result. Here weights accumulate and every field is resampled with its particle.
+      If all x0 are infeasible, their weights are equal and log_z = -inf. Do not mark infeasible samples by a large negative
+      reward: potentials of e^-1000 end lineages that might have become feasible, at any number of particles.
+
+    References: Feynman-Kac models and twisted SMC: arXiv 2306.17775, 2501.06848, 2501.05803.
+
+    Example:
+      >>> import jax, rgdiff
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.linear_vp(), (1,), variance="fixed_large")
+      >>> denoiser = lambda x, t, cond: x * process.schedule.alpha(t)  # exact for N(0, 1)
+      >>> value = rgdiff.values.posterior_mean(lambda x0, cond: x0[:, 0], process, denoiser)
+      >>> samples = rgdiff.samplers.sample(
+      ...     rgdiff.samplers.smc(process, denoiser, value), jax.random.key(0), 4096, process.times(16)
+      ... )
+      >>> abs(float(samples.info["log_z"]) - 0.478) < 0.1  # log E exp(x0) = alpha^2 / 2 at the last time
+      True
     """
     checks.law(process, "smc")
     if is_measurement(value):
@@ -378,23 +392,62 @@ def smc(
 
 
 def das_tempering(times: Array, gamma: float = 0.008) -> Array:
-    """Strengths min((1 + gamma)^i - 1, 1) at the i-th time of a chain, [T + 1] (DAS, arXiv 2501.05803, §4.2)."""
+    """Return DAS's tempering: strengths min((1 + gamma)^i - 1, 1) at the i-th time of a chain (arXiv 2501.05803, §4.2).
+
+    Args:
+      times: [T + 1] of the chain.
+      gamma: growth of the strength per move.
+
+    Returns:
+      Strengths [T + 1], in [0, 1].
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> print(rgdiff.samplers.das_tempering(jnp.array([1.0, 0.6, 0.3, 0.0]), gamma=0.5))  # 0, 0.5, 1.25, ...
+      [0.  0.5 1.  1. ]
+    """
     return jnp.minimum((1 + gamma) ** jnp.arange(times.shape[0], dtype=jnp.float32) - 1, 1.0)
 
 
 @setting_of(smc, defaults={"potential": "max", "resampling": "multinomial"})
 def fk_steering(process: Process, denoiser: Denoiser, value: Value, **options: Any) -> Smc:
-    """FK steering as published (arXiv 2501.06848): the prior as proposal, the maximum potential, multinomial resampling."""
+    """Build FK steering as published (arXiv 2501.06848): the prior as proposal, the maximum potential, multinomial resampling.
+
+    Returns:
+      The sampler, as `smc`.
+
+    Example:
+      >>> import jax, rgdiff
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.linear_vp(), (1,), variance="fixed_large")
+      >>> denoiser = lambda x, t, cond: x * process.schedule.alpha(t)  # exact for N(0, 1)
+      >>> value = rgdiff.values.posterior_mean(lambda x0, cond: x0[:, 0], process, denoiser)
+      >>> sampler = rgdiff.samplers.fk_steering(process, denoiser, value, interval=4)
+      >>> samples = rgdiff.samplers.sample(sampler, jax.random.key(0), 4096, process.times(16))
+      >>> abs(float(samples.info["log_z"]) - 0.478) < 0.1  # log E exp(x0) = alpha^2 / 2 at the last time
+      True
+    """
     return smc(process, denoiser, value, **options)
 
 
 @setting_of(smc, defaults={"twist": 1.0, "ess_threshold": 1.0})
 def tds(process: Process, denoiser: Denoiser, value: Value, **options: Any) -> Smc:
-    """TDS as published (arXiv 2306.17775, algorithm 1): the twisted proposal, systematic resampling at every move.
+    """Build TDS as published (arXiv 2306.17775, algorithm 1): the twisted proposal, systematic resampling at every move.
 
-    Of a measurement the value is its likelihood with the variance of x0 given x_t, not its plain posterior mean:
+    For a measurement the value is its likelihood with the variance of x0 given x_t, not its plain posterior mean:
     `tds(process, denoiser, guides.linear(a, y, sigma))`, or with data of variance v
     `tds(process, denoiser, guides.likelihood(denoiser, process, measurement, prior_variance=v))`.
+
+    Returns:
+      The sampler, as `smc`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rgdiff
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.linear_vp(), (1,), variance="fixed_large")
+      >>> denoiser = lambda x, t, cond: x * process.schedule.alpha(t)  # exact for N(0, 1)
+      >>> sampler = rgdiff.samplers.tds(process, denoiser, rgdiff.guides.linear(jnp.eye(1), jnp.ones(1), sigma=1.0))
+      >>> samples = rgdiff.samplers.sample(sampler, jax.random.key(0), 1024, process.times(16))
+      >>> abs(float(samples.info["log_z"]) - (-1.5155)) < 0.05  # log N(1; 0, 1 + 1)
+      True
     """
     return smc(process, denoiser, value, **options)
 
@@ -403,10 +456,23 @@ def tds(process: Process, denoiser: Denoiser, value: Value, **options: Any) -> S
 def das(
     process: Process, denoiser: Denoiser, value: Value, times: Array, *, gamma: float = 0.008, **options: Any
 ) -> Smc:
-    """DAS as published (arXiv 2501.05803, algorithm 1): twisted and tempered, resampling below half the particles.
+    """Build DAS as published (arXiv 2501.05803, algorithm 1): twisted and tempered, resampling below half the particles.
 
     Args:
       times: [T + 1] of the chain, `process.times(steps)`.
-      gamma: growth of the tempering a move, see `das_tempering`.
+      gamma: growth of the tempering per move, see `das_tempering`.
+
+    Returns:
+      The sampler, as `smc`.
+
+    Example:
+      >>> import jax, rgdiff
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.linear_vp(), (1,), variance="fixed_large")
+      >>> denoiser, times = lambda x, t, cond: x * process.schedule.alpha(t), process.times(16)  # exact for N(0, 1)
+      >>> value = rgdiff.values.posterior_mean(lambda x0, cond: x0[:, 0], process, denoiser)
+      >>> sampler = rgdiff.samplers.das(process, denoiser, value, times, gamma=0.1)
+      >>> samples = rgdiff.samplers.sample(sampler, jax.random.key(0), 1024, times)
+      >>> abs(float(samples.info["log_z"]) - 0.478) < 0.1  # log E exp(x0) = alpha^2 / 2 at the last time
+      True
     """
     return smc(process, denoiser, value, tempering=das_tempering(times, gamma), **options)

@@ -1,7 +1,7 @@
-"""One-class problems: learn from normal examples alone, then tell normal from anomalous ones; and three detectors to compare with.
+"""One-class problems: train on normal examples alone, then separate normal from anomalous ones; and three detectors to compare with.
 
 Data are scikit-learn's: digits with one class held out, and two medical and chemical tables whose one class is normal. Examples are
-float32 [N, D], scaled by the training examples'; scores are higher for what is more anomalous, and judged by their AUROC.
+float32 [N, D], scaled by the training examples'. Scores are higher for anomalous examples and are evaluated by their AUROC.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DETECTORS = ("isolation_forest", "one_class_svm", "local_outlier_factor")
 
 
 class OneClass(NamedTuple):
-    """Normal examples to learn from [N, D], and normal [M, D] and anomalous ones [K, D] to be told apart."""
+    """Normal examples for training [N, D], and normal [M, D] and anomalous ones [K, D] for the test."""
 
     name: str
     train: np.ndarray
@@ -39,6 +39,15 @@ def held_out_digit(digit: int) -> OneClass:
     """Make the problem of scikit-learn's digits without one: nine classes are normal, and the tenth is not.
 
     Training examples are seven eighths of the nine classes, normal ones the rest of them; pixels share one scale.
+
+    Args:
+      digit: the anomalous class, 0 to 9.
+
+    Returns:
+      The problem, with D = 64.
+
+    Raises:
+      ValueError: for another digit.
     """
     domain = images.digits()
     checks.one_of("digit", digit, range(domain.classes))
@@ -51,10 +60,17 @@ def held_out_digit(digit: int) -> OneClass:
 
 
 def table(name: str, split: int = 0) -> OneClass:
-    """Make the problem of a table of scikit-learn: half of its normal class to learn from, drawn by `split`; all else is to be told apart.
+    """Make the problem of a table of scikit-learn: half of its normal class is for training, the rest for the test.
 
     Args:
       name: `breast_cancer` (benign is normal; D = 30) or `wine` (the second cultivar is; D = 13).
+      split: seed of the random half.
+
+    Returns:
+      The problem.
+
+    Raises:
+      ValueError: for another name.
     """
     from sklearn import datasets
 
@@ -67,9 +83,18 @@ def table(name: str, split: int = 0) -> OneClass:
 
 
 def detect(name: str, problem: OneClass, seed: int = 0) -> float:
-    """Return the AUROC of a detector of scikit-learn, with its defaults: `isolation_forest`, `one_class_svm`, `local_outlier_factor`.
+    """Return the AUROC of a detector of scikit-learn with its defaults (`local_outlier_factor` with novelty=True).
 
-    The last has novelty=True; the first is the only one that draws.
+    Args:
+      name: `isolation_forest`, `one_class_svm` or `local_outlier_factor`.
+      problem: to fit the training examples of, and to score the others.
+      seed: of the isolation forest; the others are deterministic.
+
+    Returns:
+      The AUROC, in [0, 1].
+
+    Raises:
+      ValueError: for another name.
     """
     from sklearn.ensemble import IsolationForest
     from sklearn.neighbors import LocalOutlierFactor
@@ -104,6 +129,19 @@ def one_class(source: str = "digits", digits: tuple[int, ...] = tuple(range(10))
 
     Args:
       source: `digits`, one problem for each of `digits` held out; or a table, `breast_cancer` or `wine`.
+      digits: the classes to hold out, one at least; of the source `digits` only.
+
+    Returns:
+      The domain.
+
+    Raises:
+      ValueError: for another source, or no digit.
+
+    Example:
+      >>> from rgdiff.domains import anomaly
+      >>> domain = anomaly.one_class("wine")
+      >>> print(domain.shape, len(domain.problems(seed=0)))
+      (13,) 1
     """
     checks.one_of("domain.source", source, ("digits", *TABLES))
     if not digits:

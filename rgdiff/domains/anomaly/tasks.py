@@ -17,5 +17,9 @@ class Typicality:
 
 
 def typicality() -> Task:
-    """Make the task of a run that has no reward: minus half the squared distance from the mean."""
+    """Make the task of a run that has no reward: minus half the squared distance from the mean.
+
+    Returns:
+      The task.
+    """
     return Task(Typicality(), Typicality())

@@ -1,7 +1,7 @@
-"""Image domains: real data in [-1, 1] with three disjoint splits, and the way to 8-bit pictures and back.
+"""Image domains: real data in [-1, 1] with three disjoint splits, and the conversion to 8-bit pictures and back.
 
 Images are float32 [B, H, W, C], 1 is full ink and -1 is background; labels are int32 [B]. Data come from scikit-learn's
-digits or from MNIST's IDX files by path, and nothing is downloaded. Classifiers and rewards on images live next door.
+digits or from MNIST's IDX files by path, and nothing is downloaded. Classifiers and rewards are in `classifier` and `rewards`.
 """
 
 from __future__ import annotations
@@ -52,13 +52,39 @@ class ImageDomain:
 
 
 def to_uint8(x: Array | np.ndarray) -> np.ndarray:
-    """Round images from [-1, 1] to 0..255, on the host; values outside are clipped, and NaN becomes background 0."""
+    """Round images from [-1, 1] to 0..255, on the host; values outside are clipped, and NaN becomes background 0.
+
+    Args:
+      x: images, any shape.
+
+    Returns:
+      uint8 of the same shape.
+
+    Example:
+      >>> import numpy as np
+      >>> from rgdiff.domains.images import data
+      >>> print(data.to_uint8(np.array([-1.0, 1.0, 3.0, np.nan])))
+      [  0 255 255   0]
+    """
     scaled = (np.asarray(x, np.float32) + 1) * 127.5
     return np.rint(np.clip(np.nan_to_num(scaled, nan=0.0), 0, 255)).astype(np.uint8)
 
 
 def from_uint8(pixels: np.ndarray) -> np.ndarray:
-    """Scale 8-bit pictures to float32 in [-1, 1]; `to_uint8` inverts it exactly."""
+    """Scale 8-bit pictures to float32 in [-1, 1]; `to_uint8` inverts it exactly.
+
+    Args:
+      pixels: uint8, any shape.
+
+    Returns:
+      float32 of the same shape.
+
+    Example:
+      >>> import numpy as np
+      >>> from rgdiff.domains.images import data
+      >>> print(data.from_uint8(np.array([0, 255], np.uint8)))
+      [-1.  1.]
+    """
     return np.asarray(pixels).astype(np.float32) / 127.5 - 1
 
 
@@ -75,6 +101,12 @@ def digits(size: int = 8) -> ImageDomain:
       ValueError: for a size below 8 or odd.
 
     References: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998 (its test part).
+
+    Example:
+      >>> from rgdiff.domains import images
+      >>> domain = images.digits()
+      >>> print(domain.shape, len(domain.train_x) + len(domain.heldout_x) + len(domain.test_x))
+      (8, 8, 1) 1797
     """
     _check_size(size, 8)
     from sklearn.datasets import load_digits
@@ -166,7 +198,14 @@ def read_idx(path: str | os.PathLike, ndim: int) -> np.ndarray:
 
 
 def split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return disjoint indices (train, heldout, test) that cover all examples, each class divided by the same shares."""
+    """Split examples into train, heldout and test, each class divided by the same shares.
+
+    Args:
+      labels: integers [N].
+
+    Returns:
+      Disjoint indices (train, heldout, test) that cover all examples; 50 %, 37.5 % and 12.5 %.
+    """
     order = np.random.RandomState(0).permutation(len(labels))  # RandomState's stream is frozen, Generator's is not
     parts: list[list[np.ndarray]] = [[], [], []]
     for label in np.unique(labels):
@@ -186,7 +225,14 @@ def _pad(x: np.ndarray, size: int) -> np.ndarray:
 
 
 def originals(x: np.ndarray) -> np.ndarray:
-    """Return, for every image, the index of the first one equal to it. [N]"""
+    """Return, for every image, the index of the first image equal to it.
+
+    Args:
+      x: images [N, ...].
+
+    Returns:
+      [N], integers.
+    """
     first: dict[bytes, int] = {}
     return np.array([first.setdefault(hashlib.sha256(image.tobytes()).digest(), i) for i, image in enumerate(x)], int)
 
@@ -240,12 +286,21 @@ def custom(fn: Callable[[], tuple[np.ndarray, np.ndarray]], name: str = "custom"
 
     Args:
       fn: () -> (images [N, H, W, C], labels [N]); images 8-bit, or float in [-1, 1]; labels integers from 0.
+      name: of the domain.
 
     Returns:
       The domain: 50 % train, 37.5 % heldout, 12.5 % test; the same split each time.
 
     Raises:
       ValueError: for shapes, types or values that do not fit.
+
+    Example:
+      >>> import numpy as np
+      >>> from rgdiff.domains import images
+      >>> pictures = np.arange(16 * 4, dtype=np.uint8).reshape(16, 2, 2, 1)
+      >>> domain = images.custom(lambda: (pictures, np.arange(16) % 2))
+      >>> print(domain.classes, len(domain.train_x), len(domain.heldout_x), len(domain.test_x))
+      2 8 6 2
     """
     images, labels = (np.asarray(part) for part in fn())
     if images.ndim != 4 or labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):

@@ -30,14 +30,24 @@ def digit(
     examples: int | None = None,
     judged: str = "classifier",
 ) -> Task:
-    """Make the task: log p(target | x) of a classifier trained on the training split, judged by held-out images.
+    """Make the task: log p(target | x) of a classifier trained on the training split, evaluated on held-out images.
 
     Args:
+      domain: images with labels.
+      judge: the domain's judge, which trains the held-out classifier.
+      key: of the classifiers' training.
+      target: the class to be drawn, an integer label.
       heads, reduce, caution: several classifiers, trained from keys of their own and joined by `rewards.ensemble`, are harder
         to exploit than one.
-      examples: images that they are trained on, all by default. What few have taught is exploited sooner.
-      judged: by a `classifier` trained on the held-out split, or by `likeness` to its images of the target, which sees also
-        what no classifier does: samples that are like no image.
+      examples: images that they are trained on, all by default. A reward of fewer is exploited sooner.
+      judged: by a `classifier` trained on the held-out split, or by `likeness` to its images of the target, which also
+        detects samples that are like no image.
+
+    Returns:
+      The task; the rewards are in nats.
+
+    Raises:
+      ValueError: for a domain without labels, or a number of examples outside [classes, all].
     """
     if not isinstance(domain, ImageDomain):
         raise ValueError("reward=digit is for images with labels; choose an image domain, e.g. domain=digits")
@@ -59,7 +69,19 @@ def digit(
 
 
 def labelled(domain: ImageDomain, judge: ImageJudge, key: Key) -> Task:
-    """Make the task of a conditional prior: log p(label | x) of the label that each sample was drawn with, every class in turn."""
+    """Make the task of a conditional prior: log p(label | x) of the label that each sample was drawn with, every class in turn.
+
+    Args:
+      domain: images with labels.
+      judge: the domain's judge, which trains the held-out classifier.
+      key: of the classifier's training.
+
+    Returns:
+      The task; the rewards are in nats.
+
+    Raises:
+      ValueError: for a domain without labels.
+    """
     if not isinstance(domain, ImageDomain):
         raise ValueError("reward=labelled is for images with labels; choose an image domain, e.g. domain=digits")
     guide: Classifier = train_classifier(key, domain.train_x, domain.train_y, domain.classes)
@@ -71,12 +93,21 @@ def labelled(domain: ImageDomain, judge: ImageJudge, key: Key) -> Task:
 def inpainted(
     domain: ImageDomain, judge: ImageJudge, key: Key, image: int = 0, hidden: str = "right", noise: float = 0.1
 ) -> Task:
-    """Make the task: log-likelihood of half of a test image's pixels, seen with noise, in nats; judged by the other half.
+    """Make the task: log-likelihood of half of a test image's pixels, measured with noise, in nats; evaluated by the other half.
 
     Args:
+      domain: images.
+      judge: the domain's judge, not used.
+      key: of the measurement's noise.
       image: its number among the test images; its class is the task's target.
-      hidden: the half that is not seen, left, right, top or bottom.
+      hidden: the half that is not measured, left, right, top or bottom.
       noise: standard deviation in the unit of pixels, which span 2.
+
+    Returns:
+      The task.
+
+    Raises:
+      ValueError: for another domain, an image that does not exist, another half, or a noise that is not positive.
     """
     truth, target = _measured_image(domain, image)
     half = dict(zip(("left", "right", "top", "bottom"), ((1, 0), (1, 1), (0, 0), (0, 1)), strict=True))
@@ -92,11 +123,22 @@ def inpainted(
 def downsampled(
     domain: ImageDomain, judge: ImageJudge, key: Key, image: int = 0, factor: int = 2, noise: float = 0.1
 ) -> Task:
-    """Make the task: log-likelihood of a test image's block means, seen with noise, in nats; judged by all of its pixels.
+    """Make the task: log-likelihood of a test image's block means, measured with noise, in nats; evaluated by all of its pixels.
 
     Args:
-      image, noise: as `inpainted`.
+      domain: images.
+      judge: the domain's judge, not used.
+      key: of the measurement's noise.
+      image: its number among the test images; its class is the task's target.
       factor: side of a block; it divides the image's sides.
+      noise: standard deviation in the unit of pixels, which span 2.
+
+    Returns:
+      The task.
+
+    Raises:
+      ValueError: for another domain, an image that does not exist, a factor that does not divide its sides, or a noise that
+        is not positive.
     """
     truth, target = _measured_image(domain, image)
     high, wide, channels = domain.shape
@@ -124,16 +166,35 @@ def _measured_image(domain: ImageDomain, image: int) -> tuple[Array, int]:
 
 
 def symmetric() -> Task:
-    """Make the task: left-right symmetry, judged by itself."""
+    """Make the task: left-right symmetry, evaluated by itself.
+
+    Returns:
+      The task.
+    """
     return Task(image_rewards.symmetry(), image_rewards.symmetry())
 
 
 def inked(target: float | None = None, slope: float = 1.0) -> Task:
-    """Make the task: mean ink in [0, 1], or closeness to a target amount, times `slope`, judged by itself."""
+    """Make the task: mean ink in [0, 1], or closeness to a target amount, times `slope`, evaluated by itself.
+
+    Args:
+      target: wanted mean ink in [0, 1]; None rewards more ink.
+      slope: factor of the reward.
+
+    Returns:
+      The task.
+    """
     reward = weighted_sum([image_rewards.ink(target)], [slope])
     return Task(reward, reward)
 
 
 def compressible(level: int = 6) -> Task:
-    """Make the task: minus the zlib size of the 8-bit image in bytes, a black box, judged by itself."""
+    """Make the task: minus the zlib size of the 8-bit image in bytes, a black box, evaluated by itself.
+
+    Args:
+      level: zlib's compression level, 0 to 9.
+
+    Returns:
+      The task.
+    """
     return Task(image_rewards.compressibility(level), image_rewards.compressibility(level))

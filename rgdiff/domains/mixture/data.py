@@ -1,7 +1,7 @@
-"""Numbers from a Gaussian mixture, with an exact denoiser: a world on the line where every law of interest can be drawn.
+"""Numbers from a Gaussian mixture, with an exact denoiser: a one-dimensional world whose distributions are computed by quadrature.
 
-States are [B, 1]. The judge compares samples with the tilted law of the prior's own chain, by quadrature, and with the
-law that tuning reaches while x_T stays the prior's. What is tuned, and how, is left to the methods.
+States are [B, 1]. The judge compares samples with the tilt of the prior's own chain, by quadrature, and with the
+distribution that tuning reaches while x_T stays the prior's. Tuning is left to the methods.
 """
 
 from __future__ import annotations
@@ -62,16 +62,27 @@ class MixtureDomain:
 
 
 def mixture(weights: Sequence[float], centres: Sequence[float], std: float, network: Any) -> MixtureDomain:
-    """Make a mixture of Gaussians on the line.
+    """Make a mixture of Gaussians on the line, x0 ~ sum_k w_k N(m_k, std^2).
 
     Args:
       weights: w_k > 0; they need not sum to 1.
       centres: m_k, one for each weight, in the unit of x0.
       std: of every component.
-      network: a Linen module called as (x, t, cond) that is zero at first, e.g. `nets.MLP`: what tuning adds to the exact denoiser.
+      network: a Linen module called as (x, t, cond) that is zero at first, e.g. `nets.MLP`: tuning adds its output to the
+        exact denoiser.
+
+    Returns:
+      The domain.
 
     Raises:
       ValueError: for weights that are not positive, another number of centres, or std <= 0.
+
+    Example:
+      >>> import jax, rgdiff
+      >>> from rgdiff.domains import mixture
+      >>> domain = mixture.mixture([1.0, 1.0], [-2.0, 2.0], 0.5, rgdiff.nets.MLP(features=(8,)))
+      >>> domain.data(jax.random.key(0), 3).shape
+      (3, 1)
     """
     w, m = np.asarray(weights, float), np.asarray(centres, float)
     if w.ndim != 1 or w.shape != m.shape or not (w > 0).all():

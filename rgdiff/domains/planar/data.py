@@ -1,8 +1,8 @@
 """Points in the plane: 8 Gaussians, 2 spirals, a checkerboard, 3 rings, curves; each sampled by key, each with its log density.
 
-A law here is a pytree with `sample(key, count)` [count, 2] and `log_prob(x)` [...], nats. It assumes states [B, 2] and
-knows neither priors nor rewards except `feasible`, which bounds a reward to the neighbourhood of a curve. What reports
-show of samples is `planar_tasks`' business.
+A distribution here is a pytree with `sample(key, count)` [count, 2] and `log_prob(x)` [...], nats. It assumes states [B, 2] and
+depends on no prior and no reward except `feasible`, which bounds a reward to the neighbourhood of a curve. `judge` holds
+what reports show of samples.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NODES = 256  # of the quadrature along an arm of the spirals
 
 
 class Law(Protocol):
-    """A law on the plane."""
+    """A distribution on the plane."""
 
     def sample(self, key: Key, count: int) -> Array: ...
 
@@ -170,7 +170,14 @@ class Curve:
 
 
 def log_probability(low: Array, high: Array) -> Array:
-    """Compute log(Phi(high) - Phi(low)), low < high, without cancellation in either tail."""
+    """Compute log(Phi(high) - Phi(low)) without cancellation in either tail.
+
+    Args:
+      low, high: standard normal scores, low < high, of one shape.
+
+    Returns:
+      Nats, of that shape.
+    """
     flip = low + high > 0  # take both from the lower tail
     low, high = jnp.where(flip, -high, low), jnp.where(flip, -low, high)
     top = jax.scipy.special.log_ndtr(high)
@@ -178,11 +185,23 @@ def log_probability(low: Array, high: Array) -> Array:
 
 
 def eight_gaussians(scale: float = 1.0, noise: float | None = None) -> Mixture:
-    """Make the law of 8 equal Gaussians on a circle of radius 4/1.414, of standard deviation .5/1.414 (arXiv 2407.00626's).
+    """Make the distribution of 8 equal Gaussians on a circle of radius 4/1.414, of standard deviation .5/1.414 (arXiv 2407.00626).
 
     Args:
       scale: of the circle.
       noise: the standard deviation; scale * .5/1.414 by default.
+
+    Returns:
+      The distribution, with `sample` and `log_prob`.
+
+    Raises:
+      ValueError: for a number that is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rgdiff.domains.planar import data
+      >>> print(f"{jnp.linalg.norm(data.eight_gaussians().centres, axis=-1)[0]:.4f}")  # 4 / 1.414
+      2.8289
     """
     angles = jnp.arange(8) * jnp.pi / 4
     radius, std = 4 / 1.414 * checks.positive("scale", scale), _noise(noise, 0.5 / 1.414, scale)
@@ -190,32 +209,102 @@ def eight_gaussians(scale: float = 1.0, noise: float | None = None) -> Mixture:
 
 
 def two_spirals(scale: float = 1.0, noise: float | None = None) -> Spirals:
-    """Make the law of two spirals of 1.5 turns, with noise .1 (times `scale` by default)."""
+    """Make the distribution of two spirals of 1.5 turns.
+
+    Args:
+      scale: of the spirals.
+      noise: standard deviation of the Gaussian noise about them; .1 * scale by default.
+
+    Returns:
+      The distribution, with `sample` and `log_prob`.
+
+    Raises:
+      ValueError: for a number that is not positive.
+    """
     return Spirals(_noise(noise, 0.1, scale), checks.positive("scale", scale))
 
 
 def checkerboard(scale: float = 1.0, noise: None = None) -> Checkerboard:
-    """Make the uniform law on the black squares of a 4 x 4 board; it has no noise."""
+    """Make the uniform distribution on the black squares of a 4 x 4 board.
+
+    Args:
+      scale: of the board; at 1 its squares have side 2.
+      noise: None; the board has sharp edges.
+
+    Returns:
+      The distribution, with `sample` and `log_prob`.
+
+    Raises:
+      ValueError: for a noise, or a scale that is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rgdiff.domains.planar import data
+      >>> print(f"{jnp.exp(data.checkerboard().log_prob(jnp.array([[0.5, 0.5]])))[0]:.5f}")  # 1/32
+      0.03125
+    """
     if noise is not None:
         raise ValueError(f"the checkerboard has sharp edges and no noise; leave domain.noise=null, got {noise!r}")
     return Checkerboard(checks.positive("scale", scale))
 
 
 def rings(radii: tuple[float, ...] = (1.0, 2.0, 3.0), noise: float | None = None, scale: float = 1.0) -> Rings:
-    """Make the law of equal parts on circles of these radii, times `scale`, with noise .1 (times `scale` by default)."""
+    """Make the distribution of equal parts on circles about 0.
+
+    Args:
+      radii: of the circles, times `scale`.
+      noise: standard deviation of the Gaussian noise about them; .1 * scale by default.
+      scale: of the circles.
+
+    Returns:
+      The distribution, with `sample` and `log_prob`.
+
+    Raises:
+      ValueError: for a number that is not positive.
+    """
     radius = jnp.asarray([checks.positive("a radius", r) for r in radii]) * checks.positive("scale", scale)
     return Rings(radius, _noise(noise, 0.1, scale))
 
 
 def arc(thickness: float = 0.05, segments: int = 128, scale: float = 1.0) -> Curve:
-    """Make the law on three quarters of a circle of radius 2, times `scale`, open at the lower right."""
+    """Make the distribution on three quarters of a circle of radius 2, open at the lower right.
+
+    Args:
+      thickness: standard deviation of the Gaussian noise about the curve.
+      segments: number of straight pieces that the curve is made of.
+      scale: of the curve.
+
+    Returns:
+      The distribution, with `sample`, `log_prob` and `distance`.
+
+    Raises:
+      ValueError: for a number that is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rgdiff.domains.planar import data
+      >>> print(f"{data.arc().distance(jnp.array([-2.5, 0.0])):.3f}")  # of a circle of radius 2
+      0.500
+    """
     angles = jnp.linspace(0.0, 1.5 * jnp.pi, checks.at_least("segments", segments, 1) + 1)
     circle = 2 * jnp.stack([jnp.cos(angles), jnp.sin(angles)], -1)
     return Curve(circle * checks.positive("scale", scale), checks.positive("thickness", thickness))
 
 
 def figure_eight(thickness: float = 0.05, segments: int = 128, scale: float = 1.0) -> Curve:
-    """Make the law on the closed curve (2 sin u, sin 2u), times `scale`, which crosses itself at 0."""
+    """Make the distribution on the closed curve (2 sin u, sin 2u), which crosses itself at 0.
+
+    Args:
+      thickness: standard deviation of the Gaussian noise about the curve.
+      segments: number of straight pieces that the curve is made of.
+      scale: of the curve.
+
+    Returns:
+      The distribution, with `sample`, `log_prob` and `distance`.
+
+    Raises:
+      ValueError: for a number that is not positive.
+    """
     u = jnp.linspace(0.0, 2 * jnp.pi, checks.at_least("segments", segments, 1) + 1)
     eight = jnp.stack([2 * jnp.sin(u), jnp.sin(2 * u)], -1)
     return Curve(eight * checks.positive("scale", scale), checks.positive("thickness", thickness))
@@ -249,7 +338,26 @@ class Feasible:
 
 
 def feasible(reward: Reward, curve: Curve, limit: float) -> Feasible:
-    """Bound a reward to the neighbourhood of a curve: NaN where `curve.distance(x0)` exceeds `limit`."""
+    """Bound a reward to the neighbourhood of a curve: NaN where `curve.distance(x0)` exceeds `limit`.
+
+    Args:
+      reward: (x0 [B, 2], cond) -> [B].
+      curve: from `arc` or `figure_eight`.
+      limit: largest feasible distance, in the plane's unit.
+
+    Returns:
+      The reward, (x0, cond) -> [B].
+
+    Raises:
+      ValueError: for something that is not a curve, or a limit that is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rgdiff.domains.planar import data
+      >>> reward = data.feasible(lambda x0, cond: x0[:, 1], data.arc(), limit=0.3)
+      >>> print(reward(jnp.array([[-2.1, 0.0], [-3.0, 0.0]])))
+      [ 0. nan]
+    """
     if not isinstance(curve, Curve):
         raise ValueError(
             f"feasible needs a curve, got {type(curve).__name__}; use planar.arc() or planar.figure_eight()"
@@ -259,7 +367,7 @@ def feasible(reward: Reward, curve: Curve, limit: float) -> Feasible:
 
 @pytree
 class PlanarDomain:
-    """A law on the plane as a domain of recipes. Build it with `planar` or `curve`."""
+    """A distribution on the plane as a domain of recipes. Build it with `planar` or `curve`."""
 
     law: Any
     name: str = static()
@@ -278,14 +386,24 @@ class PlanarDomain:
 
 
 def planar(name: str = "eight_gaussians", scale: float = 1.0, noise: float | None = None) -> PlanarDomain:
-    """Make the domain of a law of `LAWS`.
+    """Make the domain of a distribution on the plane, by its name.
 
     Args:
+      name: `eight_gaussians`, `two_spirals`, `checkerboard`, `rings`, or a curve, `arc` or `figure_eight` (see `curve`).
       scale: of the set about 0; at 1 it lies in [-4, 4]^2.
       noise: standard deviation of the Gaussian noise about it, in the plane's unit; the set's own, times scale, by default.
 
+    Returns:
+      The domain.
+
     Raises:
       ValueError: for an unknown name, a scale or a noise that is not positive, or noise for a checkerboard.
+
+    Example:
+      >>> import jax
+      >>> from rgdiff.domains import planar
+      >>> planar.planar("checkerboard").data(jax.random.key(0), 3).shape
+      (3, 2)
     """
     checks.positive("scale", scale)
     if checks.one_of("domain.name", name, LAWS) in CURVES:
@@ -294,6 +412,24 @@ def planar(name: str = "eight_gaussians", scale: float = 1.0, noise: float | Non
 
 
 def curve(name: str = "arc", thickness: float = 0.05, scale: float = 1.0) -> PlanarDomain:
-    """Make the domain of a curve, `arc` or `figure_eight`, `scale` times as large, with noise `thickness` about it."""
+    """Make the domain of a curve in the plane.
+
+    Args:
+      name: `arc` or `figure_eight`.
+      thickness: standard deviation of the Gaussian noise about the curve, in the plane's unit.
+      scale: of the curve about 0.
+
+    Returns:
+      The domain.
+
+    Raises:
+      ValueError: for an unknown name, or a number that is not positive.
+
+    Example:
+      >>> import jax
+      >>> from rgdiff.domains import planar
+      >>> planar.curve("arc").data(jax.random.key(0), 3).shape
+      (3, 2)
+    """
     law = CURVES[checks.one_of("domain.name", name, CURVES)](thickness, scale=scale)
     return PlanarDomain(law, name, EXTENT * scale)

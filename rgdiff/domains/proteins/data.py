@@ -1,8 +1,8 @@
 """Variants of one protein, given as lists of mutations: the reader, the wild type that they imply, and GFP's brightness.
 
-A variant `A108D,N144D` says which letters of the wild type it changes, so the file itself holds the wild type wherever
-something was ever mutated; other positions stay unknown (X) and are no part of the state, which is one-hot [L, 20] over
-the known positions of a window. Learned brightness and its judge are in `protein_tasks`.
+The wild type is reconstructed from the mutation codes: position 108 is A because a variant lists A108D. Positions never
+mutated are unknown (X) and dropped from the state, which is one-hot [L, 20] over the known positions of a window. Learned
+brightness is in `rewards`, its judge in `judge`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ STOP = "*"
 class Variants(NamedTuple):
     """Variants of one wild type.
 
-    wild_type: its letters from position `first` on, X where no variant says. tokens: [N, len(wild_type)] letters as classes
-    0..19, 20 for a stop, 255 at X. mutations: [N], how many letters differ.
+    wild_type: its letters from position `first` on, X where no variant has a mutation. tokens: [N, len(wild_type)] letters as
+    classes 0..19, 20 for a stop, 255 at X. mutations: [N], the number of letters that differ.
     """
 
     wild_type: str
@@ -40,9 +40,24 @@ class Variants(NamedTuple):
 def variants(texts: Sequence[str], name: str = "variants") -> Variants:
     """Read variants written as mutations, e.g. `A108D,N144D`; an empty text is the wild type itself.
 
+    The wild type is reconstructed from the mutations: its position 108 is A because a variant lists A108D.
+
+    Args:
+      texts: one per variant, mutations separated by commas.
+      name: of the table, for messages.
+
+    Returns:
+      The variants: letters [N, L] as classes, the wild type, the number of mutations [N].
+
     Raises:
-      ValueError: for what is no mutation, a position with two wild types or mutated twice, no mutation at all; with the row
-        of the table.
+      ValueError: for a text that is no mutation, a position with two wild types or mutated twice, no mutation at all; with the
+        row of the table.
+
+    Example:
+      >>> from rgdiff.domains.proteins import data
+      >>> read = data.variants(["A1D,N3K", "", "A1V"])
+      >>> print(read.wild_type, read.mutations)  # position 2 is never mutated
+      AXN [2 0 1]
     """
     letters = ALPHABETS["protein"].letters + STOP
     wild: dict[int, str] = {}
@@ -75,10 +90,22 @@ def variants(texts: Sequence[str], name: str = "variants") -> Variants:
 def two_modes(values: Array | np.ndarray) -> float:
     """Return the threshold between two modes: the split with the largest variance between its sides (Otsu 1979).
 
-    The split that leaves the least squared error about the two means, halfway between the values beside it.
+    It is the split with the least squared error about the two means, halfway between the values beside it.
+
+    Args:
+      values: any shape, flattened.
+
+    Returns:
+      The threshold, in the unit of the values.
 
     Raises:
       ValueError: for fewer than two different values.
+
+    Example:
+      >>> import numpy as np
+      >>> from rgdiff.domains.proteins import data
+      >>> print(data.two_modes(np.array([1.0, 1.2, 3.6, 3.8])))  # (1.2 + 3.6) / 2
+      2.4
     """
     ordered = np.sort(np.asarray(values, np.float64))
     if len(ordered) < 2 or ordered[0] == ordered[-1]:
@@ -110,21 +137,25 @@ def gfp(
 ) -> ProteinDomain:
     """Load the measured brightness of variants of the green fluorescent protein avGFP: log fluorescence, 1.28 to 4.12.
 
-    A state is one-hot [L, 20] over the positions of the window whose wild type the file tells: 233 of 235 without a window.
-    Variants with a mutation elsewhere, or with a stop codon, are left out. The prior may see all the others; the two
-    random halves of them are for the rewards that guide and that judge (all are near copies of one protein: a judge has seen
-    neighbours of what it judges, but never the variant itself). Brightness has two modes, dark (near 1.3) and
+    A state is one-hot [L, 20] over the positions of the window whose wild type follows from the file: 233 of 235 without a
+    window. Variants with a mutation elsewhere, or with a stop codon, are left out. The prior may use all the others; the two
+    random halves of them are for the rewards that guide and that judge (all are near copies of one protein: a judge is
+    trained on neighbours of the variants that it judges, never on a variant itself). Brightness has two modes, dark (near 1.3) and
     bright (near 3.6): `dark` is the threshold between them (`two_modes` of all measurements), about 2.5.
 
     Args:
+      data_dir: folder of the file; the environment variable RGDIFF_DATA when None.
       source: a table with columns `variant` (mutations) and `score`.
       window: first and last position, both included, in the file's numbering (its 1 is K3 of the protein; the chromophore is
-        63-65); null for all.
-      most: leave out variants with more mutations.
-      sha256: of the file; null for another one in the same form.
+        63-65); None for all.
+      most: leave out variants with more mutations; None keeps all.
+      sha256: of the file; None for another one in the same form.
+
+    Returns:
+      The domain.
 
     Raises:
-      FileNotFoundError: for a missing file, with where to get it.
+      FileNotFoundError: for a missing file, with its address.
       ValueError: for another file, a malformed row, a window without two variants.
 
     References: Sarkisyan et al. 2016, doi:10.1038/nature17995; the file is that of github.com/gitter-lab/nn4dms.

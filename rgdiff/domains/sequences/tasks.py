@@ -19,7 +19,17 @@ from rgdiff.typing import Key
 
 
 def table(domain: SequenceDomain) -> Task:
-    """Make the task: the domain's table of all sequences, judged by itself."""
+    """Make the task: the domain's table of all sequences, evaluated by itself.
+
+    Args:
+      domain: from `tfbind8`.
+
+    Returns:
+      The task.
+
+    Raises:
+      ValueError: for a domain without a table.
+    """
     if _sequences(domain).table is None:
         raise ValueError(
             f"reward=tfbind8 needs a domain with a table of all sequences, got {domain.name}; use domain=tfbind8"
@@ -29,7 +39,18 @@ def table(domain: SequenceDomain) -> Task:
 
 
 def gc(domain: SequenceDomain, target: float | None = None) -> Task:
-    """Make the task: GC content, or closeness to a target share, judged by itself."""
+    """Make the task: GC content, or closeness to a target share, evaluated by itself.
+
+    Args:
+      domain: sequences of DNA or RNA.
+      target: wanted share in [0, 1]; None rewards a higher one.
+
+    Returns:
+      The task.
+
+    Raises:
+      ValueError: for another domain.
+    """
     reward = sequence_rewards.gc(_sequences(domain).alphabet.letters, target)
     return Task(reward, reward)
 
@@ -40,7 +61,20 @@ def motif(
     matrix: Sequence[Sequence[float]] | None = None,
     both_strands: bool = False,
 ) -> Task:
-    """Make the task: the best match of a motif in nats, by its consensus in IUPAC letters or a matrix [W, K], judged by itself."""
+    """Make the task: the best match of a motif, in nats, evaluated by itself.
+
+    Args:
+      domain: sequences.
+      consensus: the motif in IUPAC letters.
+      matrix: a weight matrix [W, K] in nats, in place of the consensus.
+      both_strands: whether the reverse complement counts too.
+
+    Returns:
+      The task.
+
+    Raises:
+      ValueError: for another domain, or a motif longer than its sequences.
+    """
     letters = _sequences(domain).alphabet.letters
     weights = sequence_rewards.pwm(consensus, letters) if matrix is None else np.asarray(matrix, np.float64)
     if len(weights) > domain.shape[0]:
@@ -58,10 +92,19 @@ def oracle(
     kernel: int = 7,
     dilations: Sequence[int] = (1, 1, 4),
 ) -> Task:
-    """Make the task: a learned oracle of one half of the measurements, judged by its twin of the other half.
+    """Make the task: a learned oracle of one half of the measurements, evaluated by its twin of the other half.
 
     Args:
+      domain: sequences with measurements.
+      judge: the domain's judge, which trains the held-out oracle.
+      key: of the guiding oracle's training.
       steps, width, kernel, dilations: of both oracles, see `rgdiff.domains.sequences.oracle.train_oracle`.
+
+    Returns:
+      The task; the rewards are in the measurements' unit.
+
+    Raises:
+      ValueError: for a domain without measurements.
     """
     if not len(_sequences(domain).guide_y):
         raise ValueError(f"{domain.name} has no measurements to learn from; give domain.measurement=COLUMN")

@@ -1,8 +1,8 @@
 """The gradient-guidance paper's worlds: Gaussian data on a linear subspace, and the unit sphere, with exact denoisers.
 
-States are vectors [B, D]. Beside a reward it is always said how much of theta . x lies in the data's support, since a
-linear reward is cheaply raised by leaving it. The fixed subspace and objectives of arXiv 2404.14743 are read from the
-authors' files by path (`linear`, `sphere`); judging samples for a report is `subspace_tasks`' business.
+States are vectors [B, D]. Reports show, beside a reward, how much of theta . x lies in the data's support, since leaving the
+support raises a linear reward easily. The fixed subspace and objectives of arXiv 2404.14743 are read from the
+authors' files by path (`linear`, `sphere`); `judge` evaluates samples for a report.
 """
 
 from __future__ import annotations
@@ -76,6 +76,13 @@ def bessel_ratio(order: float, kappa: Array) -> Array:
 
     Backwards by 1 / ratio_n = 2 n / kappa + ratio_{n+1}, from Amos' bound 16 orders up (Math. Comp. 28, 1974): its
     error shrinks by the squared ratio at every order, and is O(1 / kappa^2) where the ratio is near 1.
+
+    Args:
+      order: of the numerator, positive.
+      kappa: any shape, >= 0.
+
+    Returns:
+      The shape of kappa, in [0, 1).
     """
     top = order + 16
     ratio = kappa / (top - 0.5 + jnp.sqrt((top + 0.5) ** 2 + kappa**2))
@@ -178,8 +185,11 @@ def linear(data_dir: str | os.PathLike | None = None) -> VectorDomain:
     Args:
       data_dir: folder of ggdm_linear_hyperparameters.npz; the environment variable RGDIFF_DATA when None.
 
+    Returns:
+      The domain.
+
     Raises:
-      FileNotFoundError: for a missing file, with where to get it.
+      FileNotFoundError: for a missing file, with its address.
 
     References: arXiv 2404.14743, §E.1.
     """
@@ -195,7 +205,12 @@ def sphere(data_dir: str | os.PathLike | None = None) -> VectorDomain:
     Args:
       data_dir: folder of ggdm_ball_hyperparameters.npz; the environment variable RGDIFF_DATA when None.
 
+    Returns:
+      The domain.
+
     Raises:
-      FileNotFoundError: for a missing file, with where to get it.
+      FileNotFoundError: for a missing file, with its address.
+
+    References: arXiv 2404.14743, §E.1.
     """
     return VectorDomain({"theta_1": _load("ball", data_dir)["theta"].reshape(-1)}, None)

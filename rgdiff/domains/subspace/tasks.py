@@ -62,18 +62,54 @@ def _task(domain: VectorDomain, reward: Reward, theta: Any) -> Task:
 
 
 def parabola(domain: VectorDomain, theta: str = "theta_2", peak: float = 10.0, at: float = 3.0) -> Task:
-    """Make the task f1: peak - (theta . x - at)^2, theta one of the domain's."""
+    """Make the task f1: peak - (theta . x - at)^2.
+
+    Args:
+      domain: from `linear` or `sphere`.
+      theta: name of one of the domain's directions.
+      peak: the largest reward.
+      at: the best theta . x, in the unit of x.
+
+    Returns:
+      The task.
+
+    Raises:
+      ValueError: for a name that the domain does not have.
+    """
     direction = _constant(domain, theta)
     return _task(domain, Parabola(direction, jnp.float32(peak), jnp.float32(at)), direction)
 
 
 def nearness(domain: VectorDomain, centre: str = "b_1", peak: float = 5.0) -> Task:
-    """Make the task f2: peak - |x - b| / 2, b one of the domain's; reported as theta: the direction of b."""
+    """Make the task f2: peak - |x - b| / 2; reported with theta the direction of b.
+
+    Args:
+      domain: from `linear`.
+      centre: name of b, one of the domain's points.
+      peak: the largest reward.
+
+    Returns:
+      The task.
+
+    Raises:
+      ValueError: for a name that the domain does not have.
+    """
     b = _constant(domain, centre)
     return _task(domain, Nearness(b, jnp.float32(peak)), b / jnp.linalg.norm(b))
 
 
 def along(domain: VectorDomain, theta: str = "theta_1") -> Task:
-    """Make the task theta . x (the sphere's)."""
+    """Make the task theta . x (the sphere's).
+
+    Args:
+      domain: from `linear` or `sphere`.
+      theta: name of one of the domain's directions.
+
+    Returns:
+      The task.
+
+    Raises:
+      ValueError: for a name that the domain does not have.
+    """
     direction = _constant(domain, theta)
     return _task(domain, Along(direction), direction)
