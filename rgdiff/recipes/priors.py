@@ -184,7 +184,15 @@ class GaussianPrior(TrainedPrior):
         drawn: Any = domain
         fresh = drawn.data(run.key("fresh"), FRESH) if hasattr(domain, "data") else getattr(domain, "heldout_x", None)
         return ReadyPrior(
-            process, process.times(self.steps), clipped, params, self, domain.shape, classes, domain.train_x, fresh
+            process=process,
+            times=process.times(self.steps),
+            model=clipped,
+            params=params,
+            settings=self,
+            shape=domain.shape,
+            classes=classes,
+            data=domain.train_x,
+            fresh=fresh,
         )
 
 

@@ -93,13 +93,13 @@ def deep_features(
       The released code takes the mean from the network itself and the bonus from a centred covariance (`centred`).
     """
     return DeepFeatures(
-        checks.positive("regularization", regularization),
-        checks.positive("noise", noise),
-        checks.positive("bonus", bonus, zero=True),
-        networks.check(network),
-        optimizer,
-        checks.at_least("steps", steps, 1),
-        checks.at_least("batch", batch, 1),
-        bool(centred),
-        bool(warm),
+        regularization=checks.positive("regularization", regularization),
+        noise=checks.positive("noise", noise),
+        bonus=checks.positive("bonus", bonus, zero=True),
+        network=networks.check(network),
+        optimizer=optimizer,
+        steps=checks.at_least("steps", steps, 1),
+        batch=checks.at_least("batch", batch, 1),
+        centred=bool(centred),
+        warm=bool(warm),
     )

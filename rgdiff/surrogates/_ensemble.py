@@ -155,13 +155,13 @@ def ensemble(
       is a coarse deviation, and without priors it can vanish away from the data.
     """
     return BootstrapEnsemble(
-        checks.positive("bonus", bonus, zero=True),
-        checks.positive("prior", prior, zero=True),
-        networks.check(network),
-        optimizer,
-        checks.at_least("heads", heads, 1),
-        checks.at_least("steps", steps, 1),
-        checks.at_least("batch", batch, 1),
-        checks.one_of("reduce", reduce, REDUCTIONS),
-        bool(warm),
+        bonus=checks.positive("bonus", bonus, zero=True),
+        prior=checks.positive("prior", prior, zero=True),
+        network=networks.check(network),
+        optimizer=optimizer,
+        heads=checks.at_least("heads", heads, 1),
+        steps=checks.at_least("steps", steps, 1),
+        batch=checks.at_least("batch", batch, 1),
+        reduce=checks.one_of("reduce", reduce, REDUCTIONS),
+        warm=bool(warm),
     )

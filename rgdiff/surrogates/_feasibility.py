@@ -142,14 +142,14 @@ class NetworkFeasibility:
         key_init, key_fit = jax.random.split(key)
         offset = succession(observations)
         fitting = networks.Fitting(
-            observations.x0,
-            observations.answered.astype(jnp.float32),
-            jnp.full(observations.y.shape, offset),
-            (observations.status != EMPTY).astype(jnp.int32),
-            self.network,
-            self.optimizer,
-            self.batch,
-            "logistic",
+            x0=observations.x0,
+            target=observations.answered.astype(jnp.float32),
+            offset=jnp.full(observations.y.shape, offset),
+            counts=(observations.status != EMPTY).astype(jnp.int32),
+            network=self.network,
+            optimizer=self.optimizer,
+            batch=self.batch,
+            loss="logistic",
         )
         params = networks.initial(key_init, self.network, observations.x0)
         params = networks.fit_network(key_fit, params, fitting, self.steps)

@@ -163,16 +163,16 @@ class GaussianProcessRegression:
             kernel, noise = with_numbers(kernel, state.params)
         target, factor, weights = solve(kernel, noise, observations, offset)
         return GaussianProcessBelief(
-            kernel,
-            observations.x0,
-            observations.answered,
-            target,
-            factor,
-            weights,
-            offset,
-            noise,
-            self.bonus,
-            self.features,
+            kernel=kernel,
+            x0=observations.x0,
+            answered=observations.answered,
+            target=target,
+            factor=factor,
+            weights=weights,
+            offset=offset,
+            noise=noise,
+            bonus=self.bonus,
+            features=self.features,
         )
 
 

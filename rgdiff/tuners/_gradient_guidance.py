@@ -107,14 +107,14 @@ class GradientGuidance:
         if self.refit is not None:
             train, info["loss"] = self.refit(key_refit, state)
         denoiser = GradientGuided(
-            callable_pytree(self.model(train.params), "a denoiser"),
-            self.process.schedule,
-            state.gradient,
-            state.target,
-            self.noise,
-            self.scale,
-            self.beta,
-            self.guidance == "g_loss",
+            denoiser=callable_pytree(self.model(train.params), "a denoiser"),
+            schedule=self.process.schedule,
+            gradient=state.gradient,
+            target=state.target,
+            noise=self.noise,
+            scale=self.scale,
+            beta=self.beta,
+            look_ahead=self.guidance == "g_loss",
         )
         x0 = sample(ancestral(self.process, denoiser), key_chain, self.batch, self.times).x0
         gradient, target, usable, rewards = self._query(x0)
@@ -213,18 +213,18 @@ def gradient_guidance(
     first = jnp.int32(checks.at_least("refit_from", refit_from, 1))
     updates = checks.at_least("updates", updates, 1)
     return GradientGuidance(
-        callable_pytree(model, "model (params -> denoiser)"),
-        process,
-        callable_pytree(reward, "a reward"),
-        checks.times(times, process),
-        callable_pytree(increment() if target is None else target, "a target (gradient, x0, reward) -> y"),
-        checks.positive("noise", noise),
-        checks.positive("scale", scale, zero=True),
-        None if beta is None else checks.positive("beta", beta, zero=True),
-        None if measure is None else callable_pytree(measure, "a measure x0 -> dict"),
-        None if refit is None else Refit(refit, first, jnp.float32(decay), updates),
-        checks.at_least("batch", batch, 1),
-        checks.at_least("memory", memory, 1),
-        checks.one_of("guidance", guidance, GUIDANCE),
-        checks.one_of("gradient_at", gradient_at, ("sample", "batch_mean")),
+        model=callable_pytree(model, "model (params -> denoiser)"),
+        process=process,
+        reward=callable_pytree(reward, "a reward"),
+        times=checks.times(times, process),
+        target=callable_pytree(increment() if target is None else target, "a target (gradient, x0, reward) -> y"),
+        noise=checks.positive("noise", noise),
+        scale=checks.positive("scale", scale, zero=True),
+        beta=None if beta is None else checks.positive("beta", beta, zero=True),
+        measure=None if measure is None else callable_pytree(measure, "a measure x0 -> dict"),
+        refit=None if refit is None else Refit(refit, first, jnp.float32(decay), updates),
+        batch=checks.at_least("batch", batch, 1),
+        memory=checks.at_least("memory", memory, 1),
+        guidance=checks.one_of("guidance", guidance, GUIDANCE),
+        gradient_at=checks.one_of("gradient_at", gradient_at, ("sample", "batch_mean")),
     )

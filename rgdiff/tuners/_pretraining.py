@@ -143,16 +143,16 @@ def pretraining(
     if not isinstance(process, (GaussianProcess, MaskedProcess)):
         raise ValueError(f"pretraining knows gaussian and masked processes, got {type(process).__name__}")
     return Pretraining(
-        callable_pytree(model, "model (params -> denoiser)"),
-        process,
-        checks.positive("ema_decay", ema_decay, zero=True),
-        checks.positive("gamma", gamma),
-        checks.positive("drop", drop, zero=True),
-        null,
-        None if grid is None else process.times(checks.at_least("grid", grid, 1)),
-        optimizer,
-        checks.one_of("target", target, ("eps", "x0", "v")),
-        checks.one_of("weighting", weighting, ("uniform", "min_snr")),
+        model=callable_pytree(model, "model (params -> denoiser)"),
+        process=process,
+        ema_decay=checks.positive("ema_decay", ema_decay, zero=True),
+        gamma=checks.positive("gamma", gamma),
+        drop=checks.positive("drop", drop, zero=True),
+        null=null,
+        grid=None if grid is None else process.times(checks.at_least("grid", grid, 1)),
+        optimizer=optimizer,
+        target=checks.one_of("target", target, ("eps", "x0", "v")),
+        weighting=checks.one_of("weighting", weighting, ("uniform", "min_snr")),
     )
 
 

@@ -141,13 +141,13 @@ def sft_pg(
     if policy.repeats != 1:
         raise ValueError("sft_pg draws one sample for each row of the data's conditions; leave out repeats")
     return ShortcutTuning(
-        policy,
-        callable_pytree(critic, "critic (params -> f(x0, cond))"),
-        critic_params,
-        checks.positive("penalty", penalty, zero=True),
-        checks.positive("bound", bound),
-        critic_optimizer,
-        checks.one_of("constraint", constraint, CONSTRAINTS),
-        checks.at_least("critic_steps", critic_steps, 1),
-        bool(project),
+        policy=policy,
+        critic=callable_pytree(critic, "critic (params -> f(x0, cond))"),
+        critic_params=critic_params,
+        penalty=checks.positive("penalty", penalty, zero=True),
+        bound=checks.positive("bound", bound),
+        critic_optimizer=critic_optimizer,
+        constraint=checks.one_of("constraint", constraint, CONSTRAINTS),
+        critic_steps=checks.at_least("critic_steps", critic_steps, 1),
+        project=bool(project),
     )

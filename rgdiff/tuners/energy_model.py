@@ -136,17 +136,17 @@ def langevin_energy(
     if not 0 <= restart <= 1:
         raise ValueError(f"restart is a probability, got {restart!r}")
     return LangevinEnergy(
-        callable_pytree(model, "model (params -> energy)"),
-        checks.positive("step_size", step_size),
-        restart_,
-        checks.positive("spread", spread),
-        checks.positive("gamma", gamma, zero=True),
-        None if ema_decay is None else checks.positive("ema_decay", ema_decay, zero=True),
-        optimizer,
-        tuple(int(d) for d in shape),
-        batch,
-        checks.at_least("moves", moves, 1),
-        chains,
+        model=callable_pytree(model, "model (params -> energy)"),
+        step_size=checks.positive("step_size", step_size),
+        restart=restart_,
+        spread=checks.positive("spread", spread),
+        gamma=checks.positive("gamma", gamma, zero=True),
+        ema_decay=None if ema_decay is None else checks.positive("ema_decay", ema_decay, zero=True),
+        optimizer=optimizer,
+        shape=tuple(int(d) for d in shape),
+        batch=batch,
+        moves=checks.at_least("moves", moves, 1),
+        chains=chains,
     )
 
 

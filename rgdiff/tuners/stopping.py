@@ -54,7 +54,16 @@ class EarlyStopping:
         inner, low = self.tuner.init(params), jnp.float32(-jnp.inf)
         best = jax.tree.map(lambda p: jnp.array(p, copy=True), inner.best)
         zero = jnp.int32(0)
-        return StoppingState(inner, best, low, jnp.float32(0), zero, zero + 0, zero + 0, jnp.bool_(False))
+        return StoppingState(
+            inner=inner,
+            best=best,
+            best_value=low,
+            total=jnp.float32(0),
+            finite=zero,
+            count=zero + 0,
+            stale=zero + 0,
+            stopped=jnp.bool_(False),
+        )
 
     def step(self, key: Key, state: StoppingState, batch: Any = None) -> tuple[StoppingState, Info]:
         return self._unless_stopped(state, lambda: self._watch(state, *self.tuner.step(key, state.inner, batch)))
@@ -116,14 +125,14 @@ class EarlyStopping:
         over = jnp.bool_(False) if not self.limited else full & (info[self.limited] > self.limit)
         stopped = (stale >= self.patience) | over
         state = StoppingState(
-            inner,
-            best,
-            jnp.where(better, mean, state.best_value),
-            jnp.where(full, 0.0, total),
-            jnp.where(full, 0, finite),
-            jnp.where(full, 0, count),
-            stale,
-            stopped,
+            inner=inner,
+            best=best,
+            best_value=jnp.where(better, mean, state.best_value),
+            total=jnp.where(full, 0.0, total),
+            finite=jnp.where(full, 0, finite),
+            count=jnp.where(full, 0, count),
+            stale=stale,
+            stopped=stopped,
         )
         return state, info | {"stopped": stopped.astype(jnp.int32)}
 

@@ -152,15 +152,15 @@ def value_regression(
     checks.noising_process(process, "value_regression")
     soft = temperature is not None
     return ValueLearning(
-        callable_pytree(model, "model (params -> value)"),
-        process,
-        checks.positive("ema_decay", ema_decay, zero=True),
-        checks.positive("bound", bound),
-        checks.positive("temperature", temperature) if soft else None,
-        None if times is None else checks.times(times, process),
-        None,
-        optimizer,
-        "soft" if soft else "squared",
+        model=callable_pytree(model, "model (params -> value)"),
+        process=process,
+        ema_decay=checks.positive("ema_decay", ema_decay, zero=True),
+        bound=checks.positive("bound", bound),
+        temperature=checks.positive("temperature", temperature) if soft else None,
+        times=None if times is None else checks.times(times, process),
+        denoiser=None,
+        optimizer=optimizer,
+        loss_name="soft" if soft else "squared",
     )
 
 
@@ -209,16 +209,16 @@ def temporal_difference(
     checks.one_of("loss", loss, LOSSES)
     soft = temperature is not None
     return ValueLearning(
-        callable_pytree(model, "model (params -> value)"),
-        process,
-        checks.positive("ema_decay", ema_decay, zero=True),
-        checks.positive("bound", bound),
-        checks.positive("temperature", temperature) if soft else None,
-        times,
-        callable_pytree(denoiser, "a denoiser"),
-        optimizer,
-        loss if soft else "squared",
-        checks.at_least("candidates", candidates, 1),
+        model=callable_pytree(model, "model (params -> value)"),
+        process=process,
+        ema_decay=checks.positive("ema_decay", ema_decay, zero=True),
+        bound=checks.positive("bound", bound),
+        temperature=checks.positive("temperature", temperature) if soft else None,
+        times=times,
+        denoiser=callable_pytree(denoiser, "a denoiser"),
+        optimizer=optimizer,
+        loss_name=loss if soft else "squared",
+        candidates=checks.at_least("candidates", candidates, 1),
     )
 
 

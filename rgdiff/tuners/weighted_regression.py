@@ -163,7 +163,16 @@ def _build(
     training = pretraining(model, process, optimizer, **options)
     epochs = checks.at_least("epochs", epochs, 1)
     return WeightedRegression(
-        training, checks.times(times, process), number, prior, scheme, batch, group, repeats, epochs, minibatches
+        training=training,
+        times=checks.times(times, process),
+        number=number,
+        prior=prior,
+        scheme=scheme,
+        batch=batch,
+        size=group,
+        repeats=repeats,
+        epochs=epochs,
+        minibatches=minibatches,
     )
 
 
