@@ -1,8 +1,8 @@
 """Gradient guidance for optimisation (arXiv 2404.14743): rounds of querying a reward's gradient and sampling under it.
 
 Algorithm 1 keeps the denoiser fixed; algorithm 2 refits it to the samples as they come, through the pre-training loss.
-A round is a tuner's step, so `fit` runs rounds in compiled chunks. One round's guidance is `guides.gradient`'s
-business; what is measured on the samples beside the reward, the caller's.
+A round is a tuner's step, so `fit` runs rounds in compiled chunks. The guidance of one round is in `guides.gradient`; further
+figures of the samples come from the caller's `measure`.
 """
 
 from __future__ import annotations
@@ -169,16 +169,17 @@ def gradient_guidance(
     """Optimise a reward by rounds of guided sampling: algorithm 1, or with `refit` algorithm 2 (arXiv 2404.14743).
 
     Round 0 draws B samples of the prior. Round k + 1 takes g = grad r at the samples of round k and y = target(g, x, r),
-    and draws from the prior guided towards g . x0 = y. The state after `fit` holds the newest samples, `state.x0`.
+    and draws from the prior guided towards g . x0 = y. The state after `fit` holds the newest samples, `state.x0`. The method
+    seeks a maximum of the reward near the data; it does not aim at a tilted law.
 
     Args:
-      model: params -> denoiser.
+      model: params -> denoiser, (x [B, ...], t, cond) -> E[x0 | x_t].
       process: Gaussian; with eta = 1 the released code's DDPM.
-      reward: differentiable, (x0, cond) -> [B].
-      times: [T] network calls, from `process.times(steps)`.
+      reward: differentiable, (x0 [B, ...], cond) -> [B].
+      times: the grid [T] of network calls, from `process.times(steps)`.
       batch: B, samples a round.
-      guidance: `g` or `g_loss`.
-      target: (gradient, x0, reward) -> y [B]; `guides.increment(0.2)` by default.
+      guidance: `g` or `g_loss`, see `guides.g` and `guides.g_loss`.
+      target: (gradient [B, ...], x0 [B, ...], reward [B]) -> y [B]; `guides.increment(0.2)` by default.
       noise, scale, beta: of the guidance, see `guides.g`.
       gradient_at: `sample`: every sample follows its own gradient, B chains that do not interact; `batch_mean`: all
         follow the gradient at their mean.
@@ -191,9 +192,10 @@ def gradient_guidance(
       measure: x0 [B, ...] -> dict of numbers to report beside the reward.
 
     Returns:
-      A tuner. Its infos per round, of the new samples: reward (mean of those that are numbers), gradient_norm (of the
-      reward, mean), infeasible (samples without a finite reward, gradient or target: the next round does not guide them),
-      what `measure` returns, and loss where there is a refit. Round k = 0 is row 0.
+      A tuner for `fit`; `state.x0` holds the newest samples, `state.train` the denoiser's training state. Its infos per round, of
+      the new samples: reward (mean of those that are numbers), gradient_norm (of the reward, mean), infeasible (samples without a
+      finite reward, gradient or target: the next round does not guide them), the numbers of `measure`, and loss where there is a
+      refit. Round k = 0 is row 0.
 
     Raises:
       ValueError: for a process that is not Gaussian, unknown names, counts below 1, or a decay outside [0, 1].
@@ -202,6 +204,16 @@ def gradient_guidance(
       The paper takes gradients at the batch mean and refits to the weighted union of all batches (its weights are an
       input; here they are geometric: decay = 1 with a memory of all rounds is the plain union). The released code takes
       gradients per sample and makes one optimiser step a round on the newest batch: the defaults here.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rgdiff
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.cosine_vp(), (2,))
+      >>> model = lambda params: rgdiff.tuners.standard_normal(process)  # the prior N(0, I), fixed
+      >>> tuner = rgdiff.tuners.gradient_guidance(
+      ...     model, process, lambda x0, cond=None: x0[:, 0], process.times(10), batch=64)
+      >>> rounds = rgdiff.tuners.fit(tuner, jax.random.key(0), tuner.init(None), 20)
+      >>> print(bool(rounds.x0[:, 0].mean() > 1.0))  # each round asks for 0.2 more
+      True
     """
     if not isinstance(process, GaussianProcess):
         raise ValueError(f"gradient_guidance needs a gaussian process, got {type(process).__name__}")
