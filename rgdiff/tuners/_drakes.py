@@ -94,7 +94,7 @@ def drakes(
       >>> tuner = rgdiff.tuners.drakes(
       ...     model, process, lambda x0, cond=None: x0[:, 0, 1], process.times(2), optax.sgd(1.0), batch=64,
       ...     reference=model(0.0), temperature=0.5)
-      >>> state = rgdiff.tuners.fit(tuner, jax.random.key(0), tuner.init(jnp.zeros(2)), 60)
+      >>> state = rgdiff.tuners.fit(tuner, jax.random.key(0), tuner.init(jnp.zeros(2)), 50)
       >>> print(f"{state.params[1] - state.params[0]:.1f}")  # the log-odds of the optimum are 1 / temperature
       2.0
     """

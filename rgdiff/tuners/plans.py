@@ -30,8 +30,8 @@ class Last:
 class Suffix:
     """A random number of last calls: the first is floor(N(mean, std)) of 50, given < 50 (AlignProp, arXiv 2310.03739).
 
-    Both numbers are in fiftieths of the chain, as published (42, 5: on average 9.1 of 50 calls live, with standard
-    deviation 4.5); one draw serves the whole batch.
+    Both numbers are in fiftieths of the chain, as published (42, 5: on average 9.1 of 50 calls keep their gradient, with
+    standard deviation 4.5); one draw serves the whole batch.
     """
 
     mean: Array
@@ -47,10 +47,15 @@ class Suffix:
 
 @pytree
 class Subset:
-    """Each call by itself, the i-th of n with probability i / (n + 1): what AlignProp's first code and TRL do.
+    """Keep the gradient of each call independently, that of the i-th of n with probability i / (n + 1), as AlignProp's first code and TRL.
 
-    It is not a truncation: gradients pass dead calls along the state, half of the calls are live on average, and the
-    last one is dead now and then.
+    It is not a truncation: gradients pass the other calls along the state, half of the calls keep theirs on average, and now and
+    then the last one does not.
+
+    Example:
+      >>> import jax, rgdiff
+      >>> print(rgdiff.tuners.plans.Subset()(jax.random.key(0), 4).live.shape)  # which of 4 calls keep their gradient
+      (4,)
     """
 
     early: bool = static(default=False)
@@ -92,20 +97,85 @@ class Spaced:
 
 
 def last(k: int) -> Last:
-    """Plan the last k calls, k dynamic."""
+    """Keep the gradient of the last k calls, k dynamic (DRaFT-K, arXiv 2309.17400).
+
+    Args:
+      k: number of calls; clipped to the chain's.
+
+    Returns:
+      A plan for `reward_backprop(truncation=)`: (key, calls) -> Plan.
+
+    Raises:
+      ValueError: for k below 1.
+
+    Example:
+      >>> import jax, rgdiff
+      >>> plan = rgdiff.tuners.plans.last(2)(jax.random.key(0), 5)  # a chain of 5 calls
+      >>> print(plan.live)
+      [False False False  True  True]
+    """
     return Last(jnp.int32(checks.at_least("k", k, 1)))
 
 
 def suffix(mean: float = 42.0, std: float = 5.0) -> Suffix:
-    """Plan AlignProp's random suffix."""
+    """Keep the gradient of a random suffix of the chain (AlignProp, arXiv 2310.03739).
+
+    Args:
+      mean, std: of the normal law of the first call that keeps its gradient, in fiftieths of the chain, truncated to [0, 50).
+
+    Returns:
+      A plan for `reward_backprop(truncation=)`: (key, calls) -> Plan.
+
+    Raises:
+      ValueError: for numbers that are not positive.
+
+    Example:
+      >>> import jax, rgdiff
+      >>> plan = rgdiff.tuners.plans.suffix(30.0, 0.01)(jax.random.key(0), 5)  # from 3/5 of 5 calls on, nearly surely
+      >>> print(plan.live)
+      [False False False  True  True]
+    """
     return Suffix(checks.positive("mean", mean), checks.positive("std", std))
 
 
 def late(m: int = 20) -> Late:
-    """Plan ReFL's random late call."""
+    """End the chain at one call drawn among the last m, which alone keeps its gradient (ReFL, arXiv 2304.05977).
+
+    Args:
+      m: the call is drawn uniformly among the last m; clipped to the chain's.
+
+    Returns:
+      A plan for `reward_backprop(truncation=)`: (key, calls) -> Plan.
+
+    Raises:
+      ValueError: for m below 1.
+
+    Example:
+      >>> import jax, rgdiff
+      >>> plan = rgdiff.tuners.plans.late(1)(jax.random.key(0), 5)  # a chain of 5 calls
+      >>> print(plan.live, int(plan.end))
+      [False False False False  True] 4
+    """
     return Late(jnp.int32(checks.at_least("m", m, 1)))
 
 
 def spaced(k: int = 5, m: int = 20) -> Spaced:
-    """Plan DRTune's calls at equal distances."""
+    """Keep the gradient of k calls at equal distances, and end the chain early (DRTune, arXiv 2405.00760).
+
+    Args:
+      k: number of calls that keep their gradient; the first is random.
+      m: the chain ends at a call drawn uniformly among the last m.
+
+    Returns:
+      A plan for `reward_backprop(truncation=)`: (key, calls) -> Plan.
+
+    Raises:
+      ValueError: for k or m below 1.
+
+    Example:
+      >>> import jax, rgdiff
+      >>> plan = rgdiff.tuners.plans.spaced(5, 1)(jax.random.key(0), 5)  # all 5 calls
+      >>> print(plan.live, int(plan.end))
+      [ True  True  True  True  True] 4
+    """
     return Spaced(checks.at_least("k", k, 1), jnp.int32(checks.at_least("m", m, 1)))
