@@ -1,9 +1,16 @@
-"""The vocabulary: what a state, a kernel, a process, a denoiser, a value, a reward, a sampler and a tuner are.
+"""The vocabulary: the protocols of state, kernel, process, denoiser, value, reward, sampler and tuner.
 
 Axis letters: B examples, T moves, M candidates or particles, K classes, D dimensions. Time is in [0, 1], 0 data and
 1 noise. Log-probabilities, KL and entropy are in nats and summed over one example. Everything that carries numbers is
 a frozen dataclass registered as a pytree (`pytree`), so that a whole method is one argument of one compiled program
-and changing a number in it never recompiles; what shapes the program is marked `static`.
+and changing a number in it never recompiles; fields that shape the program are marked `static`.
+
+The target, p_pre the law of the pre-trained model and r the reward:
+
+    p(x) = p_pre(x) exp(r(x)/temperature) / Z,   the maximiser of E[r(x)] - temperature * KL(p || p_pre).
+
+`temperature` (reward's unit per nat) is its number in every sampler and tuner that aims at this law; a smaller one weighs the
+reward more. Guides, which add a gradient to the score, have `scale` = 1/temperature (nats per unit of reward) instead.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Networks fitted to the answers of an oracle: one training for regression and for classification, and a network's features.
 
 A Linen module is called as module(x0), or as module(x, t) at t = 0 where it takes a time, as this library's networks do;
-a state of several arrays is handed on as one vector [B, D], and outputs of one number a position are averaged. Rows are
+a state of several arrays is passed as one vector [B, D], and outputs of one number a position are averaged. Rows are
 drawn by their counts, so that a bootstrap resample is a vector of counts, and empty slots are never drawn.
 """
 
