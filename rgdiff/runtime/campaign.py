@@ -221,11 +221,11 @@ class Campaign:
             yield
 
     def _answered(self, where: int) -> bool:
-        """Whether a round was asked, and every query of it answered or given up."""
+        """Whether a round was asked, and every query of it answered or skipped."""
         return len(self._answers(where)) == self.queries[where]
 
     def _observations(self) -> Observations:
-        """All answers told so far, each in the row of its number."""
+        """All answers so far, each in the row of its number."""
         blank = jax.device_get(self.state.observations)
         x0, y, status = jax.tree.map(np.array, blank.x0), np.array(blank.y), np.array(blank.status)
         for where in range(self.round + 1):
@@ -238,7 +238,7 @@ class Campaign:
         return Observations(jax.tree.map(jnp.asarray, x0), jnp.asarray(y), jnp.asarray(status))
 
     def _queries(self, where: int) -> tuple[np.ndarray, State]:
-        """The queries of a round, from disk, drawn and written the first time."""
+        """The queries of a round, from disk; they are drawn and written the first time."""
         path, first = self._path(where, "queries.npz"), sum(self.queries[:where])
         ids = np.arange(first, first + self.queries[where])
         if not path.exists():
@@ -256,7 +256,7 @@ class Campaign:
             raise ValueError(f"{path} is damaged ({error}); restore it from a copy, its answers belong to it") from None
 
     def _answers(self, where: int) -> dict[int, float | None]:
-        """Answers of a round by number: NaN infeasible, None given up."""
+        """Answers of a round by number: NaN infeasible, None skipped."""
         path = self._path(where, "answers.json")
         if not path.exists():
             return {}

@@ -21,7 +21,11 @@ from rgdiff.values import per_example
 
 
 def check(network: Any) -> Any:
-    """Refuse what is not a Linen module."""
+    """Refuse a network that is not a Linen module.
+
+    Args:
+      network: a Linen module.
+    """
     if not hasattr(network, "apply") or not hasattr(network, "init"):
         raise ValueError(
             f"a surrogate's network must be a flax.linen.Module such as nets.ValueMLP(), got {type(network).__name__}"
@@ -30,7 +34,7 @@ def check(network: Any) -> Any:
 
 
 def _inputs(network: Any, x0: State) -> tuple[Any, ...]:
-    """What the module is called with: x0 as one float32 array, or that at time 0."""
+    """Return the module's arguments: x0 as one float32 array, or that and time 0."""
     leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(x0)]
     x = leaves[0] if len(leaves) == 1 else jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in leaves], 1)
     takes_time = len(inspect.signature(type(network).__call__).parameters) > 2  # self, x, t, ...

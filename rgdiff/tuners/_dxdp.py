@@ -44,8 +44,8 @@ def sigmoid_time_cost(steps: int, scale: float = 1.0) -> Array:
 
     Example:
       >>> import rgdiff
-      >>> print(rgdiff.tuners.sigmoid_time_cost(4).round(2))  # the middle of the chain costs most
-      [0.15 0.23 0.23 0.15]
+      >>> print(*[f"{cost:.2f}" for cost in rgdiff.tuners.sigmoid_time_cost(4)])  # the middle costs most
+      0.15 0.23 0.23 0.15
     """
     i = checks.at_least("steps", steps, 1) // 2 - jnp.arange(steps)
     return scale * (jax.nn.sigmoid(i * 1.0) - jax.nn.sigmoid(i - 1.0))
@@ -204,7 +204,7 @@ def dxdp(
       >>> process = policies.few_step(policies.variances([0.5, 0.5]), (1,))  # two moves
       >>> policy = policies.policy(process, lambda w: lambda x, t, cond=None: w + 0 * x)  # each moves x by w
       >>> value = lambda c: lambda x, t, cond=None: c * x[:, 0]
-      >>> tuner = tuners.dxdp(policy, process, lambda x, cond=None: -x[:, 0] ** 2, value, batch=16, learning_rate=0.01)
+      >>> tuner = tuners.dxdp(policy, process, lambda x, cond=None: -x[:, 0] ** 2, value, batch=16, speed=jnp.ones(2))
       >>> params = {"policy": policy.init(jnp.zeros(1)), "value": jnp.float32(0)}
       >>> state = tuners.fit(tuner, jax.random.key(0), tuner.init(params), 5)
       >>> print(int(state.step), int(state.skipped), state.extra.speed.shape)

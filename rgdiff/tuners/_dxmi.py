@@ -127,7 +127,7 @@ def dxmi(
       >>> process = policies.few_step(policies.variances([0.5, 0.5]), (1,))  # two moves
       >>> policy = policies.policy(process, lambda w: lambda x, t, cond=None: w + 0 * x)  # each moves x by w
       >>> value = lambda c: lambda x, t, cond=None: c * x[:, 0]
-      >>> tuner = tuners.dxmi(policy, process, value, decay_steps=5, batch=16)
+      >>> tuner = tuners.dxmi(policy, process, value, decay_steps=5, batch=16, speed=jnp.ones(2))
       >>> params = {"policy": policy.init(jnp.zeros(1)), "value": jnp.float32(0)}
       >>> data = {"x0": jnp.ones((32, 1))}
       >>> state = tuners.fit(tuner, jax.random.key(0), tuner.init(params), 5, data=data, batch=16)
@@ -192,7 +192,7 @@ def dxmi_released(
       >>> process = policies.few_step(policies.variances([0.5, 0.5]), (1,))  # two moves
       >>> policy = policies.policy(process, lambda w: lambda x, t, cond=None: w + 0 * x)  # each moves x by w
       >>> value = lambda c: lambda x, t, cond=None: c * x[:, 0]
-      >>> tuner = tuners.dxmi_released(policy, process, value, dim=1, batch=16)
+      >>> tuner = tuners.dxmi_released(policy, process, value, dim=1, batch=16, speed=jnp.ones(2))
       >>> params = {"policy": policy.init(jnp.zeros(1)), "value": jnp.float32(0)}
       >>> data = {"x0": jnp.ones((32, 1))}
       >>> state = tuners.fit(tuner, jax.random.key(0), tuner.init(params), 5, data=data, batch=16)

@@ -211,7 +211,7 @@ class RewardBackprop:
         return x0, jnp.concatenate(log_prob) if log_prob else None, jnp.concatenate(penalty) if penalty else None
 
     def _surrogate(self, rewards: Array, feasible: Array, log_prob: Array, cost: Array) -> Array:
-        """Whose gradient is the policy gradient of r - sum of costs: every draw is paid by what comes after it. [B]"""
+        """Return the function whose gradient is the policy gradient of r - sum of costs: every draw is weighted by its return. [B]"""
         moves = log_prob.shape[0]
         cost = jnp.broadcast_to(cost, (moves + 1, rewards.shape[0]))
         after = jnp.cumsum(cost[::-1], 0)[::-1][1:]

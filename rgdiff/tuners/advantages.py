@@ -327,8 +327,8 @@ def batch_normalised(clip: float | None = None) -> Normalised:
       >>> reward = jnp.array([1.0, 2.0, 6.0, 3.0])
       >>> returns = advantages.Returns(reward[None], reward, reward > 0, None, None, None)  # one move
       >>> estimate, _, _ = advantages.batch_normalised()((), returns)
-      >>> print(estimate.advantage.round(2))
-      [[-1.07 -0.53  1.6   0.  ]]
+      >>> print(*[f"{a:.2f}" for a in estimate.advantage[0]])
+      -1.07 -0.53 1.60 0.00
     """
     return Normalised(_clip(clip))
 

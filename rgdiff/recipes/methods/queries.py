@@ -218,7 +218,7 @@ _score = jax.jit(lambda reward, x0: reward(x0))
 
 
 def _asked(name: str, reward: Any, x0: Any) -> Any:
-    """The laboratory's answers. A black box that raises has not answered: its samples are not infeasible."""
+    """Return the oracle's answers. A black box that raises has not answered: its samples are not infeasible."""
     if not isinstance(reward, HostReward):
         return _score(reward, jax.tree.map(jnp.asarray, x0))
     try:
