@@ -34,17 +34,27 @@ from rgdiff.typing import (
 
 
 class Queries(NamedTuple):
-    """Samples x0 [B, ...] of the current model whose rewards are queried, and their conditions."""
+    """Samples of the current model whose rewards are queried.
+
+    Args:
+      x0: [B, ...].
+      cond: conditions [B, ...], or None.
+    """
 
     x0: State
     cond: Cond = None
 
 
 class RoundState(NamedTuple):
-    """The state between rounds.
+    """The state between rounds. `best` are the parameters to sample with.
 
-    params: of the current model p_i, i = `step` rounds done. observations: all answers so far, in their first `asked` rows.
-    belief, feasibility: of the last refit, zeros before the first.
+    Args:
+      params: of the current model p_i.
+      observations: all answers so far, in their first `asked` rows.
+      asked: number of queries so far.
+      belief, feasibility: of the last refit, zeros before the first.
+      step: i, the rounds done.
+      skipped: tuning steps whose gradient was not finite.
     """
 
     params: Params

@@ -131,7 +131,7 @@ class Reward(Protocol):
 
 
 class Model(Protocol):
-    """Maps parameters to a denoiser: what a tuner differentiates. A function, or a callable pytree."""
+    """Maps parameters to a denoiser; tuners differentiate it. A function, or a callable pytree."""
 
     def __call__(self, params: Params) -> Denoiser: ...
 
@@ -163,7 +163,7 @@ class Process(Protocol):
 
 
 class Move(NamedTuple):
-    """What a guide may read of the move t -> s: the state x_t, the times, the condition and the denoiser's prediction at x_t."""
+    """The move t -> s as a guide sees it: the state x_t, the times, the condition and the denoiser's prediction at x_t."""
 
     x: State
     t: Array
@@ -182,8 +182,8 @@ class Sampler(Protocol):
     """A sampling method: a pytree with three pure functions, driven by `rgdiff.samplers.sample`.
 
     init(key, batch, t, cond) -> carry; step(key, carry, t, s, cond) -> (carry, info); final(carry, t, cond) -> (x0, info).
-    `final` is the last projection to data: a function, never a draw. `carry` is what the next step needs; `info` is
-    what a person needs.
+    `final` is the last projection to data: a function, never a draw. `carry` is the state between steps; `info` holds
+    figures to report.
     """
 
     def init(self, key: Key, batch: int, t: Array, cond: Cond = None, /) -> Any: ...
@@ -204,7 +204,7 @@ class Tuner(Protocol):
 class Online(Protocol):
     """A tuner cut where the reward is called, so that the reward may be slow or live on the host, without a callback.
 
-    rollout(key, state, cond) -> experience, a NamedTuple with `x0` and `cond` (what the reward is called with, B rows)
+    rollout(key, state, cond) -> experience, a NamedTuple with `x0` and `cond` (the arguments of the reward, B rows)
     and all that `update` needs of the draws; update(key, state, experience, rewards [B]) -> (state, info). Drivers:
     `rgdiff.tuners.as_tuner` and `rgdiff.tuners.fit_online`.
     """

@@ -2,7 +2,7 @@
 
 Assumes one writer for a folder; readers may come at any time. A tree is stored by Orbax as a flat dict from
 leaf paths to arrays, beside a manifest of shapes, dtypes and CRC-32 sums that is checked before a state is
-handed out. What goes into the state, and when it is saved, is left to the recipe.
+returned. The recipe decides the contents of the state and when it is saved.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class Checkpoints:
         raise CheckpointError(f"{damage[0]}; no other checkpoint in the folder is readable")
 
     def wait(self) -> None:
-        """Wait for the save under way, then remove what is no longer to be kept."""
+        """Wait for the save under way, then remove the checkpoints that are no longer kept."""
         if self._pending is None:
             return
         (step, response), self._pending = self._pending, None
@@ -272,7 +272,7 @@ def _start_save(path: Path, state: Any, head: dict[str, Any]) -> Any:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what a killed writer left behind."""
+    """Remove the files of a killed writer."""
     if folder.is_dir() and jax.process_index() == 0:
         for name in os.listdir(folder):
             if name.endswith(".orbax-checkpoint-tmp") or name.startswith(".trash-"):
@@ -492,7 +492,7 @@ def _orbax() -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back what Orbax and asyncio print of files they fail to read: the caller says it in a line."""
+    """Suppress the output of Orbax and asyncio for files they fail to read: the caller raises one line."""
     import absl.logging
 
     loggers = [absl.logging.get_absl_logger(), logging.getLogger("asyncio")]

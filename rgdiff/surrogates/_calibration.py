@@ -12,7 +12,12 @@ from rgdiff.typing import Array, Cond, State
 
 
 class Coverage(NamedTuple):
-    """Share of held-out answers within the central interval, and its mean width in the reward's unit."""
+    """Coverage of a central interval.
+
+    Args:
+      fraction: share of held-out answers within it.
+      width: its mean width, reward's unit.
+    """
 
     fraction: Array
     width: Array

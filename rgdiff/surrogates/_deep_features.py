@@ -1,4 +1,4 @@
-"""Deep-feature UCB: a network fitted to the answers, then `ridge` on what its last dense layer takes in."""
+"""Deep-feature UCB: a network fitted to the answers, then `ridge` on the input of its last dense layer."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def deep_features(
       A surrogate: `fit(key, observations, previous)` -> a belief with mean, std, upper and draw.
 
     Raises:
-      ValueError: for what is not a Linen module, numbers that are not positive.
+      ValueError: for a network that is no Linen module, numbers that are not positive.
 
     Note:
       The released code takes the mean from the network itself and the bonus from a centred covariance (`centred`).

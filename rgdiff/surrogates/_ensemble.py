@@ -155,7 +155,7 @@ def ensemble(
       A surrogate: `fit(key, observations, previous)` -> a belief with mean, std, upper and draw.
 
     Raises:
-      ValueError: for what is not a Linen module, an unknown reduction, counts below 1.
+      ValueError: for a network that is no Linen module, an unknown reduction, counts below 1.
 
     Note:
       The released code resamples into four networks of its own kind, without randomised priors. The spread of few heads

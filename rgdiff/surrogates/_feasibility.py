@@ -188,7 +188,7 @@ def feasibility_network(network: Any, optimizer: Any, *, steps: int = 300, batch
       A classifier: `fit(key, observations)` -> a belief with log_prob(x0, cond) [B], nats.
 
     Raises:
-      ValueError: for what is not a Linen module, counts below 1.
+      ValueError: for a network that is no Linen module, counts below 1.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -58,7 +58,7 @@ class RBF:
         return self.variance * jnp.exp(-jnp.maximum(square, 0.0) / (2 * self.lengthscale**2))
 
     def random_features(self, key: Key, x0: State, count: int) -> Waves:
-        """Random Fourier features (Rahimi and Recht 2007); x0 [N, ...] says of what shape states are."""
+        """Random Fourier features (Rahimi and Recht 2007); x0 [N, ...] gives the shape of states."""
         key_frequency, key_phase = jax.random.split(key)
         dims = jax.eval_shape(self.features, x0).shape[-1]
         frequencies = jax.random.normal(key_frequency, (count, dims)) / self.lengthscale

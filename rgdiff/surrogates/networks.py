@@ -43,12 +43,24 @@ def _inputs(network: Any, x0: State) -> tuple[Any, ...]:
 
 
 def apply(network: Any, params: Params, x0: State) -> Array:
-    """Call a network: [B], the mean over positions where it gives one number each."""
+    """Call a network: [B], the mean over positions where it gives one number each.
+
+    Args:
+      network: a Linen module.
+      params: its parameters.
+      x0: states [B, ...].
+    """
     return per_example(network.apply({"params": params}, *_inputs(network, x0)).astype(jnp.float32))
 
 
 def last_hidden(network: Any, params: Params, x0: State) -> Array:
-    """Return what the network's last `flax.linen.Dense` takes in, averaged over positions: [B, F]."""
+    """Return the input of the network's last `flax.linen.Dense`, averaged over positions: [B, F].
+
+    Args:
+      network: a Linen module.
+      params: its parameters.
+      x0: states [B, ...].
+    """
     import flax.linen as nn
 
     taken = []
@@ -67,13 +79,24 @@ def last_hidden(network: Any, params: Params, x0: State) -> Array:
 
 
 def initial(key: Key, network: Any, x0: State) -> Params:
-    """Draw a network's parameters for states like x0 [N, ...]."""
+    """Draw a network's parameters for states like these.
+
+    Args:
+      key: a PRNG key.
+      network: a Linen module.
+      x0: states [N, ...].
+    """
     one = jax.tree.map(lambda leaf: leaf[:1], x0)
     return network.init(key, *_inputs(network, one))["params"]
 
 
 def shaken(key: Key, params: Params) -> Params:
-    """Draw every kernel anew with variance 1 / fan in, the last one too, which networks here begin at zero."""
+    """Draw every kernel anew with variance 1 / fan in, the last one too, which networks here begin at zero.
+
+    Args:
+      key: a PRNG key.
+      params: whose shapes are taken; biases stay.
+    """
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(key, len(leaves))
     draw = lambda k, p: jax.random.normal(k, p.shape, p.dtype) / math.sqrt(math.prod(p.shape[:-1]))  # noqa: E731
@@ -116,14 +139,25 @@ class Fitting:
 
 
 def fit_network(key: Key, params: Params, fitting: Fitting, steps: int) -> Params:
-    """Train from `params` inside another program; `fitting` may be batched by `vmap`."""
+    """Train from `params` inside another program.
+
+    Args:
+      key: a PRNG key.
+      params: the first parameters.
+      fitting: may be batched by `vmap`.
+      steps: optimiser steps.
+    """
     return train(fitting, key, fitting.init(params), None, steps, None)[0].params
 
 
 def bootstrap(key: Key, rows: Array) -> Array:
-    """Resample n rows, those where `rows` [N] is true, with replacement: how often each was drawn, int32 [N], sum n.
+    """Resample n rows, those where `rows` is true, with replacement: how often each was drawn, int32 [N], sum n.
 
-    The draws depend on a row's rank among the n alone, so that slots which hold nothing change nothing.
+    The draws depend on a row's rank among the n alone, so that empty slots change nothing.
+
+    Args:
+      key: a PRNG key.
+      rows: [N] bool.
     """
     rank = jnp.cumsum(rows) - 1
     drawn = jax.random.randint(key, rows.shape, 0, jnp.maximum(rank[-1] + 1, 1))

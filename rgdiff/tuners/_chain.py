@@ -56,9 +56,11 @@ def towards_budget(weights: Array, kl: Array, budget: Array, rate: Array) -> Arr
 class Plan(NamedTuple):
     """The gradients of one chain of n network calls.
 
-    live [n]: calls that keep their gradient; the noise that the others predict is a constant, and gradients pass them
-    along the state alone. cut: the state before call `cut` is a constant. end: the call whose prediction of x0 ends the chain; n
-    where the chain runs to its own end.
+    Args:
+      live: [n] bool, the calls that keep their gradient; the noise that the others predict is a constant, and gradients pass them
+        along the state alone.
+      cut: the state before call `cut` is a constant.
+      end: the call whose prediction of x0 ends the chain; n where the chain runs to its own end.
     """
 
     live: Array

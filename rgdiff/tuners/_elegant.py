@@ -46,7 +46,7 @@ def standard_normal(process: GaussianProcess) -> Denoiser:
       A denoiser (x [B, ...], t, cond) -> [B, ...], a callable pytree.
 
     Raises:
-      ValueError: for what is no noising process.
+      ValueError: for an argument that is no noising process.
 
     Example:
       >>> import jax.numpy as jnp, rgdiff

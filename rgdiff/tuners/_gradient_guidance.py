@@ -27,7 +27,16 @@ GUIDANCE = ("g", "g_loss")
 
 
 class GuidanceState(NamedTuple):
-    """What the next round needs: the denoiser's training state, the newest samples, the query at them, and kept batches."""
+    """The state between rounds.
+
+    Args:
+      train: the denoiser's training state.
+      x0: the newest samples [B, ...].
+      gradient: of the reward [B, ...]; zero where the next round is not guided.
+      target: y of the next round [B].
+      history: the kept batches [memory, B, ...], a ring: the batch of round k lies at k mod memory.
+      step: number of rounds made.
+    """
 
     train: TrainState
     x0: Array  # [B, ...]

@@ -1,4 +1,4 @@
-"""The one training loop: `fit` scans a tuner's step in compiled chunks; `TrainState` and `update` are what all tuners share.
+"""The one training loop: `fit` scans a tuner's step in compiled chunks; all tuners share `TrainState` and `update`.
 
 Random numbers and batches depend on the key and the step's index alone, so a run that is interrupted at a chunk and
 continued from its state is the same run, to the bit.
@@ -18,9 +18,15 @@ from rgdiff.typing import Array, Info, Key, Params, Tuner
 
 
 class TrainState(NamedTuple):
-    """What the next step needs. `average` is the exponential moving average of the parameters, or None; counts are int32.
+    """The state between steps. `best` are the parameters to sample with: the average where one is kept.
 
-    `extra` is what else a tuner carries from step to step: an adapted KL weight, running statistics, a critic.
+    Args:
+      params: the parameters.
+      opt_state: of the optimiser.
+      average: the exponential moving average of the parameters, or None.
+      step: number of steps taken, int32.
+      skipped: number of steps whose gradient was not finite and that changed nothing, int32.
+      extra: further state of a tuner: an adapted KL weight, running statistics, a critic.
     """
 
     params: Params

@@ -6,7 +6,7 @@ pathwise, or, for rewards and draws without a derivative, score-function with th
 
 With temperature = alpha on the path KL to the prior the best law of x0 is p(x0) exp(r(x0)/alpha)/Z, p that of the prior's
 chain, if every kernel may be tilted and x_T says little of x0. Kernels of tokens can be. A denoiser moves the means of
-Gaussian kernels and leaves their variances, so that what any tuner reaches in T moves is off by about 1/T: for N(0, 1),
+Gaussian kernels and leaves their variances, so that the law that any tuner reaches in T moves is off by about 1/T: for N(0, 1),
 r = -(x - 1)^2, alpha = 1, `linear_vp` and eta = 1 the best mean and variance are .571, .221 at T = 10, where p exp(r)/Z has
 .523, .262 (KL .011 nats), and .649, .330 for .648, .324 at T = 100 (KL 1e-4). A linear reward is off by the projection alone.
 """
@@ -332,7 +332,7 @@ def reward_backprop(
       input_gradient: keep the gradient of each call's output to its input.
       ema_decay: decay of an average of the parameters, `state.best`; None keeps no average.
       micro_batches: number of parts that the batch is split into; the states of one part are held in memory at a time.
-      remat: what the backward pass recomputes: `none`, `everything` (only states are stored), `dots`, `offload` (states go to
+      remat: recomputation in the backward pass: `none`, `everything` (only states are stored), `dots`, `offload` (states go to
         the host's memory).
 
     Returns:

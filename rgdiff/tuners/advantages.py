@@ -21,8 +21,13 @@ EPSILON = 1e-6  # added to standard deviations, in the reward's unit
 class Returns(NamedTuple):
     """The returns of a batch of chains, in the reward's unit.
 
-    togo [T, B]: the reward less the KL costs of all moves after this one. reward [B], 0 where infeasible. feasible [B].
-    path: the states [T + 1, B, ...] at times [T + 1]; cond [B, ...].
+    Args:
+      togo: [T, B], the reward less the KL costs of all moves after this one.
+      reward: [B], 0 where infeasible.
+      feasible: [B] bool.
+      path: the states [T + 1, B, ...].
+      times: [T + 1].
+      cond: conditions [B, ...], or None.
     """
 
     togo: Array
@@ -34,7 +39,12 @@ class Returns(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """advantage [T, B], and the scale [B] it has been divided by: KL weights are divided by it too, so that their unit stays."""
+    """Advantages and their scale.
+
+    Args:
+      advantage: [T, B].
+      scale: the divisor [B] of the advantages: KL weights are divided by it too, so that their unit stays.
+    """
 
     advantage: Array
     scale: Array
@@ -134,7 +144,12 @@ class Normalised:
 
 
 class Buffers(NamedTuple):
-    """The last N rewards of every condition: values [C, N] as a ring, and how many were ever put in, count [C]."""
+    """The last N rewards of every condition.
+
+    Args:
+      values: [C, N], rings.
+      count: [C], number of rewards ever put in.
+    """
 
     values: Array
     count: Array

@@ -13,10 +13,13 @@ from rgdiff.typing import Array, Cond, Key, Params
 
 
 class GradientStatistics(NamedTuple):
-    """Of one batch's gradient: |E g|^2 (its noise taken off), the trace of its covariance, and the ratio of the two.
+    """Statistics of one batch's gradient g.
 
-    `variance_per_example` is batch * variance: what comparing tuners of different batches needs. `snr` is that of one
-    batch, |E g|^2 / variance.
+    Args:
+      squared_mean: |E g|^2, its noise taken off.
+      variance: the trace of the covariance of g.
+      variance_per_example: batch * variance, the number to compare tuners of different batches by.
+      snr: |E g|^2 / variance.
     """
 
     squared_mean: Array

@@ -176,7 +176,12 @@ def langevin_energy(
 
 
 class Partition(NamedTuple):
-    """log of the mean of independent estimates of Z = integral of exp(-E), nats; and the standard deviation of their logs."""
+    """An estimate of log Z, Z = integral of exp(-E).
+
+    Args:
+      log_z: log of the mean of independent estimates of Z, nats.
+      spread: standard deviation of their logs, nats.
+    """
 
     log_z: Array
     spread: Array
@@ -184,7 +189,7 @@ class Partition(NamedTuple):
 
 @pytree
 class Excess:
-    """log of exp(-E(x)) over N(x; 0, scale^2 I) dx, at x = scale x0: what particles of standard normal x0 are weighed by."""
+    """log of exp(-E(x)) over N(x; 0, scale^2 I) dx, at x = scale x0: the weight of particles of standard normal x0."""
 
     energy: Any
     scale: Array

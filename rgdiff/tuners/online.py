@@ -99,7 +99,7 @@ def as_tuner(
       A tuner for `fit`; state and info are the method's. Conditions are `fit`'s data.
 
     Raises:
-      ValueError: for what is no online method, or one that is wrapped by `early_stopping` (wrap the tuner instead).
+      ValueError: for an object that is no online method, or one that is wrapped by `early_stopping` (wrap the tuner instead).
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, rgdiff
@@ -155,7 +155,7 @@ def fit_online(
     Raises:
       RewardFailure: where the reward raises, or returns something else than B numbers; its `state` is that of before
         the step, from which the same call continues.
-      ValueError: for what is no online method, data without `batch`, a missing held-out reward.
+      ValueError: for an object that is no online method, data without `batch`, a missing held-out reward.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, rgdiff

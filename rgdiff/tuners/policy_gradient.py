@@ -56,7 +56,7 @@ class Experience(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What an update needs of some of the chains: leaves with the batch on axis 1 (path, log_prob, advantage) or 0.
+    """The part of some chains that an update uses: leaves with the batch on axis 1 (path, log_prob, advantage) or 0.
 
     temperature [n] is of them all.
     """
@@ -77,7 +77,7 @@ class Rows(NamedTuple):
 
 
 class PolicyGradientExtra(NamedTuple):
-    """What a state holds besides: the advantage's own state, and the weights [n] of the KLs where a budget moves them."""
+    """The extra of a state: the advantage's own state, and the weights [n] of the KLs where a budget moves them."""
 
     advantage: Any
     temperature: Array | None
@@ -246,7 +246,11 @@ class PolicyGradient:
 
 
 def dimensions(process: Any) -> int:
-    """D, numbers and tokens of one example."""
+    """Return D, the numbers and tokens of one example.
+
+    Args:
+      process: any.
+    """
     if isinstance(process, ProductProcess):
         return sum(dimensions(part) for part in process.parts.values())
     return math.prod(process.shape)

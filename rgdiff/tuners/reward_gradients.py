@@ -255,7 +255,7 @@ def alignprop_subset(
 ) -> RewardBackprop:
     """Keep the gradient of every call by itself, with probability i / (n + 1) for call i of n.
 
-    This is what AlignProp's first code and TRL run under that name; it is no truncation. See `alignprop` for the paper's.
+    AlignProp's first code and TRL use this rule under that name; it is no truncation. See `alignprop` for the paper's.
 
     Returns:
       A tuner for `fit`; `state.best` holds the tuned parameters. State and info are those of `reward_backprop`.

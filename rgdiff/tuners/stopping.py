@@ -15,7 +15,16 @@ from rgdiff.typing import Array, Info, Key, Params, Tuner, pytree, static
 
 
 class StoppingState(NamedTuple):
-    """The tuner's own state, the best parameters so far and their figure, and the counters of the current window."""
+    """The state of `early_stopping`.
+
+    Args:
+      inner: the tuner's own state.
+      best: the best parameters so far.
+      best_value: their figure, the mean over a window.
+      total, finite, count: sum of the figure over the current window, its finite terms, and the steps in it.
+      stale: windows since the best one.
+      stopped: whether it has stopped, bool.
+    """
 
     inner: Any
     best: Params

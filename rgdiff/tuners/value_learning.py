@@ -152,7 +152,7 @@ def value_regression(
       infeasible, gradient_norm, skipped.
 
     Raises:
-      ValueError: for what is no noising process, numbers out of range; when it runs, for paths without `times`.
+      ValueError: for an argument that is no noising process, numbers out of range; when it runs, for paths without `times`.
 
     Note:
       The released code regresses the reward itself, whatever its temperature: the mean, a lower bound of the soft value.

@@ -80,7 +80,7 @@ class FineTuning(Method):
       batch: samples a step.
       eta: of the tuned chain; null for a masked prior.
       temperature: alpha, in the reward's unit per nat of path KL to the prior; null for none.
-      remat: what the backward pass recomputes, see `tuners.reward_backprop`.
+      remat: recomputation in the backward pass, see `tuners.reward_backprop`.
       adapter: rank of a LoRA adapter, which is saved in PEFT's files under adapters/ (`method=adapters` samples with it), or
         null for all weights, which are saved under tuned/ (`prior.checkpoint` takes them).
       heldout: report the held-out reward while tuning.
@@ -159,7 +159,7 @@ class FineTuning(Method):
         return assemble(self.make, self.options, **parts, batch=self.batch, remat=self.remat, **more)
 
     def model(self, prior: ReadyPrior) -> Any:
-        """Return what the tuned parameters are of: the prior's model, or an adapter of it."""
+        """Return the model of the tuned parameters: the prior's, or an adapter of it."""
         return prior.model if self.adapter is None else LoRAModel(prior.params, prior.model)
 
     def baseline(self, process: Process, key: Any) -> dict[str, Any]:
