@@ -241,6 +241,14 @@ def load_meta(path: str | os.PathLike[str]) -> dict[str, Any] | None:
 
     Raises:
       CheckpointError: if nothing is there or it is damaged.
+
+    Example:
+      >>> import jax.numpy as jnp, tempfile
+      >>> from rgdiff.runtime.checkpoint import load_meta, save_params
+      >>> path = tempfile.mkdtemp() + "/params"
+      >>> save_params(path, {"w": jnp.ones(2)}, meta={"loss": 0.5})
+      >>> print(load_meta(path))
+      {'loss': 0.5}
     """
     return _read_manifest(Path(path).absolute())["meta"]
 

@@ -342,7 +342,7 @@ def reward_backprop(
       `tuner.loss` are for diagnostics, `tuner.network_calls()` counts calls per sample and step.
 
     Raises:
-      ValueError: for K outside 1..T calls, a KL without a law or a reference, renoised terms without any term left, a batch
+      ValueError: for K below 1 or above the chain's number of calls, a KL without a law or a reference, renoised terms without any term left, a batch
         that does not divide, options that exclude each other.
 
     Example:

@@ -110,7 +110,11 @@ class Plain:
 
 @pytree
 class LeaveOneOut:
-    """Return less the mean of the others in its group (the whole batch where size is 0)."""
+    """Return less the mean of the others in its group. Build it with `leave_one_out`.
+
+    Args:
+      size: of a group; 0 for the whole batch.
+    """
 
     size: int = static(default=0)
 
@@ -125,7 +129,12 @@ class LeaveOneOut:
 
 @pytree
 class Normalised:
-    """(Return - mean) / standard deviation of the rewards, within groups of `size` (the whole batch where 0), clipped."""
+    """(Return - mean) / standard deviation of the rewards, within groups, clipped. Build it with `batch_normalised` or `group_relative`.
+
+    Args:
+      clip: largest absolute value, or None.
+      size: of a group; 0 for the whole batch.
+    """
 
     clip: Array | None = None
     size: int = static(default=0)
@@ -178,7 +187,14 @@ def push(buffers: Buffers, index: Array, rewards: Array, feasible: Array) -> Buf
 class PerCondition:
     """(Return - mean) / std of the last N rewards of the same condition, clipped; of the batch where it has too few.
 
-    KL costs, which no buffer holds, are centred by the batch.
+    KL costs, which no buffer holds, are centred by the batch. Build it with `per_condition`.
+
+    Args:
+      minimum: number of rewards from which a condition's own figures are used.
+      clip: largest absolute value, or None.
+      index: cond -> [B] integers in [0, C).
+      conditions: C.
+      buffer: N.
     """
 
     minimum: Array
@@ -218,7 +234,14 @@ class PerCondition:
 class LearntBaseline:
     """Return less V(x_t, t, cond), given to the advantage `then`; V learns afterwards, by squared error on this batch.
 
-    V is that of before the batch, so the baseline is independent of the draws it weighs.
+    V is that of before the batch, so the baseline is independent of the draws it weighs. Build it with `learnt_baseline`.
+
+    Args:
+      model: params -> V, (x [B, ...], t, cond) -> [B].
+      params: V's first parameters.
+      then: the `Advantage` of the rest.
+      optimizer: V's own.
+      steps: V's optimiser steps a batch.
     """
 
     model: Any

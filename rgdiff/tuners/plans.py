@@ -16,7 +16,12 @@ from rgdiff.typing import Array, Key, pytree, static
 
 @pytree
 class Last:
-    """The last k calls; earlier states are constants (DRaFT-K, arXiv 2309.17400). k is clipped to 1..calls."""
+    """The last k calls; earlier states are constants (DRaFT-K, arXiv 2309.17400). Build it with `last`.
+
+    Args:
+      k: number of calls, clipped to 1..calls.
+      early: whether the plan may end the chain before its last call; leave it.
+    """
 
     k: Array
     early: bool = static(default=False)
@@ -31,7 +36,11 @@ class Suffix:
     """A random number of last calls: the first is floor(N(mean, std)) of 50, given < 50 (AlignProp, arXiv 2310.03739).
 
     Both numbers are in fiftieths of the chain, as published (42, 5: on average 9.1 of 50 calls keep their gradient, with
-    standard deviation 4.5); one draw serves the whole batch.
+    standard deviation 4.5); one draw serves the whole batch. Build it with `suffix`.
+
+    Args:
+      mean, std: in fiftieths of the chain.
+      early: whether the plan may end the chain before its last call; leave it.
     """
 
     mean: Array
@@ -52,6 +61,9 @@ class Subset:
     It is not a truncation: gradients pass the other calls along the state, half of the calls keep theirs on average, and now and
     then the last one does not.
 
+    Args:
+      early: whether the plan may end the chain before its last call; leave it.
+
     Example:
       >>> import jax, rgdiff
       >>> print(rgdiff.tuners.plans.Subset()(jax.random.key(0), 4).live.shape)  # which of 4 calls keep their gradient
@@ -68,7 +80,12 @@ class Subset:
 
 @pytree
 class Late:
-    """One call, drawn among the last m, whose prediction of x0 is rewarded (ReFL, arXiv 2304.05977)."""
+    """One call, drawn among the last m, whose prediction of x0 is rewarded (ReFL, arXiv 2304.05977). Build it with `late`.
+
+    Args:
+      m: number of late calls, clipped to 1..calls.
+      early: whether the plan may end the chain before its last call; leave it.
+    """
 
     m: Array
     early: bool = static(default=True)
@@ -80,7 +97,15 @@ class Late:
 
 @pytree
 class Spaced:
-    """k calls at equal distances from a random first one; the chain ends at a call drawn among the last m (DRTune, arXiv 2405.00760)."""
+    """k calls at equal distances from a random first one; the chain ends at a call drawn among the last m (DRTune, arXiv 2405.00760).
+
+    Build it with `spaced`.
+
+    Args:
+      k: number of calls that keep their gradient.
+      m: number of late calls, clipped to 1..calls.
+      early: whether the plan may end the chain before its last call; leave it.
+    """
 
     k: int = static()
     m: Array = 1  # type: ignore[assignment]

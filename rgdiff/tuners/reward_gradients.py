@@ -54,7 +54,7 @@ def draft_k(
     States before those calls are constants.
 
     Args:
-      k: number of network calls at the end of the chain that keep their gradient, 1 to T.
+      k: number of network calls at the end of the chain that keep their gradient, at most all of them.
       dynamic: make k a number of the one program, so that changing it does not compile again; calls without gradient are
         then branches of one scan in place of a scan of their own.
 
@@ -62,7 +62,7 @@ def draft_k(
       A tuner for `fit`; `state.best` holds the tuned parameters. State and info are those of `reward_backprop`.
 
     Raises:
-      ValueError: for k outside 1..T calls, and as `reward_backprop`.
+      ValueError: for k below 1 or above the chain's number of calls, and as `reward_backprop`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, rgdiff

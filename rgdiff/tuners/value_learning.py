@@ -281,6 +281,7 @@ def rollouts(
       reward: (x0 [N, ...], cond) -> [N]; NaN marks an infeasible sample.
       count: N, number of chains.
       cond: a pytree of [N, ...], or None.
+      on_chunk: called as (moves done, T) between compiled chunks of the chain.
 
     Returns:
       {"path": [N, T + 1, ...] states at all times of the grid, "x0": [N, ...], "reward": [N]}, and "cond" where given: the data of
