@@ -166,8 +166,8 @@ def ensemble(
       >>> from rgdiff import surrogates
       >>> x0, y = jnp.array([[-1.0], [0.0], [1.0]]), jnp.array([-2.0, 0.0, 2.0])  # y = 2 x
       >>> observations = surrogates.append(surrogates.empty(x0, 8), 0, x0, y)
-      >>> from rgdiff import nets, tuners
-      >>> surrogate = surrogates.ensemble(nets.ValueMLP((8,)), tuners.adamw(0.01), heads=2, steps=20, batch=8)
+      >>> import flax.linen, optax
+      >>> surrogate = surrogates.ensemble(flax.linen.Dense(1), optax.sgd(0.1), heads=2, steps=20, batch=8)
       >>> belief = surrogate.fit(jax.random.key(0), observations)
       >>> print(belief.predictions(x0).shape, bool((belief.upper(x0) >= belief.mean(x0)).all()))
       (2, 3) True

@@ -117,7 +117,7 @@ def feasibility(features: Any, *, regularization: float = 1.0, steps: int = 12) 
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> from rgdiff import nets, surrogates, tuners
+      >>> from rgdiff import surrogates
       >>> x0, y = jnp.array([[-1.0], [-2.0], [1.0], [2.0]]), jnp.array([jnp.nan, jnp.nan, 0.5, 0.7])  # x < 0 is infeasible
       >>> observations = surrogates.append(surrogates.empty(x0, 8), 0, x0, y)
       >>> belief = surrogates.feasibility(surrogates.flatten).fit(jax.random.key(0), observations)
@@ -192,10 +192,11 @@ def feasibility_network(network: Any, optimizer: Any, *, steps: int = 300, batch
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> from rgdiff import nets, surrogates, tuners
+      >>> from rgdiff import surrogates
       >>> x0, y = jnp.array([[-1.0], [-2.0], [1.0], [2.0]]), jnp.array([jnp.nan, jnp.nan, 0.5, 0.7])  # x < 0 is infeasible
       >>> observations = surrogates.append(surrogates.empty(x0, 8), 0, x0, y)
-      >>> classifier = surrogates.feasibility_network(nets.ValueMLP((8,)), tuners.adamw(0.01), steps=100, batch=8)
+      >>> import flax.linen, optax
+      >>> classifier = surrogates.feasibility_network(flax.linen.Dense(1), optax.sgd(0.5), steps=50, batch=8)
       >>> print(jnp.exp(classifier.fit(jax.random.key(0), observations).log_prob(x0)) > 0.5)
       [False False  True  True]
     """

@@ -97,10 +97,11 @@ class ParticleSampling(Method):
     """Weighted particles: one problem, from whose weights the samples asked for are drawn. Errors are estimated from lineages.
 
     Args:
-      setting: smc, fk_steering, tds, das: a particle sampler of `rgdiff.samplers`, whose `options` are its own.
+      setting: smc, fk_steering, tds, das: a particle sampler of `rgdiff.samplers`.
       particles: of the one problem.
       temperature: tau, in the reward's unit.
       value: the value function of the potentials (group `value`); the last one is the reward's.
+      options: of the particle sampler.
     """
 
     setting: str = "smc"
@@ -160,7 +161,11 @@ class ParticleSampling(Method):
 
 @dataclasses.dataclass(frozen=True)
 class BestOfNSampling(Method):
-    """The best of `candidates` samples of the prior, per sample."""
+    """The best of several samples of the prior, per sample.
+
+    Args:
+      candidates: N, chains of the prior per sample.
+    """
 
     candidates: int = 16
 
