@@ -108,8 +108,9 @@ def deep_features(
       >>> from rgdiff import surrogates
       >>> x0, y = jnp.array([[-1.0], [0.0], [1.0]]), jnp.array([-2.0, 0.0, 2.0])  # y = 2 x
       >>> observations = surrogates.append(surrogates.empty(x0, 8), 0, x0, y)
-      >>> import flax.linen as nn, optax
-      >>> surrogate = surrogates.deep_features(nn.Sequential([nn.Dense(4), nn.tanh, nn.Dense(1)]), optax.sgd(0.1), steps=20, batch=8)
+      >>> import optax
+      >>> from rgdiff import nets
+      >>> surrogate = surrogates.deep_features(nets.ValueMLP((4,)), optax.sgd(0.1), steps=5, batch=8)
       >>> belief = surrogate.fit(jax.random.key(0), observations)
       >>> print(belief.mean(x0).shape, bool((belief.upper(x0) >= belief.mean(x0)).all()))
       (3,) True
