@@ -2,7 +2,7 @@
 
 A round draws queries from the current model, learns a reward model with its uncertainty from all answers
 (`rgdiff.surrogates`), and improves the model under the *optimistic* reward: by tuning it with two KL anchors (`seiko`), or by
-steering the prior's chain alone (`steered`). Both are `Online` methods. A laboratory that answers next week goes through
+steering the prior's chain alone (`steered`). Both are `Online` methods. Where answers come days later, from an experiment, use
 `rgdiff.runtime.campaign`, which keeps the same parts on disk.
 """
 
@@ -34,17 +34,27 @@ from rgdiff.typing import (
 
 
 class Queries(NamedTuple):
-    """Samples of the current model, whose rewards are asked for."""
+    """Samples of the current model whose rewards are queried.
+
+    Args:
+      x0: [B, ...].
+      cond: conditions [B, ...], or None.
+    """
 
     x0: State
     cond: Cond = None
 
 
 class RoundState(NamedTuple):
-    """What the next round needs.
+    """The state between rounds. `best` are the parameters to sample with.
 
-    params: of the current model p_i, i = `step` rounds done. observations: all answers so far, in their first `asked` rows.
-    belief, feasibility: of the last refit, zeros before the first.
+    Args:
+      params: of the current model p_i.
+      observations: all answers so far, in their first `asked` rows.
+      asked: number of queries so far.
+      belief, feasibility: of the last refit, zeros before the first.
+      step: i, the rounds done.
+      skipped: tuning steps whose gradient was not finite.
     """
 
     params: Params
@@ -63,7 +73,7 @@ class RoundState(NamedTuple):
 
 @pytree
 class Rounds(abc.ABC):
-    """What all methods with a surrogate share: asking, telling, and refitting."""
+    """The shared part of all methods with a surrogate: drawing queries, taking answers in, and refitting."""
 
     process: Process
     denoiser: Denoiser
@@ -98,7 +108,14 @@ class Rounds(abc.ABC):
         """Make the model of the next round from the last refit."""
 
     def ask(self, key: Key, state: RoundState, count: int, cond: Cond = None) -> Queries:
-        """Draw `count` queries, a static number, from the current model; the prior's in the first round."""
+        """Draw queries from the current model; in the first round it is the prior.
+
+        Args:
+          key: a typed PRNG key.
+          state: a `RoundState`.
+          count: number of queries, static.
+          cond: conditions [count, ...], or None.
+        """
         checks.conditions(cond, count)
         return Queries(samplers.drawing(self.sampler(state), self.times)(key, count, cond), cond)
 
@@ -106,9 +123,18 @@ class Rounds(abc.ABC):
         return self.ask(key, state, self.batch, cond)
 
     def tell(self, state: RoundState, queries: Queries, rewards: Array) -> tuple[RoundState, Info]:
-        """Take the answers [B] in; what is not finite marks an infeasible query.
+        """Take the answers in; a reward that is not finite marks an infeasible query.
 
-        Info is that of `figures`, and `dropped`: answers that did not fit into `capacity`. Outside `jit` they are refused.
+        Args:
+          state: a `RoundState`.
+          queries: from `ask`, B rows.
+          rewards: answers [B], reward's unit.
+
+        Returns:
+          The next state, and the info of `figures` with `dropped`: answers that did not fit into `capacity`, inside `jit`.
+
+        Raises:
+          ValueError: outside `jit`, for answers that do not fit.
         """
         observations = surrogates.append(state.observations, state.asked, queries.x0, rewards)
         told = state._replace(observations=observations, asked=state.asked + rewards.shape[0])
@@ -116,10 +142,15 @@ class Rounds(abc.ABC):
         return told, self.figures(state, queries, rewards) | {"dropped": dropped}
 
     def figures(self, state: RoundState, queries: Queries, rewards: Array) -> Info:
-        """Return what a round's answers say: `reward` (mean over feasible ones), `best`, `infeasible` (a share).
+        """Return the figures of a round's answers: `reward` (mean over feasible ones), `best`, `infeasible` (a share).
 
         And of the belief that proposed the queries, before it sees their answers: `bonus`, the mean of upper - mean, and
         `covered`, the share of answers within 1.96 sqrt(deviation^2 + noise^2) of the mean; both NaN in the first round.
+
+        Args:
+          state: a `RoundState`.
+          queries: from `ask`, B rows.
+          rewards: answers [B], reward's unit.
         """
         feasible = jnp.isfinite(rewards)
         count = jnp.sum(feasible)
@@ -279,39 +310,62 @@ def seiko(
     feasibility_weight: float = 0.0,
     noise: float = 0.0,
 ) -> Seiko:
-    """Feedback-efficient online fine-tuning (arXiv 2402.16359, algorithm 1).
+    """Fine-tune a model by rounds of queries to an expensive reward (SEIKO, arXiv 2402.16359, algorithm 1).
 
     Round i draws queries from p_{i-1}, learns the reward r_i and its bonus g_i from all answers, and tunes from p_{i-1}
 
         p_i = argmax E[r_i + g_i] - alpha KL(p || prior) - beta_{i-1} KL(p || p_{i-1}),
 
     whose optimum is proportional to exp((r_i + g_i)/(alpha + beta)) prior^(alpha/(alpha + beta)) p_{i-1}^(beta/(alpha + beta)).
-    Of all laws, that is; Gaussian chains, whose moves keep their variances, come near it (`rgdiff.tuners.reward_backprop`).
-    With beta_{i-1} = alpha (i - 1), the default, that is prior * exp(sum_{j <= i} (r_j + g_j) / (alpha i)), and where
-    |r_j - r| <= g_j the regret of E[r] - alpha KL is at most 2 E_{p_i}[g_i], averaged over rounds.
+    This is the optimum over all laws; Gaussian chains, whose moves keep their variances, come near it
+    (`rgdiff.tuners.reward_backprop`). With beta_{i-1} = alpha (i - 1), the default, it is
+    prior * exp(sum_{j <= i} (r_j + g_j) / (alpha i)), and where |r_j - r| <= g_j the regret of E[r] - alpha KL is at most
+    2 E_{p_i}[g_i], averaged over rounds.
 
     Args:
-      model: params -> denoiser.
+      model: params -> denoiser, (x [B, ...], t, cond) -> E[x0 | x_t] or logits.
       process: of the chain that is sampled, with a law (eta > 0).
-      times: [T + 1].
+      times: the grid [T + 1], from `process.times(steps)`.
       surrogate: from `rgdiff.surrogates`; `surrogates.greedy(...)` leaves the bonus out, `surrogates.thompson(...)` draws.
-      inner: (reward, reference=[two], temperature=[two]) -> tuner, a setting of the engine, bound once:
+      inner: (reward, reference=[two], temperature=[two]) -> tuner, a setting of `reward_backprop`, bound once:
         `lambda reward, **kl: tuners.drakes(model, process, reward, times, optimizer, batch=64, **kl)`.
-      prior: the pre-trained denoiser, the first anchor.
+      prior: the pre-trained denoiser, (x, t, cond) -> E[x0 | x_t] or logits: the first anchor.
       temperature: alpha, in the reward's unit per nat of path KL.
       batch: queries a round; `ask` takes another number.
-      capacity: rows for the answers of all rounds.
+      capacity: rows for the answers of all rounds, at least `batch`.
       proximal_weight: beta, of the KL to the last round's model, the same unit; alpha by default.
       schedule: beta_{i-1} is beta * (i - 1) under `linear`, beta under `constant`.
-      steps: of the inner tuner in `update`; with `tuner(state)` and `tuners.fit` they may be any.
-      feasibility, feasibility_weight: a classifier of feasible queries from `rgdiff.surrogates`, and what a nat of its
-        log-probability is worth; infeasible queries never enter the fit of the reward.
+      steps: steps of the inner tuner in `update`; with `tuner(state)` and `tuners.fit` any number.
+      feasibility, feasibility_weight: a classifier of feasible queries from `rgdiff.surrogates`, and the weight of its
+        log-probability in the optimistic reward, reward's unit per nat; infeasible queries never enter the fit of the reward.
       noise: standard deviation of an answer given x0, reward's unit; for the figure `covered` alone.
+
+    Returns:
+      An online method, a step of which is a round: `fit(as_tuner(method, reward), ...)`, `fit_online(method, ..., reward)`, or
+      `runtime.campaign.open_campaign`. `method.sampler(state)` samples the current model. info: reward, best, infeasible, bonus,
+      covered, dropped, and those of the inner tuner as tuning_*.
+
+    Raises:
+      ValueError: for eta = 0, a surrogate without `fit`, an inner that cannot be called, a capacity below the batch.
 
     Note:
       The released code anchors to p_{i-1} alone, averages its KL over dimensions (6e-5 per nat), centres the covariance
       of its bonus, which then does not shrink with data (`surrogates.ridge(centred=True)`), and keeps the law of x_T, as
       we do unless `process` holds a learnt one (`tuners.elegant`).
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rgdiff
+      >>> from rgdiff import seiko, surrogates, tuners
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.cosine_vp(), (1,))
+      >>> times, prior = process.times(4), tuners.standard_normal(process)
+      >>> model = lambda w: lambda x, t, cond=None: prior(x, t) + process.schedule.sigma(t) ** 2 * w  # of N(w, 1)
+      >>> inner = lambda r, **kl: tuners.draft(model, process, r, times, tuners.adamw(0.1), batch=4, **kl)
+      >>> method = seiko.seiko(model, process, times, surrogates.ridge(surrogates.with_constant), inner, prior=prior,
+      ...                      temperature=1.0, batch=16, capacity=32, steps=5)
+      >>> tuner = tuners.as_tuner(method, lambda x0, cond=None: x0[:, 0])
+      >>> state = tuners.fit(tuner, jax.random.key(0), tuner.init(jnp.zeros(1)), 2)  # two rounds
+      >>> print(int(state.asked), bool(state.params[0] > 0))
+      32 True
     """
     checks.law(process, "seiko, whose anchors are KL terms,")
     if not callable(inner):
@@ -344,14 +398,40 @@ def steered(
     feasibility_weight: float = 0.0,
     noise: float = 0.0,
 ) -> Steered:
-    """The same rounds without any tuning: the prior's chain is steered by the optimistic reward.
+    """Steer the prior's chain by the optimistic reward of each round, without any tuning.
 
-    With a sampler of the tilted law this is SEIKO with beta = 0: round i draws from prior * exp((r_i + g_i)/alpha)/Z.
+    With a sampler of the tilted law this is SEIKO with beta = 0: round i draws from prior * exp((r_i + g_i)/alpha)/Z, as exactly as
+    the sampler does.
 
     Args:
+      process: of the chain that is sampled.
+      times: the grid [T + 1], from `process.times(steps)`.
+      surrogate: from `rgdiff.surrogates`; `surrogates.greedy(...)` leaves the bonus out, `surrogates.thompson(...)` draws.
       steer: reward -> sampler, bound once: SVDD, SMC, classifier guidance or best-of-N with the reward it is given, e.g.
         `lambda reward: samplers.svdd(process, prior, values.posterior_mean(reward, process, prior), temperature=0.1, candidates=16)`.
-      Others as in `seiko`. `params` of its state are not used; give None.
+      prior: the pre-trained denoiser, (x, t, cond) -> E[x0 | x_t] or logits, sampled in the first round.
+      batch: queries a round; `ask` takes another number.
+      capacity: rows for the answers of all rounds, at least `batch`.
+      feasibility, feasibility_weight: a classifier of feasible queries from `rgdiff.surrogates`, and the weight of its
+        log-probability in the optimistic reward, reward's unit per nat.
+      noise: standard deviation of an answer given x0, reward's unit; for the figure `covered` alone.
+
+    Returns:
+      An online method, as `seiko`; its parameters are not used: begin with `init(None)`.
+
+    Raises:
+      ValueError: for a surrogate without `fit`, a steer that cannot be called, a capacity below the batch.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rgdiff
+      >>> from rgdiff import seiko, surrogates, tuners
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.cosine_vp(), (1,))
+      >>> times, prior = process.times(4), tuners.standard_normal(process)
+      >>> steer = lambda r: rgdiff.samplers.best_of_n(rgdiff.samplers.ancestral(process, prior), r, 4)
+      >>> method = seiko.steered(process, times, surrogates.ridge(surrogates.with_constant), steer, prior=prior, batch=16, capacity=32)
+      >>> tuner = tuners.as_tuner(method, lambda x0, cond=None: x0[:, 0])
+      >>> print(int(tuners.fit(tuner, jax.random.key(0), tuner.init(None), 2).asked))
+      32
     """
     if not callable(steer):
         raise ValueError(f"steer must map a reward to a sampler, got {type(steer).__name__}")

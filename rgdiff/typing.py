@@ -1,9 +1,16 @@
-"""The vocabulary: what a state, a kernel, a process, a denoiser, a value, a reward, a sampler and a tuner are.
+"""The vocabulary: the protocols of state, kernel, process, denoiser, value, reward, sampler and tuner.
 
 Axis letters: B examples, T moves, M candidates or particles, K classes, D dimensions. Time is in [0, 1], 0 data and
 1 noise. Log-probabilities, KL and entropy are in nats and summed over one example. Everything that carries numbers is
 a frozen dataclass registered as a pytree (`pytree`), so that a whole method is one argument of one compiled program
-and changing a number in it never recompiles; what shapes the program is marked `static`.
+and changing a number in it never recompiles; fields that shape the program are marked `static`.
+
+The target, p_pre the law of the pre-trained model and r the reward:
+
+    p(x) = p_pre(x) exp(r(x)/temperature) / Z,   the maximiser of E[r(x)] - temperature * KL(p || p_pre).
+
+`temperature` (reward's unit per nat) is its number in every sampler and tuner that aims at this law; a smaller one weighs the
+reward more. Guides, which add a gradient to the score, have `scale` = 1/temperature (nats per unit of reward) instead.
 """
 
 from __future__ import annotations
@@ -221,7 +228,7 @@ class Reward(Protocol):
 
 
 class Model(Protocol):
-    """Maps parameters to a denoiser: what a tuner differentiates. A function, or a callable pytree."""
+    """Maps parameters to a denoiser; tuners differentiate it. A function, or a callable pytree."""
 
     def __call__(self, params: Params) -> Denoiser: ...
 
@@ -253,7 +260,7 @@ class Process(Protocol):
 
 
 class Move(NamedTuple):
-    """What a guide may read of the move t -> s: the state x_t, the times, the condition and the denoiser's prediction at x_t."""
+    """The move t -> s as a guide sees it: the state x_t, the times, the condition and the denoiser's prediction at x_t."""
 
     x: State
     t: Array
@@ -272,8 +279,8 @@ class Sampler(Protocol):
     """A sampling method: a pytree with three pure functions, driven by `rgdiff.samplers.sample`.
 
     init(key, batch, t, cond) -> carry; step(key, carry, t, s, cond) -> (carry, info); final(carry, t, cond) -> (x0, info).
-    `final` is the last projection to data: a function, never a draw. `carry` is what the next step needs; `info` is
-    what a person needs.
+    `final` is the last projection to data: a function, never a draw. `carry` is the state between steps; `info` holds
+    figures to report.
     """
 
     def init(self, key: Key, batch: int, t: Array, cond: Cond = None, /) -> Any: ...
@@ -294,7 +301,7 @@ class Tuner(Protocol):
 class Online(Protocol):
     """A tuner cut where the reward is called, so that the reward may be slow or live on the host, without a callback.
 
-    rollout(key, state, cond) -> experience, a NamedTuple with `x0` and `cond` (what the reward is called with, B rows)
+    rollout(key, state, cond) -> experience, a NamedTuple with `x0` and `cond` (the arguments of the reward, B rows)
     and all that `update` needs of the draws; update(key, state, experience, rewards [B]) -> (state, info). Drivers:
     `rgdiff.tuners.as_tuner` and `rgdiff.tuners.fit_online`.
     """

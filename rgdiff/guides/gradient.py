@@ -70,14 +70,14 @@ def _guided(
             f"gradient and target must be [B, ...] and [B], got {list(jnp.shape(gradient))} and {list(jnp.shape(target))}"
         )
     return GradientGuided(
-        callable_pytree(denoiser, "a denoiser"),
-        process.schedule,
-        gradient,
-        target,
-        checks.positive("noise", noise),
-        checks.positive("scale", scale, zero=True),
-        None if beta is None else checks.positive("beta", beta, zero=True),
-        look_ahead,
+        denoiser=callable_pytree(denoiser, "a denoiser"),
+        schedule=process.schedule,
+        gradient=gradient,
+        target=target,
+        noise=checks.positive("noise", noise),
+        scale=checks.positive("scale", scale, zero=True),
+        beta=None if beta is None else checks.positive("beta", beta, zero=True),
+        look_ahead=look_ahead,
     )
 
 

@@ -1,7 +1,6 @@
-"""Priors of recipes: what `prior/*.yaml` name. A network, a schedule and how it is trained; or a law that is known.
+"""Priors of recipes, named by `prior/*.yaml`: a network, a schedule and how it is trained; or a law that is known.
 
-A trained prior is trained once, cached by content, and reused. What is sampled from a prior, and how it is tuned, is left
-to the methods.
+A trained prior is trained once, cached by content, and reused. Sampling and tuning it is left to the methods.
 """
 
 from __future__ import annotations
@@ -32,7 +31,16 @@ FRESH = 10_000  # points that a law is drawn for, beside those a prior learns fr
 
 @pytree
 class PriorModel:
-    """Parameters to denoiser: the network's prediction as x0, clipped to the data's range where asked."""
+    """Parameters -> denoiser: the network's prediction as x0, clipped to the data's range where asked.
+
+    Args:
+      schedule: Gaussian, of `rgdiff.schedules`.
+      network: a Linen module (x, t, cond) -> [B, ...].
+      prediction: `eps`, `v`, `x0`, ..., see `rgdiff.denoisers.predicts`.
+      value_range: lowest and highest value of the data, or None.
+      classes: number of classes of a conditional prior, or None.
+      guidance: scale of classifier-free guidance, no unit.
+    """
 
     schedule: Any
     network: Any = static()
@@ -51,14 +59,18 @@ class PriorModel:
 
 @pytree
 class FactorisedModel:
-    """Logits [L, K] of independent positions to their exact denoiser."""
+    """Logits [L, K] of independent positions -> their exact denoiser."""
 
     def __call__(self, params: Params) -> Denoiser:
         return Factorised(params)
 
 
 def needs_data(prior: Prior) -> None:
-    """Refuse the settings of a prior that has no data to hand on, or is conditional, before it is trained."""
+    """Refuse the settings of a prior that does not give its data to methods, or is conditional, before it is trained.
+
+    Args:
+      prior: settings.
+    """
     if not getattr(prior, "gives_data", False):
         raise ValueError(
             "this method learns from data, which Gaussian priors hand on, e.g. prior=planar_mlp or prior=unet"
@@ -73,19 +85,35 @@ def offers(domain: Any, name: str, what: str) -> None:
 
 
 def unconditional(prior: Prior, what: str, instead: str) -> None:
-    """Refuse the settings of a conditional prior, before it is trained."""
+    """Refuse the settings of a conditional prior, before it is trained.
+
+    Args:
+      prior: settings.
+      what: the setting that needs an unconditional prior, for the message.
+      instead: the advice of the message.
+    """
     if getattr(prior, "guidance", None) is not None:
         raise ValueError(f"{what} is not offered for a conditional prior; {instead}")
 
 
 def initial(network: Any, key: jax.Array, shape: Shape) -> Params:
-    """Draw a Linen network's parameters for states [B, *shape] without running it."""
+    """Draw a Linen network's parameters for states [B, *shape] without running it.
+
+    Args:
+      network: a Linen module, called as (x, t).
+      key: a typed PRNG key.
+      shape: of one example.
+    """
     blank, t = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, *shape), (1,)))
     return network.lazy_init(key, blank, t)["params"]
 
 
 def state_shape(process: Process) -> tuple[int, ...]:
-    """Return the shape of one noised example, as a network sees it; a masked one has the mask as a further class."""
+    """Return the shape of one noised example, as a network sees it; a masked one has the mask as a further class.
+
+    Args:
+      process: any.
+    """
     return jax.eval_shape(lambda: process.prior(1).sample(jax.random.key(0))).shape[1:]
 
 
@@ -106,7 +134,7 @@ def prediction_shape(network: Any, shape: Shape) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainedPrior(Prior):
-    """What priors with a network share: how their parameters are found.
+    """The shared part of priors with a network: how their parameters are found.
 
     Args:
       network: a Linen module called as (x, t, cond).
@@ -152,8 +180,12 @@ class TrainedPrior(Prior):
         """Return the name of the cache entry: a hash of what training sees of the settings, and of the data.
 
         Args:
-          identity: the prior's settings as plain values.
-          domain: with the data.
+          run: for the key, the cache and the log.
+          model: params -> denoiser.
+          process: of the prior.
+          domain: with train_x, and train_y for a conditional prior.
+          identity: the prior's settings as plain values; the hash of what training sees of them, all but `unseen`, and of the
+            data names the cache entry.
         """
         seen = {name: value for name, value in identity.items() if name not in self.unseen} | {"seed": self.seed}
         conditional = self.train.get("null") is not None
@@ -202,10 +234,12 @@ class TrainedPrior(Prior):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GaussianPrior(TrainedPrior):
-    """A Gaussian prior. It hands its data on to methods that learn from data.
+    """A Gaussian prior. It gives its data to methods that learn from data.
 
     Args:
-      prediction: what the network predicts (`rgdiff.denoisers.predicts`).
+      network, schedule, train, checkpoint: as in `TrainedPrior`.
+      prediction: of the network (`rgdiff.denoisers.predicts`).
+      steps: network calls of a sampling chain.
       eta: of sampling.
       clip: clip predictions of x0 to the data's range when sampling.
       guidance: scale of classifier-free guidance by the domain's labels, which then condition the prior; null for none.
@@ -261,7 +295,15 @@ class GaussianPrior(TrainedPrior):
         drawn: Any = domain
         fresh = drawn.data(run.key("fresh"), FRESH) if hasattr(domain, "data") else getattr(domain, "heldout_x", None)
         return ReadyPrior(
-            process, process.times(self.steps), clipped, params, self, domain.shape, classes, domain.train_x, fresh
+            process=process,
+            times=process.times(self.steps),
+            model=clipped,
+            params=params,
+            settings=self,
+            shape=domain.shape,
+            classes=classes,
+            data=domain.train_x,
+            fresh=fresh,
         )
 
 
@@ -270,6 +312,8 @@ class MaskedPrior(TrainedPrior):
     """A masked prior of sequences (MDLM, arXiv 2406.07524), whose network maps [B, L, K + 1] to logits [B, L, K].
 
     Args:
+      network, schedule, train, checkpoint: as in `TrainedPrior`.
+      steps: moves of a sampling chain.
       order: `independent` positions in `steps` moves, or `first_hitting`, one position a move (`processes.first_hitting`).
     """
 
@@ -295,7 +339,8 @@ class FactorisedPrior(Prior):
     """A masked prior of independent positions, whose exact denoiser is known: letter frequencies of the training data.
 
     Args:
-      steps: of a sampling chain.
+      schedule: a mask schedule of `rgdiff.schedules`.
+      steps: moves of a sampling chain.
       pseudocount: added to the count of every letter at every position.
       uniform: all letters alike, whatever the data.
       order: as in `MaskedPrior`.
@@ -347,7 +392,11 @@ def _masked(schedule: Any, shape: Shape, eta: float | None, order: str) -> Proce
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VectorPrior(GaussianPrior):
-    """A Gaussian prior with a network on a domain whose exact denoiser is known, to which it is compared."""
+    """A Gaussian prior with a network on a domain whose exact denoiser is known, to which it is compared.
+
+    Args:
+      network, schedule, train, checkpoint, prediction, steps, eta, clip, guidance: as in `GaussianPrior`.
+    """
 
     def check(self, domain: Domain) -> None:
         offers(domain, "family", "an exact denoiser: subspace, sphere or mixture")
@@ -370,7 +419,13 @@ class VectorPrior(GaussianPrior):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExactPrior(Prior):
-    """The exact denoiser of a domain that has one, under any Gaussian schedule; nothing is trained."""
+    """The exact denoiser of a domain that has one, under any Gaussian schedule; nothing is trained.
+
+    Args:
+      schedule: Gaussian, of `rgdiff.schedules`.
+      steps: network calls of a sampling chain.
+      eta: of sampling.
+    """
 
     schedule: Any
     steps: int = 200
@@ -393,7 +448,11 @@ class ExactPrior(Prior):
 
 @pytree
 class ConstantModel:
-    """A model without parameters."""
+    """A model without parameters.
+
+    Args:
+      denoiser: returned for any parameters.
+    """
 
     denoiser: Denoiser
 
@@ -403,7 +462,11 @@ class ConstantModel:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OneClassPrior(Prior):
-    """The standard normal law, which needs no training, with the problems of `domain=anomaly`."""
+    """The standard normal law, which needs no training, with the problems of `domain=anomaly`.
+
+    Args:
+      steps: network calls of a sampling chain.
+    """
 
     steps: int = 10
 

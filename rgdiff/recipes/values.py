@@ -1,7 +1,7 @@
-"""Where a recipe's method takes its value from: the posterior mean, a trained network, or enumeration (`value/*.yaml`).
+"""The source of a recipe's value function: the posterior mean, a trained network, or enumeration (`value/*.yaml`).
 
-Each is a small settings object: `check` refuses what does not fit the prior before anything is trained, `obtain` makes
-the value for a temperature, with curves that tell how good it is. Any method that steers takes any of them.
+Each is a small settings object: `check` refuses settings that do not fit the prior before anything is trained, `obtain` makes
+the value for a temperature, with curves of its error. Any method that steers takes any of them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ from rgdiff.typing import Array, Denoiser, Params, Process, Reward, pytree, stat
 
 @dataclasses.dataclass(frozen=True)
 class PosteriorMeanValue(ValueSource):
-    """r(E[x0 | x_t]): no training. `plug_in` is mean, or mode for tokens (`rgdiff.values.posterior_mean`)."""
+    """r(E[x0 | x_t]): no training.
+
+    Args:
+      plug_in: `mean`, or `mode` for tokens (`rgdiff.values.posterior_mean`).
+    """
 
     plug_in: str = "mean"
 
@@ -42,7 +46,7 @@ class PosteriorMeanValue(ValueSource):
 
 @dataclasses.dataclass(frozen=True)
 class LikelihoodValue(ValueSource):
-    """log p(y | x_t) of a task whose reward is a measurement (`rgdiff.guides.likelihood`): PiGDM's value and TDS's twist, no training.
+    """log p(y | x_t) of a task whose reward is a measurement: PiGDM's value and TDS's twist (`rgdiff.guides.likelihood`), no training.
 
     Args:
       prior_variance: of one coordinate of the data.
@@ -65,18 +69,31 @@ class LikelihoodValue(ValueSource):
 
 
 def unit_temperature(temperature: float) -> None:
-    """Refuse another temperature than a likelihood's own."""
+    """Refuse another temperature than 1, that of a likelihood.
+
+    Args:
+      temperature: as configured.
+    """
     if temperature != 1:
         raise ValueError(f"a likelihood's temperature is 1, got {temperature}; give method.temperature=1")
 
 
 def unseen(shape: tuple[int, ...]) -> guides.Measurement:
-    """Stand in for a task's measurement while settings are checked."""
+    """Return a placeholder for a task's measurement while settings are checked.
+
+    Args:
+      shape: of one example.
+    """
     return guides.inpainting(jnp.zeros(shape), jnp.zeros(shape), 1.0)
 
 
 def measurement(task: Task, what: str) -> None:
-    """Refuse a task whose reward is not a measurement."""
+    """Refuse a task whose reward is not a measurement.
+
+    Args:
+      task: of the recipe.
+      what: the setting that needs one, for the message.
+    """
     if not hasattr(task.reward, "log_prob"):
         raise ValueError(f"{what} is for measurements; choose reward=inpainting or reward=downsampling")
 
@@ -87,8 +104,10 @@ class LearnedValue(ValueSource):
 
     Args:
       network: called as (x, t, cond) with one number per example or position.
-      optimizer, steps, batch: of its training.
+      optimizer: an optax transformation of its training.
       samples: chains of the prior that the value learns from; an eighth as many are held out to measure it.
+      steps: optimiser steps.
+      batch: rows a step.
       target: `mean` of the reward, or `soft`: its soft value at the method's temperature.
       data: `noised` samples, or the chains' own states (`rollouts`).
       backup: next states per temporal difference; None regresses the reward.
@@ -149,7 +168,12 @@ class LearnedValue(ValueSource):
 
 @pytree
 class LearnedModel:
-    """Parameters to a learned value, which is the reward itself where a masked chain ends."""
+    """Parameters -> a learned value, which is the reward itself where a masked chain ends.
+
+    Args:
+      network: a Linen module (x, t, cond) -> [B] or one number per position.
+      reward, process: of a masked chain, whose last value is the reward; None for a Gaussian one.
+    """
 
     network: Any = static()
     reward: Reward | None = None
@@ -161,7 +185,7 @@ class LearnedModel:
 
 @dataclasses.dataclass(frozen=True)
 class ExactValue(ValueSource):
-    """The exact soft value of an enumerable masked prior's own chain: what is left of an error is the sampler's."""
+    """The exact soft value of an enumerable masked prior's own chain: the remaining error is the sampler's."""
 
     def check(self, prior: Prior, shape: Shape, temperature: float) -> None:
         enumeration.sizes(prior.process(shape))

@@ -36,9 +36,17 @@ INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")  # those that lea
 
 
 def module_name(path: str) -> str:
-    """Return the PyTorch-like name of a leaf's module: "down_0/conv/kernel" is module "down_0.conv".
+    """Return the PyTorch-like name of a leaf's module.
 
     A table "table/embedding" is module "table"; the "/value" of an NNX state's leaf is not part of the name.
+
+    Args:
+      path: of a leaf, its keys joined by "/".
+
+    Example:
+      >>> from rgdiff.runtime.adapters import module_name
+      >>> print(module_name("down_0/conv/kernel"))
+      down_0.conv
     """
     return re.sub("/(kernel|embedding)$", "", path.removesuffix("/value")).replace("/", ".")
 
@@ -61,13 +69,24 @@ def save_peft(
     and whose lora_B is 1x1, as PEFT has it. A leaf named `embedding` [N, D] is an Embedding's table.
 
     Args:
+      folder: where the two files are written; it is made if it does not exist.
       adapter: from `nets.lora_init` or `nets.lora_sum`. Ranks that differ are written as rank_pattern and alpha_pattern.
-      params: what the adapter belongs to: it gives the kernels' shapes.
+      params: the parameters that the adapter belongs to, which give the kernels' shapes.
       scale: of the adapter; written as lora_alpha = scale * rank.
       name: leaf path -> module name on the other side.
 
     Raises:
       ValueError: for a path that the parameters lack, or names that collide.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, tempfile
+      >>> from rgdiff import nets
+      >>> from rgdiff.runtime.adapters import load_peft, save_peft
+      >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+      >>> adapter, folder = nets.lora_init(jax.random.key(0), params, 2), tempfile.mkdtemp()
+      >>> save_peft(folder, adapter, params, scale=0.5)
+      >>> print(load_peft(folder, params)[1])
+      0.5
     """
     from safetensors.numpy import save
 
@@ -118,13 +137,30 @@ def load_peft(
 ) -> tuple[Adapter, float]:
     """Read an adapter and its scale from PEFT's files, for parameters whose leaf `path` is module `name(path)` there.
 
+    Args:
+      folder: with adapter_model.safetensors and adapter_config.json.
+      params: the parameters that the adapter is for, which give the kernels' shapes.
+      name: leaf path -> module name on the other side.
+
     Returns:
-      The adapter, float32, and the scale of the configuration (lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora);
-      a module with an alpha or a rank of its own has the ratio of its scale to that one in its factor b.
+      The adapter, float32, and the scale of the configuration (lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora), for
+      `nets.LoRAModel(params, model, scale)`; a module with an alpha or a rank of its own has the ratio of its scale to that one
+      in its factor b.
 
     Raises:
       ValueError: for a missing or damaged file, a module that no leaf is named after, shapes that do not fit, or a
         configuration or tensors that ask for more than low-rank factors.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, tempfile
+      >>> from rgdiff import nets
+      >>> from rgdiff.runtime.adapters import load_peft, save_peft
+      >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+      >>> adapter, folder = nets.lora_init(jax.random.key(0), params, 2), tempfile.mkdtemp()
+      >>> save_peft(folder, adapter, params, scale=0.5)
+      >>> loaded, scale = load_peft(folder, params)
+      >>> print(loaded["dense/kernel"]["a"].shape, loaded["dense/kernel"]["b"].shape, scale)
+      (4, 2) (3, 2) 0.5
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load

@@ -1,7 +1,7 @@
 """Campaigns: rounds of queries whose answers come from outside, kept on disk between `ask` and `tell`.
 
-The laboratory may take a week and another process may go on: queries are on disk before anybody sees them, answers as
-soon as they are told, the model after every round. A query is a row of the observations and has its number for ever, so
+An experiment may take a week and another process may continue the campaign: queries are on disk before `ask` returns them,
+answers before `tell` returns, the model after every round. A query is a row of the observations and keeps its number, so
 that no answer is counted twice, whatever order answers come in.
 """
 
@@ -33,22 +33,31 @@ from rgdiff.typing import Params, State
 
 
 class Batch(NamedTuple):
-    """Queries that wait for an answer: their numbers [B] and samples x0, NumPy [B, ...]."""
+    """Queries that wait for an answer.
+
+    Args:
+      ids: their numbers, NumPy integers [B].
+      x0: samples, NumPy [B, ...].
+    """
 
     ids: np.ndarray
     x0: State
 
 
 class Campaign:
-    """Rounds of `ask` and `tell` of one method, in a folder of its own.
+    """Rounds of `ask` and `tell` of one method, in a folder of its own. `open_campaign` makes one for a plain script.
 
     Args:
-      run: whose folder, seed, log and checkpoints it uses; `open_campaign` makes one for a plain script.
+      run: the `Run` whose folder, seed, log and checkpoints it uses.
       name: of the campaign within the run.
       method: from `seiko.seiko` or `seiko.steered`; its capacity must hold all queries.
-      params: that the first round starts with.
-      queries: of every round.
-      steps: of tuning a round.
+      params: of the model, with which the first round starts; None for `steered`.
+      queries: number of queries of every round.
+      steps: tuning steps of a round.
+      chunk: tuning steps between two checkpoints.
+
+    Raises:
+      ValueError: for counts below 1, or more queries than the method's capacity.
     """
 
     def __init__(
@@ -78,14 +87,20 @@ class Campaign:
 
     @property
     def done(self) -> bool:
-        """Whether every query of all rounds is answered or given up."""
+        """Whether every query of all rounds is answered or skipped."""
         last = len(self.queries) - 1
         return self.round > last or (self.round == last and self._answered(last))
 
     def ask(self) -> Batch:
-        """Return the queries of this round that have no answer yet: the same ones until they are told or skipped.
+        """Return the queries of this round that have no answer yet: the same ones until they are answered or skipped.
 
         When the round before is answered, it is finished first (`finish`).
+
+        Returns:
+          Batch: ids [B] and x0 [B, ...], NumPy.
+
+        Raises:
+          ValueError: when all rounds are done, or a file of the campaign is damaged.
         """
         self.finish()
         if self.round == len(self.queries):
@@ -124,7 +139,14 @@ class Campaign:
                 self._write(where, answers)
 
     def skip(self, ids: Iterable[int] | None = None) -> None:
-        """Give queries of this round up, all that wait by default; an answer that comes later counts from the next refit on."""
+        """Skip queries of this round; an answer that comes later counts from the next refit on.
+
+        Args:
+          ids: numbers of queries that wait for an answer; None for all of them.
+
+        Raises:
+          ValueError: for a query that does not wait for an answer.
+        """
         waiting = self.ask().ids
         ids = waiting if ids is None else [self._number(one) for one in ids]
         if unknown := sorted(set(map(int, ids)) - set(map(int, waiting))):
@@ -139,7 +161,15 @@ class Campaign:
         return self.method.sampler(self.state)
 
     def sample(self, count: int, seed: int = 0) -> State:
-        """Draw samples of the current model, after finishing a round that is answered; they are no queries."""
+        """Draw samples of the current model, after finishing a round that is answered; they are no queries.
+
+        Args:
+          count: number of samples.
+          seed: of the draws, beside the run's own.
+
+        Returns:
+          Samples [count, ...].
+        """
         self.finish()
         key = jax.random.fold_in(self.run.key(f"{self.name}_samples_{self.round}"), seed)
         return samplers.sample(self.sampler, key, count, self.method.times).x0
@@ -156,7 +186,7 @@ class Campaign:
     def finish(self) -> None:
         """Refit and tune, with progress and checkpoints, if the round under way is answered; else do nothing.
 
-        `ask` and `sample` call it. Killed in the middle, it goes on from its last checkpoint the next time.
+        `ask` and `sample` call it. A process that is killed during it continues from the last checkpoint the next time.
         """
         where = self.round
         if where == len(self.queries) or not self._answered(where):
@@ -191,11 +221,11 @@ class Campaign:
             yield
 
     def _answered(self, where: int) -> bool:
-        """Whether a round was asked, and every query of it answered or given up."""
+        """Whether a round was asked, and every query of it answered or skipped."""
         return len(self._answers(where)) == self.queries[where]
 
     def _observations(self) -> Observations:
-        """All answers told so far, each in the row of its number."""
+        """All answers so far, each in the row of its number."""
         blank = jax.device_get(self.state.observations)
         x0, y, status = jax.tree.map(np.array, blank.x0), np.array(blank.y), np.array(blank.status)
         for where in range(self.round + 1):
@@ -208,7 +238,7 @@ class Campaign:
         return Observations(jax.tree.map(jnp.asarray, x0), jnp.asarray(y), jnp.asarray(status))
 
     def _queries(self, where: int) -> tuple[np.ndarray, State]:
-        """The queries of a round, from disk, drawn and written the first time."""
+        """The queries of a round, from disk; they are drawn and written the first time."""
         path, first = self._path(where, "queries.npz"), sum(self.queries[:where])
         ids = np.arange(first, first + self.queries[where])
         if not path.exists():
@@ -226,7 +256,7 @@ class Campaign:
             raise ValueError(f"{path} is damaged ({error}); restore it from a copy, its answers belong to it") from None
 
     def _answers(self, where: int) -> dict[int, float | None]:
-        """Answers of a round by number: NaN infeasible, None given up."""
+        """Answers of a round by number: NaN infeasible, None skipped."""
         path = self._path(where, "answers.json")
         if not path.exists():
             return {}
@@ -286,16 +316,39 @@ def open_campaign(
     seed: int = 0,
     steps: int | None = None,
 ) -> Campaign:
-    """Begin a campaign in `folder`, or go on with the one that is there.
+    """Begin a campaign in `folder`, or continue the one that is there.
 
     Args:
-      method, params, queries: see `Campaign`. More rounds may follow those that the campaign began with, as many as the
+      folder: of the campaign; it is made if it does not exist.
+      method: from `seiko.seiko` or `seiko.steered`; its capacity must hold all queries.
+      params: of the model, with which the first round starts; None for `steered`.
+      queries: number of queries of every round. More rounds may follow those that the campaign began with, as many as the
         method's capacity holds: give them behind the same first ones.
-      steps: of tuning a round; the method's own by default.
+      seed: of all draws.
+      steps: tuning steps of a round; the method's own by default.
+
+    Returns:
+      A `Campaign`: `ask()` -> (ids, x0), `tell(ids, values)`, until `done`; then `sample(count)`.
 
     Raises:
       ValueError: if the folder holds another campaign: queries, seed, steps, the kind of the method or of its surrogate, or
         one of its numbers differ.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rgdiff, tempfile
+      >>> from rgdiff import seiko, surrogates, tuners
+      >>> from rgdiff.runtime.campaign import open_campaign
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.cosine_vp(), (1,))
+      >>> prior = tuners.standard_normal(process)
+      >>> steer = lambda r: rgdiff.samplers.best_of_n(rgdiff.samplers.ancestral(process, prior), r, 2)
+      >>> method = seiko.steered(
+      ...     process, process.times(2), surrogates.ridge(surrogates.flatten), steer, prior=prior, batch=4, capacity=8)
+      >>> campaign = open_campaign(tempfile.mkdtemp(), method, None, queries=[4, 4])
+      >>> while not campaign.done:
+      ...     ids, x0 = campaign.ask()
+      ...     campaign.tell(ids, x0[:, 0])  # an experiment
+      >>> print([rewards.shape for _, rewards in campaign.history()])
+      [(4,), (4,)]
     """
     steps = int(getattr(method, "steps", 1)) if steps is None else steps
     numbers = ("temperature", "proximal_weight", "schedule", "feasibility_weight", "noise", "capacity")

@@ -2,7 +2,7 @@
 
 Assumes one writer for a folder; readers may come at any time. A tree is stored by Orbax as a flat dict from
 leaf paths to arrays, beside a manifest of shapes, dtypes and CRC-32 sums that is checked before a state is
-handed out. What goes into the state, and when it is saved, is left to the recipe.
+returned. The recipe decides the contents of the state and when it is saved.
 """
 
 from __future__ import annotations
@@ -54,11 +54,20 @@ class Checkpoints:
     of later steps, which belong to a future that was abandoned when an older one was restored.
 
     Args:
-      folder: where the checkpoints lie; made by the first `save`.
+      folder: of the checkpoints; made by the first `save`.
       keep: how many to keep, at least 1.
 
     Raises:
       ValueError: if keep < 1.
+
+    Example:
+      >>> import jax.numpy as jnp, tempfile
+      >>> from rgdiff.runtime.checkpoint import Checkpoints
+      >>> with Checkpoints(tempfile.mkdtemp()) as checkpoints:
+      ...     checkpoints.save(5, {"w": jnp.ones(2)})
+      ...     state, step, meta = checkpoints.restore({"w": jnp.zeros(2)})
+      >>> print(state["w"], step)
+      [1. 1.] 5
     """
 
     def __init__(self, folder: str | os.PathLike[str], keep: int = 2):
@@ -70,9 +79,17 @@ class Checkpoints:
         self._swept = False
 
     def save(self, step: int, state: Any, meta: dict[str, Any] | None = None) -> None:
-        """Start writing `state` (leaves: arrays, typed keys, numbers) at `step` and return.
+        """Start writing `state` at `step` and return.
 
-        The state is copied before this returns, so its buffers may be donated. `meta` is any JSON dict.
+        The state is copied before this returns, so its buffers may be donated.
+
+        Args:
+          step: number of the checkpoint.
+          state: a pytree of arrays, typed keys and numbers.
+          meta: any JSON dict, returned by `restore`.
+
+        Raises:
+          CheckpointError: if the save before failed, or a leaf is no array or number.
         """
         self.wait()
         if not self._swept:
@@ -89,9 +106,14 @@ class Checkpoints:
         return entries[-1][0] if entries else None
 
     def restore(self, like: Any, step: int | None = None) -> tuple[Any, int, dict[str, Any] | None]:
-        """Read a checkpoint into the structure and placement of `like`; return (state, step, meta).
+        """Read a checkpoint into the structure and placement of `like`.
 
-        Without `step`, the newest; if that is damaged, the newest readable one, with a warning.
+        Args:
+          like: a pytree of the same structure, shapes and dtypes, e.g. `tuner.init(params)`.
+          step: the checkpoint's number; None for the newest, or, if that is damaged, the newest readable one, with a warning.
+
+        Returns:
+          (state, step, meta).
 
         Raises:
           CheckpointError: if there is no checkpoint, none is readable, or it does not fit `like`.
@@ -115,7 +137,7 @@ class Checkpoints:
         raise CheckpointError(f"{damage[0]}; no other checkpoint in the folder is readable")
 
     def wait(self) -> None:
-        """Wait for the save under way, then remove what is no longer to be kept."""
+        """Wait for the save under way, then remove the checkpoints that are no longer kept."""
         if self._pending is None:
             return
         (step, response), self._pending = self._pending, None
@@ -146,7 +168,24 @@ class Checkpoints:
 
 
 def save_params(path: str | os.PathLike[str], params: Any, meta: dict[str, Any] | None = None) -> None:
-    """Write one pytree at `path`, replacing what is there; several processes may write it at once."""
+    """Write one pytree at `path`, replacing an earlier one; several processes may write it at once.
+
+    Args:
+      path: a folder, which is made.
+      params: a pytree of arrays, typed keys and numbers.
+      meta: any JSON dict, returned by `load_meta`.
+
+    Raises:
+      CheckpointError: if it could not be written.
+
+    Example:
+      >>> import jax.numpy as jnp, tempfile
+      >>> from rgdiff.runtime.checkpoint import load_meta, load_params, save_params
+      >>> path = tempfile.mkdtemp() + "/params"
+      >>> save_params(path, {"w": jnp.ones(2)}, meta={"loss": 0.5})
+      >>> print(load_params(path), load_meta(path))
+      {'w': array([1., 1.], dtype=float32)} {'loss': 0.5}
+    """
     path = Path(path).absolute()
     new = path.with_name(f".new-{uuid.uuid4().hex[:8]}-{path.name}")
     try:
@@ -168,12 +207,27 @@ def save_params(path: str | os.PathLike[str], params: Any, meta: dict[str, Any] 
 def load_params(path: str | os.PathLike[str], like: Any = None) -> Any:
     """Read a pytree written by `save_params`, or a `.safetensors` file, into the structure of `like`.
 
-    Without `like`: nested dicts of numpy arrays, keyed by the parts of the leaf paths. Names in a
-    `.safetensors` file are leaf paths with '/' or '.' between the parts; its floating dtypes are converted to
+    Names in a `.safetensors` file are leaf paths with '/' or '.' between the parts; its floating dtypes are converted to
     those of `like`.
+
+    Args:
+      path: of the folder or file.
+      like: a pytree of the wanted structure; None for nested dicts of numpy arrays, keyed by the parts of the leaf paths.
+
+    Returns:
+      The pytree.
 
     Raises:
       CheckpointError: if nothing is there, it is damaged, or a name, shape or dtype differs from `like`.
+
+    Example:
+      >>> import numpy as np, tempfile
+      >>> from rgdiff.runtime.checkpoint import load_params
+      >>> from safetensors.numpy import save_file
+      >>> path = tempfile.mkdtemp() + "/net.safetensors"
+      >>> save_file({"dense.kernel": np.ones((1, 2), np.float32)}, path)
+      >>> print(load_params(path))
+      {'dense': {'kernel': array([[1., 1.]], dtype=float32)}}
     """
     path = Path(path).absolute()
     if path.suffix == ".safetensors":
@@ -195,7 +249,22 @@ def check_params(path: str | os.PathLike[str], like: Any) -> None:
 
 
 def load_meta(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Return the `meta` given to `save_params`."""
+    """Return the `meta` given to `save_params`.
+
+    Args:
+      path: of the folder.
+
+    Raises:
+      CheckpointError: if nothing is there or it is damaged.
+
+    Example:
+      >>> import jax.numpy as jnp, tempfile
+      >>> from rgdiff.runtime.checkpoint import load_meta, save_params
+      >>> path = tempfile.mkdtemp() + "/params"
+      >>> save_params(path, {"w": jnp.ones(2)}, meta={"loss": 0.5})
+      >>> print(load_meta(path))
+      {'loss': 0.5}
+    """
     return _read_manifest(Path(path).absolute())["meta"]
 
 
@@ -268,7 +337,7 @@ def _start_save(path: Path, state: Any, head: dict[str, Any]) -> Any:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what a killed writer left behind."""
+    """Remove the files of a killed writer."""
     if folder.is_dir() and jax.process_index() == 0:
         for name in os.listdir(folder):
             if name.endswith(".orbax-checkpoint-tmp") or name.startswith(".trash-"):
@@ -495,7 +564,7 @@ def _not_orbax(record: logging.LogRecord) -> bool:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back what Orbax and asyncio print of files they fail to read: the caller says it in a line."""
+    """Suppress the output of Orbax and asyncio for files they fail to read: the caller raises one line."""
     import absl.logging
 
     loggers = [absl.logging.get_absl_logger(), logging.getLogger("asyncio")]

@@ -101,7 +101,17 @@ class Smc:
         lineages = jnp.arange(batch, dtype=jnp.int32)
         strength = jnp.float32(self.adaptive is None) if self.tempering is None else self.tempering[0]
         particles = Particles(
-            x, evaluation, zeros, running, zeros, lineages, zeros, jnp.float32(0), strength, jnp.int32(0), zeros
+            x=x,
+            evaluation=evaluation,
+            value=zeros,
+            running=running,
+            log_potential=zeros,
+            lineages=lineages,
+            log_weights=zeros,
+            log_z=jnp.float32(0),
+            strength=strength,
+            move=jnp.int32(0),
+            gains=zeros,
         )
         return self._weigh(particles, zeros, evaluation)
 
@@ -373,21 +383,21 @@ def smc(
     if twist is not None:
         differentiable("a twisted proposal", value)
     return Smc(
-        process,
-        denoiser,
-        callable_pytree(value, "a value"),
-        None if reward is None else callable_pytree(reward, "a reward"),
-        checks.positive("temperature", temperature),
-        checks.positive("ess_threshold", ess_threshold, zero=True),
-        None if twist is None else checks.positive("twist", twist, zero=True),
-        None if proposal is None else callable_pytree(proposal, "a guide"),
-        tempering,
-        None if adaptive is None else checks.positive("adaptive", adaptive),
-        checks.one_of("potential", potential, POTENTIALS),
-        checks.one_of("resampling", resampling, SCHEMES),
-        checks.at_least("interval", interval, 1),
-        shares(value, denoiser),
-        checks.one_of("tilts", tilts, TILTS),
+        process=process,
+        denoiser=denoiser,
+        value=callable_pytree(value, "a value"),
+        reward=None if reward is None else callable_pytree(reward, "a reward"),
+        temperature=checks.positive("temperature", temperature),
+        ess_threshold=checks.positive("ess_threshold", ess_threshold, zero=True),
+        twist=None if twist is None else checks.positive("twist", twist, zero=True),
+        proposal=None if proposal is None else callable_pytree(proposal, "a guide"),
+        tempering=tempering,
+        adaptive=None if adaptive is None else checks.positive("adaptive", adaptive),
+        potential=checks.one_of("potential", potential, POTENTIALS),
+        resampling=checks.one_of("resampling", resampling, SCHEMES),
+        interval=checks.at_least("interval", interval, 1),
+        shared=shares(value, denoiser),
+        tilts=checks.one_of("tilts", tilts, TILTS),
     )
 
 

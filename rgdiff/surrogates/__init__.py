@@ -1,4 +1,4 @@
-"""Surrogates: what is believed of an expensive reward after some answers, and how sure that is."""
+"""Surrogates: beliefs about an expensive reward, learnt from its answers, with their uncertainty."""
 
 from rgdiff.surrogates._calibration import Coverage, calibration, coverage
 from rgdiff.surrogates._deep_features import deep_features

@@ -1,4 +1,4 @@
-"""Deep-feature UCB: a network fitted to the answers, then `ridge` on what its last dense layer takes in."""
+"""Deep-feature UCB: a network fitted to the answers, then `ridge` on the input of its last dense layer."""
 
 from __future__ import annotations
 
@@ -74,32 +74,55 @@ def deep_features(
     centred: bool = False,
     warm: bool = False,
 ) -> DeepFeatures:
-    """Believe in a network's last hidden layer as features of a linear reward (SEIKO-UCB, arXiv 2402.16359).
+    """Believe that the reward is linear in a network's last hidden layer (SEIKO-UCB, arXiv 2402.16359).
 
-    The network is trained by least squares on standardised answers; mean, deviation and bonus are those of `ridge` on its
-    last hidden layer and a constant, around the mean of the answers. The deviation is that of the last layer alone: it
-    knows nothing of other features that the network might have learnt, and is no calibrated figure where those matter.
+        upper(x) = mean(x) + bonus * noise sqrt(phi(x)^T C^-1 phi(x)),  phi = (1, last hidden layer),  C = Phi^T Phi + lambda I
+
+    The network is trained by least squares on standardised answers; mean, deviation and bonus are those of `ridge` on phi, around the
+    mean of the answers. The deviation is that of the last layer alone: it does not contain the uncertainty of the features, and is
+    no calibrated figure where that matters.
 
     Args:
       network: a Linen module that ends in `flax.linen.Dense`, x0 or (x, t, cond) -> [B] or one number a position
         (features are then averaged over positions), e.g. `nets.ValueMLP((128, 16))`.
-      optimizer, steps, batch, warm: as in `ensemble`.
-      regularization, noise, bonus, centred: as in `ridge`.
+      optimizer: an optax transformation; keep one object, as another one compiles another program.
+      steps: optimiser steps of a fit.
+      batch: rows a step.
+      regularization: lambda > 0, in the unit of phi squared; dynamic.
+      noise: standard deviation of one answer given x0, reward's unit; dynamic.
+      bonus: number of deviations above the mean at `upper`; dynamic.
+      centred: use the released code's centred covariance in the deviation, see `ridge`.
+      warm: begin a fit from the last fit's parameters where it is given (`previous`).
+
+    Returns:
+      A surrogate: `fit(key, observations, previous)` -> a belief with mean, std, upper and draw.
 
     Raises:
-      ValueError: for what is not a Linen module, numbers that are not positive.
+      ValueError: for a network that is no Linen module, numbers that are not positive.
 
     Note:
       The released code takes the mean from the network itself and the bonus from a centred covariance (`centred`).
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from rgdiff import surrogates
+      >>> x0, y = jnp.array([[-1.0], [0.0], [1.0]]), jnp.array([-2.0, 0.0, 2.0])  # y = 2 x
+      >>> observations = surrogates.append(surrogates.empty(x0, 8), 0, x0, y)
+      >>> import optax
+      >>> from rgdiff import nets
+      >>> surrogate = surrogates.deep_features(nets.ValueMLP((4,)), optax.sgd(0.1), steps=5, batch=8)
+      >>> belief = surrogate.fit(jax.random.key(0), observations)
+      >>> print(belief.mean(x0).shape, bool((belief.upper(x0) >= belief.mean(x0)).all()))
+      (3,) True
     """
     return DeepFeatures(
-        checks.positive("regularization", regularization),
-        checks.positive("noise", noise),
-        checks.positive("bonus", bonus, zero=True),
-        networks.check(network),
-        optimizer,
-        checks.at_least("steps", steps, 1),
-        checks.at_least("batch", batch, 1),
-        bool(centred),
-        bool(warm),
+        regularization=checks.positive("regularization", regularization),
+        noise=checks.positive("noise", noise),
+        bonus=checks.positive("bonus", bonus, zero=True),
+        network=networks.check(network),
+        optimizer=optimizer,
+        steps=checks.at_least("steps", steps, 1),
+        batch=checks.at_least("batch", batch, 1),
+        centred=bool(centred),
+        warm=bool(warm),
     )

@@ -1,6 +1,6 @@
 """Bootstrap ensembles: networks fitted to resamples of the answers, all heads in one program by `vmap`.
 
-Their spread is the deviation, their maximum or their mean plus deviations the optimistic reward, and one head a posterior
+Their spread is the deviation, their maximum or their mean plus deviations the optimistic reward, and one head is a posterior
 draw.
 """
 
@@ -47,7 +47,11 @@ class EnsembleBelief:
     reduce: str = static()
 
     def predictions(self, x0: State) -> Array:
-        """What every head predicts, [heads, B]."""
+        """Return the prediction of every head, [heads, B].
+
+        Args:
+          x0: samples [B, ...].
+        """
         one = lambda params, prior_params: self._head(params, prior_params)(x0)  # noqa: E731
         return jax.vmap(one)(self.heads.params, self.heads.prior_params)
 
@@ -128,7 +132,7 @@ def ensemble(
     prior: float = 0.0,
     warm: bool = False,
 ) -> BootstrapEnsemble:
-    """Believe what networks agree on that were fitted to bootstrap resamples (SEIKO-Bootstrap, arXiv 2402.16359).
+    """Believe in an ensemble of networks fitted to bootstrap resamples (SEIKO-Bootstrap, arXiv 2402.16359).
 
         f_h = argmin_f  sum over resample h of (y - f(x))^2,   upper(x) = max_h f_h(x)   or   mean_h + bonus * deviation_h
 
@@ -137,31 +141,45 @@ def ensemble(
 
     Args:
       network: a Linen module, x0 or (x, t, cond) -> [B] or one number a position, e.g. `nets.ValueMLP((128,) * 3)`.
-      optimizer: an Optax transformation; keep one object, as another one compiles another program.
+      optimizer: an optax transformation; keep one object, as another one compiles another program.
       heads: number of networks, in one program by `vmap`.
       steps: optimiser steps of a fit.
       batch: rows a step.
-      reduce: what is optimistic: `max` over heads, as released, or `mean_plus_std`.
-      bonus: deviations above the mean, for the latter; dynamic.
+      reduce: the optimistic reward: `max` over heads, as released, or `mean_plus_std`.
+      bonus: number of deviations above the mean, for the latter; dynamic.
       prior: scale, in standard deviations of the answers, of a fixed random network added to every head, so that heads
         disagree where there are no data (randomised priors, arXiv 1806.03335); 0 for none; dynamic.
       warm: begin from the last fit's heads where it is given (`previous`), as the released code does.
 
+    Returns:
+      A surrogate: `fit(key, observations, previous)` -> a belief with mean, std, upper and draw.
+
     Raises:
-      ValueError: for what is not a Linen module, an unknown reduction, counts below 1.
+      ValueError: for a network that is no Linen module, an unknown reduction, counts below 1.
 
     Note:
       The released code resamples into four networks of its own kind, without randomised priors. The spread of few heads
       is a coarse deviation, and without priors it can vanish away from the data.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from rgdiff import surrogates
+      >>> x0, y = jnp.array([[-1.0], [0.0], [1.0]]), jnp.array([-2.0, 0.0, 2.0])  # y = 2 x
+      >>> observations = surrogates.append(surrogates.empty(x0, 8), 0, x0, y)
+      >>> import flax.linen, optax
+      >>> surrogate = surrogates.ensemble(flax.linen.Dense(1), optax.sgd(0.1), heads=2, steps=20, batch=8)
+      >>> belief = surrogate.fit(jax.random.key(0), observations)
+      >>> print(belief.predictions(x0).shape, bool((belief.upper(x0) >= belief.mean(x0)).all()))
+      (2, 3) True
     """
     return BootstrapEnsemble(
-        checks.positive("bonus", bonus, zero=True),
-        checks.positive("prior", prior, zero=True),
-        networks.check(network),
-        optimizer,
-        checks.at_least("heads", heads, 1),
-        checks.at_least("steps", steps, 1),
-        checks.at_least("batch", batch, 1),
-        checks.one_of("reduce", reduce, REDUCTIONS),
-        bool(warm),
+        bonus=checks.positive("bonus", bonus, zero=True),
+        prior=checks.positive("prior", prior, zero=True),
+        network=networks.check(network),
+        optimizer=optimizer,
+        heads=checks.at_least("heads", heads, 1),
+        steps=checks.at_least("steps", steps, 1),
+        batch=checks.at_least("batch", batch, 1),
+        reduce=checks.one_of("reduce", reduce, REDUCTIONS),
+        warm=bool(warm),
     )

@@ -1,6 +1,6 @@
 """Which samples are feasible: classifiers of answered against infeasible queries, whose log-probability can join a reward.
 
-Before the first infeasible query log p is 0 everywhere: one class alone says nothing of where the other is. From then on
+Before the first infeasible query log p is 0 everywhere: one class alone does not locate the other. From then on
 the intercept stands at Laplace's rule of succession, and only evidence moves a prediction away from that share.
 """
 
@@ -105,9 +105,24 @@ def feasibility(features: Any, *, regularization: float = 1.0, steps: int = 12) 
     no infeasible query yet log p is 0 everywhere.
 
     Args:
-      features: a callable pytree x0 -> [B, d] without a constant, e.g. `fourier(...)` or `flatten`.
+      features: a callable pytree x0 [B, ...] -> [B, d] without a constant, e.g. `fourier(...)` or `flatten`.
       regularization: lambda > 0, in the unit of phi squared, dynamic.
       steps: Newton steps, each with a search along it.
+
+    Returns:
+      A classifier: `fit(key, observations)` -> a belief with log_prob(x0, cond) [B], nats.
+
+    Raises:
+      ValueError: for features that cannot be called, numbers that are not positive.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from rgdiff import surrogates
+      >>> x0, y = jnp.array([[-1.0], [-2.0], [1.0], [2.0]]), jnp.array([jnp.nan, jnp.nan, 0.5, 0.7])  # x < 0 is infeasible
+      >>> observations = surrogates.append(surrogates.empty(x0, 8), 0, x0, y)
+      >>> belief = surrogates.feasibility(surrogates.flatten).fit(jax.random.key(0), observations)
+      >>> print(jnp.exp(belief.log_prob(x0)) > 0.5)
+      [False False  True  True]
     """
     return Feasibility(
         callable_pytree(features, "features (x0 -> [B, d])"),
@@ -142,14 +157,14 @@ class NetworkFeasibility:
         key_init, key_fit = jax.random.split(key)
         offset = succession(observations)
         fitting = networks.Fitting(
-            observations.x0,
-            observations.answered.astype(jnp.float32),
-            jnp.full(observations.y.shape, offset),
-            (observations.status != EMPTY).astype(jnp.int32),
-            self.network,
-            self.optimizer,
-            self.batch,
-            "logistic",
+            x0=observations.x0,
+            target=observations.answered.astype(jnp.float32),
+            offset=jnp.full(observations.y.shape, offset),
+            counts=(observations.status != EMPTY).astype(jnp.int32),
+            network=self.network,
+            optimizer=self.optimizer,
+            batch=self.batch,
+            loss="logistic",
         )
         params = networks.initial(key_init, self.network, observations.x0)
         params = networks.fit_network(key_fit, params, fitting, self.steps)
@@ -160,13 +175,30 @@ def feasibility_network(network: Any, optimizer: Any, *, steps: int = 300, batch
     """Classify answered against infeasible queries by a network, log p(feasible | x) = log sigmoid(b0 + f(x)).
 
     b0 is the log-odds of Laplace's rule of succession; this library's networks begin at f = 0, so that a fit begins at
-    that share. What keeps f near 0 elsewhere is the optimiser's weight decay and the number of steps: it is no posterior.
+    that share. The optimiser's weight decay and the number of steps keep f near 0 elsewhere: it is no posterior.
     With no infeasible query yet log p is 0 everywhere.
 
     Args:
       network: a Linen module, x0 or (x, t, cond) -> [B] or one number a position.
-      optimizer: an Optax transformation, with weight decay, e.g. `tuners.adamw(1e-3, weight_decay=1e-2)`.
-      steps, batch: as in `ensemble`.
+      optimizer: an optax transformation, with weight decay, e.g. `tuners.adamw(1e-3, weight_decay=1e-2)`.
+      steps: optimiser steps of a fit.
+      batch: rows a step.
+
+    Returns:
+      A classifier: `fit(key, observations)` -> a belief with log_prob(x0, cond) [B], nats.
+
+    Raises:
+      ValueError: for a network that is no Linen module, counts below 1.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from rgdiff import surrogates
+      >>> x0, y = jnp.array([[-1.0], [-2.0], [1.0], [2.0]]), jnp.array([jnp.nan, jnp.nan, 0.5, 0.7])  # x < 0 is infeasible
+      >>> observations = surrogates.append(surrogates.empty(x0, 8), 0, x0, y)
+      >>> import flax.linen, optax
+      >>> classifier = surrogates.feasibility_network(flax.linen.Dense(1), optax.sgd(0.5), steps=50, batch=8)
+      >>> print(jnp.exp(classifier.fit(jax.random.key(0), observations).log_prob(x0)) > 0.5)
+      [False False  True  True]
     """
     return NetworkFeasibility(
         networks.check(network), optimizer, checks.at_least("steps", steps, 1), checks.at_least("batch", batch, 1)

@@ -163,16 +163,16 @@ class GaussianProcessRegression:
             kernel, noise = with_numbers(kernel, state.params)
         target, factor, weights = solve(kernel, noise, observations, offset)
         return GaussianProcessBelief(
-            kernel,
-            observations.x0,
-            observations.answered,
-            target,
-            factor,
-            weights,
-            offset,
-            noise,
-            self.bonus,
-            self.features,
+            kernel=kernel,
+            x0=observations.x0,
+            answered=observations.answered,
+            target=target,
+            factor=factor,
+            weights=weights,
+            offset=offset,
+            noise=noise,
+            bonus=self.bonus,
+            features=self.features,
         )
 
 
@@ -195,17 +195,29 @@ def gaussian_process(
       kernel: `rbf(...)` or `tanimoto(...)` of `rgdiff.surrogates.covariances`, or another pytree like them.
       noise: standard deviation of one answer given x0, reward's unit, > 0. In float32 keep noise^2 above 1e-6 of the
         number of answers times the variance.
-      bonus: deviations above the mean at which `upper` stands.
-      prior_mean: m, what is believed where nothing is known, reward's unit; None for the mean of the answers.
+      bonus: number of deviations above the mean at `upper`.
+      prior_mean: m, the mean far from all answers, reward's unit; None for the mean of the answers.
       steps: optimiser steps on the log marginal likelihood of lengthscale, variance and noise at every fit; 0 keeps them.
         A fit begins at the last one's numbers where it is given (`previous`).
       rate: learning rate of their logarithms.
-      features: random features of the prior, for posterior draws alone.
+      features: number of random features of the prior, for posterior draws alone.
+
+    Returns:
+      A surrogate: `fit(key, observations, previous)` -> a belief with mean, std, upper and draw. A fit costs N^3 / 3 for N slots.
 
     Raises:
       ValueError: for a kernel that cannot be called or has no random_features, numbers that are not positive.
 
     References: Srinivas et al., arXiv 0912.3995 (GP-UCB); Rasmussen and Williams 2006, algorithm 2.1.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from rgdiff import surrogates
+      >>> x0, y = jnp.array([[-1.0], [0.0], [1.0]]), jnp.array([-2.0, 0.0, 2.0])  # y = 2 x
+      >>> observations = surrogates.append(surrogates.empty(x0, 8), 0, x0, y)
+      >>> belief = surrogates.gaussian_process(surrogates.rbf(1.0), noise=0.01).fit(jax.random.key(0), observations)
+      >>> print(belief.mean(x0).round(1), belief.std(jnp.array([[0.0], [9.0]])).round(1))  # sure at answers, not far away
+      [-2.  0.  2.] [0. 1.]
     """
     kernel = callable_pytree(kernel, "a kernel (a, b) -> [A, B]")
     if not hasattr(kernel, "random_features"):

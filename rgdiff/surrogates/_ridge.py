@@ -116,12 +116,15 @@ def ridge(
     falls as 1/sqrt(n) with n answers.
 
     Args:
-      features: a callable pytree x0 -> [B, d] (`rgdiff.surrogates.features`).
+      features: a callable pytree x0 [B, ...] -> [B, d] (`rgdiff.surrogates.features`).
       regularization: lambda > 0, in the unit of phi squared. All numbers are dynamic.
       noise: standard deviation of one answer given x0, reward's unit.
-      bonus: deviations above the mean at which `upper` stands.
-      prior_mean: m, what is believed where nothing is known, reward's unit; None for the mean of the answers.
+      bonus: number of deviations above the mean at `upper`.
+      prior_mean: m, the mean before any answer, reward's unit; None for the mean of the answers.
       centred: the released code's C = cov(Phi) + lambda I, centred and divided by n - 1, in the deviation (see the Note).
+
+    Returns:
+      A surrogate: `fit(key, observations, previous)` -> a belief with mean, std, upper and draw.
 
     Raises:
       ValueError: for features that cannot be called, numbers that are not positive.
@@ -131,6 +134,15 @@ def ridge(
     Note:
       The released code's bonus is `centred`, with noise * bonus = 0.01 and lambda = 1e-3, on uncentred phi, clipped at 10
       (we do not clip): a covariance does not grow with n, so that bonus does not shrink with data, and it is no posterior.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from rgdiff import surrogates
+      >>> x0, y = jnp.array([[-1.0], [0.0], [1.0]]), jnp.array([-2.0, 0.0, 2.0])  # y = 2 x
+      >>> observations = surrogates.append(surrogates.empty(x0, 8), 0, x0, y)
+      >>> belief = surrogates.ridge(surrogates.flatten, regularization=2.0).fit(jax.random.key(0), observations)
+      >>> print(f"{belief.mean(x0)[2]:.2f} {belief.std(x0)[2]:.2f}")  # C = 2 + 2: slope 4 / 4, deviation |x| / 2
+      1.00 0.50
     """
     return Ridge(
         callable_pytree(features, "features (x0 -> [B, d])"),

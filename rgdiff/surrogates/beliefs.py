@@ -1,7 +1,7 @@
-"""Beliefs about an unknown reward: the protocol, what turns one into another, and the optimistic reward made of one.
+"""Beliefs about an unknown reward: the protocol, wrappers that change one, and the optimistic reward made of one.
 
-A surrogate learns a belief from observations; a belief answers what the reward is at x0 (`mean`), how unsure that is
-(`std`), what it may be at best (`upper`) and what it is in one plausible world (`draw`). All are differentiable in
+A surrogate learns a belief from observations; a belief gives the expected reward at x0 (`mean`), its standard deviation
+(`std`), an optimistic value (`upper`) and a draw of the whole function (`draw`). All are differentiable in
 x0, points of the simplex included. Conditions are passed through and not used: observations do not hold any.
 """
 
@@ -17,7 +17,7 @@ from rgdiff.typing import Array, Cond, Key, Reward, State, pytree
 
 
 class Belief(Protocol):
-    """What is known of the reward; a pytree of the same structure in every round. All in the reward's unit, [B]."""
+    """A posterior over the reward; a pytree of the same structure in every round. All in the reward's unit, [B]."""
 
     def mean(self, x0: State, cond: Cond = None) -> Array: ...
 
@@ -35,7 +35,11 @@ class Surrogate(Protocol):
 
 
 def root(variance: Array) -> Array:
-    """Square root with the gradient 0, not infinity, at 0; rounding below 0 counts as 0."""
+    """Return the square root with the gradient 0, not infinity, at 0; rounding below 0 counts as 0.
+
+    Args:
+      variance: any shape.
+    """
     positive = variance > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1.0)), 0.0)
 
@@ -74,7 +78,23 @@ class Greedy:
 
 
 def greedy(surrogate: Surrogate) -> Greedy:
-    """Optimise the mean, with no bonus: the baseline that never looks where it is unsure."""
+    """Optimise the mean, with no bonus: the baseline that never explores.
+
+    Args:
+      surrogate: any surrogate.
+
+    Returns:
+      A surrogate whose belief has `upper` equal to `mean`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from rgdiff import surrogates
+      >>> x0, y = jnp.array([[-1.0], [0.0], [1.0]]), jnp.array([-2.0, 0.0, 2.0])  # y = 2 x
+      >>> observations = surrogates.append(surrogates.empty(x0, 8), 0, x0, y)
+      >>> belief = surrogates.greedy(surrogates.ridge(surrogates.flatten)).fit(jax.random.key(0), observations)
+      >>> print(bool((belief.upper(x0) == belief.mean(x0)).all()))
+      True
+    """
     return Greedy(surrogate)
 
 
@@ -117,8 +137,24 @@ class Thompson:
 def thompson(surrogate: Surrogate) -> Thompson:
     """Optimise one draw of the posterior, made at every fit, in place of an upper bound (Thompson sampling).
 
+    Args:
+      surrogate: any surrogate whose belief has `draw`.
+
+    Returns:
+      A surrogate whose belief has the drawn function as `upper`.
+
     Note:
       The released SEIKO code's "TS" adds gradient noise of 1.4e-8 to the fit, which draws nothing.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from rgdiff import surrogates
+      >>> x0, y = jnp.array([[-1.0], [0.0], [1.0]]), jnp.array([-2.0, 0.0, 2.0])  # y = 2 x
+      >>> observations = surrogates.append(surrogates.empty(x0, 8), 0, x0, y)
+      >>> surrogate = surrogates.thompson(surrogates.ridge(surrogates.flatten))
+      >>> draws = [surrogate.fit(jax.random.key(i), observations).upper(x0) for i in (0, 1)]
+      >>> print(bool((draws[0] == draws[1]).all()))
+      False
     """
     return Thompson(surrogate)
 
@@ -127,7 +163,19 @@ def thompson(surrogate: Surrogate) -> Thompson:
 class Optimistic:
     """The reward to optimise: upper(x0) + weight * log p(feasible | x0), the second term where there is a classifier.
 
-    `weight` is in the reward's unit per nat.
+    Args:
+      belief: of a surrogate.
+      feasibility: belief of a classifier, with log_prob(x0, cond) [B] in nats, or None.
+      weight: in the reward's unit per nat.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from rgdiff import surrogates
+      >>> x0, y = jnp.array([[-1.0], [0.0], [1.0]]), jnp.array([-2.0, 0.0, 2.0])  # y = 2 x
+      >>> observations = surrogates.append(surrogates.empty(x0, 8), 0, x0, y)
+      >>> belief = surrogates.ridge(surrogates.flatten, regularization=2.0, bonus=2.0).fit(jax.random.key(0), observations)
+      >>> print(f"{surrogates.Optimistic(belief)(x0)[2]:.2f}")  # x + 2 |x| / 2
+      2.00
     """
 
     belief: Any

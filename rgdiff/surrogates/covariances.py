@@ -58,7 +58,7 @@ class RBF:
         return self.variance * jnp.exp(-jnp.maximum(square, 0.0) / (2 * self.lengthscale**2))
 
     def random_features(self, key: Key, x0: State, count: int) -> Waves:
-        """Random Fourier features (Rahimi and Recht 2007); x0 [N, ...] says of what shape states are."""
+        """Random Fourier features (Rahimi and Recht 2007); x0 [N, ...] gives the shape of states."""
         key_frequency, key_phase = jax.random.split(key)
         dims = jax.eval_shape(self.features, x0).shape[-1]
         frequencies = jax.random.normal(key_frequency, (count, dims)) / self.lengthscale
@@ -101,13 +101,25 @@ class Tanimoto:
 
 
 def rbf(lengthscale: float = 1.0, variance: float = 1.0, features: Any = flatten) -> RBF:
-    """k(a, b) = variance exp(-|a - b|^2 / 2 lengthscale^2).
+    """Build the Gaussian covariance k(a, b) = variance exp(-|a - b|^2 / 2 lengthscale^2).
 
     Args:
       lengthscale: in the unit of the features, dynamic.
       variance: of the reward under the prior, reward's unit squared, dynamic.
-      features: a callable pytree x0 -> [B, d]; all numbers of a state by default. On one-hot sequences |a - b|^2 is twice
+      features: a callable pytree x0 [B, ...] -> [B, d]; all numbers of a state by default. On one-hot sequences |a - b|^2 is twice
         the number of positions that differ.
+
+    Returns:
+      A covariance (a [A, ...], b [B, ...]) -> [A, B], for `gaussian_process`.
+
+    Raises:
+      ValueError: for numbers that are not positive, features that cannot be called.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rgdiff import surrogates
+      >>> print(f"{surrogates.rbf(1.0)(jnp.zeros((1, 1)), jnp.ones((1, 1)))[0, 0]:.3f}")  # exp(-1/2)
+      0.607
     """
     return RBF(
         callable_pytree(features, "features (x0 -> [B, d])"),
@@ -117,15 +129,27 @@ def rbf(lengthscale: float = 1.0, variance: float = 1.0, features: Any = flatten
 
 
 def tanimoto(variance: float = 1.0, features: Any = flatten) -> Tanimoto:
-    """k(a, b) = variance <a, b> / (|a|^2 + |b|^2 - <a, b>): on sets as 0 and 1, their intersection over their union.
+    """Build the Tanimoto covariance k(a, b) = variance <a, b> / (|a|^2 + |b|^2 - <a, b>).
 
-    On one-hot sequences of length L with m letters in common it is m / (2L - m). It is positive definite on all real
-    vectors, hence on points of the simplex too.
+    On sets as 0 and 1 it is their intersection over their union. On one-hot sequences of length L with m letters in common it is
+    m / (2L - m). It is positive definite on all real vectors, hence on points of the simplex too.
 
     Args:
       variance: of the reward under the prior, reward's unit squared, dynamic.
-      features: a callable pytree x0 -> [B, d], e.g. fingerprints; all numbers of a state by default.
+      features: a callable pytree x0 [B, ...] -> [B, d], e.g. fingerprints; all numbers of a state by default.
+
+    Returns:
+      A covariance (a [A, ...], b [B, ...]) -> [A, B], for `gaussian_process`.
+
+    Raises:
+      ValueError: for a variance that is not positive, features that cannot be called.
 
     References: Ralaivola et al. 2005, "Graph kernels for chemical informatics".
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rgdiff import surrogates
+      >>> print(surrogates.tanimoto()(jnp.array([[1.0, 1.0, 0.0]]), jnp.array([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])))
+      [[0.5 0. ]]
     """
     return Tanimoto(callable_pytree(features, "features (x0 -> [B, d])"), checks.positive("variance", variance))

@@ -1,7 +1,7 @@
 """Networks fitted to the answers of an oracle: one training for regression and for classification, and a network's features.
 
 A Linen module is called as module(x0), or as module(x, t) at t = 0 where it takes a time, as this library's networks do;
-a state of several arrays is handed on as one vector [B, D], and outputs of one number a position are averaged. Rows are
+a state of several arrays is passed as one vector [B, D], and outputs of one number a position are averaged. Rows are
 drawn by their counts, so that a bootstrap resample is a vector of counts, and empty slots are never drawn.
 """
 
@@ -21,7 +21,11 @@ from rgdiff.values import per_example
 
 
 def check(network: Any) -> Any:
-    """Refuse what is not a Linen module."""
+    """Refuse a network that is not a Linen module.
+
+    Args:
+      network: a Linen module.
+    """
     if not hasattr(network, "apply") or not hasattr(network, "init"):
         raise ValueError(
             f"a surrogate's network must be a flax.linen.Module such as nets.ValueMLP(), got {type(network).__name__}"
@@ -30,7 +34,7 @@ def check(network: Any) -> Any:
 
 
 def _inputs(network: Any, x0: State) -> tuple[Any, ...]:
-    """What the module is called with: x0 as one float32 array, or that at time 0."""
+    """Return the module's arguments: x0 as one float32 array, or that and time 0."""
     leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(x0)]
     x = leaves[0] if len(leaves) == 1 else jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in leaves], 1)
     takes_time = len(inspect.signature(type(network).__call__).parameters) > 2  # self, x, t, ...
@@ -39,12 +43,24 @@ def _inputs(network: Any, x0: State) -> tuple[Any, ...]:
 
 
 def apply(network: Any, params: Params, x0: State) -> Array:
-    """Call a network: [B], the mean over positions where it gives one number each."""
+    """Call a network: [B], the mean over positions where it gives one number each.
+
+    Args:
+      network: a Linen module.
+      params: its parameters.
+      x0: states [B, ...].
+    """
     return per_example(network.apply({"params": params}, *_inputs(network, x0)).astype(jnp.float32))
 
 
 def last_hidden(network: Any, params: Params, x0: State) -> Array:
-    """Return what the network's last `flax.linen.Dense` takes in, averaged over positions: [B, F]."""
+    """Return the input of the network's last `flax.linen.Dense`, averaged over positions: [B, F].
+
+    Args:
+      network: a Linen module.
+      params: its parameters.
+      x0: states [B, ...].
+    """
     import flax.linen as nn
 
     taken = []
@@ -63,13 +79,24 @@ def last_hidden(network: Any, params: Params, x0: State) -> Array:
 
 
 def initial(key: Key, network: Any, x0: State) -> Params:
-    """Draw a network's parameters for states like x0 [N, ...]."""
+    """Draw a network's parameters for states like these.
+
+    Args:
+      key: a PRNG key.
+      network: a Linen module.
+      x0: states [N, ...].
+    """
     one = jax.tree.map(lambda leaf: leaf[:1], x0)
     return network.init(key, *_inputs(network, one))["params"]
 
 
 def shaken(key: Key, params: Params) -> Params:
-    """Draw every kernel anew with variance 1 / fan in, the last one too, which networks here begin at zero."""
+    """Draw every kernel anew with variance 1 / fan in, the last one too, which networks here begin at zero.
+
+    Args:
+      key: a PRNG key.
+      params: whose shapes are taken; biases stay.
+    """
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(key, len(leaves))
     draw = lambda k, p: jax.random.normal(k, p.shape, p.dtype) / math.sqrt(math.prod(p.shape[:-1]))  # noqa: E731
@@ -112,14 +139,25 @@ class Fitting:
 
 
 def fit_network(key: Key, params: Params, fitting: Fitting, steps: int) -> Params:
-    """Train from `params` inside another program; `fitting` may be batched by `vmap`."""
+    """Train from `params` inside another program.
+
+    Args:
+      key: a PRNG key.
+      params: the first parameters.
+      fitting: may be batched by `vmap`.
+      steps: optimiser steps.
+    """
     return train(fitting, key, fitting.init(params), None, steps, None)[0].params
 
 
 def bootstrap(key: Key, rows: Array) -> Array:
-    """Resample n rows, those where `rows` [N] is true, with replacement: how often each was drawn, int32 [N], sum n.
+    """Resample n rows, those where `rows` is true, with replacement: how often each was drawn, int32 [N], sum n.
 
-    The draws depend on a row's rank among the n alone, so that slots which hold nothing change nothing.
+    The draws depend on a row's rank among the n alone, so that empty slots change nothing.
+
+    Args:
+      key: a PRNG key.
+      rows: [N] bool.
     """
     rank = jnp.cumsum(rows) - 1
     drawn = jax.random.randint(key, rows.shape, 0, jnp.maximum(rank[-1] + 1, 1))

@@ -1,6 +1,6 @@
-"""What an expensive oracle has answered so far, in arrays of a fixed size, so that a refit is the same program in every round.
+"""Answers of an expensive oracle so far, in arrays of a fixed size, so that a refit is the same program in every round.
 
-A slot is empty, answered or infeasible. Whatever fits a model weighs the rows by `answered`: empty slots never count,
+A slot is empty, answered or infeasible. Every fit of a model weighs the rows by `answered`: empty slots never count,
 infeasible ones never enter a fit of the reward.
 """
 
@@ -19,7 +19,13 @@ EMPTY, ANSWERED, INFEASIBLE = 0, 1, 2
 
 
 class Observations(NamedTuple):
-    """Queries x0 [N, ...], answers y [N] in the reward's unit, and what each slot holds, status [N] int32 (0, 1 or 2)."""
+    """Queries x0 [N, ...], answers y [N] in the reward's unit, and the status of each slot [N], int32: 0 empty, 1 answered, 2 infeasible.
+
+    Args:
+      x0: queries, a pytree of leaves [N, ...].
+      y: answers [N], reward's unit; 0 where there is none.
+      status: [N] int32.
+    """
 
     x0: State
     y: Array
@@ -54,7 +60,24 @@ class Observations(NamedTuple):
 
 
 def empty(like: State, capacity: int) -> Observations:
-    """Return `capacity` empty slots for states like `like`: arrays, or their shapes, with leaves [B, ...] of any B."""
+    """Return empty slots for states like these.
+
+    Args:
+      like: states, or their shapes, a pytree of leaves [B, ...] of any B.
+      capacity: N, the number of slots.
+
+    Returns:
+      Observations with N empty slots.
+
+    Raises:
+      ValueError: for a capacity below 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rgdiff import surrogates
+      >>> print(surrogates.empty(jnp.zeros((1, 3)), 8).x0.shape)
+      (8, 3)
+    """
     capacity = checks.at_least("capacity", capacity, 1)
     slots = jax.tree.map(lambda leaf: jnp.zeros((capacity, *leaf.shape[1:]), leaf.dtype), like)
     return Observations(slots, jnp.zeros(capacity, jnp.float32), jnp.zeros(capacity, jnp.int32))
@@ -64,12 +87,23 @@ def append(observations: Observations, count: Array | int, x0: State, values: Ar
     """Write B answers into the slots from `count` on; a value that is not finite marks an infeasible query.
 
     Args:
+      observations: N slots.
       count: number of slots in use, an int or a traced integer.
       x0: queries [B, ...].
       values: answers [B] in the reward's unit.
 
+    Returns:
+      The new observations.
+
     Raises:
       ValueError: for answers that do not fit in; where `count` is traced, those beyond the last slot are dropped.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rgdiff import surrogates
+      >>> slots = surrogates.empty(jnp.zeros((1, 1)), 4)
+      >>> print(surrogates.append(slots, 0, jnp.ones((2, 1)), jnp.array([0.5, jnp.nan])).status)
+      [1 2 0 0]
     """
     values = jnp.asarray(values, jnp.float32)
     checks.shape("values", values, (jax.tree.leaves(x0)[0].shape[0],))

@@ -1,7 +1,7 @@
-"""One chain as a tuner sees it: which network calls keep their gradient, and what each move costs against references.
+"""One chain as a tuner sees it: which network calls keep their gradient, and the cost of each move against references.
 
 `Chain` is a sampler for `rgdiff.samplers._loop.roll`; the carry holds the state and the index of the next network call.
-What a call may pass to a gradient is its `Plan`'s; what is done with the rewards and the costs is the tuners' business.
+Its `Plan` says which calls keep their gradient; the tuners combine the rewards and the costs.
 """
 
 from __future__ import annotations
@@ -54,11 +54,13 @@ def towards_budget(weights: Array, kl: Array, budget: Array, rate: Array) -> Arr
 
 
 class Plan(NamedTuple):
-    """What one chain of n network calls passes to a gradient.
+    """The gradients of one chain of n network calls.
 
-    live [n]: calls that keep their gradient; the noise that the others predict is a constant, and gradients pass them
-    along the state alone. cut: the state before call `cut` is a constant. end: the call whose prediction of x0 ends the chain; n
-    where the chain runs to its own end.
+    Args:
+      live: [n] bool, the calls that keep their gradient; the noise that the others predict is a constant, and gradients pass them
+        along the state alone.
+      cut: the state before call `cut` is a constant.
+      end: the call whose prediction of x0 ends the chain; n where the chain runs to its own end.
     """
 
     live: Array
@@ -93,15 +95,17 @@ def along_state(process: Process, x: State, t: Array, prediction: State) -> Stat
 
 @pytree
 class Chain:
-    """Draws y ~ p(x_s | x_t), with gradients as told.
+    """Draws y ~ p(x_s | x_t), with the gradients of a plan.
 
     Args:
-      plan: None where every call does as `live` says; otherwise `live` is ignored.
+      process, denoiser: of the chain.
+      references: denoisers to which the moves are compared.
+      plan: None where all calls follow `live`; otherwise `live` is ignored.
       live: whether calls keep their gradient.
       pathwise: draw with `rsample`; otherwise states are constants and info has the `log_prob` [B] of every draw.
-      early: the plan may end the chain before its time, with a prediction of x0 from wherever it is.
+      early: the plan may end the chain early, with the prediction of x0 at its last state.
       input_gradient: keep the gradient of each call's predicted noise to its input.
-      references, penalty: info["penalty"] [n, B] is the cost of every move to each reference: its KL in nats, or the mean
+      penalty: info["penalty"] [n, B] is the cost of every move to each reference: its KL in nats, or the mean
         squared difference of the predicted noise.
       penalize_dead: calls that are not live keep the gradient of their penalty, at constant states; else theirs is 0.
     """
@@ -146,7 +150,7 @@ class Chain:
     def final(self, carry: ChainCarry, t: Array, cond: Cond = None) -> tuple[State, Info]:
         """Project to data where the process projects or the plan may end the chain early, else drop the mask.
 
-        The projection pays too (`samplers.projection_kl`), or a tuner would change the last call for free.
+        The projection has a penalty too (`samplers.projection_kl`), or a tuner would change the last call for free.
         """
         x, live = carry.x, self.live
         if self.plan is not None:
@@ -187,7 +191,7 @@ class Chain:
         return denoiser(hold(hold(x, self.input_gradient), live), t, cond)
 
     def _seen(self, x: State, t: Array, prediction: State, live: Array | bool) -> State:
-        """The prediction as the chain differentiates it: where its input has no gradient, its *noise* is what stays constant."""
+        """Return the prediction as the chain differentiates it: where its input has no gradient, its *noise* is held constant."""
         if live is True and self.input_gradient:
             return prediction
         if self.plan is None and live is False:  # the head: constants throughout
@@ -198,7 +202,9 @@ class Chain:
         return jax.tree.map(lambda a, b: jnp.where(live, a, b), prediction, held)
 
     def _penalties(self, kl: Any, x: State, t: Array, cond: Cond, prediction: State, live: Array | bool) -> Array:
-        """Penalties [n, B]. At a live call the state keeps its gradient; at a dead one it is a constant, and the prediction pays if dead calls do."""
+        """Return penalties [n, B]. At a live call the state keeps its gradient; at another one it is a constant, and the prediction has a
+        gradient if `penalize_dead`.
+        """
         at = hold(x, live)
         if not self.penalize_dead:
             if live is False:  # no work for what does not count

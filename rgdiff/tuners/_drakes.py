@@ -4,7 +4,7 @@ That is exact for tokens that are unmasked one at a time; Gaussian parts keep th
 (see `rgdiff.tuners.reward_backprop`).
 
 Tokens have no derivative, so an estimator must be chosen. `drakes` is a setting of `reward_backprop` with exact unmasking
-events and the true path KL; `drakes_published` is what the released code does, kept as a baseline.
+events and the true path KL; `drakes_published` follows the released code and is kept as a baseline.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ESTIMATORS = ("reinmax", "straight_through", "gumbel", "score_function", "log_va
 
 
 def with_estimator(process: Process, estimator: str, gumbel_temperature: Any = 1.0) -> Process:
-    """Return the process whose tokens' draws pass gradients as named; a masked part of a mixed state alike."""
+    """Return the process with this gradient estimator for its tokens' draws; the masked parts of a mixed state take it too."""
     if isinstance(process, ProductProcess):
         parts = {name: with_estimator(part, estimator, gumbel_temperature) for name, part in process.parts.items()}
         return ProductProcess(parts)
@@ -52,17 +52,30 @@ def drakes(
     gumbel_temperature: float = 1.0,
     **options: Any,
 ) -> RewardBackprop:
-    """DRAKES: E[r(x0)] - temperature * path KL to the prior, through the tokens of a masked chain (arXiv 2410.13643).
+    """DRAKES: maximise E[r(x0)] - temperature * path KL to the prior, through the tokens of a masked chain (arXiv 2410.13643).
+
+    The optimum is p(x0) exp(r(x0)/temperature)/Z, p the law of the prior's chain: exactly so for `processes.first_hitting`. A
+    chain of T independent steps has an optimum of its own, short of it by its factorisation.
 
     Args:
-      process: masked, or a product with a masked part. Of `processes.first_hitting(...)` the optimum is the tilted prior
-        itself; a chain of T independent steps has an optimum of its own, short of it by its factorisation.
-      reward: takes tokens [B, ..., K]; differentiable for the pathwise estimators.
-      estimator: of the token's gradient. Unbiased and for any reward: `log_variance` (see `LogVariance`: less noise the nearer
-        the optimum; masked processes alone) and `score_function` (leave-one-out; treats the continuous parts of a mixed
-        process alike). Pathwise, with less noise at the start, and biased: `reinmax` (second order, arXiv 2304.08612),
-        `straight_through`, `gumbel` (straight-through, with `gumbel_temperature`).
-      options: of `reward_backprop`; truncation is for the pathwise estimators.
+      process: masked, or a product with a masked part.
+      reward: (x0 [B, ..., K] one-hot, cond) -> [B]; differentiable for the pathwise estimators.
+      reference: the prior's denoiser, (x, t, cond) -> logits.
+      temperature: alpha, in the reward's unit per nat of path KL.
+      estimator: of the token's gradient. Two are unbiased and take any reward: `log_variance` (see `LogVariance`; its noise
+        vanishes at the optimum; masked processes only) and `score_function` (leave-one-out; continuous parts of a mixed process
+        are treated alike). Three are pathwise and biased, with less noise at the start: `reinmax` (second order, arXiv
+        2304.08612), `straight_through`, `gumbel` (straight-through, with `gumbel_temperature`).
+      gumbel_temperature: of the relaxed draw of `gumbel`, no unit.
+      truncation, renoised: as in `reward_backprop`, for the pathwise estimators.
+
+    Returns:
+      A tuner for `fit`; `state.best` holds the tuned parameters, info has reward, kl (nats), gradient_norm, as in
+      `reward_backprop`.
+
+    Raises:
+      ValueError: for a process without a masked part, an unknown estimator, `log_variance` of a mixed process, truncation or
+        renoised with an unbiased estimator, and as `reward_backprop`.
 
     In a world of 3 tokens of 4 letters with a correlated prior, whose best E[r] - alpha KL is .747, 600 steps of 256 end at
     .746 with log_variance, .742 with score_function, .52, .43 and .34 with reinmax, straight_through and gumbel. On the
@@ -73,6 +86,17 @@ def drakes(
       The published scheme relaxes the unmasking event too, truncates to the last 50 of 128 moves, and its KL term is
       zero at every hard step: `drakes_published`. Here events are exact (they do not depend on the parameters), states
       are hard, and the KL is sum over moves of P(move) * sum over masked positions of KL(p || p_prior), nats.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, rgdiff
+      >>> process = rgdiff.processes.masked(rgdiff.schedules.log_linear_mask(), (1,), 2)  # one token of two letters
+      >>> model = lambda w: lambda x, t, cond=None: jnp.zeros((len(x), 1, 2)) + w  # logits of p(x0)
+      >>> tuner = rgdiff.tuners.drakes(
+      ...     model, process, lambda x0, cond=None: x0[:, 0, 1], process.times(2), optax.sgd(1.0), batch=64,
+      ...     reference=model(0.0), temperature=0.5)
+      >>> state = rgdiff.tuners.fit(tuner, jax.random.key(0), tuner.init(jnp.zeros(2)), 50)
+      >>> print(f"{state.params[1] - state.params[0]:.1f}")  # the log-odds of the optimum are 1 / temperature
+      2.0
     """
     masked = [process] if not isinstance(process, ProductProcess) else list(process.parts.values())
     if not any(isinstance(part, MaskedProcess) for part in masked):
@@ -122,7 +146,7 @@ class Ratios(Chain):
 
 @pytree
 class LogVariance(RewardBackprop):
-    """The score function with *sampled* log-ratios: every path is paid r(x0) - alpha * log p(path)/p'(path), whole.
+    """The score function with *sampled* log-ratios: a whole path is weighted by r(x0) - alpha * log p(path)/p'(path).
 
     At the optimum that is alpha * log Z whatever the path, so the gradient's noise vanishes there, where that of the
     exact KL's does not. Its mean is the same: the leave-one-out gradient of the log-variance divergence (arXiv 2005.05409,
@@ -219,9 +243,33 @@ def drakes_published(
 ) -> RewardBackprop:
     """The baseline: DRAKES as its released code does it, for comparison only.
 
-    Relaxed states in the last `truncation` moves (50 of 128), hard and constant ones before; the penalty reported as `kl`
+    States are relaxed in the last `truncation` moves (50 of 128), hard and constant before; the penalty reported as `kl`
     is the released one and not a KL (see `SoftAbsorbing`). It does not aim at p(x0) exp(r/alpha): the strength of its
     regularisation depends on the number of moves and on the truncation.
+
+    Args:
+      process: from `processes.masked`.
+      reference: the prior's denoiser, (x, t, cond) -> logits; it is called at relaxed states too.
+      temperature: weight of the released penalty, in the reward's unit.
+      truncation: number of moves at the end of the chain that keep their gradient.
+      gumbel_temperature: of the relaxed draws, no unit.
+
+    Returns:
+      A tuner for `fit`, as `drakes`.
+
+    Raises:
+      ValueError: for another process than a plain masked one, and as `reward_backprop`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, rgdiff
+      >>> process = rgdiff.processes.masked(rgdiff.schedules.log_linear_mask(), (1,), 2)
+      >>> model = lambda w: lambda x, t, cond=None: jnp.zeros((len(x), 1, 2)) + w
+      >>> tuner = rgdiff.tuners.drakes_published(
+      ...     model, process, lambda x0, cond=None: x0[:, 0, 1], process.times(2), optax.sgd(1.0), batch=64,
+      ...     reference=model(0.0), temperature=0.0, truncation=2)
+      >>> state = rgdiff.tuners.fit(tuner, jax.random.key(0), tuner.init(jnp.zeros(2)), 5)
+      >>> print(bool(state.params[1] > state.params[0]))  # the rewarded letter gains
+      True
     """
     if type(process) is not MaskedProcess:
         raise ValueError(f"the published scheme needs a masked process, got {type(process).__name__}")

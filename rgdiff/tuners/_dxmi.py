@@ -1,7 +1,7 @@
-"""DxMI: a few-step sampler and an energy model of data, each other's teacher, by maximum-entropy inverse reinforcement learning.
+"""DxMI: a few-step sampler and an energy model of data, each trained against the other, by maximum-entropy inverse reinforcement learning.
 
 The energy is lowered on data and raised on samples; the sampler is tuned to it by `dxdp`'s engine. `dxmi` is the paper's
-algorithm with defaults that do not diverge, `dxmi_released` what the public code is configured to do.
+algorithm with defaults that do not diverge, `dxmi_released` follows the configuration of the public code.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def dxmi(
     energy_limit: float | None = None,
     **options: Any,
 ) -> InverseLearning:
-    """Train a few-step sampler and an energy E, q(x) proportional to exp(-E(x) / tau), on data (arXiv 2407.00626, algorithm 1).
+    """Train a few-step sampler and an energy E, q(x) proportional to exp(-E(x) / temperature), on data (arXiv 2407.00626, algorithm 1).
 
         min over E, max over pi of  E_data[E] - E_pi[E] + tau H(pi) + gamma (E_data[E^2] + E_pi[E^2])
 
@@ -98,25 +98,46 @@ def dxmi(
     `fit(data={"x0": [N, ...]}, batch=B)`, with "cond" [N, ...] where sampler and energy are conditional.
 
     Args:
-      model, process, times: as in `dxdp`. Rows of data are `fit`'s own `batch`.
-      value: params -> V (x, t, cond) -> [B]; at t = 0 it is the energy, and it is asked there only at data and ends of chains.
-      decay_steps: iterations over which all rates fall to 0: as many as the run takes. Without an end (infinity) the game orbits.
-      energy: params -> E (x, t, cond) -> [B], called at t = 0: a network of its own, with parameters "energy"; V is then not asked at t = 0.
-      energy_steps: of Adam an iteration; several for an energy of its own, which otherwise lags behind the sampler.
-      gamma: keeps energies near 0, per unit of energy. At rest E = -(p - q) / (2 gamma (p + q)) for data p and samples q: the sampler is
-        off by p/q = (1 - 2 gamma E) / (1 + 2 gamma E), so that gamma tau must be small against 1 over the range of log p. 0 diverges.
-      last_gamma: what gamma falls to with the rates, as their cosine does; gamma itself by default.
-      energy_limit: an iteration with a root mean square energy above it is undone and counted, as in `dxdp`. At rest energies
-        are within 1 / (2 gamma): two hundred times that by default, and 100 for a gamma above 1, or 0. A limit that a first
-        overshoot passes is never left again: what is undone is the iteration that found it, not the one that made it.
+      value: params -> V, (x [B, ...], t, cond) -> [B]; at t = 0 it is the energy, and it is evaluated there only at data and
+        ends of chains.
+      batch: B, chains an iteration; the rows of data are `fit`'s own `batch`, the same number.
+      decay_steps: iterations over which all rates fall to 0: as many as the run takes. With constant rates (infinity) sampler and
+        energy orbit the solution.
+      energy: params -> E, (x [B, ...], t, cond) -> [B], called at t = 0: a network of its own, with parameters "energy"; V is then
+        not evaluated at t = 0. None: V at t = 0 is the energy.
+      energy_steps: steps of Adam an iteration; several for an energy of its own, which otherwise lags behind the sampler.
+      gamma: weight that keeps energies near 0, per unit of energy. At equilibrium E = -(p - q) / (2 gamma (p + q)) for data p and
+        samples q: the sampler is off by p/q = (1 - 2 gamma E) / (1 + 2 gamma E), so that gamma tau must be small against 1 over the
+        range of log p. With 0 it diverges.
+      last_gamma: end value of gamma, which follows the cosine of the rates; gamma itself by default.
+      energy_limit: an iteration with a root mean square energy above it is undone and counted, as in `dxdp`. At equilibrium
+        energies are within 1 / (2 gamma): the default is two hundred times that, and 100 for a gamma above 1, or 0. A limit that a
+        first overshoot passes is never left again: the iteration that is undone is the one that found it, not the one that made it.
 
     Returns:
       A tuner for `fit`. `tuner.model(params["policy"])` is the denoiser, `tuner.energy(params)` the energy (x, cond) -> [B],
-      `tuner.togo(params)` all costs to go, for `params = state.best`.
+      `tuner.togo(params)` all costs to go, for `params = state.best`. info: energy_loss, energy_data, energy_samples, and those of
+      `dxdp` but the reward.
+
+    Raises:
+      ValueError: for parameters other than "policy", "value" (and "energy"), and as `dxdp`.
 
     Note:
       Give `warmup=300` for a pre-trained sampler. A gamma that falls takes some of its bias away and damps less: last_gamma = 0.5
       is the recipes' (benchmarks/results/dxmi-2d.md); with 0.3 the parameters of 8 Gaussians orbited at the end.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rgdiff
+      >>> from rgdiff import policies, tuners
+      >>> process = policies.few_step(policies.variances([0.5, 0.5]), (1,))  # two moves
+      >>> policy = policies.policy(process, lambda w: lambda x, t, cond=None: w + 0 * x)  # each moves x by w
+      >>> value = lambda c: lambda x, t, cond=None: c * x[:, 0]
+      >>> tuner = tuners.dxmi(policy, process, value, decay_steps=5, batch=16, speed=jnp.ones(2))
+      >>> params = {"policy": policy.init(jnp.zeros(1)), "value": jnp.float32(0)}
+      >>> data = {"x0": jnp.ones((32, 1))}
+      >>> state = tuners.fit(tuner, jax.random.key(0), tuner.init(params), 5, data=data, batch=16)
+      >>> print(tuner.energy(state.best)(jnp.ones((3, 1))).shape, int(state.skipped))
+      (3,) 0
     """
     gamma_ = checks.positive("gamma", gamma, zero=True)
     limit = 100.0 / jnp.where(gamma_ > 0, jnp.clip(gamma_, 1e-6, 1.0), 1.0) if energy_limit is None else energy_limit
@@ -151,18 +172,37 @@ def dxmi_released(
     time_cost: float = 1.0,
     **options: Any,
 ) -> InverseLearning:
-    """DxMI as the public code's CIFAR-10 configuration has it: one energy of x for all times, costs of steps for the policy alone.
+    """DxMI as the public code's CIFAR-10 configuration has it: one energy of x for all times, costs of moves for the policy alone.
 
     Args:
       dim: D, the number of dimensions of an example.
       entropy_weight, velocity_weight: tau_1 and tau_2, per dimension; temperature = entropy_weight / D and
         velocity_temperature = velocity_weight / D per example.
-      time_cost: of the sigmoid.
+      time_cost: scale of `sigmoid_time_cost`, in the unit of the energy.
+
+    Returns:
+      A tuner for `fit(data={"x0": [N, ...]}, batch=B)`, as `dxmi`.
+
+    Raises:
+      ValueError: as `dxmi`.
 
     Note:
       tau_1 = 10 tau_2 has no optimum of sigma_t in a flat V: it grows until V's curvature stops it, or the policy's `reach`. The code
       takes next states as drawn by the chain and noise in the quadratic cost as drawn; and keeps no average. Its Adam is shared by
       energy and values, as ours is. Its rates are learning_rate=1e-7, sigma_learning_rate=1e-5, value_learning_rate=1e-5, without decay.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rgdiff
+      >>> from rgdiff import policies, tuners
+      >>> process = policies.few_step(policies.variances([0.5, 0.5]), (1,))  # two moves
+      >>> policy = policies.policy(process, lambda w: lambda x, t, cond=None: w + 0 * x)  # each moves x by w
+      >>> value = lambda c: lambda x, t, cond=None: c * x[:, 0]
+      >>> tuner = tuners.dxmi_released(policy, process, value, dim=1, batch=16, speed=jnp.ones(2))
+      >>> params = {"policy": policy.init(jnp.zeros(1)), "value": jnp.float32(0)}
+      >>> data = {"x0": jnp.ones((32, 1))}
+      >>> state = tuners.fit(tuner, jax.random.key(0), tuner.init(params), 5, data=data, batch=16)
+      >>> print(tuner.energy(state.best)(jnp.ones((3, 1))).shape, int(state.skipped))
+      (3,) 0
     """
     checks.law(process, "dxmi_released")
     steps = len(process.times() if times is None else times) - 1  # type: ignore[call-arg]

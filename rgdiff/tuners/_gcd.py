@@ -1,7 +1,7 @@
 """GCD, the predecessor of DxMI: energy and sampler in one game, the sampler's gradient taken through all of its steps.
 
-What DxMI adds, and this baseline lacks, are the costs to go and the auxiliary law of the way: here the energy's own
-gradient passes along the whole chain, and the entropy of the samples is bounded by that of the last step.
+DxMI adds the costs to go and the auxiliary law, which this baseline lacks: here the energy's own gradient passes along the
+whole chain, and the entropy of the samples is bounded by that of the last step.
 """
 
 from __future__ import annotations
@@ -55,14 +55,34 @@ def gcd(
 
         min over E, max over pi of  E_data[E] - E_pi[E] + tau H(pi(x_T | x_{T-1})) + gamma (E_data[E^2] + E_pi[E^2])
 
+    Data come through `fit(data={"x0": [N, ...]}, batch=B)`. Options that concern costs to go and speeds have no effect, except
+    that speeds are still watched for divergence.
+
     Args:
-      model, process, times, decay_steps: as in `dxmi`. Keywords that concern costs to go and speeds have no effect, but that
-        speeds are still watched for divergence.
-      value: the energy, asked at t = 0 alone.
+      value: params -> the energy, (x [B, ...], t, cond) -> [B], evaluated at t = 0 alone.
+
+    Returns:
+      A tuner for `fit`, as `dxmi`; parameters are {"policy": ..., "value": ...}.
+
+    Raises:
+      ValueError: as `dxmi`.
 
     Note:
       Conditioning lowers entropy, so H(x_T) >= H(x_T | x_{T-1}): the bound that a chain gives without an auxiliary law. The
       abstract names the game and not the estimator of the entropy; that of the paper's experiments may differ.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rgdiff
+      >>> from rgdiff import policies, tuners
+      >>> process = policies.few_step(policies.variances([0.5, 0.5]), (1,))  # two moves
+      >>> policy = policies.policy(process, lambda w: lambda x, t, cond=None: w + 0 * x)  # each moves x by w
+      >>> value = lambda c: lambda x, t, cond=None: c * x[:, 0]
+      >>> tuner = tuners.gcd(policy, process, value, decay_steps=5, batch=16, speed=jnp.ones(2))
+      >>> params = {"policy": policy.init(jnp.zeros(1)), "value": jnp.float32(0)}
+      >>> data = {"x0": jnp.ones((32, 1))}
+      >>> state = tuners.fit(tuner, jax.random.key(0), tuner.init(params), 5, data=data, batch=16)
+      >>> print(tuner.energy(state.best)(jnp.ones((3, 1))).shape, int(state.skipped))
+      (3,) 0
     """
     tuner = dxmi(model, process, value, times, decay_steps=decay_steps, **options)
     return Contrastive(**{name: getattr(tuner, name) for name in tuner.__dataclass_fields__})  # type: ignore[attr-defined]

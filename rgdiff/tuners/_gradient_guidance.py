@@ -1,8 +1,8 @@
 """Gradient guidance for optimisation (arXiv 2404.14743): rounds of querying a reward's gradient and sampling under it.
 
 Algorithm 1 keeps the denoiser fixed; algorithm 2 refits it to the samples as they come, through the pre-training loss.
-A round is a tuner's step, so `fit` runs rounds in compiled chunks. One round's guidance is `guides.gradient`'s
-business; what is measured on the samples beside the reward, the caller's.
+A round is a tuner's step, so `fit` runs rounds in compiled chunks. The guidance of one round is in `guides.gradient`; further
+figures of the samples come from the caller's `measure`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,16 @@ GUIDANCE = ("g", "g_loss")
 
 
 class GuidanceState(NamedTuple):
-    """What the next round needs: the denoiser's training state, the newest samples, the query at them, and kept batches."""
+    """The state between rounds.
+
+    Args:
+      train: the denoiser's training state.
+      x0: the newest samples [B, ...].
+      gradient: of the reward [B, ...]; zero where the next round is not guided.
+      target: y of the next round [B].
+      history: the kept batches [memory, B, ...], a ring: the batch of round k lies at k mod memory.
+      step: number of rounds made.
+    """
 
     train: TrainState
     x0: Array  # [B, ...]
@@ -107,14 +116,14 @@ class GradientGuidance:
         if self.refit is not None:
             train, info["loss"] = self.refit(key_refit, state)
         denoiser = GradientGuided(
-            callable_pytree(self.model(train.params), "a denoiser"),
-            self.process.schedule,
-            state.gradient,
-            state.target,
-            self.noise,
-            self.scale,
-            self.beta,
-            self.guidance == "g_loss",
+            denoiser=callable_pytree(self.model(train.params), "a denoiser"),
+            schedule=self.process.schedule,
+            gradient=state.gradient,
+            target=state.target,
+            noise=self.noise,
+            scale=self.scale,
+            beta=self.beta,
+            look_ahead=self.guidance == "g_loss",
         )
         x0 = sample(ancestral(self.process, denoiser), key_chain, self.batch, self.times).x0
         gradient, target, usable, rewards = self._query(x0)
@@ -169,16 +178,17 @@ def gradient_guidance(
     """Optimise a reward by rounds of guided sampling: algorithm 1, or with `refit` algorithm 2 (arXiv 2404.14743).
 
     Round 0 draws B samples of the prior. Round k + 1 takes g = grad r at the samples of round k and y = target(g, x, r),
-    and draws from the prior guided towards g . x0 = y. The state after `fit` holds the newest samples, `state.x0`.
+    and draws from the prior guided towards g . x0 = y. The state after `fit` holds the newest samples, `state.x0`. The method
+    seeks a maximum of the reward near the data; it does not aim at a tilted law.
 
     Args:
-      model: params -> denoiser.
+      model: params -> denoiser, (x [B, ...], t, cond) -> E[x0 | x_t].
       process: Gaussian; with eta = 1 the released code's DDPM.
-      reward: differentiable, (x0, cond) -> [B].
-      times: [T] network calls, from `process.times(steps)`.
+      reward: differentiable, (x0 [B, ...], cond) -> [B].
+      times: the grid [T] of network calls, from `process.times(steps)`.
       batch: B, samples a round.
-      guidance: `g` or `g_loss`.
-      target: (gradient, x0, reward) -> y [B]; `guides.increment(0.2)` by default.
+      guidance: `g` or `g_loss`, see `guides.g` and `guides.g_loss`.
+      target: (gradient [B, ...], x0 [B, ...], reward [B]) -> y [B]; `guides.increment(0.2)` by default.
       noise, scale, beta: of the guidance, see `guides.g`.
       gradient_at: `sample`: every sample follows its own gradient, B chains that do not interact; `batch_mean`: all
         follow the gradient at their mean.
@@ -191,9 +201,10 @@ def gradient_guidance(
       measure: x0 [B, ...] -> dict of numbers to report beside the reward.
 
     Returns:
-      A tuner. Its infos per round, of the new samples: reward (mean of those that are numbers), gradient_norm (of the
-      reward, mean), infeasible (samples without a finite reward, gradient or target: the next round does not guide them),
-      what `measure` returns, and loss where there is a refit. Round k = 0 is row 0.
+      A tuner for `fit`; `state.x0` holds the newest samples, `state.train` the denoiser's training state. Its infos per round, of
+      the new samples: reward (mean of those that are numbers), gradient_norm (of the reward, mean), infeasible (samples without a
+      finite reward, gradient or target: the next round does not guide them), the numbers of `measure`, and loss where there is a
+      refit. Round k = 0 is row 0.
 
     Raises:
       ValueError: for a process that is not Gaussian, unknown names, counts below 1, or a decay outside [0, 1].
@@ -202,6 +213,16 @@ def gradient_guidance(
       The paper takes gradients at the batch mean and refits to the weighted union of all batches (its weights are an
       input; here they are geometric: decay = 1 with a memory of all rounds is the plain union). The released code takes
       gradients per sample and makes one optimiser step a round on the newest batch: the defaults here.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rgdiff
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.cosine_vp(), (2,))
+      >>> model = lambda params: rgdiff.tuners.standard_normal(process)  # the prior N(0, I), fixed
+      >>> tuner = rgdiff.tuners.gradient_guidance(
+      ...     model, process, lambda x0, cond=None: x0[:, 0], process.times(10), batch=64)
+      >>> rounds = rgdiff.tuners.fit(tuner, jax.random.key(0), tuner.init(None), 20)
+      >>> print(bool(rounds.x0[:, 0].mean() > 1.0))  # each round asks for 0.2 more
+      True
     """
     if not isinstance(process, GaussianProcess):
         raise ValueError(f"gradient_guidance needs a gaussian process, got {type(process).__name__}")
@@ -213,18 +234,18 @@ def gradient_guidance(
     first = jnp.int32(checks.at_least("refit_from", refit_from, 1))
     updates = checks.at_least("updates", updates, 1)
     return GradientGuidance(
-        callable_pytree(model, "model (params -> denoiser)"),
-        process,
-        callable_pytree(reward, "a reward"),
-        checks.times(times, process),
-        callable_pytree(increment() if target is None else target, "a target (gradient, x0, reward) -> y"),
-        checks.positive("noise", noise),
-        checks.positive("scale", scale, zero=True),
-        None if beta is None else checks.positive("beta", beta, zero=True),
-        None if measure is None else callable_pytree(measure, "a measure x0 -> dict"),
-        None if refit is None else Refit(refit, first, jnp.float32(decay), updates),
-        checks.at_least("batch", batch, 1),
-        checks.at_least("memory", memory, 1),
-        checks.one_of("guidance", guidance, GUIDANCE),
-        checks.one_of("gradient_at", gradient_at, ("sample", "batch_mean")),
+        model=callable_pytree(model, "model (params -> denoiser)"),
+        process=process,
+        reward=callable_pytree(reward, "a reward"),
+        times=checks.times(times, process),
+        target=callable_pytree(increment() if target is None else target, "a target (gradient, x0, reward) -> y"),
+        noise=checks.positive("noise", noise),
+        scale=checks.positive("scale", scale, zero=True),
+        beta=None if beta is None else checks.positive("beta", beta, zero=True),
+        measure=None if measure is None else callable_pytree(measure, "a measure x0 -> dict"),
+        refit=None if refit is None else Refit(refit, first, jnp.float32(decay), updates),
+        batch=checks.at_least("batch", batch, 1),
+        memory=checks.at_least("memory", memory, 1),
+        guidance=checks.one_of("guidance", guidance, GUIDANCE),
+        gradient_at=checks.one_of("gradient_at", gradient_at, ("sample", "batch_mean")),
     )

@@ -1,4 +1,4 @@
-"""The one training loop: `fit` scans a tuner's step in compiled chunks; `TrainState` and `update` are what all tuners share.
+"""The one training loop: `fit` scans a tuner's step in compiled chunks; all tuners share `TrainState` and `update`.
 
 Random numbers and batches depend on the key and the step's index alone, so a run that is interrupted at a chunk and
 continued from its state is the same run, to the bit.
@@ -19,9 +19,15 @@ from rgdiff.typing import Array, Info, Key, Params, Tuner
 
 
 class TrainState(NamedTuple):
-    """What the next step needs. `average` is the exponential moving average of the parameters, or None; counts are int32.
+    """The state between steps. `best` are the parameters to sample with: the average where one is kept.
 
-    `extra` is what else a tuner carries from step to step: an adapted KL weight, running statistics, a critic.
+    Args:
+      params: the parameters.
+      opt_state: of the optimiser.
+      average: the exponential moving average of the parameters, or None.
+      step: number of steps taken, int32.
+      skipped: number of steps whose gradient was not finite and that changed nothing, int32.
+      extra: further state of a tuner: an adapted KL weight, running statistics, a critic.
     """
 
     params: Params
@@ -40,8 +46,23 @@ class TrainState(NamedTuple):
 def start(params: Params, optimizer: Any, *, average: bool = False, extra: Any = None) -> TrainState:
     """Begin training from `params`, which are copied (`fit` donates its state).
 
+    Args:
+      params: a pytree of arrays.
+      optimizer: an optax gradient transformation.
+      average: keep an average of the parameters, `state.average`, which begins at `params`.
+      extra: further arrays of the tuner, copied into `state.extra`.
+
+    Returns:
+      A `TrainState` at step 0.
+
     Raises:
       ValueError: for params that are no arrays (a module), or an optimizer that is no optax transformation.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, rgdiff
+      >>> state = rgdiff.tuners.start({"w": jnp.zeros(2)}, optax.sgd(0.1), average=True)
+      >>> print(int(state.step), state.best["w"].shape)
+      0 (2,)
     """
     params, optimizer = checks.params(params), checks.optimizer(optimizer)
     average = copied(params) if average else None  # type: ignore[assignment]
@@ -56,10 +77,24 @@ def copied(tree: Any) -> Any:
 def update(
     state: TrainState, gradients: Params, optimizer: Any, ema_decay: Array | float | None = None
 ) -> tuple[TrainState, Info]:
-    """Apply one optimiser step (optax), or none and count it as skipped where a gradient is not finite.
+    """Apply one optimiser step, or none and count it as skipped where a gradient is not finite.
 
-    Returns the state and info with `gradient_norm` (before the optimiser clips it) and `skipped` so far. The average
-    warms up: its decay is min(ema_decay, (1 + n) / (10 + n)) at step n.
+    Args:
+      state: a `TrainState`.
+      gradients: a pytree like `state.params`, of a loss to be lowered.
+      optimizer: the optax transformation that the state was started with.
+      ema_decay: of the average, where the state keeps one. It warms up: at step n the decay is min(ema_decay, (1 + n) / (10 + n)).
+        None leaves the average as it is.
+
+    Returns:
+      The next state, and info with `gradient_norm` (before the optimiser clips it) and `skipped` so far.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, rgdiff
+      >>> adam = optax.sgd(0.5)
+      >>> state, info = rgdiff.tuners.update(rgdiff.tuners.start(jnp.zeros(2), adam), jnp.array([3.0, 4.0]), adam)
+      >>> print(state.params, float(info["gradient_norm"]))
+      [-1.5 -2. ] 5.0
     """
     import optax
 
@@ -91,6 +126,8 @@ def fit(
 ) -> Any:
     """Train until `state.step` is `steps`, or `state.stopped` (`early_stopping`), `chunk` steps to a compiled call.
 
+    Random numbers and rows depend on the key and the step alone: an interrupted run that is continued ends in the same numbers.
+
     Args:
       tuner: from one of the constructors of `rgdiff.tuners`.
       key: a typed PRNG key; the same key must be given when a run is continued.
@@ -98,8 +135,9 @@ def fit(
       steps: the total number, so that continuing an interrupted run is the same call.
       data: a pytree of arrays [N, ...] on the device; every step gets `batch` rows of it, drawn uniformly.
       batch: rows per step, where there are data.
-      on_chunk: called as (state, infos) between chunks; infos hold one value per step, on the host. Copy what you keep
-        of the state: the next chunk donates it.
+      chunk: steps in one compiled call.
+      on_chunk: called as (state, infos) between chunks; infos hold one value per step, on the host. Copy the parts of the state
+        that you keep: the next chunk donates it.
 
     Returns:
       The final state.
@@ -109,6 +147,16 @@ def fit(
         process: another shape, tokens that are not one-hot, images in 0 ... 255.
       RewardFailure: where a reward raises, or returns something else than one number per sample; of a host reward its `state`
         is that of before the chunk, from which the same call continues.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, rgdiff
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.cosine_vp(), (1,))
+      >>> model = lambda w: lambda x, t, cond=None: w + 0 * x
+      >>> tuner = rgdiff.tuners.pretraining(model, process, optax.sgd(0.5), target="x0", ema_decay=0.0)
+      >>> data = {"x0": jnp.full((8, 1), 3.0)}
+      >>> state = rgdiff.tuners.fit(tuner, jax.random.key(0), tuner.init(jnp.zeros(1)), 2, data=data, batch=4)
+      >>> print(state.best)
+      [3.]
     """
     hint = "an online method needs its reward: fit(as_tuner(method, reward), ...) or fit_online(method, ..., reward)"
     online = callable(getattr(tuner, "rollout", None)) and not callable(getattr(tuner, "step", None))

@@ -49,14 +49,14 @@ class Rates(NamedTuple):
 
 
 class Ablation(NamedTuple):
-    """What the papers' versions of the algorithm do differently; the defaults are ours. All of it shapes the program.
+    """Options in which the papers' versions of the algorithm differ; the defaults are ours. All of them shape the program.
 
     sweep: `gauss_seidel`, T steps of Adam from data to noise, each target with the values just learnt; or `jacobi`, one
       step for all moves with targets of the old values. sweeps: how many of them an iteration.
-    expectation: `exact` takes the noise's out of |y - x|^2 in closed form, `sampled` does not.
+    expectation: `exact` takes the expectation of |y - x|^2 over the noise in closed form, `sampled` does not.
     resample: targets at fresh draws of y, not at the chain's own.
     regularized_values: targets with the costs of steps; without, V_t is the expected end, as released.
-    timeless: V is asked at t = 0 throughout: one function of x.
+    timeless: V is evaluated at t = 0 throughout: one function of x.
     every_move: the policy learns from all T B transitions, not from one move of each chain, moves in equal shares.
     """
 
@@ -190,7 +190,7 @@ class MaximumEntropy:
     # ------------------------------------------------------------ the parts of an iteration
 
     def cost(self, kernel: Gaussian, x: Array, y: Array, speed: Array) -> Array:
-        """What a step costs, [B], in energy: tau nats of KL(pi(y | x) | N(x, s^2)), its quadratic part at a weight of its own.
+        """Return the cost of a step, [B], in energy: tau nats of KL(pi(y | x) | N(x, s^2)), its quadratic part at a weight of its own.
 
         velocity_temperature E|y - x|^2 / 2 s^2 - tau (H(pi) - D/2 log 2 pi s^2); `exact` takes the expectation, else y stands for it.
         """

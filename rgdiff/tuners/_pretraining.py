@@ -128,36 +128,60 @@ def pretraining(
     null: Any = None,
     grid: int | None = None,
 ) -> Pretraining:
-    """Train a prior: E weight(t) |target - prediction|^2, or the continuous-time bound of masked diffusion.
+    """Train a prior: minimise E weight(t) |target - prediction|^2, or the continuous-time bound of masked diffusion.
+
+    The minimiser is E[x0 | x_t], or the logits of p(x0 | x_t), of the data. Data come through
+    `fit(data={"x0": [N, ...]}, batch=...)`, with "cond" [N, ...] where there are conditions.
 
     Args:
-      model: params -> denoiser (predicting x0, whatever its network predicts), or logits for a masked process.
+      model: params -> denoiser, (x [B, ...], t [B], cond) -> E[x0 | x_t] (whatever its network predicts), or logits for a masked
+        process.
       process: Gaussian or masked.
+      optimizer: an optax gradient transformation.
       target: `eps`, `x0` or `v`: whose squared error is minimised. The error of x0 is reweighted, which is the same
-        number; what the *network* predicts is the model's business (`denoisers.predicts`).
+        number; the prediction of the *network* is chosen in the model (`denoisers.predicts`).
       weighting: `uniform` over t, or `min_snr`: the x0 error weighted by min(SNR, gamma) (arXiv 2303.09556).
-      ema_decay: of the averaged weights.
-      drop, null: with conditions, replace them by `null` with probability `drop` (classifier-free guidance).
+      gamma: bound on the weight of `min_snr`.
+      ema_decay: of the averaged weights, `state.best`.
+      drop, null: with conditions, replace them by `null`, a pytree like one row of them, with probability `drop` (classifier-free
+        guidance); None never replaces.
       grid: draw times from `process.times(grid)`, each as often, as discrete DDPM does; None for all times from 1e-3.
         For a Gaussian process.
+
+    Returns:
+      A tuner for `fit(data=...)`; sample with `model(state.best)`. info: loss, gradient_norm, skipped. `tuner.loss(params, key, x0)`
+      measures held-out data.
+
+    Raises:
+      ValueError: for another process than a Gaussian or masked one, unknown names, numbers out of range.
 
     Note:
       The masked loss is SUBS (arXiv 2406.07524, eq. 10): E_t rate'(t)/rate(t) * sum over masked positions of
       -log p(x0 | x_t), in nats per example, with t from 1e-3.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, rgdiff
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.cosine_vp(), (1,))
+      >>> model = lambda w: lambda x, t, cond=None: w + 0 * x  # a network in practice
+      >>> tuner = rgdiff.tuners.pretraining(model, process, optax.sgd(0.5), target="x0")
+      >>> data = {"x0": jnp.full((8, 1), 3.0)}
+      >>> state = rgdiff.tuners.fit(tuner, jax.random.key(0), tuner.init(jnp.zeros(1)), 2, data=data, batch=4)
+      >>> print(state.params)
+      [3.]
     """
     if not isinstance(process, (GaussianProcess, MaskedProcess)):
         raise ValueError(f"pretraining knows gaussian and masked processes, got {type(process).__name__}")
     return Pretraining(
-        callable_pytree(model, "model (params -> denoiser)"),
-        process,
-        checks.positive("ema_decay", ema_decay, zero=True),
-        checks.positive("gamma", gamma),
-        checks.positive("drop", drop, zero=True),
-        null,
-        None if grid is None else process.times(checks.at_least("grid", grid, 1)),
-        checks.optimizer(optimizer),
-        checks.one_of("target", target, ("eps", "x0", "v")),
-        checks.one_of("weighting", weighting, ("uniform", "min_snr")),
+        model=callable_pytree(model, "model (params -> denoiser)"),
+        process=process,
+        ema_decay=checks.positive("ema_decay", ema_decay, zero=True),
+        gamma=checks.positive("gamma", gamma),
+        drop=checks.positive("drop", drop, zero=True),
+        null=null,
+        grid=None if grid is None else process.times(checks.at_least("grid", grid, 1)),
+        optimizer=checks.optimizer(optimizer),
+        target=checks.one_of("target", target, ("eps", "x0", "v")),
+        weighting=checks.one_of("weighting", weighting, ("uniform", "min_snr")),
     )
 
 
@@ -171,10 +195,31 @@ def masked_cross_entropy(logits: Array, x: Array, x0: Array) -> Array:
 def masked_bound(key: Key, process: MaskedProcess, denoiser: Denoiser, x0: Array, cond: Cond = None) -> Array:
     """Estimate the variational bound on -log p(x0), nats per example [B], without discretisation error.
 
-    The continuous-time bound equals sum over m = 1..L of (1/m) E[sum over m random masked positions of -log p(x0 | x)]
-    whatever the schedule, so one random mask of every size gives an unbiased estimate in L network calls. For a
-    denoiser that ignores t and is any-order consistent, the bound is tight. t is given as the time at which m of L
-    positions are masked on average.
+        bound = sum over m = 1..L of (1/m) E[sum over m random masked positions of -log p(x0 | x)]
+
+    The continuous-time bound equals this whatever the schedule, so one random mask of every size gives an unbiased estimate in L
+    network calls. For a denoiser that ignores t and is any-order consistent, the bound is tight.
+
+    Args:
+      key: a typed PRNG key, of the masks.
+      process: from `processes.masked`, L positions of K classes.
+      denoiser: (x [B, L, K + 1], t, cond) -> logits [B, L, K]; t is the time at which m of L positions are masked on average.
+      x0: one-hot examples [B, L, K].
+      cond: conditions [B, ...], or None.
+
+    Returns:
+      Estimates [B], nats.
+
+    Raises:
+      ValueError: for a process that is not masked, or a key that is not typed.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rgdiff
+      >>> process = rgdiff.processes.masked(rgdiff.schedules.log_linear_mask(), (3,), 4)
+      >>> x0 = jax.nn.one_hot(jnp.array([[0, 1, 3]]), 4)
+      >>> uniform = lambda x, t, cond=None: jnp.zeros((1, 3, 4))
+      >>> print(f"{rgdiff.tuners.masked_bound(jax.random.key(0), process, uniform, x0)[0]:.3f}")  # 3 log 4
+      4.159
     """
     checks.key(key)
     if not isinstance(process, MaskedProcess):

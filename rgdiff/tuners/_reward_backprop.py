@@ -1,12 +1,12 @@
-"""The engine of reward gradients: E[r(x0)] minus weighted penalties to references, maximised through the chain that samples.
+"""The engine of reward gradients: E[r(x0)] minus weighted penalties to references, maximised through the sampling chain.
 
-Four knobs make the whole family (`rgdiff.tuners.draft`, `drakes`, `elegant`): where the reward is evaluated, which network
-calls keep their gradient, whether their input's gradient is kept, and what extra draws are added. Gradients are pathwise,
-or, for rewards and draws without a derivative, score-function with the batch's leave-one-out mean as the baseline.
+Four options make the whole family (`rgdiff.tuners.draft`, `drakes`, `elegant`): where the reward is evaluated, which network
+calls keep their gradient, whether the gradient to a call's input is kept, and which extra draws are added. Gradients are
+pathwise, or, for rewards and draws without a derivative, score-function with the batch's leave-one-out mean as the baseline.
 
 With temperature = alpha on the path KL to the prior the best law of x0 is p(x0) exp(r(x0)/alpha)/Z, p that of the prior's
 chain, if every kernel may be tilted and x_T says little of x0. Kernels of tokens can be. A denoiser moves the means of
-Gaussian kernels and leaves their variances, so that what any tuner reaches in T moves is off by about 1/T: for N(0, 1),
+Gaussian kernels and leaves their variances, so that the law that any tuner reaches in T moves is off by about 1/T: for N(0, 1),
 r = -(x - 1)^2, alpha = 1, `linear_vp` and eta = 1 the best mean and variance are .571, .221 at T = 10, where p exp(r)/Z has
 .523, .262 (KL .011 nats), and .649, .330 for .648, .324 at T = 100 (KL 1e-4). A linear reward is off by the projection alone.
 """
@@ -213,7 +213,7 @@ class RewardBackprop:
         return x0, jnp.concatenate(log_prob) if log_prob else None, jnp.concatenate(penalty) if penalty else None
 
     def _surrogate(self, rewards: Array, feasible: Array, log_prob: Array, cost: Array) -> Array:
-        """Whose gradient is the policy gradient of r - sum of costs: every draw is paid by what comes after it. [B]"""
+        """Return the function whose gradient is the policy gradient of r - sum of costs: every draw is weighted by its return. [B]"""
         moves = log_prob.shape[0]
         cost = jnp.broadcast_to(cost, (moves + 1, rewards.shape[0]))
         after = jnp.cumsum(cost[::-1], 0)[::-1][1:]
@@ -294,40 +294,70 @@ def reward_backprop(
 ) -> RewardBackprop:
     """Build the engine of reward gradients; the published methods are settings of it (`draft`, `refl`, `drakes`, ...).
 
+        max over params of  E[r(x0)] - sum_i temperature_i KL(tuned path || path of reference i)
+
+    With the prior as the one reference the optimum is near p(x0) exp(r(x0)/temperature)/Z, p the law of the prior's chain.
+    Tokens unmasked one at a time reach it exactly; Gaussian moves keep their variances and miss it by about 1/T for T moves,
+    and the law of x_T is not tuned (`elegant` learns it). The head of this module gives numbers. Without a reference there is
+    no such target: the reward alone is maximised.
+
     Args:
-      model: params -> denoiser; a plain function, or a callable pytree such as `nets.lora.LoRAModel`.
-      process: eta = 0 (DDIM) or eta > 0.
-      reward: differentiable (unless gradient is "score_function"), (x0, cond) -> [B].
-      times: [T + 1], from `process.times(steps)`.
+      model: params -> denoiser, (x [B, ...], t, cond) -> E[x0 | x_t] or logits; a plain function bound once, or a callable pytree
+        such as `nets.LoRAModel`.
+      process: the noising process of the chain (`processes.gaussian`, `masked`, ...), eta = 0 (DDIM) or eta > 0.
+      reward: (x0 [B, ...], cond) -> [B]; differentiable, unless gradient is "score_function". NaN marks an infeasible sample,
+        which is left out of the mean.
+      times: the grid [T + 1] of the chain, decreasing, from `process.times(steps)`.
       optimizer: an optax gradient transformation; `optax.MultiSteps` accumulates over steps.
       batch: B, samples a step.
-      truncation: an integer K, network calls at the end of the chain that keep their gradient, all by default: the dead
-        head and the live tail are two scans. Or a plan of `rgdiff.tuners.plans`: one program for every K and draw.
+      truncation: an integer K, the number of network calls at the end of the chain that keep their gradient, all by default; the
+        calls before them form a scan without gradients. Or a plan of `rgdiff.tuners.plans`: one program for every K and draw.
       renoised: n, extra noisings of the final samples per sample (DRaFT-LV).
       on_trajectory: keep the term of the chain's own samples beside the renoised ones.
       reduce: `sum` or `mean` over these terms.
       reference, temperature: subtract temperature * path KL(tuned || reference), nats per sample, summed over all moves and
-        the last projection; several references have a weight each. Needs eta > 0. Infeasible samples do not pay. How near
-        the optimum is to p(x0) exp(r/alpha)/Z is said at the head of this module.
-      kl_budget, kl_rate: nats. The weights begin at temperature and are multiplied at every step by exp(kl_rate * (kl /
-        kl_budget - 1)), clipped to exp(+-kl_rate), so that the KL settles at the budget (dual ascent).
+        the last projection; temperature is in the reward's unit per nat. Several references have a weight each. The KL needs
+        eta > 0. Infeasible samples contribute no KL.
+      kl_budget, kl_rate: target of the path KL, nats, and the rate of its control. The weights begin at temperature and are
+        multiplied at every step by exp(kl_rate * (kl / kl_budget - 1)), clipped to exp(+-kl_rate), so that the KL settles at
+        the budget (dual ascent).
       penalty: `kl`, or `eps_mse`, the mean squared difference of the predicted noise, which eta = 0 has too (DRaFT+).
-      penalize: `all` calls, the dead ones through their kernels at constant states, or `live` calls alone, which
-        are then the only ones whose penalty is computed and reported.
-      projection: factor on the penalty of the last projection (`samplers.projection_kl`). It weighs 1/2 SNR at the end of
-        the chain and holds a gradient truncated to the last call fast; less lets that call move, at the cost of details.
-      heldout: another reward, reported as info["heldout"] and never differentiated (see `early_stopping`).
+      penalize: `all` calls: those without gradient are penalised through their kernels at constant states. Or `live`: only the
+        calls that keep their gradient are penalised and reported.
+      projection: factor on the penalty of the last projection (`samplers.projection_kl`). The penalty's weight is 1/2 SNR at the
+        end of the chain, which holds a gradient truncated to the last call fast; a smaller factor lets that call move, at the
+        cost of details.
+      heldout: another reward, (x0, cond) -> [B], reported as info["heldout"] and never differentiated (see `early_stopping`).
       gradient: `pathwise`; or `score_function`: every draw's log-probability is weighted by its reward to go less the
         leave-one-out mean of the batch, KL terms are differentiated exactly at constant states, and a final projection
         is constant (nothing is drawn there).
       input_gradient: keep the gradient of each call's output to its input.
-      ema_decay: keep an average of the parameters, `state.best`.
-      micro_batches: split the batch; only one part's states are held at a time.
-      remat: `none`, `everything` (store only the states), `dots`, `offload` (to the host's memory).
+      ema_decay: decay of an average of the parameters, `state.best`; None keeps no average.
+      micro_batches: number of parts that the batch is split into; the states of one part are held in memory at a time.
+      remat: recomputation in the backward pass: `none`, `everything` (only states are stored), `dots`, `offload` (states go to
+        the host's memory).
+
+    Returns:
+      A tuner for `fit`: `state = fit(tuner, key, tuner.init(params), steps)`, with `data=` the conditions where there are any.
+      Sample with `model(state.best)`. info per step: reward (mean over feasible samples), infeasible (count), kl or eps_mse
+      (kl_2, ... for further references), heldout, temperature (with a budget), gradient_norm, skipped. `tuner.gradients` and
+      `tuner.loss` are for diagnostics, `tuner.network_calls()` counts calls per sample and step.
 
     Raises:
-      ValueError: for K outside 1..T calls, a KL without a law or a reference, LV with no terms at all, a batch that does
-        not divide, settings that exclude each other.
+      ValueError: for K below 1 or above the chain's number of calls, a KL without a law or a reference, renoised terms without any term left, a batch
+        that does not divide, options that exclude each other.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, rgdiff
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.cosine_vp(), (1,))
+      >>> alpha, sigma = process.schedule.alpha, process.schedule.sigma
+      >>> model = lambda w: lambda x, t, cond=None: alpha(t) * x + sigma(t) ** 2 * w  # the exact denoiser of N(w, 1)
+      >>> kl = {"reference": model(jnp.zeros(1)), "temperature": 0.5}  # tilted by r(x) = x: N(1 / 0.5, 1)
+      >>> tuner = rgdiff.tuners.reward_backprop(
+      ...     model, process, lambda x, cond=None: x[:, 0], process.times(400), optax.sgd(0.5), batch=2, **kl)
+      >>> state = rgdiff.tuners.fit(tuner, jax.random.key(0), tuner.init(jnp.zeros(1)), 20)
+      >>> print(f"{state.params[0]:.1f}")
+      2.0
     """
     times = checks.times(times, process)
     calls = times.shape[0] - 1 + process.projects
@@ -363,28 +393,28 @@ def reward_backprop(
     if gradient == "score_function" and batch // micro_batches < 2:
         raise ValueError("a leave-one-out baseline needs at least 2 samples in every micro-batch")
     return RewardBackprop(
-        callable_pytree(model, "model (params -> denoiser)"),
-        process,
-        callable_pytree(reward, "a reward"),
-        times,
-        references,
-        weights,
-        budget_of(kl_budget, references, weights),
-        checks.positive("kl_rate", kl_rate, zero=True),
-        checks.positive("projection", projection, zero=True),
-        None if heldout is None else callable_pytree(heldout, "a held-out reward"),
-        plan,
-        None if ema_decay is None else checks.positive("ema_decay", ema_decay, zero=True),
-        checks.optimizer(optimizer),
-        batch,
-        live,
-        renoised,
-        bool(on_trajectory),
-        checks.one_of("reduce", reduce, ("sum", "mean")),
-        checks.one_of("remat", remat, REMAT),
-        gradient,
-        bool(input_gradient),
-        penalty,
-        penalize == "all",
-        micro_batches,
+        model=callable_pytree(model, "model (params -> denoiser)"),
+        process=process,
+        reward=callable_pytree(reward, "a reward"),
+        times=times,
+        references=references,
+        temperature=weights,
+        kl_budget=budget_of(kl_budget, references, weights),
+        kl_rate=checks.positive("kl_rate", kl_rate, zero=True),
+        projection=checks.positive("projection", projection, zero=True),
+        heldout=None if heldout is None else callable_pytree(heldout, "a held-out reward"),
+        plan=plan,
+        ema_decay=None if ema_decay is None else checks.positive("ema_decay", ema_decay, zero=True),
+        optimizer=checks.optimizer(optimizer),
+        batch=batch,
+        live=live,
+        renoised=renoised,
+        on_trajectory=bool(on_trajectory),
+        reduce=checks.one_of("reduce", reduce, ("sum", "mean")),
+        remat=checks.one_of("remat", remat, REMAT),
+        gradient=gradient,
+        input_gradient=bool(input_gradient),
+        penalty=penalty,
+        penalize_dead=penalize == "all",
+        micro_batches=micro_batches,
     )

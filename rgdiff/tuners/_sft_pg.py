@@ -147,32 +147,57 @@ def sft_pg(
 ) -> ShortcutTuning:
     """SFT-PG: bring the samples of a short chain nearer to data in an integral probability metric (arXiv 2301.13362).
 
+        min over the sampler, max over f of  E_data[f] - E_samples[f],  f constrained to be smooth
+
+    Data come through `fit(data={"x0": [N, ...]}, batch=...)`, with "cond" [N, ...] where there are conditions. The target is
+    the data's law itself, not a tilted one.
+
     Args:
-      times: the short chain's, e.g. `process.times(10)`.
-      batch: B, samples a step; data rows are `fit`'s own `batch`. With conditions the two are one number.
-      critic: params -> f(x0, cond) -> [B], high on data.
+      times: the grid [T + 1] of the short chain, e.g. `process.times(10)`.
+      batch: B, samples a step; `fit` has its own `batch`, the rows of data. With conditions the two are one number.
+      critic: params -> f, (x0 [B, ...], cond) -> [B], high on data.
       critic_params: f's first parameters.
-      critic_optimizer, critic_steps: f's own optimiser, and its steps a batch, before the policy's.
+      critic_optimizer, critic_steps: f's own optax transformation, and its steps a batch, before the policy's.
       constraint: `gradient_penalty` (penalty * E(|grad f| - 1)^2 between data and samples: Wasserstein-1, arXiv
         1704.00028) or `weight_clipping` (every parameter within +-bound).
+      penalty: weight of the gradient penalty.
+      bound: largest absolute value of f's parameters under `weight_clipping`.
       project: add the critic's gradient through the projection to data, which is no draw.
-      options: of `ddpo`; e.g. clip=0.1, epochs=10 as released, and advantage=learnt_baseline(...) for the paper's baseline.
+
+    Returns:
+      A tuner for `fit`; `state.best` holds the sampler's parameters, `state.extra[1].params` the critic's. info: ipm (the
+      metric after the critic's steps), critic_skipped, infeasible, gradient_norm, skipped.
+
+    Raises:
+      ValueError: for repeats other than 1, an unknown constraint, and as `ddpo`.
 
     Note:
-      The paper's last step draws with standard deviation 1e-3 and has a policy gradient like the others. Ours is the
-      limit of none, a projection, in which that gradient becomes the critic's own through it.
+      Released settings are clip=0.1, epochs=10; the paper's baseline is advantage=learnt_baseline(...). The paper's last step
+      draws with standard deviation 1e-3 and has a policy gradient like the others. Ours is the limit of none, a projection, in
+      which that gradient becomes the critic's own through it.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, rgdiff
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.cosine_vp(), (1,))
+      >>> model = lambda w: lambda x, t, cond=None: w + 0 * x  # samples are w, data 1
+      >>> tuner = rgdiff.tuners.sft_pg(
+      ...     model, process, process.times(3), optax.sgd(0.05), batch=16, critic=lambda a: lambda x, cond=None: a * x[:, 0],
+      ...     critic_params=jnp.float32(0), critic_optimizer=optax.sgd(0.02))
+      >>> data = {"x0": jnp.ones((16, 1))}
+      >>> print(rgdiff.tuners.fit(tuner, jax.random.key(0), tuner.init(jnp.zeros(1)), 5, data=data, batch=16).params > 0)
+      [ True]
     """
     policy = ddpo(model, process, times, optimizer, batch=batch, **options)
     if policy.repeats != 1:
         raise ValueError("sft_pg draws one sample for each row of the data's conditions; leave out repeats")
     return ShortcutTuning(
-        policy,
-        callable_pytree(critic, "critic (params -> f(x0, cond))"),
-        critic_params,
-        checks.positive("penalty", penalty, zero=True),
-        checks.positive("bound", bound),
-        checks.optimizer(critic_optimizer, "critic_optimizer"),
-        checks.one_of("constraint", constraint, CONSTRAINTS),
-        checks.at_least("critic_steps", critic_steps, 1),
-        bool(project),
+        policy=policy,
+        critic=callable_pytree(critic, "critic (params -> f(x0, cond))"),
+        critic_params=critic_params,
+        penalty=checks.positive("penalty", penalty, zero=True),
+        bound=checks.positive("bound", bound),
+        critic_optimizer=checks.optimizer(critic_optimizer, "critic_optimizer"),
+        constraint=checks.one_of("constraint", constraint, CONSTRAINTS),
+        critic_steps=checks.at_least("critic_steps", critic_steps, 1),
+        project=bool(project),
     )

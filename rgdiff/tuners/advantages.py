@@ -1,4 +1,4 @@
-"""Advantages: what is subtracted from a reward, and what it is divided by, before it weighs a draw's log-probability.
+"""Advantages: the baseline that is subtracted from a reward, and its divisor, before it weighs a draw's log-probability.
 
 Pure functions of returns [T, B], and pytrees that say which of them a policy gradient uses (`Advantage`) and carry
 running statistics in the tuner's state. Infeasible samples enter no statistic and have advantage 0.
@@ -20,10 +20,15 @@ EPSILON = 1e-6  # added to standard deviations, in the reward's unit
 
 
 class Returns(NamedTuple):
-    """What a batch of chains earned, in the reward's unit.
+    """The returns of a batch of chains, in the reward's unit.
 
-    togo [T, B]: the reward less the KL costs of all moves after this one. reward [B], 0 where infeasible. feasible [B].
-    path: the states [T + 1, B, ...] at times [T + 1]; cond [B, ...].
+    Args:
+      togo: [T, B], the reward less the KL costs of all moves after this one.
+      reward: [B], 0 where infeasible.
+      feasible: [B] bool.
+      path: the states [T + 1, B, ...].
+      times: [T + 1].
+      cond: conditions [B, ...], or None.
     """
 
     togo: Array
@@ -35,14 +40,19 @@ class Returns(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """advantage [T, B], and the scale [B] it has been divided by: KL weights are divided by it too, so that their unit stays."""
+    """Advantages and their scale.
+
+    Args:
+      advantage: [T, B].
+      scale: the divisor [B] of the advantages: KL weights are divided by it too, so that their unit stays.
+    """
 
     advantage: Array
     scale: Array
 
 
 class Advantage(Protocol):
-    """Turns returns into advantages; a pytree whose state is carried by the tuner."""
+    """Turns returns into advantages; a pytree whose state is carried in the tuner's state."""
 
     def init(self) -> Any: ...
 
@@ -50,7 +60,15 @@ class Advantage(Protocol):
 
 
 def moments(x: Array, feasible: Array) -> tuple[Array, Array]:
-    """Mean and (population) standard deviation over feasible entries of the last axis, [..., 1]; exact 0 for equal entries."""
+    """Return mean and (population) standard deviation over feasible entries of the last axis; exactly 0 for equal entries.
+
+    Args:
+      x: [..., n].
+      feasible: [..., n] bool.
+
+    Returns:
+      Mean and standard deviation, [..., 1] each.
+    """
     count = jnp.maximum(feasible.sum(-1, keepdims=True), 1)
     average = lambda a: jnp.sum(jnp.where(feasible, a, 0.0), -1, keepdims=True) / count  # noqa: E731
     mean = average(x)
@@ -59,14 +77,24 @@ def moments(x: Array, feasible: Array) -> tuple[Array, Array]:
 
 
 def less_others(x: Array, feasible: Array) -> Array:
-    """Each entry less the mean of the *other* feasible ones on the last axis: an unbiased baseline."""
+    """Return each entry less the mean of the *other* feasible ones on the last axis: an unbiased baseline.
+
+    Args:
+      x: [..., n].
+      feasible: [..., n] bool; other entries give 0.
+    """
     mean, _ = moments(x, feasible)
     count = feasible.sum(-1, keepdims=True)
     return jnp.where(feasible, (x - mean) * count / jnp.maximum(count - 1, 1), 0.0)
 
 
 def in_groups(x: Array, size: int) -> Array:
-    """[..., B] as [..., B / size, size]: groups are consecutive rows."""
+    """Return [..., B] as [..., B / size, size]: groups are consecutive rows.
+
+    Args:
+      x: [..., B].
+      size: of a group, a divisor of B.
+    """
     return x.reshape(*x.shape[:-1], -1, size)
 
 
@@ -83,7 +111,11 @@ class Plain:
 
 @pytree
 class LeaveOneOut:
-    """Return less the mean of the others in its group (the whole batch where size is 0)."""
+    """Return less the mean of the others in its group. Build it with `leave_one_out`.
+
+    Args:
+      size: of a group; 0 for the whole batch.
+    """
 
     size: int = static(default=0)
 
@@ -98,7 +130,12 @@ class LeaveOneOut:
 
 @pytree
 class Normalised:
-    """(Return - mean) / standard deviation of the rewards, within groups of `size` (the whole batch where 0), clipped."""
+    """(Return - mean) / standard deviation of the rewards, within groups, clipped. Build it with `batch_normalised` or `group_relative`.
+
+    Args:
+      clip: largest absolute value, or None.
+      size: of a group; 0 for the whole batch.
+    """
 
     clip: Array | None = None
     size: int = static(default=0)
@@ -117,14 +154,26 @@ class Normalised:
 
 
 class Buffers(NamedTuple):
-    """The last N rewards of every condition: values [C, N] as a ring, and how many were ever put in, count [C]."""
+    """The last N rewards of every condition.
+
+    Args:
+      values: [C, N], rings.
+      count: [C], number of rewards ever put in.
+    """
 
     values: Array
     count: Array
 
 
 def push(buffers: Buffers, index: Array, rewards: Array, feasible: Array) -> Buffers:
-    """Put rewards [B] into the buffers of their conditions [B], in order; infeasible ones not at all."""
+    """Put rewards into the ring buffers of their conditions, in order; infeasible ones are left out.
+
+    Args:
+      buffers: the last N rewards of C conditions.
+      index: [B] integers in [0, C), the condition of each reward.
+      rewards: [B].
+      feasible: [B] bool.
+    """
     conditions, length = buffers.values.shape
     mine = jax.nn.one_hot(index, conditions, dtype=jnp.int32) * feasible[:, None]
     rank = jnp.take_along_axis(jnp.cumsum(mine, 0) - mine, index[:, None], 1)[:, 0]
@@ -139,7 +188,14 @@ def push(buffers: Buffers, index: Array, rewards: Array, feasible: Array) -> Buf
 class PerCondition:
     """(Return - mean) / std of the last N rewards of the same condition, clipped; of the batch where it has too few.
 
-    KL costs, which no buffer holds, are centred by the batch.
+    KL costs, which no buffer holds, are centred by the batch. Build it with `per_condition`.
+
+    Args:
+      minimum: number of rewards from which a condition's own figures are used.
+      clip: largest absolute value, or None.
+      index: cond -> [B] integers in [0, C).
+      conditions: C.
+      buffer: N.
     """
 
     minimum: Array
@@ -177,9 +233,16 @@ class PerCondition:
 
 @pytree
 class LearntBaseline:
-    """Return less V(x_t, t, cond), and what `then` makes of that; V learns afterwards, by squared error on this batch.
+    """Return less V(x_t, t, cond), given to the advantage `then`; V learns afterwards, by squared error on this batch.
 
-    V is that of before the batch, so the baseline is independent of the draws it weighs.
+    V is that of before the batch, so the baseline is independent of the draws it weighs. Build it with `learnt_baseline`.
+
+    Args:
+      model: params -> V, (x [B, ...], t, cond) -> [B].
+      params: V's first parameters.
+      then: the `Advantage` of the rest.
+      optimizer: V's own.
+      steps: V's optimiser steps a batch.
     """
 
     model: Any
@@ -214,7 +277,12 @@ class LearntBaseline:
 
 
 def summed(function: Any, each: Any) -> Any:
-    """Sum function(*each[i]) over the leading axis, one i at a time: gradients of a sum over moves in one move's memory."""
+    """Sum function(*each[i]) over the leading axis, one i at a time: gradients of a sum over moves in one move's memory.
+
+    Args:
+      function: of one slice of the leaves of `each`, returns a pytree.
+      each: a tuple of pytrees of leaves [n, ...].
+    """
     size = jax.tree.leaves(each)[0].shape[0]
     at = lambda i: jax.tree.map(lambda leaf: leaf[i], each)  # noqa: E731
     if size == 1:  # see samplers._loop.roll
@@ -225,30 +293,110 @@ def summed(function: Any, each: Any) -> Any:
 
 
 def clipped(advantage: Array, clip: Array | None) -> Array:
-    """Advantages within +-clip."""
+    """Return advantages within +-clip.
+
+    Args:
+      advantage: [...].
+      clip: the bound, or None for none.
+    """
     return advantage if clip is None else jnp.clip(advantage, -clip, clip)
 
 
 def plain() -> Plain:
-    """Use returns without a baseline."""
+    """Use returns without a baseline: unbiased, with the largest variance.
+
+    Returns:
+      An `Advantage` for `ddpo(advantage=)`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rgdiff.tuners import advantages
+      >>> reward = jnp.array([1.0, 2.0, 6.0, 3.0])
+      >>> returns = advantages.Returns(reward[None], reward, reward > 0, None, None, None)  # one move
+      >>> estimate, _, _ = advantages.plain()((), returns)
+      >>> print(estimate.advantage)
+      [[1. 2. 6. 3.]]
+    """
     return Plain()
 
 
 def leave_one_out(size: int = 0) -> LeaveOneOut:
-    """Subtract the mean of the others, of the whole batch or of each group of `size` consecutive samples: unbiased, unscaled."""
+    """Subtract the mean of the other samples: unbiased and unscaled.
+
+        A_i = R_i - mean over j != i of R_j
+
+    Args:
+      size: number of consecutive samples in a group that is compared; 0 for the whole batch.
+
+    Returns:
+      An `Advantage` for `ddpo(advantage=)`.
+
+    Raises:
+      ValueError: for a negative size.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rgdiff.tuners import advantages
+      >>> reward = jnp.array([1.0, 2.0, 6.0, 3.0])
+      >>> returns = advantages.Returns(reward[None], reward, reward > 0, None, None, None)  # one move
+      >>> estimate, _, _ = advantages.leave_one_out(size=2)((), returns)
+      >>> print(estimate.advantage)
+      [[-1.  1.  3. -3.]]
+    """
     return LeaveOneOut(checks.at_least("size", size, 0))
 
 
 def batch_normalised(clip: float | None = None) -> Normalised:
-    """Normalise by the batch's mean and standard deviation. The own sample in the mean shrinks the gradient by 1 - 1/B."""
+    """Normalise by the batch's mean and standard deviation.
+
+        A_i = (R_i - mean R) / (std r + 1e-6)
+
+    The sample's own return in the mean shrinks the gradient by 1 - 1/B.
+
+    Args:
+      clip: largest absolute value of an advantage, or None; dynamic.
+
+    Returns:
+      An `Advantage` for `ddpo(advantage=)`.
+
+    Raises:
+      ValueError: for a clip that is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rgdiff.tuners import advantages
+      >>> reward = jnp.array([1.0, 2.0, 6.0, 3.0])
+      >>> returns = advantages.Returns(reward[None], reward, reward > 0, None, None, None)  # one move
+      >>> estimate, _, _ = advantages.batch_normalised()((), returns)
+      >>> print(*[f"{a:.2f}" for a in estimate.advantage[0]])
+      -1.07 -0.53 1.60 0.00
+    """
     return Normalised(_clip(clip))
 
 
 def group_relative(size: int, clip: float | None = None, *, scale: bool = True) -> Normalised | LeaveOneOut:
     """Normalise within groups of `size` consecutive samples of one condition (GRPO, arXiv 2402.03300).
 
-    With scale=False only the mean of the others is subtracted: dividing by each group's own spread gives conditions on
-    which all samples do alike more weight.
+    Args:
+      size: samples of a group, at least 2; draw them by `ddpo(repeats=size)`.
+      clip: largest absolute value of a scaled advantage, or None; dynamic.
+      scale: divide by the group's standard deviation. False subtracts the mean of the others only: dividing by each group's own
+        spread gives conditions on which all samples do alike more weight.
+
+    Returns:
+      An `Advantage` for `ddpo(advantage=)`.
+
+    Raises:
+      ValueError: for a size below 2, a clip that is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rgdiff.tuners import advantages
+      >>> reward = jnp.array([1.0, 2.0, 6.0, 3.0])
+      >>> returns = advantages.Returns(reward[None], reward, reward > 0, None, None, None)  # one move
+      >>> estimate, _, _ = advantages.group_relative(2)((), returns)
+      >>> print(estimate.advantage.round(2))
+      [[-1.  1.  1. -1.]]
     """
     size = checks.at_least("size", size, 2)
     return Normalised(_clip(clip), size) if scale else LeaveOneOut(size)
@@ -262,8 +410,25 @@ def per_condition(
     Args:
       conditions: C, their number.
       buffer: N, rewards kept of each. The batch's own are in it before it is used, as released.
-      minimum: with fewer rewards than this of a condition, the batch's mean and standard deviation serve it.
+      minimum: with fewer rewards than this of a condition, the batch's mean and standard deviation are used for it.
+      clip: largest absolute value of an advantage, or None; dynamic.
       index: cond -> [B] integers in [0, C); by default cond is that itself.
+
+    Returns:
+      An `Advantage` for `ddpo(advantage=)`; info has conditions_known, the share of samples with enough rewards.
+
+    Raises:
+      ValueError: for a minimum above the buffer, counts below 1; when called, for an index that is not [B] integers.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rgdiff.tuners import advantages
+      >>> reward = jnp.array([1.0, 2.0, 6.0, 3.0])
+      >>> returns = advantages.Returns(reward[None], reward, reward > 0, None, None, None)  # one move
+      >>> advantage = advantages.per_condition(2, minimum=1)
+      >>> estimate, _, _ = advantage(advantage.init(), returns._replace(cond=jnp.array([0, 0, 1, 1])))
+      >>> print(estimate.advantage.round(2))
+      [[-1.  1.  1. -1.]]
     """
     if checks.at_least("minimum", minimum, 1) > checks.at_least("buffer", buffer, 1):
         raise ValueError(f"minimum must be at most the buffer of {buffer} rewards, got {minimum}")
@@ -282,11 +447,27 @@ def learnt_baseline(
     """Subtract a value V(x_t, t, cond) that is regressed on the returns as training goes.
 
     Args:
-      model: params -> value (x, t, cond) -> [B].
+      model: params -> V, (x [B, ...], t, cond) -> [B], in the reward's unit.
       params: V's first parameters.
-      optimizer: V's own.
+      optimizer: V's own optax transformation.
       steps: V's optimiser steps a batch.
-      then: what is made of the rest; by default nothing (`plain`).
+      then: the `Advantage` that the rest is given to; `plain` by default.
+
+    Returns:
+      An `Advantage` for `ddpo(advantage=)`; info has value_error, the root mean square error in the reward's unit.
+
+    Raises:
+      ValueError: for a model that cannot be called, steps below 1.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from rgdiff.tuners import advantages
+      >>> value = lambda c: lambda x, t, cond=None: c + 0 * x[:, 0]
+      >>> advantage = advantages.learnt_baseline(value, jnp.float32(2), optax.sgd(0.1))
+      >>> reward, path = jnp.array([1.0, 4.0]), jnp.zeros((2, 2, 1))
+      >>> returns = advantages.Returns(reward[None], reward, reward > 0, path, jnp.array([1.0, 0.0]), None)
+      >>> print(advantage(advantage.init(), returns)[0].advantage)
+      [[-1.  2.]]
     """
     return LearntBaseline(
         callable_pytree(model, "model (params -> value)"),

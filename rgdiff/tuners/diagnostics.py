@@ -14,10 +14,13 @@ from rgdiff.typing import Array, Cond, Key, Params
 
 
 class GradientStatistics(NamedTuple):
-    """Of one batch's gradient: |E g|^2 (its noise taken off), the trace of its covariance, and the ratio of the two.
+    """Statistics of one batch's gradient g.
 
-    `variance_per_example` is batch * variance: what comparing tuners of different batches needs. `snr` is that of one
-    batch, |E g|^2 / variance.
+    Args:
+      squared_mean: |E g|^2, its noise taken off.
+      variance: the trace of the covariance of g.
+      variance_per_example: batch * variance, the number to compare tuners of different batches by.
+      snr: |E g|^2 / variance.
     """
 
     squared_mean: Array
@@ -32,14 +35,30 @@ def gradient_statistics(
     """Estimate a tuner's gradient noise from independent batches, `chunk` of them at a time.
 
     Args:
-      tuner: with `gradients(params, key, cond)` and `batch`, e.g. of `reward_backprop`; the same `params` serve all.
+      tuner: with `gradients(params, key, cond)` and `batch`, e.g. of `reward_backprop` or `as_tuner`.
+      key: a typed PRNG key.
+      params: the parameters at which all gradients are taken.
       draws: n >= 2 batches. The relative standard error of the variance is about sqrt(2 / (n * effective dimension)).
       cond: conditions of one batch, the same in every draw.
       chunk: batches evaluated at once by `vmap`; with 1 there is none, and a tuner whose plan skips calls (`lax.cond`)
         does skip them, where `vmap` runs both branches.
 
     Returns:
-      GradientStatistics; the estimate of |E g|^2 is unbiased and may come out negative where noise dominates.
+      GradientStatistics: squared_mean, |E g|^2, unbiased, so that it may be negative where noise dominates; variance, the trace of
+      the covariance of one batch's gradient; variance_per_example, batch times that; snr, squared_mean / variance.
+
+    Raises:
+      ValueError: for a key that is not typed, fewer than 2 draws.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, rgdiff
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.cosine_vp(), (1,))
+      >>> model = lambda w: lambda x, t, cond=None: w + 0 * x  # the gradient is 1 without noise
+      >>> reward = lambda x0, cond=None: x0[:, 0]
+      >>> tuner = rgdiff.tuners.draft_k(model, process, reward, process.times(2), optax.sgd(0.1), batch=2)
+      >>> noise = rgdiff.tuners.gradient_statistics(tuner, jax.random.key(0), jnp.zeros(1), draws=2)
+      >>> print(float(noise.squared_mean), float(noise.variance))
+      1.0 0.0
     """
     checks.key(key)
     draws = checks.at_least("draws", draws, 2)

@@ -1,4 +1,4 @@
-"""Two drivers of one cut: an `Online` method with its reward in the same program, or with its reward on the host.
+"""Two drivers of `Online` methods: with the reward in the same program, or with the reward on the host.
 
 Given a JAX reward they make the same run: keys and rows of data depend on the key and the step's index alone, as in
 `fit`, so a run that is interrupted and continued from its state is the same run too.
@@ -75,9 +75,26 @@ def as_tuner(
     """Make an online method a tuner for `fit`, with a JAX reward (or `rewards.from_host`) in the same program.
 
     Args:
-      reward: (x0, cond) -> [B]; NaN marks an infeasible sample.
+      online: from `ddpo`, `dpok`, `reward_weighted`, `filtered`, `seiko.seiko` or `seiko.steered`.
+      reward: (x0 [B, ...], cond) -> [B]; NaN marks an infeasible sample.
       heldout: another reward, reported as info["heldout"] (see `early_stopping`).
-      noise: standard deviation of Gaussian noise on every answer, in the reward's unit, as where an experiment answers.
+      noise: standard deviation of Gaussian noise added to each reward, in the reward's unit, to simulate an experiment; None
+        for none.
+
+    Returns:
+      A tuner for `fit`; state and info are the method's. Conditions are `fit`'s data.
+
+    Raises:
+      ValueError: for an object that is no online method, or one that is wrapped by `early_stopping` (wrap the tuner instead).
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, rgdiff
+      >>> process = rgdiff.processes.masked(rgdiff.schedules.log_linear_mask(), (1,), 2)  # one token of two letters
+      >>> model = lambda w: lambda x, t, cond=None: jnp.zeros((len(x), 1, 2)) + w  # logits of p(x0)
+      >>> method = rgdiff.tuners.ddpo(model, process, process.times(2), optax.sgd(1.0), batch=64)
+      >>> tuner = rgdiff.tuners.as_tuner(method, lambda x0, cond=None: x0[:, 0, 1])
+      >>> print(rgdiff.tuners.fit(tuner, jax.random.key(0), tuner.init(jnp.zeros(2)), 5).params.argmax())
+      1
     """
     _three_parts(online)
     if isinstance(online, EarlyStopping):
@@ -101,19 +118,21 @@ def fit_online(
     heldout: Callable[..., Any] | None = None,
     on_step: Callable[[Any, Info], None] | None = None,
 ) -> Any:
-    """Train until `state.step` is `steps`, or `state.stopped`, calling the reward on the host between a compiled rollout and update.
+    """Train until `state.step` is `steps`, calling the reward on the host between a compiled rollout and update.
+
+    It ends earlier where `state.stopped` (`early_stopping`).
 
     Args:
-      online: from `ddpo`, `dpok`, `reward_weighted`, `filtered`, or `early_stopping` of one.
+      online: from `ddpo`, `dpok`, `reward_weighted`, `filtered`, `seiko.seiko`, `seiko.steered`, or `early_stopping` of one.
       key: a typed PRNG key; the same key must be given when a run is continued.
       state: from `online.init(params)` or a checkpoint; its buffers are donated.
       steps: the total number, so that continuing an interrupted run is the same call.
-      reward: any Python function (x0 as NumPy [B, ...], cond as NumPy [B, ...] or None) -> B numbers; NaN marks an
-        infeasible sample, or (numbers, valid) does. It may be as slow as it likes.
+      reward: any Python function (x0 as NumPy [B, ...], cond as NumPy [B, ...] or None) -> B numbers, or (numbers, valid); NaN or
+        valid = False marks an infeasible sample. It may take any time.
       data: conditions, a pytree of arrays [N, ...]; every step gets `batch` rows of it, drawn uniformly, as in `fit`.
       batch: rows per step, where there are data.
       heldout: another such function, reported as info["heldout"].
-      on_step: called as (state, info) after every step, info on the host. Copy what you keep of the state: the next
+      on_step: called as (state, info) after every step, info on the host. Copy the parts of the state that you keep: the next
         step donates it.
 
     Returns:
@@ -122,6 +141,17 @@ def fit_online(
     Raises:
       RewardFailure: where the reward raises, or returns something else than B numbers; its `state` is that of before
         the step, from which the same call continues.
+      ValueError: for an object that is no online method, data without `batch`, a missing held-out reward.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, rgdiff
+      >>> process = rgdiff.processes.masked(rgdiff.schedules.log_linear_mask(), (1,), 2)  # one token of two letters
+      >>> model = lambda w: lambda x, t, cond=None: jnp.zeros((len(x), 1, 2)) + w  # logits of p(x0)
+      >>> method = rgdiff.tuners.ddpo(model, process, process.times(2), optax.sgd(1.0), batch=64)
+      >>> reward = lambda x0, cond: [float(row[0, 1]) for row in x0]  # plain Python on NumPy
+      >>> state = rgdiff.tuners.fit_online(method, jax.random.key(0), method.init(jnp.zeros(2)), 5, reward)
+      >>> print(state.params.argmax())
+      1
     """
     _three_parts(online.tuner if isinstance(online, EarlyStopping) else online)
     checks.key(key)
@@ -146,14 +176,23 @@ def fit_online(
 
 
 def feasible_mean(values: Array, rewards: Array) -> Array:
-    """Mean of values over examples whose reward is finite; NaN where none is."""
+    """Return the mean of values over examples whose reward is finite; NaN where none is.
+
+    Args:
+      values, rewards: [B] each.
+    """
     feasible = jnp.isfinite(rewards)
     mean = jnp.sum(jnp.where(feasible, values, 0.0)) / jnp.maximum(feasible.sum(), 1)
     return jnp.where(feasible.any(), mean, jnp.nan)
 
 
 def minibatch_rows(key: Key, batch: int, epochs: int, minibatches: int) -> Array:
-    """Rows [epochs * minibatches, batch / minibatches] of every optimiser step: a new order in every epoch."""
+    """Return the rows of every optimiser step, [epochs * minibatches, batch / minibatches]: a new order in every epoch.
+
+    Args:
+      key: a PRNG key, of the orders.
+      batch, epochs, minibatches: B, passes over it, and parts of each pass.
+    """
     if minibatches == 1:
         return jnp.broadcast_to(jnp.arange(batch), (epochs, batch))
     orders = jax.vmap(lambda k: jax.random.permutation(k, batch))(jax.random.split(key, epochs))

@@ -19,15 +19,27 @@ def adamw(
     weight_decay: float = 0.0,
     b2: float = 0.999,
 ) -> Any:
-    """Build AdamW; the same arguments give the same object, so that building it again does not recompile.
+    """Build AdamW with warm-up, cosine decay and clipping; the same arguments give the same object, which does not recompile.
 
     Args:
       learning_rate: at its peak.
       warmup: steps of linear warm-up from 0.
       decay_steps: total steps of a cosine decay to 0, warm-up included; constant after the warm-up where None.
       clip: largest global norm of the gradient, or None.
-      weight_decay: decoupled; the DRaFT paper uses 0.1.
+      weight_decay: decoupled, per step and unit of learning rate; the DRaFT paper uses 0.1.
       b2: decay of the second moment.
+
+    Returns:
+      An optax gradient transformation.
+
+    Raises:
+      ValueError: for a learning rate that is not positive, a decay that ends within the warm-up.
+
+    Example:
+      >>> import rgdiff
+      >>> optimizer = rgdiff.tuners.adamw(1e-3, warmup=10, decay_steps=100)
+      >>> print(optimizer is rgdiff.tuners.adamw(1e-3, warmup=10, decay_steps=100))
+      True
     """
     import optax
 

@@ -16,7 +16,12 @@ from rgdiff.typing import Array, Key, pytree, static
 
 @pytree
 class Last:
-    """The last k calls; earlier states are constants (DRaFT-K, arXiv 2309.17400). k is clipped to 1..calls."""
+    """The last k calls; earlier states are constants (DRaFT-K, arXiv 2309.17400). Build it with `last`.
+
+    Args:
+      k: number of calls, clipped to 1..calls.
+      early: whether the plan may end the chain before its last call; leave it.
+    """
 
     k: Array
     early: bool = static(default=False)
@@ -30,8 +35,12 @@ class Last:
 class Suffix:
     """A random number of last calls: the first is floor(N(mean, std)) of 50, given < 50 (AlignProp, arXiv 2310.03739).
 
-    Both numbers are in fiftieths of the chain, as published (42, 5: on average 9.1 of 50 calls live, with standard
-    deviation 4.5); one draw serves the whole batch.
+    Both numbers are in fiftieths of the chain, as published (42, 5: on average 9.1 of 50 calls keep their gradient, with
+    standard deviation 4.5); one draw serves the whole batch. Build it with `suffix`.
+
+    Args:
+      mean, std: in fiftieths of the chain.
+      early: whether the plan may end the chain before its last call; leave it.
     """
 
     mean: Array
@@ -47,10 +56,18 @@ class Suffix:
 
 @pytree
 class Subset:
-    """Each call by itself, the i-th of n with probability i / (n + 1): what AlignProp's first code and TRL do.
+    """Keep the gradient of each call independently, that of the i-th of n with probability i / (n + 1), as AlignProp's first code and TRL.
 
-    It is not a truncation: gradients pass dead calls along the state, half of the calls are live on average, and the
-    last one is dead now and then.
+    It is not a truncation: gradients pass the other calls along the state, half of the calls keep theirs on average, and now and
+    then the last one does not.
+
+    Args:
+      early: whether the plan may end the chain before its last call; leave it.
+
+    Example:
+      >>> import jax, rgdiff
+      >>> print(rgdiff.tuners.plans.Subset()(jax.random.key(0), 4).live.shape)  # which of 4 calls keep their gradient
+      (4,)
     """
 
     early: bool = static(default=False)
@@ -63,7 +80,12 @@ class Subset:
 
 @pytree
 class Late:
-    """One call, drawn among the last m, whose prediction of x0 is rewarded (ReFL, arXiv 2304.05977)."""
+    """One call, drawn among the last m, whose prediction of x0 is rewarded (ReFL, arXiv 2304.05977). Build it with `late`.
+
+    Args:
+      m: number of late calls, clipped to 1..calls.
+      early: whether the plan may end the chain before its last call; leave it.
+    """
 
     m: Array
     early: bool = static(default=True)
@@ -75,7 +97,15 @@ class Late:
 
 @pytree
 class Spaced:
-    """k calls at equal distances from a random first one; the chain ends at a call drawn among the last m (DRTune, arXiv 2405.00760)."""
+    """k calls at equal distances from a random first one; the chain ends at a call drawn among the last m (DRTune, arXiv 2405.00760).
+
+    Build it with `spaced`.
+
+    Args:
+      k: number of calls that keep their gradient.
+      m: number of late calls, clipped to 1..calls.
+      early: whether the plan may end the chain before its last call; leave it.
+    """
 
     k: int = static()
     m: Array = 1  # type: ignore[assignment]
@@ -92,20 +122,85 @@ class Spaced:
 
 
 def last(k: int) -> Last:
-    """Plan the last k calls, k dynamic."""
+    """Keep the gradient of the last k calls, k dynamic (DRaFT-K, arXiv 2309.17400).
+
+    Args:
+      k: number of calls; clipped to the chain's.
+
+    Returns:
+      A plan for `reward_backprop(truncation=)`: (key, calls) -> Plan.
+
+    Raises:
+      ValueError: for k below 1.
+
+    Example:
+      >>> import jax, rgdiff
+      >>> plan = rgdiff.tuners.plans.last(2)(jax.random.key(0), 5)  # a chain of 5 calls
+      >>> print(plan.live)
+      [False False False  True  True]
+    """
     return Last(jnp.int32(checks.at_least("k", k, 1)))
 
 
 def suffix(mean: float = 42.0, std: float = 5.0) -> Suffix:
-    """Plan AlignProp's random suffix."""
+    """Keep the gradient of a random suffix of the chain (AlignProp, arXiv 2310.03739).
+
+    Args:
+      mean, std: of the normal law of the first call that keeps its gradient, in fiftieths of the chain, truncated to [0, 50).
+
+    Returns:
+      A plan for `reward_backprop(truncation=)`: (key, calls) -> Plan.
+
+    Raises:
+      ValueError: for numbers that are not positive.
+
+    Example:
+      >>> import jax, rgdiff
+      >>> plan = rgdiff.tuners.plans.suffix(30.0, 0.01)(jax.random.key(0), 5)  # from 3/5 of 5 calls on, nearly surely
+      >>> print(plan.live)
+      [False False False  True  True]
+    """
     return Suffix(checks.positive("mean", mean), checks.positive("std", std))
 
 
 def late(m: int = 20) -> Late:
-    """Plan ReFL's random late call."""
+    """End the chain at one call drawn among the last m, which alone keeps its gradient (ReFL, arXiv 2304.05977).
+
+    Args:
+      m: the call is drawn uniformly among the last m; clipped to the chain's.
+
+    Returns:
+      A plan for `reward_backprop(truncation=)`: (key, calls) -> Plan.
+
+    Raises:
+      ValueError: for m below 1.
+
+    Example:
+      >>> import jax, rgdiff
+      >>> plan = rgdiff.tuners.plans.late(1)(jax.random.key(0), 5)  # a chain of 5 calls
+      >>> print(plan.live, int(plan.end))
+      [False False False False  True] 4
+    """
     return Late(jnp.int32(checks.at_least("m", m, 1)))
 
 
 def spaced(k: int = 5, m: int = 20) -> Spaced:
-    """Plan DRTune's calls at equal distances."""
+    """Keep the gradient of k calls at equal distances, and end the chain early (DRTune, arXiv 2405.00760).
+
+    Args:
+      k: number of calls that keep their gradient; the first is random.
+      m: the chain ends at a call drawn uniformly among the last m.
+
+    Returns:
+      A plan for `reward_backprop(truncation=)`: (key, calls) -> Plan.
+
+    Raises:
+      ValueError: for k or m below 1.
+
+    Example:
+      >>> import jax, rgdiff
+      >>> plan = rgdiff.tuners.plans.spaced(5, 1)(jax.random.key(0), 5)  # all 5 calls
+      >>> print(plan.live, int(plan.end))
+      [ True  True  True  True  True] 4
+    """
     return Spaced(checks.at_least("k", k, 1), jnp.int32(checks.at_least("m", m, 1)))

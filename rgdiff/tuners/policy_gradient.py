@@ -1,4 +1,4 @@
-"""Policy gradients: every draw of the chain is an action, weighed by an advantage; rewards may be black boxes.
+"""Policy gradients: every draw of the chain is an action, weighted by an advantage; rewards may be black boxes.
 
 `ddpo` in its score-function and importance-sampled forms and `dpok` are settings of one `Online` method. The moves of a
 chain are independent given its states, so their gradients are summed in a scan that holds one move at a time.
@@ -58,7 +58,7 @@ class Experience(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What an update needs of some of the chains: leaves with the batch on axis 1 (path, log_prob, advantage) or 0.
+    """The part of some chains that an update uses: leaves with the batch on axis 1 (path, log_prob, advantage) or 0.
 
     temperature [n] is of them all.
     """
@@ -79,7 +79,7 @@ class Rows(NamedTuple):
 
 
 class PolicyGradientExtra(NamedTuple):
-    """What a state holds besides: the advantage's own state, and the weights [n] of the KLs where a budget moves them."""
+    """The extra of a state: the advantage's own state, and the weights [n] of the KLs where a budget moves them."""
 
     advantage: Any
     temperature: Array | None
@@ -278,7 +278,11 @@ def _resolves(clip: Any, process: Process, per_dim: bool) -> bool:
 
 
 def dimensions(process: Any) -> int:
-    """D, numbers and tokens of one example."""
+    """Return D, the numbers and tokens of one example.
+
+    Args:
+      process: any.
+    """
     if isinstance(process, ProductProcess):
         return sum(dimensions(part) for part in process.parts.values())
     return math.prod(process.shape)
@@ -304,32 +308,40 @@ def ddpo(
     kl_gradient: str = "full",
     ema_decay: float | None = None,
 ) -> PolicyGradient:
-    """DDPO: E[sum over moves of grad log p(x_s | x_t) A], by score function or by clipped importance ratios (arXiv 2305.13301).
+    """DDPO: the policy gradient of E[r(x0)] over the moves of the chain (arXiv 2305.13301).
+
+        gradient = E[sum over moves of grad log p(x_s | x_t) A]
 
     With clip=None it is DDPO-SF: one optimiser step a batch, exactly on policy. With a clip it is DDPO-IS: every move
-    gains min(ratio A, clip(ratio, 1 - clip, 1 + clip) A), ratio = p(x_s | x_t) / p_old(x_s | x_t).
+    gains min(ratio A, clip(ratio, 1 - clip, 1 + clip) A), ratio = p(x_s | x_t) / p_old(x_s | x_t). Without a reference the
+    reward alone is maximised. With `reference` the optimum is near p(x0) exp(r(x0)/temperature)/Z, p the law of the
+    reference's chain: exactly so for tokens unmasked one at a time, up to about 1/T for Gaussian moves, whose variances stay
+    (see `reward_backprop`).
 
     Args:
-      model: params -> denoiser.
+      model: params -> denoiser, (x [B, ...], t, cond) -> E[x0 | x_t] or logits; a plain function bound once, or a callable pytree.
       process: Gaussian with eta > 0, masked, first-hitting or mixed. Their projection to data is no draw and no action.
-      times: [T + 1], from `process.times(steps)`; T >= 1.
+      times: the grid [T + 1] of the chain, from `process.times(steps)`; T >= 1.
       optimizer: an optax transformation; one step a minibatch, its gradient summed over all moves.
-      batch: B, chains a step.
-      clip: of the ratio, dynamic.
+      batch: B, chains a step, at least 2.
+      clip: half-width of the interval of the ratio around 1, dynamic; None for the score function.
       epochs, minibatches: passes over a batch, and parts of it in each; more than one of either needs a clip.
       advantage: from `rgdiff.tuners.advantages`; leave-one-out by default, which is unbiased and unscaled.
       repeats: consecutive chains for each row of the conditions, as `group_relative` needs them.
       per_dim: divide log-ratios, and KL terms with them, by D, the dimensions of an example: the published setting.
       reference, temperature: subtract temperature * path KL(tuned || reference), nats per sample, over all moves and the
-        projection; in the reward's unit per nat, also where advantages are scaled. Several references have a weight each.
-      kl_budget, kl_rate: nats; the weights follow the KL to the first reference, as in `reward_backprop`, once a batch.
-      kl_gradient: `full`, each draw also pays for the KL of later moves, so that the optimum is the regularised one
-        (near p(x0) exp(r/temperature)/Z: Gaussian moves keep their variances, see `rgdiff.tuners.reward_backprop`);
-        or `direct`, only each move's own KL is differentiated.
-      ema_decay: keep an average of the parameters, `state.best`.
+        projection; temperature is in the reward's unit per nat, also where advantages are scaled. Several references have a
+        weight each.
+      kl_budget, kl_rate: target of the KL to the first reference, nats, and the rate of its control: the weights follow it as
+        in `reward_backprop`, once a batch.
+      kl_gradient: `full`: each draw's return contains the KL of later moves, so that the optimum is the regularised one;
+        or `direct`: only each move's own KL is differentiated.
+      ema_decay: decay of an average of the parameters, `state.best`; None keeps no average.
 
     Returns:
-      An online method. info: reward, infeasible, kl, clipped (share of ratios whose gradient is cut), gradient_norm.
+      An online method: `fit(as_tuner(method, reward), ...)` for a JAX reward, `fit_online(method, ..., reward)` for one on the
+      host. `state.best` holds the tuned parameters. info: reward, infeasible, kl, clipped (share of ratios whose gradient is
+      cut), gradient_norm, skipped.
 
     Raises:
       ValueError: for eta = 0, a chain without a move, several updates without a clip, a clip below the rounding of float32,
@@ -344,6 +356,16 @@ def ddpo(
       differ by some 2e-4 nats at D = 3,072 when they are computed again: a smaller clip is refused. A network that *computes* in
       bfloat16 moves them by .01 to .07 nats in four dimensions, so that a clip of 1e-4 is noise: that is warned of. Compute in
       float32, or clip at 0.1 and above.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, rgdiff
+      >>> process = rgdiff.processes.masked(rgdiff.schedules.log_linear_mask(), (1,), 2)  # one token of two letters
+      >>> model = lambda w: lambda x, t, cond=None: jnp.zeros((len(x), 1, 2)) + w  # logits of p(x0)
+      >>> method = rgdiff.tuners.ddpo(model, process, process.times(2), optax.sgd(1.0), batch=64)
+      >>> tuner = rgdiff.tuners.as_tuner(method, lambda x0, cond=None: x0[:, 0, 1])
+      >>> state = rgdiff.tuners.fit(tuner, jax.random.key(0), tuner.init(jnp.zeros(2)), 10)
+      >>> print(bool(state.params[1] > state.params[0]))  # the rewarded letter gains
+      True
     """
     checks.law(process, "a policy gradient")
     times = checks.times(times, process)
@@ -366,24 +388,24 @@ def ddpo(
         )
     references, weights = weighed_references(reference, temperature)
     return PolicyGradient(
-        callable_pytree(model, "model (params -> denoiser)"),
-        process,
-        times,
-        references,
-        weights,
-        budget_of(kl_budget, references, weights),
-        checks.positive("kl_rate", kl_rate, zero=True),
-        None if clip is None else checks.positive("clip", clip),
-        advantage,
-        None if ema_decay is None else checks.positive("ema_decay", ema_decay, zero=True),
-        checks.optimizer(optimizer),
-        batch,
-        repeats,
-        epochs,
-        minibatches,
-        bool(per_dim),
-        checks.one_of("kl_gradient", kl_gradient, KL_GRADIENTS),
-        not _resolves(clip, process, per_dim),
+        model=callable_pytree(model, "model (params -> denoiser)"),
+        process=process,
+        times=times,
+        references=references,
+        temperature=weights,
+        kl_budget=budget_of(kl_budget, references, weights),
+        kl_rate=checks.positive("kl_rate", kl_rate, zero=True),
+        clip=None if clip is None else checks.positive("clip", clip),
+        advantage=advantage,
+        ema_decay=None if ema_decay is None else checks.positive("ema_decay", ema_decay, zero=True),
+        optimizer=checks.optimizer(optimizer),
+        batch=batch,
+        repeats=repeats,
+        epochs=epochs,
+        minibatches=minibatches,
+        per_dim=bool(per_dim),
+        kl_gradient=checks.one_of("kl_gradient", kl_gradient, KL_GRADIENTS),
+        fine_clip=not _resolves(clip, process, per_dim),
     )
 
 
@@ -405,15 +427,40 @@ def dpok(
 ) -> PolicyGradient:
     """DPOK: the policy gradient of E[r] - temperature * path KL with a learnt baseline V(x_t, t) (arXiv 2305.16381).
 
+    The optimum is near p(x0) exp(r(x0)/temperature)/Z, as exactly as for `ddpo`.
+
     Args:
-      value: params -> V(x, t, cond) -> [B], regressed on the return by its own optimiser, `value_steps` a batch.
-      options: of `ddpo`.
+      reference, temperature: the prior's denoiser (x, t, cond) -> E[x0 | x_t] or logits, and the weight of the path KL to it, in
+        the reward's unit per nat; several of each are allowed.
+      value: params -> V, (x [B, ...], t, cond) -> [B], regressed on the return.
+      value_params: V's first parameters.
+      value_optimizer: V's own optax transformation.
+      value_steps: V's optimiser steps a batch.
+      clip: half-width of the interval of the importance ratio around 1, dynamic; None for the score function.
+
+    Returns:
+      An online method, as `ddpo`; info has value_error too, V's root mean square error in the reward's unit.
+
+    Raises:
+      ValueError: as `ddpo`.
 
     Note:
       The released code differentiates each move's own KL alone (kl_gradient="direct"), as a mean square of predicted
       noise; weighs rewards by 100 and the KL by 0.01; clamps ratios to 1 +- 1e-4 per dimension on both sides, whatever
       the advantage's sign; draws from a buffer of 1,000 transitions; and fits V to it before V is used. Here KL weights
-      are per nat, every draw pays for the KL of later moves, and V is that of before the batch.
+      are per nat, every draw's return contains the KL of later moves, and V is that of before the batch.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, rgdiff
+      >>> process = rgdiff.processes.masked(rgdiff.schedules.log_linear_mask(), (1,), 2)
+      >>> model = lambda w: lambda x, t, cond=None: jnp.zeros((len(x), 1, 2)) + w
+      >>> value = lambda c: lambda x, t, cond=None: c + 0 * x[:, 0, 0]
+      >>> method = rgdiff.tuners.dpok(
+      ...     model, process, process.times(2), optax.sgd(1.0), batch=64, reference=model(0.0), temperature=0.5,
+      ...     value=value, value_params=jnp.float32(0), value_optimizer=optax.sgd(0.1))
+      >>> tuner = rgdiff.tuners.as_tuner(method, lambda x0, cond=None: x0[:, 0, 1])
+      >>> print(rgdiff.tuners.fit(tuner, jax.random.key(0), tuner.init(jnp.zeros(2)), 10).params.argmax())
+      1
     """
     baseline = advantages.learnt_baseline(value, value_params, value_optimizer, steps=value_steps)
     options = {"advantage": baseline, "clip": clip, **options}

@@ -1,7 +1,8 @@
 """Reward gradients in Gaussian chains, each name as its paper has it: DRaFT, DRaFT-K, -LV, -plus, ReFL, AlignProp, DRTune.
 
 Each is a setting of the one engine (`reward_backprop`, whose options they all take) with its citation and, where public
-code does something else than the paper, a note.
+code does something else than the paper, a note. Without `reference=` they maximise E[r(x0)] alone; with it and
+`temperature=` they aim at p(x0) exp(r(x0)/temperature)/Z, as exactly as `reward_backprop` says and the truncation allows.
 """
 
 from __future__ import annotations
@@ -19,7 +20,20 @@ from rgdiff.typing import Array, Denoiser, Model, Process, Reward
 def draft(
     model: Model, process: Process, reward: Reward, times: Array, optimizer: Any, **options: Any
 ) -> RewardBackprop:
-    """DRaFT: the gradient through the whole chain (arXiv 2309.17400, algorithm 1)."""
+    """DRaFT: maximise E[r(x0)] by the gradient through the whole chain (arXiv 2309.17400, algorithm 1).
+
+    Returns:
+      A tuner for `fit`; `state.best` holds the tuned parameters. State and info are those of `reward_backprop`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, rgdiff
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.cosine_vp(), (1,))
+      >>> model = lambda w: lambda x, t, cond=None: w + 0 * x  # predicts x0 = w; the reward's gradient is 1
+      >>> reward = lambda x0, cond=None: x0[:, 0]
+      >>> tuner = rgdiff.tuners.draft(model, process, reward, process.times(4), optax.sgd(0.5), batch=2)
+      >>> print(rgdiff.tuners.fit(tuner, jax.random.key(0), tuner.init(jnp.zeros(1)), 2).params)
+      [1.]
+    """
     return reward_backprop(model, process, reward, times, optimizer, truncation=None, **options)
 
 
@@ -35,9 +49,29 @@ def draft_k(
     dynamic: bool = False,
     **options: Any,
 ) -> RewardBackprop:
-    """DRaFT-K: the gradient through the last k network calls, earlier states held constant (arXiv 2309.17400, §3).
+    """DRaFT-K: maximise E[r(x0)] by the gradient through the last k network calls (arXiv 2309.17400, §3).
 
-    With `dynamic`, k is a number of the one program: changing it does not compile again.
+    States before those calls are constants.
+
+    Args:
+      k: number of network calls at the end of the chain that keep their gradient, at most all of them.
+      dynamic: make k a number of the one program, so that changing it does not compile again; calls without gradient are
+        then branches of one scan in place of a scan of their own.
+
+    Returns:
+      A tuner for `fit`; `state.best` holds the tuned parameters. State and info are those of `reward_backprop`.
+
+    Raises:
+      ValueError: for k below 1 or above the chain's number of calls, and as `reward_backprop`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, rgdiff
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.cosine_vp(), (1,))
+      >>> model = lambda w: lambda x, t, cond=None: w + 0 * x  # predicts x0 = w; the reward's gradient is 1
+      >>> reward = lambda x0, cond=None: x0[:, 0]
+      >>> tuner = rgdiff.tuners.draft_k(model, process, reward, process.times(4), optax.sgd(0.5), batch=2, k=2)
+      >>> print(rgdiff.tuners.fit(tuner, jax.random.key(0), tuner.init(jnp.zeros(1)), 2).params)
+      [1.]
     """
     truncation = plans.last(k) if dynamic else k
     return reward_backprop(model, process, reward, times, optimizer, truncation=truncation, **options)
@@ -56,11 +90,30 @@ def draft_lv(
     reduce: str = "sum",
     **options: Any,
 ) -> RewardBackprop:
-    """DRaFT-LV: DRaFT-1 plus n noisings of the final sample to the last time, each denoised in one call (arXiv 2309.17400, §3.3).
+    """DRaFT-LV: DRaFT-1 plus n noisings of the final sample, each denoised in one call (arXiv 2309.17400, §3.3).
+
+    The final sample is held constant and noised to the time of the last network call; the gradient has less variance.
+
+    Args:
+      n: noisings of each final sample.
+      on_trajectory: keep the term of the chain's own sample beside the n renoised ones.
+      reduce: `sum` or `mean` over these terms.
+
+    Returns:
+      A tuner for `fit`; `state.best` holds the tuned parameters. State and info are those of `reward_backprop`.
 
     Note:
       Public re-implementations disagree: some replace the chain's own term (on_trajectory=False) or average
       (reduce="mean"). The default is the paper's box: both, summed, with the final sample held constant.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, rgdiff
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.cosine_vp(), (1,))
+      >>> model = lambda w: lambda x, t, cond=None: w + 0 * x  # predicts x0 = w; the reward's gradient is 1 + n
+      >>> reward = lambda x0, cond=None: x0[:, 0]
+      >>> tuner = rgdiff.tuners.draft_lv(model, process, reward, process.times(4), optax.sgd(0.5), batch=2, n=2)
+      >>> print(rgdiff.tuners.fit(tuner, jax.random.key(0), tuner.init(jnp.zeros(1)), 2).params)
+      [3.]
     """
     return reward_backprop(
         model,
@@ -89,13 +142,33 @@ def draft_plus(
     weight: float = 0.1,
     **options: Any,
 ) -> RewardBackprop:
-    """DRaFT+: DRaFT-K with the squared difference of the predicted noise to the prior's at the live calls.
+    """DRaFT+: DRaFT-K with a penalty on the squared difference of the predicted noise to the prior's.
+
+        max over params of  E[r(x0)] - weight * sum over the last k calls of mean |eps - eps_reference|^2
 
     Its annealed guidance at sampling time is `rgdiff.denoisers.annealed`.
+
+    Args:
+      reference: the prior's denoiser, (x, t, cond) -> E[x0 | x_t].
+      k: number of network calls at the end of the chain that keep their gradient and are penalised.
+      weight: of the penalty, in the reward's unit.
+
+    Returns:
+      A tuner for `fit`; `state.best` holds the tuned parameters. State and info are those of `reward_backprop`.
 
     Note:
       NeMo-Aligner calls the term a KL; it carries no weight of the schedule and DDIM has no law. A path KL in nats is
       `draft_k(..., reference=, temperature=)` with eta > 0.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, rgdiff
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.cosine_vp(), (1,), eta=0.0)
+      >>> model = lambda w: lambda x, t, cond=None: w + 0 * x
+      >>> tuner = rgdiff.tuners.draft_plus(
+      ...     model, process, lambda x0, cond=None: x0[:, 0], process.times(4), optax.sgd(0.5), batch=2,
+      ...     reference=model(0.0), weight=0.0)  # without a weight it is DRaFT-1, the gradient is 1
+      >>> print(rgdiff.tuners.fit(tuner, jax.random.key(0), tuner.init(jnp.zeros(1)), 2).params)
+      [1.]
     """
     return reward_backprop(
         model,
@@ -116,10 +189,27 @@ def draft_plus(
 def refl(
     model: Model, process: Process, reward: Reward, times: Array, optimizer: Any, *, m: int = 20, **options: Any
 ) -> RewardBackprop:
-    """ReFL: the reward of one call's prediction of x0, drawn among the last m calls; all before it is constant.
+    """ReFL: reward the x0 predicted by one call, drawn among the last m (arXiv 2304.05977, algorithm 1).
 
-    arXiv 2304.05977, algorithm 1, without its pre-training loss (which the released code does not have either); m = 1 is
-    DRaFT-1. Put the paper's relu(2 - r) into the reward.
+    States before that call are constants. m = 1 is DRaFT-1.
+
+    Args:
+      m: the call is drawn uniformly among the last m; clipped to the chain's number of calls.
+
+    Returns:
+      A tuner for `fit`; `state.best` holds the tuned parameters. State and info are those of `reward_backprop`.
+
+    Note:
+      The paper's pre-training loss is left out, as in the released code. Put the paper's relu(2 - r) into the reward.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, rgdiff
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.cosine_vp(), (1,))
+      >>> model = lambda w: lambda x, t, cond=None: w + 0 * x  # predicts x0 = w; the reward's gradient is 1
+      >>> reward = lambda x0, cond=None: x0[:, 0]
+      >>> tuner = rgdiff.tuners.refl(model, process, reward, process.times(4), optax.sgd(0.5), batch=2, m=2)
+      >>> print(rgdiff.tuners.fit(tuner, jax.random.key(0), tuner.init(jnp.zeros(1)), 2).params)
+      [1.]
     """
     return reward_backprop(model, process, reward, times, optimizer, truncation=plans.late(m), **options)
 
@@ -138,7 +228,23 @@ def alignprop(
 ) -> RewardBackprop:
     """AlignProp: the gradient through a random suffix of the chain, drawn anew at every step (arXiv 2310.03739).
 
-    `mean` and `std` of the first live call in fiftieths of the chain. The published loss is |10 - r|, a reward's business.
+    Args:
+      mean, std: of the normal law of the first call that keeps its gradient, in fiftieths of the chain, truncated to [0, 50).
+
+    Returns:
+      A tuner for `fit`; `state.best` holds the tuned parameters. State and info are those of `reward_backprop`.
+
+    Note:
+      The published loss is |10 - r|; put it into the reward.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, rgdiff
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.cosine_vp(), (1,))
+      >>> model = lambda w: lambda x, t, cond=None: w + 0 * x  # predicts x0 = w; the reward's gradient is 1
+      >>> reward = lambda x0, cond=None: x0[:, 0]
+      >>> tuner = rgdiff.tuners.alignprop(model, process, reward, process.times(4), optax.sgd(0.5), batch=2)
+      >>> print(rgdiff.tuners.fit(tuner, jax.random.key(0), tuner.init(jnp.zeros(1)), 2).params)
+      [1.]
     """
     return reward_backprop(model, process, reward, times, optimizer, truncation=plans.suffix(mean, std), **options)
 
@@ -147,7 +253,22 @@ def alignprop(
 def alignprop_subset(
     model: Model, process: Process, reward: Reward, times: Array, optimizer: Any, **options: Any
 ) -> RewardBackprop:
-    """What AlignProp's first code and TRL do under its name: every call by itself is live with probability i / (n + 1)."""
+    """Keep the gradient of every call by itself, with probability i / (n + 1) for call i of n.
+
+    AlignProp's first code and TRL use this rule under that name; it is no truncation. See `alignprop` for the paper's.
+
+    Returns:
+      A tuner for `fit`; `state.best` holds the tuned parameters. State and info are those of `reward_backprop`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, rgdiff
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.cosine_vp(), (1,))
+      >>> model = lambda w: lambda x, t, cond=None: w + 0 * x  # predicts x0 = w; the reward's gradient is 1
+      >>> reward = lambda x0, cond=None: x0[:, 0]
+      >>> tuner = rgdiff.tuners.alignprop_subset(model, process, reward, process.times(4), optax.sgd(0.5), batch=2)
+      >>> print(rgdiff.tuners.fit(tuner, jax.random.key(0), tuner.init(jnp.zeros(1)), 2).params)
+      [1.]
+    """
     return reward_backprop(model, process, reward, times, optimizer, truncation=plans.Subset(), **options)
 
 
@@ -163,6 +284,25 @@ def drtune(
     m: int = 20,
     **options: Any,
 ) -> RewardBackprop:
-    """DRTune: k calls at equal distances, without their input's gradient, the chain ended at one of the last m (arXiv 2405.00760)."""
+    """DRTune: backpropagate through k evenly spaced calls with detached inputs, and stop early (arXiv 2405.00760).
+
+    The chain ends at a call drawn uniformly among the last m, whose prediction of x0 is rewarded.
+
+    Args:
+      k: number of calls that keep their gradient, at equal distances from a random first one.
+      m: the chain ends at a call drawn among the last m.
+
+    Returns:
+      A tuner for `fit`; `state.best` holds the tuned parameters. State and info are those of `reward_backprop`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, rgdiff
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.cosine_vp(), (1,))
+      >>> model = lambda w: lambda x, t, cond=None: w + 0 * x  # predicts x0 = w; the reward's gradient is positive
+      >>> reward = lambda x0, cond=None: x0[:, 0]
+      >>> tuner = rgdiff.tuners.drtune(model, process, reward, process.times(4), optax.sgd(0.5), batch=2, k=2, m=2)
+      >>> print(rgdiff.tuners.fit(tuner, jax.random.key(0), tuner.init(jnp.zeros(1)), 2).params > 0)
+      [ True]
+    """
     plan = plans.spaced(k, m)
     return reward_backprop(model, process, reward, times, optimizer, truncation=plan, input_gradient=False, **options)

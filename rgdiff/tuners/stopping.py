@@ -1,6 +1,6 @@
-"""Early stopping as part of the state: a tuner that watches one of its own figures and holds on to its best parameters.
+"""Early stopping as part of the state: a tuner that watches one of its own figures and keeps its best parameters.
 
-Everything is in the state, so a stopped, killed and resumed run is the same run; after the stop a step does nothing.
+Everything is in the state, so a stopped, killed and resumed run is the same run; after the stop a step changes nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,16 @@ from rgdiff.typing import Array, Info, Key, Params, Tuner, pytree, static
 
 
 class StoppingState(NamedTuple):
-    """The tuner's own state, the best parameters so far and what they were worth, and where the watch stands."""
+    """The state of `early_stopping`.
+
+    Args:
+      inner: the tuner's own state.
+      best: the best parameters so far.
+      best_value: their figure, the mean over a window.
+      total, finite, count: sum of the figure over the current window, its finite terms, and the steps in it.
+      stale: windows since the best one.
+      stopped: whether it has stopped, bool.
+    """
 
     inner: Any
     best: Params
@@ -54,7 +63,16 @@ class EarlyStopping:
         inner, low = self.tuner.init(params), jnp.float32(-jnp.inf)
         best = jax.tree.map(lambda p: jnp.array(p, copy=True), inner.best)
         zero = jnp.int32(0)
-        return StoppingState(inner, best, low, jnp.float32(0), zero, zero + 0, zero + 0, jnp.bool_(False))
+        return StoppingState(
+            inner=inner,
+            best=best,
+            best_value=low,
+            total=jnp.float32(0),
+            finite=zero,
+            count=zero + 0,
+            stale=zero + 0,
+            stopped=jnp.bool_(False),
+        )
 
     def suits(self, data: Any) -> None:
         """What the tuner refuses, refuse."""
@@ -121,14 +139,14 @@ class EarlyStopping:
         over = jnp.bool_(False) if not self.limited else full & (info[self.limited] > self.limit)
         stopped = (stale >= self.patience) | over
         state = StoppingState(
-            inner,
-            best,
-            jnp.where(better, mean, state.best_value),
-            jnp.where(full, 0.0, total),
-            jnp.where(full, 0, finite),
-            jnp.where(full, 0, count),
-            stale,
-            stopped,
+            inner=inner,
+            best=best,
+            best_value=jnp.where(better, mean, state.best_value),
+            total=jnp.where(full, 0.0, total),
+            finite=jnp.where(full, 0, finite),
+            count=jnp.where(full, 0, count),
+            stale=stale,
+            stopped=stopped,
         )
         return state, info | {"stopped": stopped.astype(jnp.int32)}
 
@@ -142,18 +160,33 @@ def early_stopping(
     limited: str = "",
     limit: float = float("inf"),
 ) -> EarlyStopping:
-    """Stop a tuner when a figure it reports no longer rises, and give back the parameters at which it was highest.
+    """Stop a tuner when a figure it reports no longer rises, and return the parameters at which it was highest.
 
     Args:
       tuner: whose info has `metric`; give `reward_backprop(heldout=...)` for the held-out reward. Or an online method, for
         `fit_online(heldout=...)`.
-      window: steps over which the figure is averaged, those where it is finite; a window without one is no better than any.
+      metric: name of the figure in info.
+      window: steps over which the figure is averaged, those where it is finite; a window without a finite figure is no new best.
       patience: windows without a new best before the stop.
-      limited, limit: stop also when this figure exceeds the limit at the end of a window, e.g. limited="kl".
+      limited, limit: stop also when this figure exceeds the limit at the end of a window, e.g. limited="kl"; "" for none.
 
     Returns:
-      A tuner whose `state.best` are the best parameters (averaged ones where the tuner averages) and `state.stopped` says
-      whether it has stopped; `fit` ends there.
+      A tuner for `fit` (or an online method for `fit_online`). `state.best` are the best parameters (averaged ones where the tuner
+      averages), `state.best_value` their figure, `state.stopped` whether it has stopped; `fit` ends there.
+
+    Raises:
+      ValueError: for window or patience below 1; when it runs, for a figure that the tuner does not report.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, rgdiff
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.cosine_vp(), (1,))
+      >>> model = lambda w: lambda x, t, cond=None: w + 0 * x
+      >>> reward, heldout = lambda x0, cond=None: x0[:, 0], lambda x0, cond=None: -((x0[:, 0] - 1) ** 2)
+      >>> tuner = rgdiff.tuners.draft(model, process, reward, process.times(2), optax.sgd(0.5), batch=2, heldout=heldout)
+      >>> stopping = rgdiff.tuners.early_stopping(tuner, window=1, patience=2)
+      >>> state = rgdiff.tuners.fit(stopping, jax.random.key(0), stopping.init(jnp.zeros(1)), 50)
+      >>> print(state.best, bool(state.stopped))  # the held-out reward is highest at 1
+      [1.] True
     """
     return EarlyStopping(
         tuner,

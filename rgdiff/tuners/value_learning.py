@@ -1,7 +1,7 @@
 """Learning values: one trainer, by regression on rewards or by temporal differences, for the mean or the soft value.
 
-Data are samples of the prior, noised afresh at every step, or whole chains of it (`rollouts`). What a value learnt here
-is good for (SVDD, guidance, SMC) is the samplers' business; how good it is at each time, `values.error_over_time` says.
+Data are samples of the prior, noised afresh at every step, or whole chains of it (`rollouts`). Samplers use the values (SVDD,
+guidance, SMC); `values.error_over_time` measures their error at each time.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class ValueLearning:
         return jax.tree.map(lambda leaf: at(leaf, index), batch["path"]), t, index
 
     def _backup(self, key: Key, target: Params, x: State, index: Array, cond: Cond) -> Array:
-        """What M draws of the next state are worth, [B]; at the end of the grid it means nothing."""
+        """The backed-up value of M draws of the next state, [B]; at the end of the grid it means nothing."""
         index = jnp.minimum(index, self.times.shape[0] - 2)  # type: ignore[union-attr]
         t, s = self.times[index], self.times[index + 1]  # type: ignore[index]
         kernel = self.process.reverse(x, t, s, self.denoiser(x, t, cond))  # type: ignore[misc]
@@ -138,38 +138,58 @@ def value_regression(
 ) -> ValueLearning:
     """Learn a value by regression on the rewards of samples of the prior (SVDD-MC, arXiv 2408.08252, §4 and algorithm 3).
 
-    v(x_t, t) = E[r(x0) | x_t] without a temperature, tau log E[exp(r(x0)/tau) | x_t] with one
-    (`values.regression_loss` says by which loss, and how nothing overflows).
+        v(x_t, t) = E[r(x0) | x_t],   or with a temperature   temperature * log E[exp(r(x0)/temperature) | x_t]
 
-    Data are {"x0": [N, ...], "reward": [N]}, noised afresh at every step, or {"path": [N, T + 1, ...], "reward": [N]},
+    The second, the soft value, is the one whose tilt of every move gives p(x0) exp(r(x0)/temperature)/Z. `values.regression_loss`
+    gives the losses.
+
+    Data for `fit` are {"x0": [N, ...], "reward": [N]}, noised afresh at every step, or {"path": [N, T + 1, ...], "reward": [N]},
     states of chains as `rollouts` returns them; with "cond", a pytree of [N, ...], where the value is conditional.
     Examples whose reward is not finite are left out: the value is that of feasible outcomes.
 
     Args:
-      model: params -> value (x, t, cond) -> [B], e.g. `lambda p: values.learned(from_linen(nets.ValueMLP(), p))`.
-      optimizer: an Optax transformation.
-      temperature: tau in the reward's unit, dynamic; None for the mean.
+      model: params -> value, (x [B, ...], t [B], cond) -> [B], e.g. `lambda p: values.learned(from_linen(nets.ValueMLP(), p))`.
+      process: any noising process.
+      optimizer: an optax transformation.
+      temperature: in the reward's unit, dynamic; None for the mean.
       times: the grid [T + 1] of the chains. Without it samples are noised to all times from 1e-3 to 1.
-      bound: nats; rewards further above the value than bound * tau count linearly (soft only).
-      ema_decay: of the averaged parameters, `state.best`.
+      bound: nats; rewards further above the value than bound * temperature count linearly (soft only).
+      ema_decay: decay of the averaged parameters, `state.best`.
+
+    Returns:
+      A tuner for `fit(data=...)`; `model(state.best)` is the value for `samplers.svdd`, `guides` and `samplers.smc`. info: loss,
+      infeasible, gradient_norm, skipped.
+
+    Raises:
+      ValueError: for an argument that is no noising process, numbers out of range; when it runs, for paths without `times`.
 
     Note:
       The released code regresses the reward itself, whatever its temperature: the mean, a lower bound of the soft value.
       It rolls the prior out, its image variant noises data: noising samples of an *exact* prior gives the pairs
       (x_t, x0) of its rollouts in law; the chain of a trained prior, or of few steps, has values of its own.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, rgdiff
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.cosine_vp(), (1,))
+      >>> model = lambda c: lambda x, t, cond=None: c + 0 * x[:, 0]  # a network in practice
+      >>> tuner = rgdiff.tuners.value_regression(model, process, optax.sgd(0.25))
+      >>> data = {"x0": jnp.zeros((2, 1)), "reward": jnp.array([1.0, 1.0])}
+      >>> state = rgdiff.tuners.fit(tuner, jax.random.key(0), tuner.init(jnp.float32(0)), 20, data=data, batch=16)
+      >>> print(f"{state.params:.2f}")
+      1.00
     """
     checks.noising_process(process, "value_regression")
     soft = temperature is not None
     return ValueLearning(
-        callable_pytree(model, "model (params -> value)"),
-        process,
-        checks.positive("ema_decay", ema_decay, zero=True),
-        checks.positive("bound", bound),
-        checks.positive("temperature", temperature) if soft else None,
-        None if times is None else checks.times(times, process),
-        None,
-        checks.optimizer(optimizer),
-        "soft" if soft else "squared",
+        model=callable_pytree(model, "model (params -> value)"),
+        process=process,
+        ema_decay=checks.positive("ema_decay", ema_decay, zero=True),
+        bound=checks.positive("bound", bound),
+        temperature=checks.positive("temperature", temperature) if soft else None,
+        times=None if times is None else checks.times(times, process),
+        denoiser=None,
+        optimizer=checks.optimizer(optimizer),
+        loss_name="soft" if soft else "squared",
     )
 
 
@@ -188,20 +208,27 @@ def temporal_difference(
 ) -> ValueLearning:
     """Learn a value by backing it up along the prior's chain: the soft Bellman equation of arXiv 2408.08252, §3.
 
-    v(x, t) = tau log (1/M) sum_m exp(v'(y_m, s)/tau) with y_m ~ p(. | x), the next states at s, and v' of averaged
-    parameters; at the last time of the grid v is the data's reward. Data are those of `value_regression`, and the reward
-    is not called: it may be as slow as it likes.
+        v(x, t) = temperature * log (1/M) sum_m exp(v'(y_m, s)/temperature),  y_m ~ p(. | x) at s
+
+    v' has averaged parameters; at the last time of the grid v is the data's reward. Data are those of `value_regression`; the
+    reward itself is not called.
 
     Args:
-      denoiser: of the prior.
+      model: params -> value, (x [B, ...], t [B], cond) -> [B], in the reward's unit.
+      process: a process with a law at every move (eta > 0).
+      denoiser: the prior's, (x, t, cond) -> E[x0 | x_t] or logits.
       times: the grid [T + 1] of the chain whose value is learnt.
-      temperature: tau in the reward's unit, dynamic. None backs up the plain mean, the released code's CD-Q.
+      optimizer: an optax transformation.
+      temperature: in the reward's unit, dynamic. None backs up the plain mean, the released code's CD-Q.
       candidates: M; each step costs one call of the denoiser and M of the value per example.
       loss: `soft` makes the backup exact for every M, as its minimiser takes the exponential average over draws of the
-        next states too; `squared` leaves a bias of -tau Var e / 2M, Var e the relative variance of exp(v/tau), at
+        next states too; `squared` leaves a bias of -temperature Var e / 2M, Var e the relative variance of exp(v/temperature), at
         every move. Without a temperature the loss is squared, and nothing is biased.
-      bound: as in `value_regression`.
-      ema_decay: of the averaged parameters, which value the next states and are `state.best`.
+      bound: nats; backed-up values further above the value than bound * temperature count linearly (soft only).
+      ema_decay: decay of the averaged parameters, which value the next states and are `state.best`.
+
+    Returns:
+      A tuner for `fit(data=...)`, as `value_regression`.
 
     Raises:
       ValueError: for eta = 0, M < 1, a grid without a move, an unknown loss.
@@ -210,6 +237,17 @@ def temporal_difference(
       The released CD-Q takes next states' values from the network that is trained; ours from its average, which is
       that network where ema_decay = 0. For a masked process, `values.learned(network, reward, process)` in the model
       ends at the reward itself, and the last backup then calls it; its NaN next states are left out of the mean.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, rgdiff
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.cosine_vp(), (1,))
+      >>> model = lambda c: lambda x, t, cond=None: c + 0 * x[:, 0]
+      >>> tuner = rgdiff.tuners.temporal_difference(
+      ...     model, process, rgdiff.tuners.standard_normal(process), process.times(4), optax.adam(0.05), candidates=2, ema_decay=0.0)
+      >>> data = {"x0": jnp.zeros((2, 1)), "reward": jnp.array([1.0, 1.0])}
+      >>> state = rgdiff.tuners.fit(tuner, jax.random.key(0), tuner.init(jnp.float32(0)), 200, data=data, batch=16)
+      >>> print(f"{state.params:.1f}")
+      1.0
     """
     checks.law(process, "a temporal difference")
     times = checks.times(times, process)
@@ -218,16 +256,16 @@ def temporal_difference(
     checks.one_of("loss", loss, LOSSES)
     soft = temperature is not None
     return ValueLearning(
-        callable_pytree(model, "model (params -> value)"),
-        process,
-        checks.positive("ema_decay", ema_decay, zero=True),
-        checks.positive("bound", bound),
-        checks.positive("temperature", temperature) if soft else None,
-        times,
-        callable_pytree(denoiser, "a denoiser"),
-        checks.optimizer(optimizer),
-        loss if soft else "squared",
-        checks.at_least("candidates", candidates, 1),
+        model=callable_pytree(model, "model (params -> value)"),
+        process=process,
+        ema_decay=checks.positive("ema_decay", ema_decay, zero=True),
+        bound=checks.positive("bound", bound),
+        temperature=checks.positive("temperature", temperature) if soft else None,
+        times=times,
+        denoiser=callable_pytree(denoiser, "a denoiser"),
+        optimizer=checks.optimizer(optimizer),
+        loss_name=loss if soft else "squared",
+        candidates=checks.at_least("candidates", candidates, 1),
     )
 
 
@@ -242,16 +280,32 @@ def rollouts(
     cond: Cond = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Roll the prior out and reward the ends: data to learn a value from, or to hold out.
+    """Sample the prior's chain and reward the ends: data to learn a value from, or to hold out.
 
     Args:
-      times: [T + 1].
+      key: a typed PRNG key.
+      process: of the chain.
+      denoiser: the prior's, (x, t, cond) -> E[x0 | x_t] or logits.
+      times: the grid [T + 1], from `process.times(steps)`.
+      reward: (x0 [N, ...], cond) -> [N]; NaN marks an infeasible sample.
       count: N, number of chains.
       cond: a pytree of [N, ...], or None.
-      options: of `samplers.sample` (chunk, on_chunk, mesh).
+      on_chunk: called as (moves done, T) between compiled chunks of the chain.
 
     Returns:
-      {"path": [N, T + 1, ...] states at all times of the grid, "x0": [N, ...], "reward": [N]}, and "cond" where given.
+      {"path": [N, T + 1, ...] states at all times of the grid, "x0": [N, ...], "reward": [N]}, and "cond" where given: the data of
+      `value_regression`, `temporal_difference` and `initial_value`.
+
+    Raises:
+      ValueError: as `samplers.sample`.
+
+    Example:
+      >>> import jax, rgdiff
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.cosine_vp(), (2,))
+      >>> data = rgdiff.tuners.rollouts(
+      ...     jax.random.key(0), process, rgdiff.tuners.standard_normal(process), process.times(4), lambda x, cond=None: x[:, 0], 3)
+      >>> print({name: leaf.shape for name, leaf in data.items()})
+      {'path': (3, 4, 2), 'x0': (3, 2), 'reward': (3,)}
     """
     sampler = ancestral(process, denoiser)
     out = sample(sampler, key, count, times, cond, keep=_state, **options)

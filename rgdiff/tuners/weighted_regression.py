@@ -1,6 +1,6 @@
 """Reward-weighted regression and filtered fine-tuning: the denoising loss on samples, weighted by their rewards.
 
-The plainest ways to use a black-box reward, and the baselines of policy gradients. Both are `Online`: samples are
+They are the simplest methods for a black-box reward, and the baselines of policy gradients. Both are `Online`: samples are
 rewarded between a rollout and some steps of `pretraining` on them.
 """
 
@@ -44,7 +44,12 @@ class Sampled(NamedTuple):
 
 
 def exponential_weights(rewards: Array, temperature: Array) -> Array:
-    """exp(r / temperature) over its sum on the last axis; 0 for infeasible samples."""
+    """Return exp(r / temperature) over its sum on the last axis; 0 for infeasible samples.
+
+    Args:
+      rewards: [..., n].
+      temperature: in the reward's unit.
+    """
     feasible = jnp.isfinite(rewards)
     scores = jnp.where(feasible, rewards / temperature, -jnp.inf)
     top = jnp.max(jnp.where(feasible.any(-1, keepdims=True), scores, 0.0), -1, keepdims=True)
@@ -53,7 +58,12 @@ def exponential_weights(rewards: Array, temperature: Array) -> Array:
 
 
 def top_weights(rewards: Array, fraction: Array) -> Array:
-    """Equal weights on the best ceil(fraction * n) of n feasible samples of the last axis, the first of equals first; else 0."""
+    """Return equal weights on the best ceil(fraction * n) of n feasible samples of the last axis, the first of equals first; else 0.
+
+    Args:
+      rewards: [..., n].
+      fraction: in (0, 1].
+    """
     feasible = jnp.isfinite(rewards)
     order = jnp.argsort(jnp.where(feasible, -rewards, jnp.inf), -1, stable=True)
     rank = jnp.argsort(order, -1)
@@ -153,7 +163,9 @@ def _build(
     """Build weighted regression on the model's or the prior's samples.
 
     Args:
-      group: consecutive samples that compete with one another; 0, the whole batch. RAFT's best of K per prompt is
+      times: the grid [T + 1] of the chain that draws the samples.
+      batch: B, samples a step.
+      group: number of consecutive samples that compete with one another; 0, the whole batch. RAFT's best of K per prompt is
         group=repeats=K, fraction=1/K.
       repeats: samples for each row of the conditions.
       epochs: passes over a batch.
@@ -165,7 +177,16 @@ def _build(
     training = pretraining(model, process, optimizer, **options)
     epochs = checks.at_least("epochs", epochs, 1)
     return WeightedRegression(
-        training, checks.times(times, process), number, prior, scheme, batch, group, repeats, epochs, minibatches
+        training=training,
+        times=checks.times(times, process),
+        number=number,
+        prior=prior,
+        scheme=scheme,
+        batch=batch,
+        size=group,
+        repeats=repeats,
+        epochs=epochs,
+        minibatches=minibatches,
     )
 
 
@@ -183,18 +204,36 @@ def reward_weighted(
 ) -> WeightedRegression:
     """RWR: the denoising loss on samples, weighted by exp(r / temperature) over its sum (arXiv 2302.12192; 2305.13301, §4.1).
 
+        min over params of  E_{x0 ~ q}[exp(r(x0)/temperature) * denoising loss(x0)] / E_q[exp(r/temperature)]
+
+    With q a fixed prior the fixed point is the denoiser of p(x0) exp(r(x0)/temperature)/Z, p the law of the prior's chain. One
+    token at a time it draws from that; T Gaussian moves, or T of several tokens at once, draw from it up to their own
+    discretisation: on `linear_vp` with eta = 1, of a law of variance .262 ten moves give .117, and a hundred .288 of .324.
+
     Args:
-      times: of the chain that draws the samples.
+      times: the grid [T + 1] of the chain that draws the samples.
       batch: B, samples a step; self-normalised weights have a bias of order 1/B.
       temperature: in the reward's unit, dynamic.
-      prior: a denoiser to draw from at every step. The fixed point is then the denoiser of p(x0) exp(r(x0) / temperature) / Z,
-        p the law of its chain. One token at a time it draws from that; T Gaussian moves, or T of several tokens at once,
-        draw from it up to their own discretisation: on `linear_vp` with eta = 1, of a law of variance .262 ten moves give
-        .117, and a hundred .288 of .324. With None samples come from the model itself, and each round tilts it once more: it ends at the
-        best samples it knows, whatever the temperature.
+      prior: a denoiser to draw from at every step, q above. With None samples come from the model itself, and each round tilts it
+        once more: it ends at the best samples it knows, whatever the temperature.
 
     Returns:
-      An online method. info: reward, infeasible, ess (effective number of samples), loss.
+      An online method: `fit(as_tuner(method, reward), ...)` or `fit_online(method, ..., reward)`; sample with `model(state.best)`.
+      info: reward, infeasible, ess (effective number of samples), loss, gradient_norm, skipped.
+
+    Raises:
+      ValueError: for a temperature that is not positive, parts that do not divide the batch, and as `pretraining`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, rgdiff
+      >>> process = rgdiff.processes.masked(rgdiff.schedules.log_linear_mask(), (1,), 2)  # one token of two letters
+      >>> model = lambda w: lambda x, t, cond=None: jnp.zeros((len(x), 1, 2)) + w  # logits of p(x0)
+      >>> method = rgdiff.tuners.reward_weighted(
+      ...     model, process, process.times(2), optax.sgd(0.1), batch=256, temperature=0.5, prior=model(0.0))
+      >>> tuner = rgdiff.tuners.as_tuner(method, lambda x0, cond=None: x0[:, 0, 1])
+      >>> w = rgdiff.tuners.fit(tuner, jax.random.key(0), tuner.init(jnp.zeros(2)), 200).best
+      >>> print(abs(w[1] - w[0] - 2) < 0.3)  # the log-odds of the tilted prior are 1 / temperature
+      True
     """
     if prior is not None:
         prior = callable_pytree(prior, "a denoiser")
@@ -225,9 +264,28 @@ def filtered(
 ) -> WeightedRegression:
     """Filtered fine-tuning: the denoising loss on the best fraction of the samples (RAFT, arXiv 2304.06767, algorithm 1).
 
+    It has no temperature and does not aim at a tilted law: drawn from the model itself it ends at the best samples it knows.
+
     Args:
-      fraction: of each group's feasible samples that is kept, at least one; in (0, 1], dynamic.
-      batch, prior: as in `reward_weighted`.
+      times: the grid [T + 1] of the chain that draws the samples.
+      batch: B, samples a step.
+      fraction: share of each group's feasible samples that is kept, at least one; in (0, 1], dynamic.
+      prior: a denoiser to draw from at every step; None draws from the model itself.
+
+    Returns:
+      An online method, as `reward_weighted`.
+
+    Raises:
+      ValueError: for a fraction outside (0, 1], parts that do not divide the batch, and as `pretraining`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, rgdiff
+      >>> process = rgdiff.processes.masked(rgdiff.schedules.log_linear_mask(), (1,), 2)
+      >>> model = lambda w: lambda x, t, cond=None: jnp.zeros((len(x), 1, 2)) + w
+      >>> method = rgdiff.tuners.filtered(model, process, process.times(2), optax.sgd(0.1), batch=64, fraction=0.25)
+      >>> tuner = rgdiff.tuners.as_tuner(method, lambda x0, cond=None: x0[:, 0, 1])
+      >>> print(rgdiff.tuners.fit(tuner, jax.random.key(0), tuner.init(jnp.zeros(2)), 5).best.argmax())
+      1
     """
     number = checks.positive("fraction", fraction)
     if not isinstance(number, Tracer) and number > 1:

@@ -355,5 +355,12 @@ def tfbind8(
     first, second = halves(linked(every[seen].argmax(-1), seen, double_stranded=True))
     first, second = seen[first], seen[second]
     return SequenceDomain(
-        every[np.sort(seen)], every[first], table[first], every[second], table[second], table, "tfbind8", letters
+        train_x=every[np.sort(seen)],
+        guide_x=every[first],
+        guide_y=table[first],
+        judge_x=every[second],
+        judge_y=table[second],
+        table=table,
+        name="tfbind8",
+        alphabet=letters,
     )

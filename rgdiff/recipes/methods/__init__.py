@@ -1,1 +1,1 @@
-"""Methods of recipes: what `configs/method/*.yaml` name. Each assembles samplers or tuners of the library, no mathematics of its own."""
+"""Methods of recipes, named by `configs/method/*.yaml`. Each assembles samplers or tuners of the library, no mathematics of its own."""

@@ -1,6 +1,6 @@
 """Anomaly detection in recipes: energies and scikit-learn's detectors on the same one-class problems, over seeds.
 
-A method here trains its energy anew for every problem and seed, and reports AUROCs; training is `runtime.dxmi`'s.
+A method here trains its energy anew for every problem and seed, and reports AUROCs; the training is that of `few_step`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,24 @@ from rgdiff.runtime.run import Run
 
 
 def problems(prior: ReadyPrior, seed: int) -> list[anomaly.OneClass]:
-    """Return the prior's problems of a seed."""
+    """Return the prior's problems of a seed.
+
+    Args:
+      prior: with problems, from `OneClassPrior`.
+      seed: of their splits.
+    """
     assert prior.problems is not None  # `check` has seen to it
     return prior.problems(seed)
 
 
 def study(prior: ReadyPrior, seeds: int, auroc: Callable[[anomaly.OneClass, int], float]) -> dict[str, float]:
-    """Return the mean and standard deviation over seeds of every problem's AUROC, and of their mean over problems."""
+    """Return the mean and standard deviation over seeds of every problem's AUROC, and of their mean over problems.
+
+    Args:
+      prior: with problems.
+      seeds: their number.
+      auroc: (problem, seed) -> AUROC of one training.
+    """
     found = [{problem.name: auroc(problem, seed) for problem in problems(prior, seed)} for seed in range(seeds)]
     every = {name: np.array([one[name] for one in found]) for name in found[0]}
     every["mean"] = np.mean([*every.values()], axis=0)
@@ -41,7 +52,12 @@ def study(prior: ReadyPrior, seeds: int, auroc: Callable[[anomaly.OneClass, int]
 
 @dataclasses.dataclass(frozen=True)
 class Scikit(Method):
-    """A detector of scikit-learn with its defaults: see `anomaly.detect`."""
+    """A detector of scikit-learn with its defaults: see `anomaly.detect`.
+
+    Args:
+      detector: its name, one of `anomaly.DETECTORS`.
+      seeds: independent trainings, of every problem.
+    """
 
     detector: str
     seeds: int = 5
@@ -59,10 +75,10 @@ class Scikit(Method):
 
 @dataclasses.dataclass(frozen=True)
 class EnergyDetector(Method):
-    """An energy as the score of what is anomalous.
+    """An energy as the anomaly score.
 
     Args:
-      training: how it is learnt: `runtime.dxmi.MaximumEntropy` or `runtime.dxmi_baselines.LangevinTraining`.
+      training: how it is learnt: `few_step.FewStepTraining` or `few_step_baselines.LangevinTraining`.
       seeds: independent trainings, of every problem.
     """
 

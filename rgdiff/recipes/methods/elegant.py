@@ -23,7 +23,12 @@ from rgdiff.typing import Process
 
 @dataclasses.dataclass(frozen=True)
 class StartedPrior(Prior):
-    """A prior's settings whose chains begin at draw(key, batch)."""
+    """A prior's settings whose chains begin at draw(key, batch).
+
+    Args:
+      settings: of the prior.
+      draw: (key, batch) -> x_T [B, ...].
+    """
 
     settings: Prior
     draw: Any
@@ -51,9 +56,11 @@ class Elegant(Method):
       tuning: a `FineTuning` of the main chain with a temperature (alpha, for all three) and eta > 0.
       value: a network (x, t, cond) -> [B], e.g. `nets.ValueMLP`.
       network: of the chain that draws x_T, zero at first, e.g. `nets.MLP`.
-      optimizer: of both.
-      rollouts: chains of the prior that the value learns from; `value_steps` of `value_batch` of them.
-      moves: network calls of the chain that draws x_T; `steps` of `batch` chains tune it.
+      optimizer: of both networks, an optax transformation.
+      rollouts: chains of the prior that the value learns from.
+      value_steps, value_batch: optimiser steps of the value, and chains a step.
+      moves: network calls of the chain that draws x_T.
+      steps, batch: tuning steps of that chain, and chains a step.
     """
 
     tuning: FineTuning

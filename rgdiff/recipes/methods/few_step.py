@@ -1,7 +1,7 @@
-"""DxMI and DxDP in recipes: few-step samplers made of a prior or of nothing, trained with an energy or to a reward.
+"""DxMI and DxDP in recipes: few-step samplers made of a prior or from scratch, trained with an energy or to a reward.
 
-The mathematics is `rgdiff.policies`' and `rgdiff.tuners`'; here samplers get their start, phases, figures and pictures. These
-methods learn from data, which a Gaussian prior hands on.
+The mathematics is in `rgdiff.policies` and `rgdiff.tuners`; here samplers get their start, phases, figures and pictures. These
+methods learn from the data of a Gaussian prior.
 """
 
 from __future__ import annotations
@@ -38,13 +38,14 @@ BOXES = 400  # of a quadrature, a side
 
 @dataclasses.dataclass(frozen=True)
 class FewSteps(Method):
-    """A sampler of T Gaussian steps as it begins, untuned: how a prior fares in T steps.
+    """A sampler of T Gaussian steps as it begins, untuned: the quality of a prior in T steps.
 
     Args:
       steps: T.
-      levels: `prior` (its own grid), `variances`, `fast_dpm` or `karras`; `settings` are their arguments but T, which the
-        standard deviations of `variances` have by their number.
-      start: `prior`: the prior's own network; `denoiser`: `network`, trained as a DDPM at these T levels, or `scratch`.
+      levels: `prior` (its own grid), `variances`, `fast_dpm` or `karras`.
+      settings: arguments of the levels' constructor but T; for `variances` the number of standard deviations is T.
+      start: `prior`: the prior's own network; `denoiser`: `network`, trained as a DDPM at these T levels; `scratch`: `network`,
+        untrained.
       network: of the latter two, which make mean = x + network.
       pretraining: steps, batch, and learning_rate of `denoiser`.
       reach: bounds of sigma_t, see `policies.policy`.
@@ -115,15 +116,18 @@ class FewSteps(Method):
 
 @dataclasses.dataclass(frozen=True)
 class FewStepTraining(FewSteps):
-    """DxMI, DxDP and their kin; further arguments as `FewSteps`.
+    """DxMI, DxDP and their kin.
 
     Args:
+      steps, levels, settings, start, network, pretraining, reach: as in `FewSteps`.
       setting: `dxmi`, `dxmi_released`, `gcd`, or `dxdp`, which is tuned to the recipe's reward and sees no data.
       value: a network (x, t, cond) -> [B], the cost to go, and the energy at t = 0.
       options: of the setting, see `rgdiff.tuners`; decay_steps is `iterations` unless given.
-      iterations: of training, with `batch` chains and as many rows of data each.
+      iterations: of training.
+      batch: chains, and rows of data, an iteration.
       noise_box: the energy's AUC is of fresh data against uniform noise on [-noise_box, noise_box]^D.
       guidance: tilt every step of sampling by the cost to go, as a multiple of 1 / temperature; 0 for none.
+      chunk: iterations between two checkpoints.
     """
 
     setting: str = "dxmi"
@@ -211,7 +215,12 @@ class FewStepTraining(FewSteps):
 
 
 def training_curves(run: Run, phase: str) -> Curves:
-    """Means of 20 stretches of training: energies of data and samples, the running cost, where they are reported."""
+    """Return means of 20 stretches of training: energies of data and samples, the running cost, where they are reported.
+
+    Args:
+      run: with the log.
+      phase: of the training.
+    """
     rows = [row for row in run.log.rows if row["phase"] == phase]
     titles = {
         "energy_data": "energy of data while training",
@@ -229,7 +238,14 @@ def training_curves(run: Run, phase: str) -> Curves:
 
 
 def energy_auc(run: Run, energy: Callable[[Array], Array], data: Array, box: float) -> float:
-    """Return the AUC of an energy, data against uniform noise on [-box, box]^D; NaN where an energy is."""
+    """Return the AUC of an energy, data against uniform noise on [-box, box]^D; NaN where an energy is.
+
+    Args:
+      run: for the key of the noise.
+      energy: x [N, D] -> [N].
+      data: [N, D].
+      box: half-width, data units.
+    """
     data = data[:FRESH]
     noise = jax.random.uniform(run.key("noise"), data.shape, minval=-box, maxval=box)
     high, low = np.asarray(energy(noise)), np.asarray(energy(data))
@@ -238,7 +254,12 @@ def energy_auc(run: Run, energy: Callable[[Array], Array], data: Array, box: flo
 
 @pytree
 class Boxed:
-    """An energy on [-box, box]^D, infinite outside, where nothing has taught a network what it is."""
+    """An energy on [-box, box]^D, infinite outside, where the network was not trained.
+
+    Args:
+      energy: x [B, D] -> [B].
+      box: half-width, data units.
+    """
 
     energy: Any
     box: Array
@@ -251,9 +272,16 @@ class Boxed:
 def density_figures(
     run: Run, phase: str, energy: Callable[[Array], Array], data: Array, box: float
 ) -> dict[str, float]:
-    """Return what an energy in nats on the plane is as a density on [-box, box]^2.
+    """Return figures of an energy in nats on the plane as a density on [-box, box]^2.
 
-    Its log Z by `tuners.log_partition` and by quadrature, and the mean log-likelihood of data under it, nats.
+    They are its log Z by `tuners.log_partition` and by quadrature, and the mean log-likelihood of data under it, nats.
+
+    Args:
+      run: for the key.
+      phase: of the training.
+      energy: x [N, 2] -> [N], nats.
+      data: [N, 2].
+      box: half-width, data units.
     """
     boxed = Boxed(callable_pytree(energy, "an energy"), jnp.float32(box))
     estimate = tuners.log_partition(

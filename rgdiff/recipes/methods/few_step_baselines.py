@@ -1,4 +1,4 @@
-"""What DxMI is measured against in recipes: a prior in few steps, SFT-PG, and an energy trained with Langevin chains."""
+"""Baselines of DxMI in recipes: a prior in few steps, SFT-PG, and an energy trained with Langevin chains."""
 
 from __future__ import annotations
 
@@ -26,7 +26,12 @@ from rgdiff.values import AtTime
 
 @dataclasses.dataclass(frozen=True)
 class ShortChain(Method):
-    """The prior in `steps` calls of its network, on its own grid: DDPM with eta = 1, DDIM with eta = 0."""
+    """The prior in few calls of its network, on its own grid: DDPM with eta = 1, DDIM with eta = 0.
+
+    Args:
+      steps: network calls.
+      eta: of sampling.
+    """
 
     steps: int = 5
     eta: float = 1.0
@@ -44,7 +49,11 @@ class ShortChain(Method):
 
 @pytree
 class StillModel:
-    """Parameters to a network of (x, t, cond), asked at t = 0, as a function of (x0, cond)."""
+    """Parameters -> a network of (x, t, cond), evaluated at t = 0, as a function of (x0, cond).
+
+    Args:
+      model: params -> (x, t, cond) -> [B].
+    """
 
     model: Any
 
@@ -57,9 +66,13 @@ class ShortcutFineTuning(Method):
     """SFT-PG (2301.13362): the prior's short chain brought nearer to the data by policy gradients.
 
     Args:
-      critic: a network (x, t, cond) -> [B], asked at t = 0.
+      critic: a network (x, t, cond) -> [B], evaluated at t = 0.
       optimizer, critic_optimizer: of the sampler and of the critic.
+      steps: network calls of the short chain.
+      iterations: of training.
+      batch: chains, and rows of data, an iteration.
       options: of `tuners.sft_pg`.
+      chunk: iterations between two checkpoints.
     """
 
     critic: Any
@@ -109,12 +122,17 @@ class ShortcutFineTuning(Method):
 
 @dataclasses.dataclass(frozen=True)
 class LangevinTraining(Method):
-    """An energy trained with Langevin chains, and samples of chains from noise; arguments as `tuners.langevin_energy`.
+    """An energy trained with Langevin chains, and samples of chains from noise.
 
     Args:
-      value: a network (x, t, cond) -> [B], asked at t = 0: the energy.
+      value: a network (x, t, cond) -> [B], evaluated at t = 0: the energy.
+      optimizer: an optax transformation.
+      options: of `tuners.langevin_energy`.
+      iterations: of training.
+      batch: chains moved, and rows of data, an iteration.
       draws: Langevin moves from noise to the samples that are reported.
-      noise_box: see `runtime.dxmi.MaximumEntropy`.
+      noise_box: see `few_step.FewStepTraining`.
+      chunk: iterations between two checkpoints.
     """
 
     value: Any

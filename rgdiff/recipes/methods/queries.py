@@ -1,7 +1,7 @@
-"""Methods of recipes that spend a budget of queries: SEIKO and its rivals, each a campaign (`rgdiff.runtime.campaign`).
+"""Methods of recipes that spend a budget of queries: SEIKO and its baselines, each a campaign (`rgdiff.runtime.campaign`).
 
-The task's reward is the laboratory: it is asked for the queries alone, with noise, and NaN is an infeasible answer. Its
-noiseless values judge every round's model, at no cost to the budget.
+The task's reward stands for the expensive oracle: it is called at the queries alone, with noise, and NaN is an infeasible answer.
+Its noiseless values evaluate every round's model, outside the budget.
 """
 
 from __future__ import annotations
@@ -40,18 +40,21 @@ SHOWN = {
 
 @dataclasses.dataclass(frozen=True)
 class QueryRounds(Method):
-    """Rounds of queries, refits and better models; arguments as `rgdiff.seiko.seiko` unless said.
+    """Rounds of queries, refits and better models (`rgdiff.seiko.seiko`).
 
     Args:
       surrogate: from `rgdiff.surrogates`.
-      queries: of every round; one round is the non-adaptive baseline.
+      queries: number of queries of every round; one round is the non-adaptive baseline.
       tuning: settings of the inner tuner (a reward gradient), its `steps` those of a round; its temperature is not used.
-      steering: svdd, smc, guidance or best_of_n steer the prior's chain by the optimistic reward instead; `options` are the
-        sampler's, for best_of_n `candidates`, and for smc `particles` per sample too.
+      steering: svdd, smc, guidance or best_of_n steer the prior's chain by the optimistic reward instead.
+      options: of that sampler; for best_of_n `candidates`, and for smc `particles` per sample too.
       optimism: `upper`; `mean` is greedy; `thompson` takes one draw of the posterior a round.
+      temperature, proximal_weight, schedule: alpha, beta and its schedule, in the reward's unit per nat; for steering the
+        sampler's temperature alone.
+      feasibility, feasibility_weight: a classifier from `rgdiff.surrogates` and the weight of its log-probability.
       noise: standard deviation of an answer, reward's unit.
       seeds: campaigns, shown as bands from the lowest to the highest.
-      evaluate: samples that judge a round's model.
+      evaluate: samples that evaluate a round's model.
     """
 
     surrogate: Any
@@ -195,7 +198,15 @@ class QueryRounds(Method):
 
 
 def judged(run: Run, phase: str, campaign: Campaign, prior: ReadyPrior, count: int) -> tuple[np.ndarray, float, Any]:
-    """Draw samples of the current model and, of the same chains, its path KL to the prior, NaN where it is steered; and lineages."""
+    """Draw samples of the current model; return them, the path KL of the same chains to the prior, NaN where it is steered, and lineages.
+
+    Args:
+      run: for the key and progress.
+      phase: name of the draws.
+      campaign: whose model is sampled.
+      prior: ready.
+      count: number of samples.
+    """
     sampler = campaign.sampler
     if not isinstance(campaign.method, seiko.Seiko):
         out = draw(run, phase, sampler, prior, count)
@@ -204,7 +215,7 @@ def judged(run: Run, phase: str, campaign: Campaign, prior: ReadyPrior, count: i
 
 
 def _asked(name: str, reward: Any, x0: Any) -> Any:
-    """The laboratory's answers. A black box that raises has not answered: its samples are not infeasible."""
+    """Return the oracle's answers. A black box that raises has not answered: its samples are not infeasible."""
     if not isinstance(reward, HostReward):
         return score(reward, jax.tree.map(jnp.asarray, x0))
     try:

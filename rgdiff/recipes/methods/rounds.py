@@ -1,6 +1,6 @@
 """Rounds of gradient guidance, algorithms 1 and 2 of the paper (arXiv 2404.14743), over seeds.
 
-The rounds are `tuners.gradient_guidance`'s; here they get phases, checkpoints and curves. `published` values of a
+The rounds are those of `tuners.gradient_guidance`; here they get phases, checkpoints and curves. `published` values of a
 recipe are drawn beside ours, under the same title.
 """
 
@@ -30,7 +30,7 @@ PARETO = "reward against distance from the data's support"
 
 @dataclasses.dataclass(frozen=True)
 class GuidanceRounds(Method):
-    """Algorithm 1, or with `refit` algorithm 2.
+    """Gradient guidance by algorithm 1, or with `refit` by algorithm 2.
 
     Args:
       rounds: of queries and samples, round 0 included, which is not guided.
@@ -42,6 +42,7 @@ class GuidanceRounds(Method):
       refit: the optimizer of algorithm 2, whose options (refit_from, updates, memory, decay) are among the others; None for
         algorithm 1.
       published: title -> [x, y], values to show beside ours, or null.
+      chunk: rounds between two checkpoints.
     """
 
     rounds: int = 200
@@ -96,7 +97,12 @@ class GuidanceRounds(Method):
 
 
 def by_round(seeds: list[list[dict[str, Any]]], published: dict[str, Any]) -> dict[str, Any]:
-    """Curves over rounds of one increment's rows, seed by seed: mean, lowest, highest; and the published values."""
+    """Return curves over rounds of one increment's rows: mean, lowest and highest over seeds; and the published values.
+
+    Args:
+      seeds: rows of the log, one list per seed.
+      published: title -> [x, y].
+    """
     curves: dict[str, Any] = {}
     for name, title in TITLES.items():
         if name in seeds[0][0]:
@@ -108,7 +114,12 @@ def by_round(seeds: list[list[dict[str, Any]]], published: dict[str, Any]) -> di
 
 
 def pareto(logs: list[list[list[dict[str, Any]]]], published: dict[str, Any]) -> dict[str, Any]:
-    """The last round's reward against the distance from the support, one point an increment."""
+    """Return the last round's reward against the distance from the support, one point an increment.
+
+    Args:
+      logs: rows of the log, by increment and seed.
+      published: title -> [x, y].
+    """
     ends = [[rows[-1] for rows in seeds] for seeds in logs]
     off, reward = (np.array([[row[name] for row in seeds] for seeds in ends]) for name in ("off_support", "reward"))
     curve = (off.mean(1), reward.mean(1), reward.min(1), reward.max(1))

@@ -43,7 +43,7 @@ class CandidateSampling(Method):
       temperature: tau, in the reward's unit.
       value: the value function that scores candidates (group `value`). At the last move it is evaluated at times[-1] > 0, so
         that a measurement's likelihood still contains the remaining posterior variance.
-      proposal: scale of a guide by the posterior mean's gradient that proposes candidates, or None. Candidates are weighted
+      proposal: scale of a guide by the posterior mean's gradient that proposes candidates, or None. Importance weights correct
         for it, so that the target stays the same.
       options: of `rgdiff.samplers.svdd`.
     """
@@ -97,10 +97,11 @@ class ParticleSampling(Method):
     """Weighted particles: one problem, from whose weights the samples asked for are drawn. Errors are estimated from lineages.
 
     Args:
-      setting: smc, fk_steering, tds, das: a particle sampler of `rgdiff.samplers`, whose `options` are its own.
+      setting: smc, fk_steering, tds, das: a particle sampler of `rgdiff.samplers`.
       particles: of the one problem.
       temperature: tau, in the reward's unit.
       value: the value function of the potentials (group `value`); the last one is the reward's.
+      options: of the particle sampler.
     """
 
     setting: str = "smc"
@@ -160,7 +161,11 @@ class ParticleSampling(Method):
 
 @dataclasses.dataclass(frozen=True)
 class BestOfNSampling(Method):
-    """The best of `candidates` samples of the prior, per sample."""
+    """The best of several samples of the prior, per sample.
+
+    Args:
+      candidates: N, chains of the prior per sample.
+    """
 
     candidates: int = 16
 
@@ -181,12 +186,13 @@ class GuidedSampling(Method):
     """Ancestral sampling under a guide made from the task's reward.
 
     Args:
-      guide: a guide of `rgdiff.guides`, whose `options` are its own: `classifier_guidance` (the score moved by the gradient of
-        the value: DPS for any reward with the posterior mean, classifier guidance with a learnt value, PiGDM with a
-        measurement's likelihood), `lgd_mc` (the reward at several draws around the posterior mean), `tmpd` (for
-        measurements), or `gradient_guide` (the kernel tilted instead; masked priors too).
-      temperature: the guide's scale is 1 / temperature, per unit of the reward.
+      guide: a guide of `rgdiff.guides`: `classifier_guidance` (the score moved by the gradient of the value: DPS for any reward with
+        the posterior mean, classifier guidance with a learnt value, PiGDM with a measurement's likelihood), `lgd_mc` (the reward at
+        several draws around the posterior mean), `tmpd` (for measurements), or `gradient_guide` (the kernel tilted instead; masked
+        priors too).
+      temperature: in the reward's unit; the guide's scale is 1 / temperature.
       value: the value function whose gradient guides (group `value`); not for lgd_mc and tmpd.
+      options: of the guide.
       sampling: options of `rgdiff.samplers.ancestral`: time_travel and window (FreeDoM).
     """
 

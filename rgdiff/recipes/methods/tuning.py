@@ -40,7 +40,17 @@ def measured(
     process: Process,
     count: int,
 ) -> dict[str, float]:
-    """Return, and log, mean rewards, diversity and path KL of a denoiser's samples; of one chain where the process has a law."""
+    """Return, and log, mean rewards, diversity and path KL of a denoiser's samples; of one chain where the process has a law.
+
+    Args:
+      run: for the key, progress and the log.
+      phase: name of the draws.
+      prior: ready, the reference of the KL.
+      rewards: title -> reward.
+      denoiser: that is sampled.
+      process: of its chain.
+      count: number of samples.
+    """
     sampler = samplers.ancestral(process, denoiser)
     if process.stochastic:
         x0, kl = draw_with_kl(run, phase, sampler, prior, count)
@@ -60,9 +70,14 @@ class FineTuning(Method):
     """A setting of `rgdiff.tuners`, for all weights or a LoRA adapter.
 
     Args:
-      setting: its name, of a reward gradient or an online method; `options` are its own arguments.
+      setting: its name, of a reward gradient or an online method.
+      optimizer: an optax transformation.
+      options: arguments of the setting itself.
+      steps: tuning steps.
+      batch: samples a step.
       eta: of the tuned chain; null for a masked prior.
       temperature: alpha, in the reward's unit per nat of path KL to the prior; null for none.
+      remat: recomputation in the backward pass, see `tuners.reward_backprop`.
       adapter: rank of a LoRA adapter, which is saved in PEFT's files under adapters/ (`method=adapters` samples with it), or
         null for all weights, which are saved under tuned/ (`prior.checkpoint` takes them).
       heldout: report the held-out reward while tuning.
@@ -72,6 +87,7 @@ class FineTuning(Method):
       value: a network (x, t, cond) -> [B], the baseline that dpok learns.
       value_optimizer: for it; the same as the policy's by default.
       noise: standard deviation of Gaussian noise added to each reward before an online method sees it (reward's unit).
+      chunk: steps between two checkpoints.
     """
 
     setting: str
@@ -140,7 +156,7 @@ class FineTuning(Method):
         return assemble(self.make, self.options, **parts, batch=self.batch, remat=self.remat, **more)
 
     def model(self, prior: ReadyPrior) -> Any:
-        """Return what the tuned parameters are of: the prior's model, or an adapter of it."""
+        """Return the model of the tuned parameters: the prior's, or an adapter of it."""
         return prior.model if self.adapter is None else LoRAModel(prior.params, prior.model)
 
     def baseline(self, process: Process, key: Any) -> dict[str, Any]:
