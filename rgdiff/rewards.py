@@ -79,6 +79,11 @@ def score(reward: Reward, x0: State, cond: Cond = None) -> Array:
 
     Raises:
       RewardFailure: as `evaluate`, and where a host reward raises.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> print(rgdiff.rewards.score(lambda x0, cond=None: x0.sum(-1), jnp.array([[1.0, 2.0]])))
+      [3.]
     """
     reward = callable_pytree(reward, "a reward")
     with failures(reward) as settle:
@@ -131,6 +136,9 @@ def failures(*methods: Any) -> Iterator[Callable[..., Any]]:
 
     Gives settle(results, state=None, step=None): it waits for the results where a method holds a host reward, raises
     RewardFailure with the first failure if there was one, and returns the results.
+
+    Args:
+      methods: samplers, tuners, values or rewards.
     """
     heard: list[Exception] = []
     waits = bool(host_rewards(methods))
@@ -150,7 +158,13 @@ def failures(*methods: Any) -> Iterator[Callable[..., Any]]:
 
 
 def failed(error: Exception, state: Any = None, step: int | None = None) -> RewardFailure:
-    """Return the failure of a host reward as the user reads it."""
+    """Return the failure of a host reward as the user reads it.
+
+    Args:
+      error: what the reward raised.
+      state: from which the caller can continue, or None.
+      step: its number.
+    """
     where, go_on = "", ""
     if state is not None:
         where, go_on = f" at step {step}", ", and continue from the state of this exception"
@@ -163,7 +177,11 @@ def _told(error: Exception, where: str = "") -> str:
 
 
 def host_rewards(tree: Any) -> list[HostReward]:
-    """Return the host rewards in a reward, a value or a method."""
+    """Return the host rewards in a reward, a value or a method.
+
+    Args:
+      tree: a pytree.
+    """
     parts = jax.tree.leaves(tree, is_leaf=lambda part: isinstance(part, HostReward))
     return [part for part in parts if isinstance(part, HostReward)]
 

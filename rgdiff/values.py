@@ -21,6 +21,12 @@ from rgdiff.typing import Array, Cond, Denoiser, Process, Reward, State, Value, 
 def evaluate(value: Value, x: State, t: Array, cond: Cond = None) -> Array:
     """Return value(x, t, cond) as float32 [B]: how every method of this library calls a value.
 
+    Args:
+      value: (x, t, cond) -> [B].
+      x: the state, leaves [B, ...].
+      t: [] or [B].
+      cond: conditions, a pytree of [B, ...], or None.
+
     Raises:
       ValueError: while the program is traced, for anything else than one float per example.
     """
