@@ -10,6 +10,7 @@ import difflib
 import functools
 import inspect
 import re
+import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -39,16 +40,19 @@ def setting_of(
         ]
         signature = own.replace(parameters=[*parameters, *more])
         names = list(signature.parameters)
+        nearest = difflib.get_close_matches
 
-        @functools.wraps(setting)
         def call(*args: Any, **options: Any) -> Any:
             for name in options:
                 if name not in signature.parameters:
-                    near = difflib.get_close_matches(name, names, n=1)
+                    near = nearest(name, names, n=1)
                     hint = f"; did you mean {near[0]!r}?" if near else f"; it takes {', '.join(names)}"
                     raise TypeError(f"{setting.__name__}() got an unexpected keyword argument {name!r}{hint}")
             return setting(*args, **(defaults | options))
 
+        # In the setting's own module, so that doctest finds its example there.
+        call = types.FunctionType(call.__code__, setting.__globals__, call.__name__, None, call.__closure__)
+        functools.update_wrapper(call, setting)
         call.__signature__ = signature  # type: ignore[attr-defined]
         call.__doc__ = joined(setting.__doc__, engine.__doc__, set(names) - set(arguments(setting.__doc__)))
         return call  # type: ignore[return-value]

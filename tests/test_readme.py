@@ -1,14 +1,9 @@
-"""The README's examples run as printed and give what their comments say; examples in docstrings are true."""
+"""The README's examples run as printed and give what their comments say. Examples in docstrings: `pytest --doctest-modules rgdiff`."""
 
-import doctest
-import importlib
-import pkgutil
 import re
 from pathlib import Path
 
 import numpy as np
-
-import rgdiff
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 
@@ -21,18 +16,7 @@ def test_library_examples(capsys, tmp_path, monkeypatch):
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
     prior, steered, params, asked = (np.fromstring(line.strip(" []"), sep=" ") for line in printed)
     assert np.abs(prior).max() < 0.06  # mean of N(0, I) from 4,096 samples, four standard errors
-    assert 1.5 < steered[0] < 2.1 and abs(steered[1]) < 0.08
+    assert abs(steered[0] - 1.7) < 0.08 and abs(steered[1]) < 0.08  # what the comment says
     assert (params > 0.05).all()  # towards the reward's maximum at (1, 1)
     assert (asked > 0.2).all() and (asked < 1.2).all()  # the same, from 96 answers
     assert (tmp_path / "runs" / "laboratory" / "campaigns").is_dir()
-
-
-def test_docstring_examples():
-    attempted = 0
-    for module in pkgutil.walk_packages(rgdiff.__path__, "rgdiff."):
-        if module.name.endswith("__main__"):
-            continue
-        result = doctest.testmod(importlib.import_module(module.name))
-        assert result.failed == 0, module.name
-        attempted += result.attempted
-    assert attempted
