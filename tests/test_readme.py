@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import rgdiff
 
@@ -27,12 +28,9 @@ def test_library_examples(capsys, tmp_path, monkeypatch):
     assert (tmp_path / "runs" / "laboratory" / "campaigns").is_dir()
 
 
-def test_docstring_examples():
-    attempted = 0
-    for module in pkgutil.walk_packages(rgdiff.__path__, "rgdiff."):
-        if module.name.endswith("__main__"):
-            continue
-        result = doctest.testmod(importlib.import_module(module.name))
-        assert result.failed == 0, module.name
-        attempted += result.attempted
-    assert attempted
+MODULES = sorted(m.name for m in pkgutil.walk_packages(rgdiff.__path__, "rgdiff.") if not m.name.endswith("__main__"))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name):
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
