@@ -112,7 +112,7 @@ def levels(schedule: GaussianSchedule, steps: int, *, last: float = 0.1) -> Leve
       The levels.
 
     Raises:
-      ValueError: for a process in place of the schedule, fewer than two steps, or last <= 0.
+      ValueError: for a process in place of the schedule, or fewer than one step.
 
     Example:
       >>> import rgdiff

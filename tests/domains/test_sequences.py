@@ -436,7 +436,7 @@ def test_an_oracle_learns_and_stays_in_the_unit_of_its_measurements():
     x = np.eye(4, dtype=np.uint8)[rng.integers(0, 4, (600, 12))]
     y = 100 + 10 * x[..., 2].sum(1) + rng.normal(size=600)
     learned = oracle.train_oracle(
-        jax.random.key(0), x[:400], y[:400], steps=120, batch=32, rate=1e-2, width=8, kernel=3, dilations=(1,)
+        jax.random.key(0), x[:400], y[:400], steps=120, batch=32, learning_rate=1e-2, width=8, kernel=3, dilations=(1,)
     )
     predicted = np.asarray(jax.jit(learned)(jnp.asarray(x[400:])))
     assert np.corrcoef(predicted, y[400:])[0, 1] > 0.9 and abs(predicted.mean() - y[400:].mean()) < 3
