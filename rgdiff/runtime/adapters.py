@@ -160,7 +160,7 @@ def load_peft(
       >>> save_peft(folder, adapter, params, scale=0.5)
       >>> loaded, scale = load_peft(folder, params)
       >>> print(loaded["dense/kernel"]["a"].shape, loaded["dense/kernel"]["b"].shape, scale)
-      (4, 2) (3, 2) 0.5
+      (4, 2) (2, 3) 0.5
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load
