@@ -7,6 +7,7 @@ allowed where the user names them on the command line. What is then done with th
 
 from __future__ import annotations
 
+import ast
 import difflib
 import inspect
 import json
@@ -49,12 +50,13 @@ COUNTS = {  # numbers of things, wherever they stand in a config, and the least 
     **dict.fromkeys(("rollouts", "value_batch", "moves", "evaluate", "recurrences"), 1),
     **dict.fromkeys(("steps", "value_steps"), 0),
 }
-KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {  # by annotation: what a constructor takes, and its name
-    "int": (int, "a whole number"),
-    "float": ((int, float), "a number"),
-    "bool": (bool, "true or false"),
-    "str": (str, "a word"),
-}
+KINDS: dict[str, type | tuple[type, ...]] = {  # of annotations, as YAML has them
+    "int": int, "float": (int, float), "bool": bool, "str": str, "dict": dict, "Mapping": dict,
+    "Sequence": list, "list": list, "tuple": list,
+}  # fmt: skip
+WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a word"} | {
+    "dict": "a mapping", "Mapping": "a mapping", "Sequence": "a list", "list": "a list", "tuple": "a list",
+}  # fmt: skip
 
 
 def config_dir() -> Path:
@@ -107,6 +109,8 @@ def composed(recipe: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any]
         key, _, value = override.partition("=")
         if "=" not in override and not override.startswith("~"):
             raise ValueError(f"expected key=value, got {override!r}")
+        if key.lstrip("+~").split(".")[0] == "hydra":
+            raise ValueError(f"unknown key {key!r} in {recipe}; Hydra's own settings are not read")
         group = key.split("@")[0].lstrip("+")
         if group in GROUPS and value not in names(group):
             raise ValueError(
@@ -140,6 +144,8 @@ def composed(recipe: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any]
             config = hydra_compose(name, overrides=[*parsed, *search]) if len(choices) < len(parsed) else base
             for key, value in literal.items():
                 OmegaConf.update(config, key.lstrip("+"), value, force_add=key.startswith("+"))
+            for override in overrides:
+                _same_kind(override, base, config)
             if any(o.startswith("+") for o in overrides):
                 _all_read(config, [*PARTS, *COMMON, *chosen_by([])[0]], recipe)
             missing = sorted(OmegaConf.missing_keys(config))
@@ -228,8 +234,11 @@ def _unmatched(recipe: str, choices: Sequence[str], own: dict[str, Any]) -> str 
     """Say what to give in place of a choice whose group the recipe has elsewhere, or not at all."""
     for choice in choices:
         key, _, value = choice.partition("=")
-        group = key.split("@")[0]
+        group = key.split("@")[0].lstrip("+")
         places = [place for place in own if place.split("@")[0] == group]
+        if key.startswith("+") and group in own and "@" not in key:
+            beside = f", or +method@methods.{value}={value} to run it beside that one" if group == "method" else ""
+            return f"{recipe} has a {group} already, {own[group]}; give {group}={value} in its place{beside}"
         if key.startswith("+") or key in own:
             continue
         if key == "method" and places:
@@ -241,6 +250,19 @@ def _unmatched(recipe: str, choices: Sequence[str], own: dict[str, Any]) -> str 
         instead = f"; give {' or '.join(f'{place}={value}' for place in places)}" if places else ""
         return f"{recipe} has no {key}= of its own{instead}"
     return None
+
+
+def _same_kind(override: str, before: Any, after: Any) -> None:
+    """Refuse a plain value where a part with keys of its own stands; null may take it away."""
+    from omegaconf import DictConfig, OmegaConf
+
+    key, _, value = override.partition("=")
+    if _is_choice(override) or key.startswith(("+", "~")):
+        return
+    part, now = (OmegaConf.select(config, key, throw_on_missing=False) for config in (before, after))
+    if isinstance(part, DictConfig) and now is not None and not isinstance(now, DictConfig):
+        inside = f", e.g. {key}.{next(iter(part))}" if len(part) else ""
+        raise ValueError(f"{key} is a part with keys of its own{inside}, got {value}")
 
 
 def _all_read(config: Any, known: Sequence[str], recipe: str) -> None:
@@ -279,8 +301,9 @@ def _fit_replaced(config: dict[str, Any], overrides: Sequence[str]) -> None:
         }
 
     for override in overrides:
-        if _is_choice(override) and not override.startswith("+"):
-            group, _, package = override.partition("=")[0].partition("@")
+        key = override.partition("=")[0]
+        if (_is_choice(override) and not override.startswith("+")) or key.endswith("._target_"):
+            group, _, package = key.removesuffix("._target_").partition("@")
             *parents, last = (package or group).split(".")
             node: Any = config
             for part in parents:
@@ -387,7 +410,7 @@ def check(config: Any, trusted: set[str], path: str = "") -> None:
             if _is_function(key, value):
                 locate(value, trusted)
             if key in accepted:
-                _of_kind(below, value, accepted[key].annotation)
+                _of_kind(below, value, accepted[key])
             if path and key in COUNTS and not isinstance(value, dict | list | None):
                 checks.at_least(below, value, COUNTS[key])
             if key == "seed" and checks.at_least(below, value, 0) >= 2**32:
@@ -398,17 +421,50 @@ def check(config: Any, trusted: set[str], path: str = "") -> None:
             check(value, trusted, f"{path}[{index}]")
 
 
-def _of_kind(key: str, value: Any, annotation: Any) -> None:
-    """Refuse a value of another kind than an annotation of plain kinds, e.g. `int | None`."""
-    text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
-    kinds = text.split(" | ")
-    if not all(kind in KINDS or kind == "None" for kind in kinds) or (value is None and "None" in kinds):
-        return
-    wanted = [KINDS[kind] for kind in kinds if kind in KINDS]
-    if not any(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) for kind, _ in wanted):
-        raise ValueError(
-            f"{key} must be {' or '.join(name for _, name in wanted)}, got {json.dumps(value, default=str)}"
-        )
+def _of_kind(key: str, value: Any, parameter: inspect.Parameter) -> None:
+    """Refuse a value of another kind than a parameter's annotation, e.g. `int | None`, as far as that is of plain kinds."""
+    annotation = parameter.annotation
+    text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "Any")
+    node = ast.parse(text, mode="eval").body
+    if value is None:
+        fits = "None" in text or parameter.default is None or annotation is parameter.empty
+    else:
+        fits = _fits(value, node)
+    if not fits:
+        wanted = " or ".join(_words(node))
+        raise ValueError(f"{key} must be {wanted or 'given'}, got {json.dumps(value, default=str)}")
+
+
+def _words(kind: ast.expr) -> list[str]:
+    """What an annotation of plain kinds asks for, in words."""
+    match kind:
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            return [*_words(left), *_words(right)]
+        case ast.Subscript(value=ast.Name(id=name), slice=inner) if name in WORDS:
+            inside = _words(inner.elts[-1] if isinstance(inner, ast.Tuple) else inner)
+            return [f"{WORDS[name]} whose every value is {inside[0]}" if inside else WORDS[name]]
+        case ast.Name(id=name) if name in WORDS:
+            return [WORDS[name]]
+    return []
+
+
+def _fits(value: Any, kind: ast.expr) -> bool:
+    """Whether a plain value is of an annotated kind; an annotation that is not of plain kinds fits anything."""
+    match kind:
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            return _fits(value, left) or _fits(value, right)
+        case ast.Constant(value=None):
+            return value is None
+        case ast.Name(id=name) if name in KINDS:
+            return isinstance(value, KINDS[name]) and (name == "bool" or not isinstance(value, bool))
+        case ast.Subscript(value=ast.Name(id=name), slice=inner) if name in KINDS:
+            if not isinstance(value, KINDS[name]):
+                return False
+            inside = inner.elts if isinstance(inner, ast.Tuple) else [inner]
+            if isinstance(value, dict):
+                return all(_fits(one, inside[-1]) for one in value.values())
+            return all(any(_fits(one, of) for of in inside) for one in value)
+    return True
 
 
 def check_common(config: dict[str, Any], recipe: str) -> None:
@@ -419,14 +475,13 @@ def check_common(config: dict[str, Any], recipe: str) -> None:
     if not config.get("methods") and not config.get("method"):
         raise ValueError(f"{recipe} has no method; give its defaults one, e.g. - method: svdd")
     checks.at_least("samples", config["samples"], 2)  # figures and their errors need two
-    for key, kind in (
-        ("resume", "bool"),
-        ("out", "str | None"),
-        ("data_dir", "str | None"),
-        ("cache_dir", "str | None"),
-    ):
-        _of_kind(key, config.get(key), kind)
-    _of_kind("title", config.get("title", recipe), "str")
+    kinds = {"resume": "bool", "out": "str | None", "data_dir": "str | None", "cache_dir": "str | None", "title": "str"}
+    for key, kind in kinds.items():
+        if key in config:
+            _of_kind(key, config[key], inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, annotation=kind))
+    for key, own in (config.get("rewards") or {}).items():
+        if not isinstance(own, dict) or "_target_" not in own:
+            raise ValueError(f"rewards.{key} is no reward; give one with +reward@rewards.{key}=CHOICE")
 
 
 def methods_of(config: dict[str, Any], chosen: dict[str, str | None]) -> dict[str, Any]:
@@ -470,4 +525,7 @@ def build(config: Any, trusted: set[str] = frozenset(), **more: Any) -> Any:  # 
     target = locate(config["_target_"], trusted)
     accepted = inspect.signature(target).parameters
     arguments |= {key: value for key, value in more.items() if key in accepted}
-    return target(**arguments)
+    try:
+        return target(**arguments)
+    except TypeError as error:  # an argument that is missing, or nothing that it can use
+        raise ValueError(f"{config['_target_']}: {_line(error)}") from error

@@ -164,13 +164,17 @@ class TrainedPrior(Prior):
             raise ValueError(
                 f"prior.network returns {list(found)} for a state of shape {list(shape)}, expected {list(domain.shape)}{out}"
             )
+        like = jax.eval_shape(lambda key: initial(self.network, key, shape), jax.random.key(0))
+        self.model()(like)
         if self.checkpoint is not None:
-            check_params(
-                self.checkpoint, jax.eval_shape(lambda key: initial(self.network, key, shape), jax.random.key(0))
-            )
+            check_params(self.checkpoint, like)
         else:
             offers(domain, "train_x", "examples to train a prior on")
-            self.tuner(denoisers.LinenModel(self.network), process)
+            self.tuner(self.model(), process)
+
+    def model(self) -> Model:
+        """Return what the parameters are of: a map from them to a denoiser."""
+        return denoisers.LinenModel(self.network)
 
     def kept(self, cache: Path, identity: Any, domain: Any) -> Path:
         """Return where the parameters are kept in the cache once they are trained."""
@@ -263,6 +267,10 @@ class GaussianPrior(TrainedPrior):
         """Return where the parameters are kept in the cache once they are trained."""
         return TrainedPrior.kept(self.conditioned(self.conditional(domain)), cache, identity, domain)
 
+    def model(self) -> PriorModel:
+        """Return what the parameters are of, without a clip and a condition."""
+        return PriorModel(self.schedule, self.network, self.prediction)
+
     def conditioned(self, classes: int | None) -> GaussianPrior:
         """Return the settings with a null class for training without a condition, where there are classes."""
         return self if classes is None else dataclasses.replace(self, train={**self.train, "null": classes})
@@ -285,7 +293,7 @@ class GaussianPrior(TrainedPrior):
 
     def obtain(self, run: Run, domain: Domain, identity: Mapping[str, Any]) -> ReadyPrior:
         """Make the prior ready; `identity` as in `parameters`."""
-        model = PriorModel(self.schedule, self.network, self.prediction)
+        model = self.model()
         process = self.process(domain.shape)
         classes = self.conditional(domain)
         params = self.conditioned(classes).parameters(run, model, process, domain, identity)
@@ -329,7 +337,7 @@ class MaskedPrior(TrainedPrior):
     def obtain(self, run: Run, domain: Domain, identity: Mapping[str, Any]) -> ReadyPrior:
         """Make the prior ready; `identity` as in `parameters`."""
         process = self.process(domain.shape)
-        model = denoisers.LinenModel(self.network)
+        model = self.model()
         params = self.parameters(run, model, process, domain, identity)
         return ReadyPrior(process, process.times(self.steps), model, params, self, domain.shape)
 

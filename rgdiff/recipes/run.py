@@ -104,6 +104,8 @@ def prepare(name: str, overrides: Sequence[str], dry: bool = False) -> Prepared:
         raise ValueError(f"rewards.{strangers[0]} guides no method of this recipe, which has {', '.join(built)}")
     settings.check(domain)
     for key, method in built.items():
+        if not callable(getattr(method, "run", None)):
+            raise ValueError(f"{key}: {methods[key]['_target_']} is no method; `rgdiff list` shows them")
         try:
             method.check(settings, domain.shape)
         except (TypeError, ValueError) as error:  # TypeError: an option that the method does not take, or lacks
@@ -151,6 +153,8 @@ def tasks_of(prepared: Prepared, make: Callable[[str, Any], Any]) -> tuple[Any, 
     def made(phase: str, settings: Any) -> Any:
         task = make(phase, settings)
         if task is not None:
+            if not isinstance(task, Task):
+                raise ValueError(f"{settings['_target_']} is no reward; `rgdiff list` shows them")
             check_reward(task.reward, prepared.domain.shape)
             check_reward(task.heldout, prepared.domain.shape)
         return task
@@ -162,7 +166,7 @@ def tasks_of(prepared: Prepared, make: Callable[[str, Any], Any]) -> tuple[Any, 
         own = made(f"{key}_reward", settings)
         if own is None or task is None:
             tasks[key] = None
-        elif not isinstance(own, Task) or own.conditional != task.conditional:
+        elif own.conditional != task.conditional:
             raise ValueError(f"rewards.{key} must be a reward of the kind of `reward`, e.g. reward@rewards.{key}=digit")
         else:
             tasks[key] = task._replace(reward=own.reward)

@@ -69,9 +69,14 @@ class RunFolder:
                 if changed:
                     log.warning("resuming with other versions, numbers may differ: %s", ", ".join(changed))
         path.mkdir(parents=True, exist_ok=True)
+        fresh, folder = not (path / "config.yaml").exists(), cls(path, config, versions)
         write_atomic(path / "config.yaml", _to_yaml(config).encode())  # first: it marks what else is there as a run's
-        folder = cls(path, config, versions)
-        folder._write_json("versions.json", versions)
+        try:
+            folder._write_json("versions.json", versions)
+        except OSError:
+            if fresh:
+                folder.forget()
+            raise
         return folder
 
     @staticmethod

@@ -78,22 +78,29 @@ def test_phases_and_chains_are_cut_into_pieces_of_one_length():
 
 def test_priors_are_one_where_training_sees_no_difference_and_only_there():
     """Cached under one name: settings of sampling alone. A network with a null class is another one than without."""
-    gaussian = lambda **train: GaussianPrior(network=None, schedule=None, prediction="v", train={"steps": 5, **train})  # noqa: E731
-    masked = MaskedPrior(network=None, schedule=None, train={"steps": 5})
-    plain = {"domain": {"name": "digits"}, "prior": {"network": "mlp", "train": {"steps": 5}}, "seed": 0}
+    shared = {"network": None, "schedule": None}
+    gaussian = lambda seed=0, **train: GaussianPrior(  # noqa: E731
+        **shared, prediction="v", train={"steps": 5, **train}, seed=seed
+    )
+    masked = MaskedPrior(**shared, train={"steps": 5})
+    plain = {"network": "mlp", "train": {"steps": 5}}
     sampled = {"steps": 9, "eta": 0.5, "clip": False, "guidance": 2.0, "checkpoint": None}
-    other = lambda **changes: plain | {"prior": plain["prior"] | changes}  # noqa: E731
-    one = gaussian().digest(plain)
-    assert one == gaussian().digest(other(**sampled))
-    assert masked.digest(other(steps=9, order="first_hitting")) == masked.digest(plain)
-    differ = [
-        other(network="unet"),
-        other(train={"steps": 6}),
-        other(order="x"),
-        plain | {"seed": 1},
-        plain | {"domain": {}},
+    data = SimpleNamespace(train_x=np.zeros((3, 2), np.float32), train_y=np.zeros(3, np.int32))
+    one = gaussian().digest(plain, data)
+    assert one == gaussian().digest(plain | sampled, data)
+    assert masked.digest(plain | {"steps": 9, "order": "first_hitting"}, data) == masked.digest(plain, data)
+    differ = [plain | {"network": "unet"}, plain | {"train": {"steps": 6}}, plain | {"order": "x"}]
+    changed = SimpleNamespace(train_x=data.train_x + 1, train_y=data.train_y)
+    relabelled = SimpleNamespace(train_x=data.train_x, train_y=data.train_y + 1)
+    others = [gaussian().digest(settings, data) for settings in differ]
+    others += [
+        gaussian(null=10).digest(plain, data),
+        gaussian(seed=1).digest(plain, data),
+        gaussian().digest(plain, changed),
     ]
-    assert one not in {gaussian(null=10).digest(plain), *map(gaussian().digest, differ)}
+    assert len({one, *others}) == 1 + len(others)
+    assert gaussian(null=10).digest(plain, relabelled) != gaussian(null=10).digest(plain, data)
+    assert gaussian().digest(plain, relabelled) == one  # labels that training does not see
 
 
 def test_particles_under_a_likelihood_end_with_the_likelihood_of_x0(tmp_path):
