@@ -77,7 +77,8 @@ def posterior_variance(process: GaussianProcess, t: Array, prior_variance: Array
 
 def gaussian_only(process: Process, method: str) -> GaussianProcess:
     """Refuse a process that has no score."""
-    if not isinstance(checks.noising_process(process, method), GaussianProcess):
+    checks.noising_process(process, method)
+    if not isinstance(process, GaussianProcess):
         raise ValueError(
             f"{method} moves the score of a Gaussian process, got {type(process).__name__}; "
             "use a guide on the kernel, rgdiff.guides.gradient_guide"

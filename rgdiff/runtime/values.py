@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rgdiff import checks, guides, samplers, tuners, values
@@ -76,7 +77,7 @@ def unit_temperature(temperature: float) -> None:
 
 def unseen(shape: tuple[int, ...]) -> guides.Measurement:
     """Stand in for a task's measurement while settings are checked."""
-    return guides.inpainting(np.zeros(shape), np.zeros(shape), 1.0)
+    return guides.inpainting(jnp.zeros(shape), jnp.zeros(shape), 1.0)
 
 
 def measurement(task: Task, what: str) -> None:

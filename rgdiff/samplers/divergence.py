@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from rgdiff import checks
+from rgdiff.processes import ProductProcess
 from rgdiff.typing import Array, Process, State
 
 LIMIT = 1e3  # standard deviations of the prior at t = 1
@@ -34,7 +35,7 @@ def divergent(process: Process, x0: State, *, limit: float = LIMIT) -> Array:
       [False, True, True]
     """
     checks.noising_process(process, "divergent")
-    if hasattr(process, "parts"):
+    if isinstance(process, ProductProcess):
         every = [divergent(part, x0[name], limit=limit) for name, part in process.parts.items()]
         return jnp.any(jnp.stack(every), 0)
     leaf = jnp.asarray(x0).reshape(jax.tree.leaves(x0)[0].shape[0], -1)

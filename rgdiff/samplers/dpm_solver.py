@@ -79,7 +79,8 @@ def dpm_solver(process: Process, denoiser: Denoiser) -> DpmSolver:
       >>> rgdiff.samplers.sample(sampler, jax.random.key(0), 4, rgdiff.schedules.karras_times(schedule, 10)).x0.shape
       (4, 2)
     """
-    if not isinstance(checks.noising_process(process, "dpm_solver"), GaussianProcess):
+    checks.noising_process(process, "dpm_solver")
+    if not isinstance(process, GaussianProcess):
         raise ValueError(f"dpm_solver integrates the ODE of a Gaussian process, got {type(process).__name__}")
     if process.stochastic:
         raise ValueError("dpm_solver makes points and no draws; build the process with eta=0")
