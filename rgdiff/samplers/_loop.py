@@ -81,7 +81,7 @@ def roll(
 class Samples(NamedTuple):
     """What `sample` returns: x0 [B, ...], what `keep` stored, [T, ...] per leaf (None without `keep`), and the sampler's last word.
 
-    `samplers.divergent(process, x0)` says which of them diverged.
+    `samplers.divergent(process, x0)` says which samples diverged, as under a guide that is too strong.
     `info` is what `final` reports: nothing for most methods; log-weights, ESS and log Z for particle methods.
     """
 
