@@ -456,7 +456,8 @@ def karras_times(
       >>> print(rgdiff.schedules.karras_times(rgdiff.schedules.karras_ve(), 3).round(3))  # linear in t by construction
       [1.  0.5 0. ]
     """
-    checks.schedule(schedule, "karras_times"), checks.positive("rho", rho)
+    checks.schedule(schedule, "karras_times")
+    checks.positive("rho", rho)
     level = lambda t: np.asarray(checks.log_snr(schedule, jnp.asarray(t, jnp.float32)), np.float64)  # noqa: E731
     noise, data = level(1.0), level(0.0)
     least = np.exp(-0.5 * (data if np.isfinite(data) else level(1e-3))) if sigma_min is None else sigma_min

@@ -193,6 +193,8 @@ def classifier_guidance(denoiser: Denoiser, process: Process, value: Value, scal
 def reward_guidance(denoiser: Denoiser, process: Process, reward: Reward, scale: float = 1.0) -> Guided:
     """Change the score by scale * gradient of r(E[x0 | x_t]) with respect to x_t, for any differentiable reward.
 
+    A reward of curvature c in x0 diverges where `dps` does with scale / sigma^2 = scale * c: see there.
+
     Args:
       denoiser, process: the prior, Gaussian.
       reward: (x0, cond) -> [B]; a loss is a reward with the other sign.

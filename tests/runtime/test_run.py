@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -128,7 +129,7 @@ def test_samples_that_diverged_are_said_and_counted(tmp_path, capsys):
                 without_divergence(run, "dps", prior, outcome)
         else:
             assert without_divergence(run, "dps", prior, outcome) is outcome
-    outcome.x0[:3] = [[1e7], [np.nan], [-np.inf]]
+    outcome = dataclasses.replace(outcome, x0=np.concatenate([[[1e7], [np.nan], [-np.inf]], outcome.x0[3:]]))
     assert without_divergence(run, "dps", prior, outcome).figures == {"divergent": 3.0}
     assert "dps: 3 of 8 samples diverged" in capsys.readouterr().out
 
