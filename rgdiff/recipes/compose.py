@@ -19,7 +19,9 @@ from typing import Any
 
 from rgdiff import checks
 
-COMMON = {"out": None, "seed": 0, "samples": None, "data_dir": None, "resume": False}  # the keys of every recipe
+COMMON = {  # the keys that every recipe has, whether it says so or not
+    "out": None, "seed": 0, "samples": None, "data_dir": None, "resume": False, "cache_dir": None, "modules": [],
+}  # fmt: skip
 PARTS = ("domain", "prior", "reward", "method", "methods", "rewards")  # the keys that recipes are built from
 PATHS = (
     "out",
@@ -134,7 +136,9 @@ def composed(recipe: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any]
             except ConfigCompositionException as error:
                 told = _unmatched(recipe, choices, chosen_by([])[1]) or f"{recipe}: {_line(error)}"
                 raise ValueError(told) from None
-            known = list(_keys(OmegaConf.to_container(base, resolve=False)))
+            absent = [key for key in (*COMMON, "title") if key not in base]
+            parsed = [f"+{o}" if o.partition("=")[0] in absent else o for o in parsed]
+            known = [*_keys(OmegaConf.to_container(base, resolve=False)), *absent]
             for override in overrides:
                 key = override.partition("=")[0]
                 if not _is_choice(override) and not key.startswith(("+", "~")) and key not in known:
@@ -143,11 +147,11 @@ def composed(recipe: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any]
                     )
             config = hydra_compose(name, overrides=[*parsed, *search]) if len(choices) < len(parsed) else base
             for key, value in literal.items():
-                OmegaConf.update(config, key.lstrip("+"), value, force_add=key.startswith("+"))
+                OmegaConf.update(config, key.lstrip("+"), value, force_add=key.startswith("+") or key in absent)
             for override in overrides:
                 _same_kind(override, base, config)
             if any(o.startswith("+") for o in overrides):
-                _all_read(config, [*PARTS, *COMMON, *chosen_by([])[0]], recipe)
+                _all_read(config, [*PARTS, *COMMON, "title", *chosen_by([])[0]], recipe)
             missing = sorted(OmegaConf.missing_keys(config))
             if missing:
                 raise ValueError(f"{recipe} needs a value for {missing[0]}; give {missing[0]}=…")

@@ -245,7 +245,7 @@ def test_bad_input_is_one_line(tmp_path, cache, capsys):
         ("run", "steer", "method=draft_k", "method.stopping={window: 99}", "method.steps=9"): "windows of 99 steps",
         ("run", "steer", "method=adapters"): "give method.adapters={FOLDER: WEIGHT}",
         ("run", "steer", "method=adapters", "method.adapters={/nowhere: 1.0}"): "no adapter at /nowhere",
-        ("run", "seiko_digits", "methods.seiko.queries=64"): "queries is a list",
+        ("run", "seiko_digits", "methods.seiko.queries=64"): "queries must be a list",
         ("show", "nothing.yaml"): "no recipe file",
     }
     broken = tmp_path / "broken.yaml"
