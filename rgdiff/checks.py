@@ -121,14 +121,14 @@ def shape(name: str, value: Any, expected: tuple[int | None, ...]) -> None:
 
 
 def logits(prediction: Any, x: Any) -> Any:
-    """Return a masked denoiser's prediction at states x [B, ..., K + 1] if it is logits of the K tokens, [B, ..., K]."""
+    """Return a masked denoiser's prediction at states x [B, ..., K + 1] as float32 logits of the K tokens, [B, ..., K]; refuse another shape."""
     wanted = (*x.shape[:-1], x.shape[-1] - 1)
     if jnp.shape(prediction) != wanted:
         hint = ", without one for the mask: logits[..., :-1]" if jnp.shape(prediction) == x.shape else ""
         raise ValueError(
             f"a denoiser of {wanted[-1]} tokens must return logits {list(wanted)}, got {list(jnp.shape(prediction))}{hint}"
         )
-    return prediction
+    return jnp.asarray(prediction, jnp.float32)
 
 
 def times(value: Any, process: Any) -> jax.Array:

@@ -366,3 +366,15 @@ def test_rebuilding_the_same_linen_module_does_not_recompile():
     before = _whole._cache_size()
     draw(Net(3))
     assert _whole._cache_size() == before
+
+
+def test_logits_of_a_half_precision_network_enter_the_kernel_as_float32():
+    process = processes.masked(schedules.log_linear_mask(), (2,), 3)
+    x = jnp.zeros((1, 2, 4)).at[..., 3].set(1.0)
+    logits = jnp.asarray([[[0.1, 1.3, -0.7], [2.1, 0.3, 0.9]]])
+    half = logits.astype(jnp.bfloat16)
+    kernel = process.reverse(x, 0.5, 0.25, half)
+    token = jnp.zeros((1, 2, 4)).at[:, :, 1].set(1.0)
+    expected = process.reverse(x, 0.5, 0.25, half.astype(jnp.float32)).log_prob(token)
+    np.testing.assert_array_equal(kernel.log_prob(token), expected)
+    assert kernel.log_prob(token).dtype == jnp.float32
