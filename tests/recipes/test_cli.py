@@ -314,14 +314,14 @@ def test_a_method_may_have_a_guide_of_its_own(tmp_path, cache, capsys):
 
 
 def test_a_method_that_diverges_leaves_the_others(tmp_path, cache, capsys):
-    few = ["prior=mlp", "methods.svdd.options.candidates=2", "methods.draft_lv.batch=4", "methods.draft_lv.steps=30"]
+    few = ["prior=mlp", "methods.svdd.options.candidates=2", "methods.draft.batch=4", "methods.draft.steps=30"]
     argv = ["run", "quickstart", *TINY, *few, f"out={tmp_path / 'run'}", f"cache_dir={cache}"]
-    assert "draft_lv: 2" in failing(capsys, *argv, "methods.draft_lv.optimizer.learning_rate=1e38")
+    assert "draft: 2" in failing(capsys, *argv, "methods.draft.optimizer.learning_rate=1e38")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert "not finite" in summary["draft_lv/stopped"] and np.isfinite(summary["svdd/reward_mean"])
+    assert "not finite" in summary["draft/stopped"] and np.isfinite(summary["svdd/reward_mean"])
     assert list(np.load(tmp_path / "run" / "samples.npz")) == ["prior", "svdd"]
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "draft_lv (stopped)" in page and "Stopped: draft_lv: 2" in page
+    assert "draft (stopped)" in page and "Stopped: draft: 2" in page
 
 
 @pytest.mark.slow

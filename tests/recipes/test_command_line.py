@@ -193,11 +193,11 @@ def test_paths_are_taken_as_they_are(monkeypatch):
 
 def test_a_method_joins_the_others():
     config, chosen = recipe.composed("quickstart", ["+method=smc"])
-    assert list(recipe.methods_of(config, chosen)) == ["svdd", "draft_lv", "smc"]
+    assert list(recipe.methods_of(config, chosen)) == ["svdd", "draft", "smc"]
     config, chosen = recipe.composed("steer", ["+method@methods.smc=smc"])
     assert set(recipe.methods_of(config, chosen)) == {"svdd", "smc"}
     refusals = {
-        ("quickstart", "method=smc"): r"several methods \(draft_lv, svdd\); give \+method=smc",
+        ("quickstart", "method=smc"): r"several methods \(draft, svdd\); give \+method=smc",
         ("quickstart", "value=exact"): "give value@methods.svdd.value=exact",
         ("quickstart", "+value=exact"): "nothing reads 'value'",
         ("steer", "+method=smc"): "has a method already, svdd; give method=smc in its place",
@@ -218,7 +218,7 @@ def test_a_part_that_is_replaced_keeps_what_it_takes_of_the_recipe():
     assert prior["steps"] == 16 and prior["uniform"] and "network" not in prior and "train" not in prior
     prior = recipe.compose("tfbind8_svdd", ["prior=mlp"])["prior"]
     assert set(prior["network"]) == {"_target_", "features"} and prior["train"]["steps"] == 1500
-    method = recipe.compose("quickstart", ["method@methods.draft_lv=svdd"])["methods"]["draft_lv"]
+    method = recipe.compose("quickstart", ["method@methods.draft=svdd"])["methods"]["draft"]
     assert "batch" not in method and method["options"]["candidates"] == 16
     with pytest.raises(ValueError, match="takes no 'tempo'"):  # what the command line says is never dropped
         recipe.check(recipe.compose("tfbind8_svdd", ["prior=factorised", "+prior.tempo=1"]), set())
@@ -350,10 +350,9 @@ def test_a_sweep_labels_its_runs_and_ends_with_a_table(tmp_path, capsys, monkeyp
     assert cli.main([*argv, f"cache_dir={tmp_path / 'cache'}"]) == 0
     printed = capsys.readouterr().out
     assert "1 of 2: method.temperature=0.5" in printed and "2 of 2: method.temperature=1.0" in printed
-    ends = [line.split("│")[1:3] for line in printed.splitlines() if line.startswith("│")]
-    assert [[cell.strip() for cell in line] for line in ends] == [
-        ["prior", "0.125"], ["temperature=0.5", "1.25"], ["temperature=1.0", "2.5"],
-    ]  # fmt: skip
+    ends = [line.split() for line in printed.splitlines()]
+    for row in (["prior", "0.125"], ["temperature=0.5", "1.25"], ["temperature=1.0", "2.5"]):
+        assert row in ends
     with open(out / "sweep.csv") as file:
         assert [row["method.temperature"] for row in csv.DictReader(file)] == ["0.5", "1.0"]
     assert "already holds a sweep" in refused(capsys, *argv, f"cache_dir={tmp_path / 'cache'}")
