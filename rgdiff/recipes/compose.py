@@ -24,14 +24,13 @@ COMMON = {  # the keys that every recipe has, whether it says so or not
 }  # fmt: skip
 PARTS = ("domain", "prior", "reward", "method", "methods", "rewards")  # the keys that recipes are built from
 PATHS = (
-    "out",
     "data_dir",
     "cache_dir",
     "source",
     "checkpoint",
     "images",
     "labels",
-)  # last names of keys that hold paths
+)  # last names of keys that hold paths; `out` does at the top alone: prior.network.out is a number
 CONSTRUCTORS = tuple(  # modules whose public classes and functions a recipe may call; none of them writes files
     f"rgdiff.{name}"
     for name in (
@@ -216,7 +215,7 @@ def apart(overrides: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
         quoted = value[:1] in ("'", '"') and value[-1:] == value[:1] and len(value) > 1
         if not given or key.startswith("~") or _is_choice(override) or quoted or value == "null":
             parsed.append(override)
-        elif key.rpartition(".")[2].lstrip("+") in PATHS:
+        elif key == "out" or key.rpartition(".")[2].lstrip("+") in PATHS:
             literal[key] = value
         else:
             try:

@@ -129,7 +129,7 @@ def draft_lv(
     )
 
 
-@setting_of(reward_backprop, fixed=("truncation", "penalty", "penalize", "kl_budget", "kl_rate"))
+@setting_of(reward_backprop, fixed=("truncation", "penalty", "penalize", "temperature", "kl_budget", "kl_rate"))
 def draft_plus(
     model: Model,
     process: Process,

@@ -307,7 +307,7 @@ def draft_lv(number=0.5):
 
 
 def draft_masked(number=0.5):
-    process = processes.masked(schedules.log_linear_mask(), 3, 3, relaxation="gumbel", temperature=number)
+    process = processes.masked(schedules.log_linear_mask(), 3, 3, relaxation="gumbel", gumbel_temperature=number)
     return tuners.draft_k(gaussian_model, process, masked_reward, process.times(4), ADAM, k=3, batch=B), net(4, 3)
 
 
@@ -337,7 +337,7 @@ def draft_plus(number=0.5):
     process = gaussian(0.0)
     return tuners.draft_plus(
         gaussian_model, process, gaussian_reward, process.times(4), ADAM, k=2, batch=B, reference=Net(net(2, 2, 5)),
-        temperature=number,
+        weight=number,
     ), net(2, 2)  # fmt: skip
 
 

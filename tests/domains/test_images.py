@@ -50,7 +50,9 @@ def parts(domain):
 def small_tree(seed=0, size=4, classes=3):
     """A classifier that was only initialised: one step at rate zero."""
     x = np.zeros((1, size, size, 1), np.float32)
-    return train_classifier(jax.random.key(seed), x, np.zeros(1, int), classes, steps=1, rate=1e-9, width=2, features=5)
+    return train_classifier(
+        jax.random.key(seed), x, np.zeros(1, int), classes, steps=1, learning_rate=1e-9, width=2, features=5
+    )
 
 
 # data

@@ -20,6 +20,7 @@ import pytest
 
 from rgdiff import metrics, processes, schedules
 from rgdiff.cli import main
+from rgdiff.domains.drawing import Logo
 from rgdiff.domains.sequences import SequenceJudge, oracle
 from rgdiff.domains.sequences import data as sequences
 from rgdiff.domains.sequences import files as sequence_files
@@ -30,7 +31,7 @@ from rgdiff.exact import enumeration
 from rgdiff.recipes.priors import FactorisedModel
 from rgdiff.recipes.typing import ReadyPrior
 from rgdiff.rewards import Task
-from rgdiff.runtime.report import Histogram, Logo, Report, render
+from rgdiff.runtime.report import Card, Histogram, Report, Whole, _information, render
 from tests.worlds.worlds import assert_mean
 
 DNA, RNA, PROTEIN = ALPHABETS["dna"], ALPHABETS["rna"], ALPHABETS["protein"]
@@ -599,13 +600,12 @@ def test_rewards_that_do_not_fit_the_domain_are_refused(small):
 
 def test_logos_have_the_height_of_their_information():
     sure, half, flat = [1, 0, 0, 0], [0.5, 0.5, 0, 0], [0.25] * 4
-    text = render(Report("t", logos=[Logo("l", "ACGT", [sure, half, flat])]))
-    marks = [part.split('"')[1] for part in text.split("transform=")[1:]]
-    heights = [-float(mark.split(" ")[-1].rstrip(")")) for mark in marks]
-    assert heights == pytest.approx([110, 27.5, 27.5])  # 2 bits; 1 bit shared by two letters; none
-    assert "full height 2 bits" in text
+    bits = _information(Logo("ACGT", np.array([sure, half, flat])))
+    np.testing.assert_allclose(bits, [2, 1, 0], atol=1e-12)  # one bit shared by two letters
+    page = lambda logo: render(Report("t", cards=[Card("c", [[Whole("l", logo)]])]))  # noqa: E731
+    assert page(Logo("ACGT", np.array([sure, half, flat]))).count("<use ") == 3
     with pytest.raises(ValueError, match=r"expected frequencies \[L, 4\]"):
-        render(Report("t", logos=[Logo("l", "ACGT", np.ones((3, 5)))]))
+        page(Logo("ACGT", np.ones((3, 5))))
 
 
 def test_histograms_are_drawn_beside_the_exact_law():
@@ -682,7 +682,10 @@ def test_sequence_recipes_end_bad_input_in_one_line(tmp_path, fasta, capsys):
         (("prior=factorised", "reward=gc"), "no sequence file is named"),
         ((own, "prior=factorised", "reward=tfbind8"), "use domain=tfbind8"),
         ((own, "prior=factorised", "reward=gc", "domain.alphabet=dnaa"), "did you mean 'dna'"),
-        ((own, "prior=conv1d", "reward=gc", "domain.alphabet=protein"), "GC content is for DNA"),
+        (
+            (own, "prior=conv1d", "prior.network.out=20", "reward=gc", "domain.alphabet=protein"),
+            "GC content is for DNA",
+        ),
         (
             (own, "prior=conv1d", "reward=motif", "reward.consensus=TGA", "prior.network.out=5"),
             "give prior.network.out=4",

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rgdiff.cli import main
+from rgdiff.cli import main, options_first
 from rgdiff.domains.images import judge as image_judge
 from rgdiff.domains.images import rewards as image_rewards
 from rgdiff.domains.images import tasks as image_tasks
 from rgdiff.recipes import compose as recipe
-from rgdiff.recipes.sweep import expand, options_first
+from rgdiff.recipes.sweep import expand
 
 TINY = [
     "samples=12",

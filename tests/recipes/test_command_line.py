@@ -241,7 +241,7 @@ def test_the_resolved_config_keeps_the_comments_that_explain_it():
     assert "temperature: 0.5 # in the reward's unit" in lines
     assert "eta: 1.0 # of the tuned chain; DDIM, as in the papers. null for a masked prior" in lines
     assert (
-        "projection: 0.0 # the last call, the one that DRaFT-LV differentiates, is left free" in lines
+        "draft: # the reward's gradient through the whole chain, held to the prior by a path KL" in lines
     )  # the recipe's
     assert "prior: # a U-Net predicting v under the cosine schedule, trained here and cached" in lines
 

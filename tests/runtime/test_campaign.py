@@ -145,7 +145,7 @@ def test_the_end_is_said_and_another_campaign_is_refused(first, tmp_path):
     assert (tmp_path / "metrics.csv").read_text().count("campaign") >= 3
     with pytest.raises(ValueError, match="its run has seed=0"):
         opened(tmp_path, seed=1)
-    with pytest.raises(ValueError, match="its run has alpha=0.2"):
+    with pytest.raises(ValueError, match="its run has temperature=0.2"):
         opened(tmp_path, alpha=0.3)
     with pytest.raises(ValueError, match="its run has queries"):
         opened(tmp_path, queries=[QUERIES[0] - 1, *QUERIES[1:]])

@@ -112,7 +112,7 @@ def test_gradient_at_the_prior_has_its_magnitude(estimator, temperature):
     expected = gumbel_share(K, temperature) * exact if estimator == "gumbel" else exact
     unbiased = estimator in ("score_function", "log_variance")
     batch, seeds, tolerance = (100_000, 4, 0.03) if unbiased else (30_000, 2, 0.015)
-    got = gradient(tuner_of(estimator, batch=batch, temperature=temperature), PRIOR, seeds=seeds)
+    got = gradient(tuner_of(estimator, batch=batch, gumbel_temperature=temperature), PRIOR, seeds=seeds)
     assert abs(np.linalg.norm(got) / np.linalg.norm(expected) - 1) < tolerance
     assert np.linalg.norm(got - expected) < 1.5 * tolerance * np.linalg.norm(expected)
 

@@ -214,7 +214,7 @@ def test_the_released_units_and_what_its_settings_mean():
     spy = tuners.dxmi_released(policy, process, lambda p: denoisers.from_function(spying, p), dim=2, batch=4)
     togo = spy.togo({"value": jnp.float32(0)})
     togo(x, jnp.float32(0.5))
-    assert float(seen[-1]) == 0.0
+    assert not np.asarray(seen[-1]).any()
 
 
 @pytest.mark.slow

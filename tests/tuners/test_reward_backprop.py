@@ -271,7 +271,7 @@ def test_draft_plus_pays_the_squared_difference_of_noise_at_live_calls():
     w, shift = world(eta=0.0), 0.3
     reference = w.model(f32([THETA[0] + shift, THETA[1]]))
     tuner = tuners.draft_plus(
-        w.model, w.process, w.reward, w.times, SGD, reference=reference, temperature=2.0, k=1, batch=16
+        w.model, w.process, w.reward, w.times, SGD, reference=reference, weight=2.0, k=1, batch=16
     )
     gradient, info = tuner.gradients(f32(THETA), jax.random.key(0))
     t = w.grid
