@@ -160,8 +160,12 @@ SAMPLERS = [*INDEPENDENT, *PARTICLES, *SAVING]
 
 
 def table_of(makers, *first):
-    """All of them; those named first in the default suite, the others among the slow tests."""
-    params = [m if m in first else pytest.param(m, marks=pytest.mark.slow) for m in makers]
+    """All of them; those named first in the default suite, the others among the slow tests.
+
+    Tests of one method run in one process, so that they share its compiled programs.
+    """
+    marks = lambda m: [pytest.mark.xdist_group(m.__name__)] + [pytest.mark.slow] * (m not in first)  # noqa: E731
+    params = [pytest.param(m, marks=marks(m)) for m in makers]
     return pytest.mark.parametrize("make", params, ids=lambda f: f.__name__)
 
 
