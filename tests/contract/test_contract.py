@@ -666,8 +666,8 @@ def test_tuner_jit_equals_no_jit(make):
     jitted, jitted_info = jax.jit(tuner.step)(jax.random.key(0), state, batch)
     close(plain, jitted, rtol=1e-4, atol=1e-5)
     close(info, jitted_info, rtol=1e-4, atol=1e-5)
-    shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)  # noqa: E731
-    assert shapes(plain) == shapes(state)
+    shapes = lambda tree: [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]  # noqa: E731
+    assert shapes(plain) == shapes(state) and jax.tree.structure(plain) == jax.tree.structure(state)
     trained = getattr(plain, "train", plain)  # rounds of gradient guidance hold a training state
     numbers = (trained.params, getattr(trained, "average", None), info)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(numbers)} <= {"float32", "int32"}
