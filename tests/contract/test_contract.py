@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import sys
 from typing import Any
 
 import jax
@@ -11,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from rgdiff import denoisers, guides, processes, samplers, schedules, tuners, values
+from rgdiff import denoisers, guides, policies, processes, samplers, schedules, seiko, surrogates, tuners, values
 from rgdiff.runtime.mesh import data_mesh
 from rgdiff.samplers._loop import _whole, roll
 from rgdiff.typing import Function, pytree, static
@@ -123,25 +125,82 @@ def svdd_distinct(number=0.5, seed=0, net_type=Net):
     return samplers.svdd(masked(), denoiser, value, temperature=number, candidates=4, distinct=True, replace=0.3)
 
 
+def event_driven(number=0.5, seed=0, net_type=Net):
+    return samplers.event_driven(masked(), net_type(net(4, 3, seed) * number), rows=1)
+
+
+def particles(method, number, seed, net_type, *times):
+    value = values.learned(value_net, masked_reward, masked())
+    return method(masked(), net_type(net(4, 3, seed)), value, *times, temperature=number)
+
+
+def fk_steering_smc(number=0.5, seed=0, net_type=Net):
+    return particles(samplers.fk_steering, number, seed, net_type)
+
+
+def tds_smc(number=0.5, seed=0, net_type=Net):
+    return particles(samplers.tds, number, seed, net_type)
+
+
+def das_smc(number=0.5, seed=0, net_type=Net):
+    return particles(samplers.das, number, seed, net_type, masked().times(STEPS))
+
+
+def resampled_smc(number=0.5, seed=0, net_type=Net):
+    return samplers.resampled(smc_masked(number, seed, net_type), 2)
+
+
 INDEPENDENT = [
     ancestral_gaussian, ancestral_masked, svdd_pm_gaussian, svdd_pm_masked, svdd_learned_gaussian, svdd_learned_masked,
     guided_gaussian, best_of_n_masked, dpm_solver,
 ]  # fmt: skip
-SAMPLERS = [*INDEPENDENT, smc_gaussian, smc_masked, svdd_distinct]
-each_sampler = pytest.mark.parametrize("make", SAMPLERS, ids=lambda f: f.__name__)
+PARTICLES = [smc_gaussian, smc_masked, fk_steering_smc, tds_smc, das_smc, resampled_smc]
+SAVING = [svdd_distinct, event_driven]  # predictions are shared between equal states: fewer network calls than counted
+SAMPLERS = [*INDEPENDENT, *PARTICLES, *SAVING]
 
 
 def table_of(makers, *first):
-    """All of them; those named first in the default suite, the others among the slow tests."""
-    params = [m if m in first else pytest.param(m, marks=pytest.mark.slow) for m in makers]
+    """All of them; those named first in the default suite, the others among the slow tests.
+
+    Tests of one method run in one process, so that they share its compiled programs.
+    """
+    marks = lambda m: [pytest.mark.xdist_group(m.__name__)] + [pytest.mark.slow] * (m not in first)  # noqa: E731
+    params = [pytest.param(m, marks=marks(m)) for m in makers]
     return pytest.mark.parametrize("make", params, ids=lambda f: f.__name__)
 
 
 STEPS = 4
+each_sampler = table_of(SAMPLERS, *INDEPENDENT, smc_gaussian, smc_masked, resampled_smc, *SAVING)
+
+
+def builds(constructor) -> bool:
+    """Whether it returns, by its annotation, a sampler or tuner (init and step) or an online method (rollout and update)."""
+    if not inspect.isfunction(constructor):
+        return False
+    returned = str(inspect.signature(constructor).return_annotation)
+    built = getattr(sys.modules[constructor.__module__], returned, None)
+    return any(all(hasattr(built, name) for name in names) for names in (("init", "step"), ("rollout", "update")))
+
+
+def constructors(package) -> list[str]:
+    """Names of its public functions that build a sampler, a tuner or an online method."""
+    names = getattr(package, "__all__", None) or [name for name in vars(package) if not name.startswith("_")]
+    return [name for name in names if builds(getattr(package, name))]
+
+
+def test_every_public_constructor_has_a_row():
+    """A row is a function that names its constructor, or takes it as an argument."""
+    for package, rows, count in ((samplers, SAMPLERS, 9), (tuners, TUNERS, 27), (seiko, TUNERS, 2)):
+        public = constructors(package)
+        assert len(public) >= count, public  # the search finds something
+        named = {name for make in rows for name in make.__code__.co_names}
+        assert set(public) <= named, f"no row in the contract table for {sorted(set(public) - named)}"
 
 
 def keep_state(carry, info):
-    return carry[0] if isinstance(carry, tuple) else carry
+    while isinstance(carry, tuple):
+        carry = carry[0]
+    return carry
 
 
 def close(a, b, **tolerance):
@@ -168,7 +227,8 @@ def test_sampler_jit_equals_no_jit(make):
         assert jax.eval_shape(lambda c=carry: c) == before  # dtypes, shapes and structure are stable
     close(sampler.final(carry, times[-1])[0], run.x0)
     dtypes = {leaf.dtype.name for leaf in jax.tree.leaves((run, carry))}
-    assert dtypes == {"float32"} or (dtypes == {"float32", "int32"} and "smc" in make.__name__)  # a count of moves
+    counting = {"int32", "key<fry>"} if make in (*PARTICLES, event_driven) else set()  # moves, calls; a key
+    assert dtypes - counting == {"float32"}
 
 
 @each_sampler
@@ -250,7 +310,7 @@ def test_sampler_counts_its_network_calls(make):
     samplers.sample(sampler, jax.random.key(1), B, times).x0.block_until_ready()
     jax.effects_barrier()
     calls = sampler.network_calls(times.shape[0] - 1)
-    assert 1 <= sum(ROWS) / B < calls if make is svdd_distinct else sum(ROWS) / B == calls
+    assert 1 <= sum(ROWS) / B < calls if make in SAVING else sum(ROWS) / B == calls
 
 
 def test_a_chain_is_the_same_in_a_head_and_a_tail():
@@ -452,6 +512,72 @@ def gradient_guidance(number=0.5):
     ), net(2, 2)  # fmt: skip
 
 
+FEW_STEP = policies.few_step(policies.variances((0.5, 0.5)), (2,))
+
+
+def few_step(method, **options):
+    """A tuner of DxDP's engine over two moves, and its parameters."""
+    policy = policies.policy(FEW_STEP, gaussian_model)
+    tuner = method(policy, FEW_STEP, value=value_model, batch=B, speed=jnp.ones(2), **options)
+    return tuner, {"policy": policy.init(net(2, 2)), "value": net(2, 3)}
+
+
+def dxdp(number=0.5):
+    return few_step(tuners.dxdp, reward=gaussian_reward, temperature=number)
+
+
+def dxmi(number=0.5):
+    return few_step(tuners.dxmi, decay_steps=9.0, temperature=number, energy_limit=1e6)
+
+
+def dxmi_released(number=0.5):
+    return few_step(tuners.dxmi_released, dim=2, entropy_weight=number, energy_limit=1e6)
+
+
+def gcd(number=0.5):
+    return few_step(tuners.gcd, decay_steps=9.0, temperature=number, energy_limit=1e6)
+
+
+def langevin_energy(number=0.5):
+    return tuners.langevin_energy(energy_model, (2,), ADAM, batch=B, moves=2, chains=16, restart=number), net(2, 3)
+
+
+def energy_model(params):
+    return lambda x, cond=None: _value(params, x, None)
+
+
+def reward_backprop(number=0.5):
+    process = gaussian(number)
+    return tuners.reward_backprop(gaussian_model, process, gaussian_reward, process.times(3), ADAM, batch=B), net(2, 2)
+
+
+RIDGE = surrogates.ridge(surrogates.with_constant)
+PRIOR = Net(net(2, 2, 5))
+
+
+def _anchored(reward, **kl):
+    return tuners.draft_k(gaussian_model, gaussian(), reward, gaussian().times(2), ADAM, k=1, batch=B, **kl)
+
+
+def _best(reward):
+    return samplers.best_of_n(samplers.ancestral(gaussian(), PRIOR), reward, 2)
+
+
+def seiko_rounds(number=0.5):
+    online = seiko.seiko(
+        gaussian_model, gaussian(), gaussian().times(2), RIDGE, _anchored, prior=PRIOR, temperature=number, batch=B,
+        capacity=6 * B, steps=2,
+    )  # fmt: skip
+    return tuners.as_tuner(online, gaussian_reward), net(2, 2)
+
+
+def seiko_steered(number=0.5):
+    online = seiko.steered(
+        gaussian(), gaussian().times(2), RIDGE, _best, prior=PRIOR, batch=B, capacity=6 * B, noise=number
+    )
+    return tuners.as_tuner(online, gaussian_reward), None
+
+
 def pretraining_gaussian(number=0.9):
     return tuners.pretraining(gaussian_model, gaussian(), ADAM, ema_decay=number), net(2, 2)
 
@@ -498,7 +624,8 @@ TUNERS = [
     draft, draft_k, draft_lv, draft_masked, pretraining_gaussian, pretraining_masked, value_regression,
     value_soft_rollouts, value_temporal_difference, refl_stopped, alignprop, alignprop_subset, draft_plus, drtune_budget, drakes,
     drakes_score_function, drakes_log_variance, drakes_published, elegant, elegant_initial, elegant_value, ddpo, dpok,
-    reward_weighted, filtered, sft_pg, gradient_guidance,
+    reward_weighted, filtered, sft_pg, gradient_guidance, dxdp, dxmi, dxmi_released, gcd, langevin_energy, reward_backprop,
+    seiko_rounds, seiko_steered,
 ]  # fmt: skip
 each_tuner = table_of(
     TUNERS, ddpo, draft, draft_k, draft_lv, draft_masked, pretraining_masked, value_regression, refl_stopped, drakes
@@ -506,7 +633,7 @@ each_tuner = table_of(
 
 
 def data_of(make):
-    if make in (pretraining_gaussian, sft_pg):
+    if make in (pretraining_gaussian, sft_pg, dxmi, dxmi_released, gcd, langevin_energy):
         return {"x0": jax.random.normal(jax.random.key(9), (50, 2))}
     if make is pretraining_masked:
         return {"x0": jax.nn.one_hot(jax.random.randint(jax.random.key(9), (50, 3), 0, 3), 3)}
@@ -539,8 +666,8 @@ def test_tuner_jit_equals_no_jit(make):
     jitted, jitted_info = jax.jit(tuner.step)(jax.random.key(0), state, batch)
     close(plain, jitted, rtol=1e-4, atol=1e-5)
     close(info, jitted_info, rtol=1e-4, atol=1e-5)
-    shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)  # noqa: E731
-    assert shapes(plain) == shapes(state)
+    shapes = lambda tree: [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]  # noqa: E731
+    assert shapes(plain) == shapes(state) and jax.tree.structure(plain) == jax.tree.structure(state)
     trained = getattr(plain, "train", plain)  # rounds of gradient guidance hold a training state
     numbers = (trained.params, getattr(trained, "average", None), info)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(numbers)} <= {"float32", "int32"}
@@ -620,9 +747,9 @@ def _rows_model(params):
 def test_tuner_leaves_the_callers_parameters_alone(make):
     """`fit` donates its state, never what `init` was given."""
     tuner, params = make()
-    before = np.array(params)
+    before = jax.tree.map(np.array, params)
     train(make, 3, state=tuner.init(params), chunk=3)
-    np.testing.assert_array_equal(params, before)
+    equal(params, before)
 
 
 def test_steps_without_finite_gradients_are_skipped_and_counted():

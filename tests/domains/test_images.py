@@ -460,6 +460,7 @@ def test_real_images_of_every_class_in_turn_even_of_small_or_empty_classes():
     assert judge.in_turn()[:7, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 1, 5]  # class 0 is empty, class 2 begins again
 
 
+@pytest.mark.slow
 def test_the_spread_of_the_priors_figures_is_that_of_other_draws(digits):
     """The jackknife's standard errors are near the spread over 40 sets of as many real images; none where an image was measured."""
     judge = image_tasks.ImageJudge.__new__(image_tasks.ImageJudge)

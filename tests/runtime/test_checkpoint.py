@@ -159,6 +159,7 @@ def test_damaged_newest_falls_back_with_one_warning(tmp_path, caplog, capfd, dam
         Checkpoints(tmp_path).restore(make(0))
 
 
+@pytest.mark.slow
 def test_every_single_flipped_byte_is_noticed_or_harmless(tmp_path):
     state = {"x": jax.random.normal(jax.random.key(0), (40, 40)), "b": jnp.arange(4, dtype=jnp.bfloat16)}
     save_params(tmp_path / "p", state)

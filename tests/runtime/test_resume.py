@@ -93,6 +93,7 @@ def kill_and_resume(tmp_path, kills, seed):
     assert steps == list(range(100))
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_bit_equal(tmp_path):
     kill_and_resume(tmp_path, kills=1, seed=0)
 

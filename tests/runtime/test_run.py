@@ -134,6 +134,7 @@ def test_samples_that_diverged_are_said_and_counted(tmp_path, capsys):
     assert "dps: 3 of 8 samples diverged" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_table_has_errors_of_particles_as_repeated_runs_show_them(tmp_path):
     """N(0, 1) tilted by x / 0.7: means and log Z of 24 runs spread by their standard errors, not by those of 4096 samples."""
     process = processes.gaussian(schedules.linear_vp(), (1,))

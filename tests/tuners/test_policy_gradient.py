@@ -618,6 +618,7 @@ def test_host_and_program_make_the_same_run_and_continue_it():
         run(online.init(params), 1, lambda x0, cond: x0)
 
 
+@pytest.mark.slow
 def test_nothing_is_traced_again_when_numbers_change():
     online, params, reward = conditional()
     key, data = jax.random.key(3), jnp.arange(3).repeat(2)
@@ -742,6 +743,7 @@ def test_sft_pg_brings_a_short_chain_nearer_to_data(constraint, project, share):
         assert np.abs(state.extra[1].params).max() <= 1.0
 
 
+@pytest.mark.slow
 def test_sft_pg_continues_and_does_not_trace_again():
     """With conditions and a learnt baseline: critic, value and statistics are in the state."""
     process, count = processes.gaussian(schedules.flow(), (2,)), []
