@@ -170,7 +170,10 @@ def table_of(makers, *first):
 
 
 STEPS = 4
-each_sampler = table_of(SAMPLERS, *INDEPENDENT, smc_gaussian, smc_masked, resampled_smc, *SAVING)
+each_sampler = table_of(
+    SAMPLERS, ancestral_gaussian, ancestral_masked, svdd_pm_gaussian, svdd_learned_masked, guided_gaussian, dpm_solver,
+    best_of_n_masked, resampled_smc, *SAVING,
+)  # fmt: skip
 
 
 def builds(constructor) -> bool:
@@ -627,9 +630,7 @@ TUNERS = [
     reward_weighted, filtered, sft_pg, gradient_guidance, dxdp, dxmi, dxmi_released, gcd, langevin_energy, reward_backprop,
     seiko_rounds, seiko_steered,
 ]  # fmt: skip
-each_tuner = table_of(
-    TUNERS, ddpo, draft, draft_k, draft_lv, draft_masked, pretraining_masked, value_regression, refl_stopped, drakes
-)
+each_tuner = table_of(TUNERS, ddpo, draft_k, draft_masked, pretraining_masked, value_regression, refl_stopped, drakes)
 
 
 def data_of(make):
