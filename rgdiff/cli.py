@@ -62,6 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"rgdiff: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = " ".join(str(error).split())[:160]
+        advice = "ask for fewer samples, candidates or a smaller batch"
+        print(f"rgdiff: out of memory; {advice} ({reason})", file=sys.stderr)
+        return 2
     finally:
         announce(None)
     return 0

@@ -1,9 +1,10 @@
-"""Eight simulated devices for every test, and quick compilation (tests compile much and compute little); nothing else."""
+"""For every test: eight simulated devices, quick compilation (tests compile much and compute little), and no program kept too long."""
 
 from __future__ import annotations
 
 import os
 from importlib.metadata import version
+from pathlib import Path
 
 _flags = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
 if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):  # later ones refuse it as unknown
@@ -11,3 +12,20 @@ if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):  # later ones re
 for _flag in _flags:
     if _flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
+
+MAPPINGS = 25_000  # of memory by one process; Linux refuses the 65,531st, and XLA ends in a segmentation fault
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Between two files: turn off the cache on disk that a run has turned on, and drop compiled programs where they are many."""
+    if nextitem is not None and nextitem.path == item.path:
+        return
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    if jax.config.jax_compilation_cache_dir is not None:
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MAPPINGS:
+        jax.clear_caches()

@@ -7,10 +7,8 @@ allowed where the user names them on the command line. What is then done with th
 
 from __future__ import annotations
 
-import ast
 import difflib
 import inspect
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,19 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from rgdiff import checks
+from rgdiff.recipes.kinds import of_kind
 
 COMMON = {  # the keys that every recipe has, whether it says so or not
     "out": None, "seed": 0, "samples": None, "data_dir": None, "resume": False, "cache_dir": None, "modules": [],
 }  # fmt: skip
 PARTS = ("domain", "prior", "reward", "method", "methods", "rewards")  # the keys that recipes are built from
-PATHS = (
-    "data_dir",
-    "cache_dir",
-    "source",
-    "checkpoint",
-    "images",
-    "labels",
-)  # last names of keys that hold paths; `out` does at the top alone: prior.network.out is a number
+# last names of keys whose values are taken as they are: paths, and a title; `out` at the top alone: prior.network.out is a number
+VERBATIM = ("data_dir", "cache_dir", "source", "checkpoint", "images", "labels", "title")
 CONSTRUCTORS = tuple(  # modules whose public classes and functions a recipe may call; none of them writes files
     f"rgdiff.{name}"
     for name in (
@@ -51,13 +44,6 @@ COUNTS = {  # numbers of things, wherever they stand in a config, and the least 
     **dict.fromkeys(("rollouts", "value_batch", "moves", "evaluate", "recurrences"), 1),
     **dict.fromkeys(("steps", "value_steps"), 0),
 }
-KINDS: dict[str, type | tuple[type, ...]] = {  # of annotations, as YAML has them
-    "int": int, "float": (int, float), "bool": bool, "str": str, "dict": dict, "Mapping": dict,
-    "Sequence": list, "list": list, "tuple": list,
-}  # fmt: skip
-WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a word"} | {
-    "dict": "a mapping", "Mapping": "a mapping", "Sequence": "a list", "list": "a list", "tuple": "a list",
-}  # fmt: skip
 
 
 def config_dir() -> Path:
@@ -108,6 +94,8 @@ def composed(recipe: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any]
     folder, name, search = _source(recipe)
     for override in overrides:
         key, _, value = override.partition("=")
+        if any("\ud800" <= letter <= "\udfff" for letter in override):  # Python's, for bytes that it cannot decode
+            raise ValueError(f"{override!r} has letters that are not of this locale; set PYTHONUTF8=1")
         if "=" not in override and not override.startswith("~"):
             raise ValueError(f"expected key=value, got {override!r}")
         if key.lstrip("+~").split(".")[0] == "hydra":
@@ -215,7 +203,7 @@ def apart(overrides: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
         quoted = value[:1] in ("'", '"') and value[-1:] == value[:1] and len(value) > 1
         if not given or key.startswith("~") or _is_choice(override) or quoted or value == "null":
             parsed.append(override)
-        elif key == "out" or key.rpartition(".")[2].lstrip("+") in PATHS:
+        elif key == "out" or key.rpartition(".")[2].lstrip("+") in VERBATIM:
             literal[key] = value
         else:
             try:
@@ -413,7 +401,7 @@ def check(config: Any, trusted: set[str], path: str = "") -> None:
             if _is_function(key, value):
                 locate(value, trusted)
             if key in accepted:
-                _of_kind(below, value, accepted[key])
+                of_kind(below, value, accepted[key])
             if path and key in COUNTS and not isinstance(value, dict | list | None):
                 checks.at_least(below, value, COUNTS[key])
             if key == "seed" and checks.at_least(below, value, 0) >= 2**32:
@@ -422,52 +410,6 @@ def check(config: Any, trusted: set[str], path: str = "") -> None:
     elif isinstance(config, list):
         for index, value in enumerate(config):
             check(value, trusted, f"{path}[{index}]")
-
-
-def _of_kind(key: str, value: Any, parameter: inspect.Parameter) -> None:
-    """Refuse a value of another kind than a parameter's annotation, e.g. `int | None`, as far as that is of plain kinds."""
-    annotation = parameter.annotation
-    text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "Any")
-    node = ast.parse(text, mode="eval").body
-    if value is None:
-        fits = "None" in text or parameter.default is None or annotation is parameter.empty
-    else:
-        fits = _fits(value, node)
-    if not fits:
-        wanted = " or ".join(_words(node))
-        raise ValueError(f"{key} must be {wanted or 'given'}, got {json.dumps(value, default=str)}")
-
-
-def _words(kind: ast.expr) -> list[str]:
-    """What an annotation of plain kinds asks for, in words."""
-    match kind:
-        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
-            return [*_words(left), *_words(right)]
-        case ast.Subscript(value=ast.Name(id=name), slice=inner) if name in WORDS:
-            inside = _words(inner.elts[-1] if isinstance(inner, ast.Tuple) else inner)
-            return [f"{WORDS[name]} whose every value is {inside[0]}" if inside else WORDS[name]]
-        case ast.Name(id=name) if name in WORDS:
-            return [WORDS[name]]
-    return []
-
-
-def _fits(value: Any, kind: ast.expr) -> bool:
-    """Whether a plain value is of an annotated kind; an annotation that is not of plain kinds fits anything."""
-    match kind:
-        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
-            return _fits(value, left) or _fits(value, right)
-        case ast.Constant(value=None):
-            return value is None
-        case ast.Name(id=name) if name in KINDS:
-            return isinstance(value, KINDS[name]) and (name == "bool" or not isinstance(value, bool))
-        case ast.Subscript(value=ast.Name(id=name), slice=inner) if name in KINDS:
-            if not isinstance(value, KINDS[name]):
-                return False
-            inside = inner.elts if isinstance(inner, ast.Tuple) else [inner]
-            if isinstance(value, dict):
-                return all(_fits(one, inside[-1]) for one in value.values())
-            return all(any(_fits(one, of) for of in inside) for one in value)
-    return True
 
 
 def check_common(config: dict[str, Any], recipe: str) -> None:
@@ -481,7 +423,7 @@ def check_common(config: dict[str, Any], recipe: str) -> None:
     kinds = {"resume": "bool", "out": "str | None", "data_dir": "str | None", "cache_dir": "str | None", "title": "str"}
     for key, kind in kinds.items():
         if key in config:
-            _of_kind(key, config[key], inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, annotation=kind))
+            of_kind(key, config[key], inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, annotation=kind))
     for key, own in (config.get("rewards") or {}).items():
         if not isinstance(own, dict) or "_target_" not in own:
             raise ValueError(f"rewards.{key} is no reward; give one with +reward@rewards.{key}=CHOICE")

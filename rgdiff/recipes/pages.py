@@ -87,7 +87,7 @@ def write_pages(
         more=more,
         table=rows,
         notes=judge.notes(task),
-        config=(run.folder.path / "config.yaml").read_text(),
+        config=(run.folder.path / "config.yaml").read_text(encoding="utf-8"),
     )
     write_report(run.folder.path / "report.html", report)
 

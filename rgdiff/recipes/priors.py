@@ -5,8 +5,10 @@ A trained prior is trained once, cached by content, and reused. Sampling and tun
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import inspect
 import json
 import logging
 from collections.abc import Mapping
@@ -194,6 +196,9 @@ class TrainedPrior(Prior):
         seen = {name: value for name, value in identity.items() if name not in self.unseen} | {"seed": self.seed}
         conditional = self.train.get("null") is not None
         told = hashlib.sha256(json.dumps({"prior": seen, "conditional": conditional}, sort_keys=True).encode())
+        if not type(self.network).__module__.startswith("rgdiff."):  # a user's, who may change it
+            with contextlib.suppress(OSError, TypeError):
+                told.update(inspect.getsource(type(self.network)).encode())
         for part in (domain.train_x, domain.train_y) if conditional else (domain.train_x,):
             array = np.ascontiguousarray(part)
             told.update(f"{array.dtype}{array.shape}".encode())

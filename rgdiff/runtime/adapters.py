@@ -169,7 +169,7 @@ def load_peft(
     if absent := [file for file in FILES if not (folder / file).is_file()]:
         raise ValueError(f"{folder} holds no {absent[0]}: expected a folder written by save_peft or by PEFT")
     try:
-        config = json.loads((folder / FILES[1]).read_text())
+        config = json.loads((folder / FILES[1]).read_text(encoding="utf-8"))
         tensors = load((folder / FILES[0]).read_bytes())
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{folder} is damaged: {error}") from None

@@ -261,7 +261,7 @@ class Campaign:
         if not path.exists():
             return {}
         try:
-            stored = json.loads(path.read_text())
+            stored = json.loads(path.read_text(encoding="utf-8"))
             return {int(i): math.nan if value == "infeasible" else value for i, value in stored.items()}
         except (ValueError, AttributeError) as error:
             raise ValueError(

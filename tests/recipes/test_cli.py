@@ -265,6 +265,7 @@ def test_a_recipe_file_cannot_call_what_the_user_did_not_name(tmp_path, capsys):
         "rgdiff.runtime.checkpoint.shutil.rmtree",
         "rgdiff.runtime.checkpoint._remove",
         "rgdiff.runtime.folder.write_atomic",
+        "rgdiff.runtime.cache.open_cache",
         "rgdiff.nets.conv.jax.jit",
         "builtins.eval",
     ):

@@ -6,6 +6,7 @@ Runs are of points in the plane with a small perceptron, so that they take secon
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ from rgdiff import cli
 from rgdiff.recipes import compose as recipe
 from rgdiff.recipes import run as running
 from rgdiff.recipes.explain import explained
+from rgdiff.recipes.kinds import of_kind
 from rgdiff.recipes.methods.steering import PriorSampling
 from rgdiff.runtime import checkpoint
 from rgdiff.runtime.cache import open_cache
@@ -108,6 +110,34 @@ def test_wrong_values_are_refused_before_anything_is_made(override, line, tmp_pa
     assert not (tmp_path / "run").exists() and not (tmp_path / "a[1]").exists()
 
 
+def test_values_are_of_the_kind_that_a_constructor_is_annotated_with():
+    def of(annotation, value, default=inspect.Parameter.empty):
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        of_kind("k", value, inspect.Parameter("k", keyword, annotation=annotation, default=default))
+
+    table = [
+        ("int", [1], [1.5, True, None, "a"]),
+        ("bool", [True], [1, "yes"]),
+        ("int | None", [None, 2], [1.0]),
+        ("float | Sequence[float]", [1, 2.0, [1, 2.5]], ["a", ["a"], [True]]),
+        ("tuple[int, ...]", [[1, 2]], [["a"], 3, [1.5]]),
+        ("Mapping[str, float] | None", [None, {"a": 1}], [{"a": "b"}, [1]]),
+        ("dict[str, Any]", [{}, {"a": None}], [3, [], None]),
+        ("Any", [1, "a", []], [None]),
+        ("str | os.PathLike | None", [None, "a", 3], []),  # a path is no plain kind: anything may be one
+        (int, [1], ["a", None]),  # of a module without postponed annotations
+        (int | None, [1, None, "a"], []),
+        (inspect.Parameter.empty, [3, None], []),
+    ]
+    for annotation, good, bad in table:
+        of(annotation, None, default=None)
+        for value in good:
+            of(annotation, value)
+        for value in bad:
+            with pytest.raises(ValueError, match="k must be "):
+                of(annotation, value)
+
+
 def test_a_recipe_without_a_part_is_refused(tmp_path, capsys):
     path = tmp_path / "mine.yaml"
     for text, line in (
@@ -175,6 +205,15 @@ def test_no_device_is_one_line(monkeypatch, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------- the grammar of overrides
+
+
+def test_too_little_memory_is_one_line(monkeypatch, tmp_path, capsys):
+    def full(*_):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nand more")
+
+    monkeypatch.setattr(running, "execute", full)
+    line = refused(capsys, "run", "steer", *SVDD, f"out={tmp_path / 'run'}", f"cache_dir={tmp_path / 'cache'}")
+    assert "out of memory; ask for fewer samples" in line and not (tmp_path / "run").exists()
 
 
 def test_paths_are_taken_as_they_are(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from types import SimpleNamespace
 
 import jax
@@ -102,6 +103,18 @@ def test_priors_are_one_where_training_sees_no_difference_and_only_there():
     assert len({one, *others}) == 1 + len(others)
     assert gaussian(null=10).digest(plain, relabelled) != gaussian(null=10).digest(plain, data)
     assert gaussian().digest(plain, relabelled) == one  # labels that training does not see
+
+
+def test_a_prior_of_a_users_network_is_another_where_its_code_is(tmp_path, monkeypatch):
+    data = SimpleNamespace(train_x=np.zeros((3, 2), np.float32))
+    monkeypatch.syspath_prepend(tmp_path)
+    digests = []
+    for number in (1, 2, 1):
+        (tmp_path / f"net_{number}.py").write_text(f"class Net:\n    size = {number}\n")
+        network = importlib.import_module(f"net_{number}").Net()
+        prior = GaussianPrior(network, None, "v", {"steps": 5})
+        digests.append(prior.digest({"network": "mine"}, data))
+    assert digests[0] == digests[2] != digests[1]
 
 
 def test_particles_under_a_likelihood_end_with_the_likelihood_of_x0(tmp_path):
