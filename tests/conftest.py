@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +14,11 @@ for _flag in _flags:
     if _flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
 
-MAPPINGS = 25_000  # of memory by one process; Linux refuses the 65,531st, and XLA ends in a segmentation fault
+gc.set_threshold(
+    100_000, 50, 1000
+)  # traced programs are many objects that live long: a tenth of the time was collecting them
+
+MAPPINGS = 40_000  # of memory by one process; Linux refuses the 65,531st, and XLA ends in a segmentation fault
 
 
 def pytest_runtest_teardown(item, nextitem):

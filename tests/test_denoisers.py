@@ -309,6 +309,7 @@ def test_a_switch_is_no_condition():
         network(jnp.ones((2, 1)), f32(0.5), jnp.ones(2))
 
 
+@pytest.mark.slow
 def test_discrete_time_is_the_step_of_the_process():
     """On grids of a table the network sees the step whose alpha_bar the process uses; ten of 1,000 are diffusers' trailing ones."""
     alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))

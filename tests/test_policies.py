@@ -102,6 +102,7 @@ def test_karras_levels_and_edms_ancestral_step():
 
 @pytest.mark.parametrize("make", ["karras", "fast_dpm"])
 @pytest.mark.parametrize("schedule", ["linear_vp", "karras_ve"])
+@pytest.mark.slow
 def test_a_priors_network_is_asked_at_its_own_scale(make, schedule):
     """E[x0 | x] of N(m, C) under the *levels*' noise, of a denoiser that knows the prior's schedule alone."""
     mean, cov = np.array([0.5, -1.0]), np.array([[0.6, 0.2], [0.2, 0.9]])
@@ -226,6 +227,7 @@ class _ToGo:
 
 
 @pytest.mark.parametrize("method", [pytest.param("draft", marks=pytest.mark.slow), "ddpo"])
+@pytest.mark.slow
 def test_reward_gradients_reach_the_network_and_the_standard_deviations(method):
     """E[-(x - 1)^2] of an affine chain is -(mean - 1)^2 - variance: its gradient in w, b and log sigma, in magnitude."""
     process, policy, params = chain()

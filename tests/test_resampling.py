@@ -54,6 +54,7 @@ def test_equal_weights_and_one_weight(name):
 
 @each_scheme
 @pytest.mark.parametrize("bad", [-jnp.inf, jnp.nan])
+@pytest.mark.slow
 def test_weights_without_a_positive_one_are_equal(name, bad):
     drawn = copies(name, jnp.full(4, bad), 4000)
     np.testing.assert_allclose(drawn.mean(0), 1.0, atol=0.06)

@@ -202,6 +202,7 @@ def oracle(x0, cond=None):
 
 
 @pytest.mark.parametrize("schedule, beta", [("linear", None), pytest.param("constant", 0.5, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_tuned_rounds_follow_the_exact_ones(schedule, beta):
     values = 0.5 * np.stack(rewards_of_rounds(K**L, 3, seed=3))
     told = method(Teller(jnp.asarray(values, jnp.float32), 16), schedule=schedule, proximal_weight=beta)
@@ -218,6 +219,7 @@ def test_tuned_rounds_follow_the_exact_ones(schedule, beta):
             assert regret.divergence(regret.anchored(values[i], alpha, beta, prior, before), exact) > 1e-3
 
 
+@pytest.mark.slow
 def test_rounds_in_one_program_and_on_the_host_are_the_same_and_compile_once():
     told = method(ridge(), steps=20)
     tuner, state = tuners.as_tuner(told, oracle), told.init(PRIOR)
@@ -231,6 +233,7 @@ def test_rounds_in_one_program_and_on_the_host_are_the_same_and_compile_once():
     assert int(state.asked) == 64 and int(state.step) == 4
 
 
+@pytest.mark.slow
 def test_infeasible_queries_never_reach_the_reward_and_are_reported():
     told = method(ridge(), steps=1)
     state = told.init(PRIOR)
@@ -249,6 +252,7 @@ def test_infeasible_queries_never_reach_the_reward_and_are_reported():
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.5])
+@pytest.mark.slow
 def test_answers_of_a_calibrated_belief_are_covered_noise_and_all(noise):
     """A reward drawn from the belief itself, answers with noise: 95 % of them within the interval."""
     told = method(Counting(jnp.zeros(K**L)), batch=4096, rounds=1, noise=noise)
@@ -292,6 +296,7 @@ def test_the_bound_on_the_regret_holds_where_the_belief_is_calibrated():
         assert 0 <= np.mean(regrets) <= 2 * np.mean(bonuses)
 
 
+@pytest.mark.slow
 def test_steered_rounds_ask_the_prior_first_and_the_tilt_of_the_belief_then():
     """Best of 4 under a belief that has seen every sequence, without noise: its law is known by ranks."""
     denoiser = model(PRIOR)

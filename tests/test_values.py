@@ -212,6 +212,7 @@ def test_backups_are_means_and_log_mean_exps():
 
 
 @pytest.mark.parametrize("data", ["rollouts", "noised"])
+@pytest.mark.slow
 def test_a_tabular_value_becomes_the_soft_value_or_the_mean(data):
     """On chains of a correlated law (whose values are the chain's own) and on noised samples of a factorised one."""
     w, rows = rolled("correlated" if data == "rollouts" else "factorised")
@@ -275,6 +276,7 @@ def test_infeasible_rewards_are_left_out():
 # ---------------------------------------------------------------- temporal differences
 
 
+@pytest.mark.slow
 def test_a_log_mean_exp_of_m_next_states_is_biased_by_one_over_m_and_its_exponential_is_not():
     """E target - v = -tau Var(e)/(2 M), Var the relative variance of exp(v(y)/tau); over all draws, by enumeration."""
     tau, v, p = 0.7, np.array([0.0, 0.4, -0.3, 0.1]), np.array([0.4, 0.2, 0.3, 0.1])
@@ -290,6 +292,7 @@ def test_a_log_mean_exp_of_m_next_states_is_biased_by_one_over_m_and_its_exponen
     np.testing.assert_allclose(bias[-1] * 6, tau * relative / 2, rtol=0.03)
 
 
+@pytest.mark.slow
 def test_temporal_differences_have_the_exact_value_as_their_fixed_point():
     """With the soft loss, at M = 2; with the squared one and M = 1 the target is too low by all of soft - mean."""
     w, data = rolled("balanced")
@@ -308,6 +311,7 @@ def test_temporal_differences_have_the_exact_value_as_their_fixed_point():
     assert_mean(at("squared", 1)[:, 0, -1], 2 * low / 4, errors=4.5)
 
 
+@pytest.mark.slow
 def test_temporal_differences_converge_to_the_exact_soft_value_at_the_rate_of_averages():
     """Tabular, steps of 1/n: from a start far off the error falls as n^-1/2, by the soft loss, with two next states."""
     w, data = rolled("balanced")
@@ -327,6 +331,7 @@ def test_temporal_differences_converge_to_the_exact_soft_value_at_the_rate_of_av
     assert errors[-1] < 0.1 * rms(exact, mean_table(w), w)
 
 
+@pytest.mark.slow
 def test_the_published_setting_backs_up_plain_means():
     w, data = rolled("balanced")
     tuner = tuners.temporal_difference(Tabular(w.times), w.process, w.denoiser, w.times, SGD, candidates=2)

@@ -141,6 +141,9 @@ class UNet(nn.Module):
                listed); then, except at level 0, nearest upsampling by 2 and Conv3x3
         out  = GroupNorm, SiLU, Conv3x3 (zero at first)
 
+    With `patch` = p > 1, the blocks see each p x p patch of pixels as the channels of one position (space to depth), and
+    their output is put back into pixels: p^2 times fewer positions, for images whose finest detail is cheap to model.
+
     Args:
       channels: channels of each level, multiples of 8.
       blocks: residual blocks per level on the way down.
@@ -148,6 +151,7 @@ class UNet(nn.Module):
       classes: number N of classes, or None. Label N, or cond=None, means "no class".
       out_channels: channels of the output; those of the input when None.
       dropout: rate; active in `apply(..., train=True, rngs={"dropout": key})` only.
+      patch: side of the patches, in pixels; 1 for none.
       dtype: of the computation; input, output and parameters are float32.
 
     Raises:
@@ -169,6 +173,7 @@ class UNet(nn.Module):
     classes: int | None = None
     out_channels: int | None = None
     dropout: float = 0.0
+    patch: int = 1
     dtype: Any = jnp.float32
 
     def __post_init__(self):
@@ -176,6 +181,8 @@ class UNet(nn.Module):
         object.__setattr__(self, "attention", tuple(self.attention))
         if not self.channels or any(c < GROUPS or c % GROUPS for c in self.channels):
             raise ValueError(f"channels must be multiples of {GROUPS}, one per level; got {self.channels}")
+        if self.patch < 1:
+            raise ValueError(f"patch must be at least 1 pixel; got {self.patch}")
         if self.blocks < 1:
             raise ValueError(f"blocks must be at least 1; got {self.blocks}")
         if not set(self.attention) <= set(range(len(self.channels))):
@@ -184,7 +191,7 @@ class UNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, t: Array, cond: Cond = None, train: bool = False) -> Array:
-        last, side = len(self.channels) - 1, 2 ** (len(self.channels) - 1)
+        last, side = len(self.channels) - 1, self.patch * 2 ** (len(self.channels) - 1)
         shape = x.shape
         x = x[..., None] if x.ndim == 2 else x
         if x.ndim < 3 or any(size % side for size in x.shape[1:-1]):
@@ -201,7 +208,8 @@ class UNet(nn.Module):
         def conv(h: Array, features: int, name: str, **options: Any) -> Array:
             return conv3(features, h, dtype=self.dtype, name=name, **options)(h)
 
-        first = self.channels[0]
+        width = self.out_channels or x.shape[-1]
+        x, first = _space_to_depth(x, self.patch), self.channels[0]
         emb = Conditioning(4 * first, first, self.classes, dtype=self.dtype, name="emb")(x.shape[0], t, cond)
         h = conv(x, first, "conv_in")
         skips = [h]
@@ -222,7 +230,28 @@ class UNet(nn.Module):
                     h = jnp.repeat(h, 2, axis=axis)
                 h = conv(h, self.channels[level], f"up{level}_double")
         norm = GroupNorm(name="norm_out").coefficients(h)
-        width = self.out_channels or x.shape[-1]
+        width *= self.patch ** (h.ndim - 2)
         out = conv3(width, h, zero_init=True, before=_affine_silu, dtype=self.dtype, name="conv_out")
-        h = out(h, *norm).astype(jnp.float32)
+        h = _depth_to_space(out(h, *norm).astype(jnp.float32), self.patch)
         return h[..., 0] if len(shape) == 2 else h
+
+
+def _space_to_depth(x: Array, patch: int) -> Array:
+    """Make the pixels of each patch channels of one position: [B, *spatial, C] -> [B, *(spatial / p), p^axes C]."""
+    if patch == 1:
+        return x
+    axes = x.ndim - 2
+    parts = [n for size in x.shape[1:-1] for n in (size // patch, patch)]
+    h = x.reshape(x.shape[0], *parts, x.shape[-1])
+    order = (0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), 2 * axes + 1)
+    return h.transpose(order).reshape(x.shape[0], *(size // patch for size in x.shape[1:-1]), -1)
+
+
+def _depth_to_space(x: Array, patch: int) -> Array:
+    """Invert `_space_to_depth`."""
+    if patch == 1:
+        return x
+    axes = x.ndim - 2
+    h = x.reshape(*x.shape[:-1], *(patch,) * axes, -1)
+    order = (0, *(i for axis in range(axes) for i in (1 + axis, 1 + axes + axis)), 2 * axes + 1)
+    return h.transpose(order).reshape(x.shape[0], *(size * patch for size in x.shape[1:-1]), -1)

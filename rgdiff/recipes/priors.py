@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rgdiff import checks, denoisers, processes, schedules, tuners
+from rgdiff import assets, checks, denoisers, processes, schedules, tuners
 from rgdiff.exact.enumeration import Factorised
 from rgdiff.recipes.typing import Domain, Prior, ReadyPrior, Shape
 from rgdiff.runtime.checkpoint import CheckpointError, check_params, load_params, save_params
@@ -143,7 +143,8 @@ class TrainedPrior(Prior):
       schedule: of `rgdiff.schedules`.
       train: steps, batch and the arguments of `rgdiff.tuners.pretraining`.
       steps: network calls of a sampling chain.
-      checkpoint: parameters of your own, an Orbax folder or a .safetensors file, in place of training.
+      checkpoint: parameters in place of training: an Orbax folder or a .safetensors file of your own, or `package:NAME`, a file
+        that comes with rgdiff.
       seed: of training, apart from the run's: runs of several seeds share one prior.
     """
 
@@ -169,7 +170,7 @@ class TrainedPrior(Prior):
         like = jax.eval_shape(lambda key: initial(self.network, key, shape), jax.random.key(0))
         self.model()(like)
         if self.checkpoint is not None:
-            check_params(self.checkpoint, like)
+            check_params(assets.resolved(self.checkpoint), like)
         else:
             offers(domain, "train_x", "examples to train a prior on")
             self.tuner(self.model(), process)
@@ -219,7 +220,7 @@ class TrainedPrior(Prior):
         like = initial(self.network, jax.random.fold_in(key, 0), state_shape(process))
         if self.checkpoint is not None:
             run.say(f"prior: parameters from {self.checkpoint}")
-            return load_params(self.checkpoint, like)
+            return load_params(assets.resolved(self.checkpoint), like)
         cached = self.kept(run.cache, identity, domain)
         if cached.exists():
             try:
@@ -260,9 +261,12 @@ class GaussianPrior(TrainedPrior):
     clip: bool = True
     guidance: float | None = None
 
-    gives_data = True
-
     unseen = (*TrainedPrior.unseen, "eta", "clip", "guidance")  # whether there are conditions is seen
+
+    @property
+    def gives_data(self) -> bool:
+        """Whether methods may learn from its data; a prior that comes with the package comes without."""
+        return not (self.checkpoint or "").startswith(assets.PREFIX)
 
     def check(self, domain: Any) -> None:
         """Refuse what does not fit each other or the domain, before anything is trained."""
@@ -315,7 +319,7 @@ class GaussianPrior(TrainedPrior):
             settings=self,
             shape=domain.shape,
             classes=classes,
-            data=domain.train_x,
+            data=getattr(domain, "train_x", None),
             fresh=fresh,
         )
 

@@ -220,6 +220,7 @@ def test_copies_of_an_image_are_in_one_split():
     assert parts[0] == {image.tobytes() for image in once.train_x}
 
 
+@pytest.mark.slow
 def test_classifiers_learn_from_either_split(digits, classifiers):
     for classifier in classifiers:
         assert metrics.classifier_accuracy(classifier, digits.test_x, digits.test_y) >= 0.96
@@ -293,6 +294,7 @@ def test_likeness_is_minus_the_distance_to_the_nearest_image(digits):
         image_tasks.digit(digits, judge, jax.random.key(0), examples=9)
 
 
+@pytest.mark.slow
 def test_classifier_reward_is_a_log_probability():
     classifier = small_tree()
     x = jax.random.normal(jax.random.key(2), (5, 4, 4, 1))

@@ -240,7 +240,6 @@ def test_bad_input_is_one_line(tmp_path, cache, capsys):
         ("run", "steer", "method=tmpd", "method.temperature=0.5"): "give method.temperature=1",
         ("run", "steer", "method=seiko", "method.tuning.noise=0.5"): "do not read method.tuning.noise",
         ("run", "steer", "method=dpok", *CONDITIONAL): "give +method.value.classes=N",
-        ("run", "steer", "method=draft_plus", "method.temperature=null"): "temperature",
         ("run", "steer", "method=ddpo", "+method.options.foo=1"): "foo",
         ("run", "steer", "method=draft_k", "method.stopping={window: 99}", "method.steps=9"): "windows of 99 steps",
         ("run", "steer", "method=adapters"): "give method.adapters={FOLDER: WEIGHT}",
@@ -279,6 +278,7 @@ def test_a_recipe_file_cannot_call_what_the_user_did_not_name(tmp_path, capsys):
     assert not (tmp_path / "evil").exists()
 
 
+@pytest.mark.slow
 def test_another_run_is_not_overwritten(tmp_path, cache, capsys):
     assert run(tmp_path, cache, "reward=symmetry", "method=svdd", "method.options.candidates=2") == 0
     before = (tmp_path / "run" / "samples.npz").read_bytes()
@@ -289,6 +289,7 @@ def test_another_run_is_not_overwritten(tmp_path, cache, capsys):
     assert (tmp_path / "run" / "samples.npz").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_prior_sampled_otherwise_is_not_trained_again(tmp_path, cache):
     kept = lambda: sorted(path.name for path in (cache / "priors").iterdir())  # noqa: E731
     assert run(tmp_path, cache, "reward=symmetry", "method=best_of_n", "method.candidates=1") == 0
@@ -314,6 +315,7 @@ def test_a_method_may_have_a_guide_of_its_own(tmp_path, cache, capsys):
     assert "guides no method" in failing(capsys, "run", "steer", *TINY, f"out={tmp_path / 'no'}", stranger)
 
 
+@pytest.mark.slow
 def test_a_method_that_diverges_leaves_the_others(tmp_path, cache, capsys):
     few = ["prior=mlp", "methods.svdd.options.candidates=2", "methods.draft.batch=4", "methods.draft.steps=30"]
     argv = ["run", "quickstart", *TINY, *few, f"out={tmp_path / 'run'}", f"cache_dir={cache}"]

@@ -456,6 +456,7 @@ def test_no_home_and_no_writable_cache(tmp_path, monkeypatch, caplog):
     assert open_cache() == tmp_path / "größe (1)" and not caplog.records[1:]
 
 
+@pytest.mark.slow
 def test_a_prior_is_one_for_all_seeds_and_trained_again_where_it_is_damaged(made, cache, tmp_path, capsys):
     kept = sorted((cache / "priors").iterdir())
     assert cli.main(["run", "steer", *SVDD, "seed=7", f"out={tmp_path / 'other'}", f"cache_dir={cache}"]) == 0

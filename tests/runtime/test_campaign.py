@@ -33,6 +33,7 @@ def uninterrupted(tmp_path_factory):
 
 
 @pytest.mark.parametrize("stops", [(2,), pytest.param((1,) * 12, marks=pytest.mark.slow)], ids=["once", "each"])
+@pytest.mark.slow
 def test_killed_between_ask_and_tell_and_continued_by_other_processes_ends_the_same(tmp_path, uninterrupted, stops):
     codes = [work(tmp_path, stop) for stop in (*stops, 100)]
     assert codes[0] == -signal.SIGKILL and codes[-1] == 0
@@ -59,6 +60,7 @@ def test_a_question_is_the_same_until_it_is_answered(first, tmp_path):
     assert not campaign.done and campaign.round == 0
 
 
+@pytest.mark.slow
 def test_answers_said_twice_count_once_and_are_where_they_belong(first):
     campaign, ids, x0 = first
     campaign.tell(ids[::-1], measure(x0)[::-1])

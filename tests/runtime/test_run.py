@@ -129,6 +129,7 @@ def test_particles_under_a_likelihood_end_with_the_likelihood_of_x0(tmp_path):
     assert abs(out.x0.var() / variance - 1) < 0.06 and abs(out.x0.mean() - 50 * variance) < 4 * np.sqrt(variance / 1000)
 
 
+@pytest.mark.slow
 def test_samples_that_diverged_are_said_and_counted(tmp_path, capsys):
     """DPS of y = x0 + 0.1 noise in 50 steps, above its stable scale: every sample of 1e6 and beyond; in 150 steps none."""
     process = processes.gaussian(schedules.linear_vp(), (1,))

@@ -93,6 +93,7 @@ def test_with_the_exact_value_the_weights_hardly_vary():
     assert exact.var() < 0.25 * rough.var()
 
 
+@pytest.mark.slow
 def test_the_error_falls_as_one_over_the_root_of_particles():
     world = gaussian()
     value = values.posterior_mean(world.reward, world.process, world.denoiser)
@@ -123,6 +124,7 @@ def test_the_strength_keeps_the_conditional_ess():
 
 
 @pytest.mark.parametrize("twist", [None, 1.0])
+@pytest.mark.slow
 def test_adaptive_tempering_where_the_first_state_says_little(twist):
     """A narrow measurement, y = 1 +- 0.1 of N(0, 1): at strength 1 the plug-in value ends all good lineages before t = 1/2."""
     world = GaussianWorld([0.0], [[1.0]], steps=30, b=[100.0], q=[[100.0]])

@@ -106,6 +106,7 @@ SLOW = (("log_variance", 1.0), ("score_function", 1.0), ("reinmax", 1.0), ("gumb
     ("estimator", "temperature"),
     [("straight_through", 1.0), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
 )
+@pytest.mark.slow
 def test_gradient_at_the_prior_has_its_magnitude(estimator, temperature):
     """All are unbiased there but gumbel, which passes the share that its own relaxation has (0.70 for 4 letters at 1)."""
     exact = flat(jax.grad(lambda p: objective(p, linear))(PRIOR))
@@ -154,6 +155,7 @@ def test_reported_reward_and_kl_are_the_exact_ones():
 
 
 @pytest.mark.parametrize("k", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_truncation_takes_its_share_of_the_reward_and_leaves_the_kl_whole(k):
     """Independent tokens, the last k of L events live: k/L of the reward's gradient, all of the KL's."""
     b = f32(np.random.default_rng(4).normal(size=(L, K)))
@@ -213,6 +215,7 @@ def published_share(classes, moves, temperature=1.0, draws=200_000, step=0.05):
     return (ends[0] - ends[1]) / (2 * step) / ((classes - 1) / classes**2)
 
 
+@pytest.mark.slow
 def test_published_gradient_at_the_prior_is_attenuated():
     """Eight relaxed moves at temperature 1 pass what an independent simulation of one position says."""
     b = jnp.zeros((L, K))
@@ -247,6 +250,7 @@ def test_published_kl_is_zero_on_hard_states_and_its_formula_on_soft_ones():
 # ---------------------------------------------------------------- mixed states
 
 
+@pytest.mark.slow
 def test_mixed_states_have_the_gradient_of_reward_and_kl():
     """A number and two tokens, independent, r = x <w, c_1> + <w, c_2>: closed form of E[r] and of the path KL."""
     w, alpha = np.array([0.5, -1.0, 2.0]), 0.4
@@ -322,6 +326,7 @@ def test_training_reaches_the_exact_optimum():
     assert abs(kl - tilt.kl) < 0.01 * tilt.kl
 
 
+@pytest.mark.slow
 def test_the_default_estimator_converges():
     """Three tokens of four letters, by enumeration: 0.746 of 0.747, where ReinMax stops at 0.52."""
     table = np.random.default_rng(1).normal(size=(4,) * 3)

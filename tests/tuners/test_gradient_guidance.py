@@ -142,6 +142,7 @@ def test_reverse_kernels_on_the_table_are_ddpm_with_the_posterior_variance():
 # ---------------------------------------------------------------- the guided denoisers
 
 
+@pytest.mark.slow
 def test_g_loss_is_the_exact_conditional_mean_and_g_its_published_formula():
     """For x0 ~ N(0, P) and y = g . x0 + noise: E[x0 | x_t, y] by the Gaussian conditioning formula."""
     basis, _, process, times, denoiser, _ = world(50)
@@ -235,6 +236,7 @@ def batch_means(steps, basis, gradient, target, rounds):
     return np.array(out)
 
 
+@pytest.mark.slow
 def test_the_batch_mean_goes_to_the_regularised_optimum():
     """Its mean field ends at argmax of f - (lambda/2)|x|^2 in the subspace, lambda = noise^2 / delta."""
     on, delta = 0.5, 0.1
@@ -311,6 +313,7 @@ def test_the_affine_family_moves_the_noise_by_its_shift():
     np.testing.assert_allclose(eps[1] - eps[0], shift[jnp.array([19, 14, 0, 0])], rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_a_round_refits_to_the_newest_batch_by_the_pretraining_loss():
     """One optimiser step on exactly the batch of the round before, from `refit_from` on; then sampling with the new parameters."""
     tuner, refit, params = affine(batch=16, refit_from=3)
@@ -333,6 +336,7 @@ def test_a_round_refits_to_the_newest_batch_by_the_pretraining_loss():
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 1.0])
+@pytest.mark.slow
 def test_older_batches_are_drawn_by_their_weight(decay):
     """Batches of rounds 0..4 in a memory of 3: rows of ages 0, 1, 2 come as decay^age; those forgotten never."""
 

@@ -111,6 +111,7 @@ def test_the_dead_head_has_exactly_no_gradient(k):
 
 
 @pytest.mark.parametrize("case", [gaussian_case, masked_case])
+@pytest.mark.slow
 def test_remat_changes_no_gradient(case):
     process, reward, model, params = case()
     grads = []
@@ -190,6 +191,7 @@ def test_masked_reward_gradient_has_its_magnitude(moves):
         pytest.param(8, "reinmax", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_masked_reward_gradient_through_the_network(moves, relaxation):
     """Two dependent tokens: gradients also flow from the second token's logits into the first. By enumeration of the chain.
 

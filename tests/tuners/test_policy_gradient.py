@@ -204,6 +204,7 @@ def test_first_step_is_unbiased_in_a_mixed_chain():
 
 
 @pytest.mark.parametrize("kl_gradient", ["full", slow("direct")])
+@pytest.mark.slow
 def test_every_draw_pays_for_the_kl_of_later_moves_or_not(kl_gradient):
     """Without a reward: the whole gradient of the path KL, or the sum of each move's own at the chain's states; enumerated."""
     w, process, times, logits, model = masked_case(True)
@@ -557,6 +558,7 @@ def test_early_stopping_is_the_same_with_the_reward_on_the_host():
         tuners.fit_online(inside, key, inside.init(params), 4, reward, heldout=reward)
 
 
+@pytest.mark.slow
 def test_noisy_answers_have_their_spread_and_none_is_exact():
     online, params, reward = conditional()
     key, data = jax.random.key(5), jnp.arange(3).repeat(2)
@@ -575,6 +577,7 @@ def test_noisy_answers_have_their_spread_and_none_is_exact():
         tuners.as_tuner(online, reward, noise=-1.0)
 
 
+@pytest.mark.slow
 def test_host_and_program_make_the_same_run_and_continue_it():
     online, params, reward = conditional()
     key, data = jax.random.key(3), jnp.arange(3).repeat(2)

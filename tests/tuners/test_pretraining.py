@@ -71,6 +71,7 @@ def test_gaussian_loss_at_the_exact_denoiser_is_the_bayes_error(schedule, target
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("target", ["eps", "v"])
+@pytest.mark.slow
 def test_the_weighted_error_of_x0_is_the_error_of_the_target(schedule, target):
     """For any denoiser, the loss equals E |target - its prediction|^2 computed directly from the noise by NumPy."""
     w = world(schedule)
@@ -158,6 +159,7 @@ def test_masked_bound_is_unbiased_for_a_wrong_denoiser_and_above_the_likelihood(
 
 
 @pytest.mark.parametrize("schedule", ["log_linear", "cosine"])
+@pytest.mark.slow
 def test_masked_loss_is_the_bound_whatever_the_schedule(schedule):
     """E_t hazard(t) * masked cross-entropy = the bound: entropy of the data at the exact denoiser (t from 1e-3)."""
     for make in (factorised, correlated):

@@ -107,6 +107,7 @@ NAMED = {
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.slow) if n in ("refl", "alignprop") else n for n in NAMED]
 )
+@pytest.mark.slow
 def test_named_settings_have_the_gradient_of_the_plan_they_draw(name):
     w, (setting, options) = world(), NAMED[name]
     tuner, calls = setting(w.model, w.process, w.reward, w.times, SGD, batch=6, **options), len(w.grid)
@@ -164,6 +165,7 @@ def test_projection_weighs_the_last_calls_kl():
 
 
 @pytest.mark.parametrize("temperature", [None, pytest.param(0.3, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_dynamic_truncation_is_the_static_one_and_compiles_once(temperature):
     w, traces = world(eta=1.0), []
 
@@ -186,6 +188,7 @@ def test_dynamic_truncation_is_the_static_one_and_compiles_once(temperature):
         np.testing.assert_allclose(info["reward"], other_info["reward"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_refl_of_the_last_call_is_draft_1():
     w = world(eta=1.0)
     same = [
@@ -210,6 +213,7 @@ def test_plans_have_their_published_laws():
     np.testing.assert_array_equal(np.diff(np.nonzero(spaced[0])[0]), 10)
 
 
+@pytest.mark.slow
 def test_micro_batches_are_the_mean_of_their_gradients():
     """Also where samples are infeasible: every feasible example of the whole batch counts alike."""
     w = world(eta=1.0)
@@ -348,6 +352,7 @@ def test_early_stopping_keeps_the_best_and_ends_the_run():
 
 
 @pytest.mark.parametrize(("bad", "renoised"), [(np.nan, 0), (-np.inf, 2)])
+@pytest.mark.slow
 def test_infeasible_samples_do_not_enter_the_gradient_even_where_their_own_is_nan(bad, renoised):
     """r = sqrt(x - m), infeasible with a derivative of NaN below m: as the mean over the others of a reward that is sane."""
     w = world(eta=1.0)
@@ -371,6 +376,7 @@ def test_infeasible_samples_do_not_enter_the_gradient_even_where_their_own_is_na
     assert np.isnan(slope)  # what would have spoilt it
 
 
+@pytest.mark.slow
 def test_gradient_statistics_against_numpy():
     """Independent batches: mean, variance and their ratio, and that a batch four times as large has a quarter of the variance."""
     w = world(eta=1.0)

@@ -128,6 +128,7 @@ def test_filtering_the_prior_ends_at_its_best_fraction():
 
 
 @pytest.mark.parametrize("make", [tuners.reward_weighted, slow(tuners.filtered)])
+@pytest.mark.slow
 def test_drivers_agree_continue_and_do_not_retrace(make):
     online, params, reward = gaussian(make, epochs=2, minibatches=3, group=3, repeats=3)
     key, data = jax.random.key(3), jnp.arange(3)

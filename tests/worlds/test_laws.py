@@ -96,6 +96,7 @@ def test_masked_chain_tends_to_the_data_as_one_over_moves():
 
 
 @pytest.mark.parametrize("eta", [0.5, 1.0])
+@pytest.mark.slow
 def test_mixed_chain_has_the_law_of_the_quadrature(eta):
     world = MixedWorld(eta=eta)
     x0 = samplers.sample(samplers.ancestral(world.process, world.denoiser), jax.random.key(3), 200_000, world.times).x0
@@ -182,6 +183,7 @@ def test_exact_soft_values_agree_with_the_tilted_law():
 @pytest.mark.parametrize(
     "make", [gaussian_svdd_world, pytest.param(masked_svdd_world, marks=pytest.mark.slow)], ids=["gaussian", "masked"]
 )
+@pytest.mark.slow
 def test_svdd_error_falls_as_one_over_candidates(make):
     """With the exact soft value, E f(x0) tends to the tilted law's as 1/M."""
     world = make()
@@ -199,6 +201,7 @@ def test_svdd_error_falls_as_one_over_candidates(make):
     assert errors[-1] < 0.05
 
 
+@pytest.mark.slow
 def test_svdd_without_initial_selection_starts_from_the_prior():
     """select_initial=False tends to prior(x_T) x tilted moves, which differs: E = E_prior of the tilted conditional mean."""
     world = gaussian_svdd_world()
@@ -219,6 +222,7 @@ def test_svdd_without_initial_selection_starts_from_the_prior():
     assert abs(extrapolated - expected) < 4 * error + 0.01, (extrapolated, expected, error)
 
 
+@pytest.mark.slow
 def test_svdd_with_one_candidate_or_a_constant_value_is_the_prior():
     world = factorised()
     law = world.joint.reshape(-1)
@@ -246,6 +250,7 @@ def _values(carry, info):
     return info["value"], info["values"]
 
 
+@pytest.mark.slow
 def test_svdd_shares_the_denoisers_prediction():
     """posterior_mean of the sampler's own denoiser, and of an equal copy of it, give the same samples."""
     for world in (GaussianWorld([0.3], [[0.7]], b=[2.0]), factorised()):
@@ -277,6 +282,7 @@ def test_posterior_mean_of_tokens_is_the_expected_linear_reward():
     np.testing.assert_allclose(mode(states, jnp.float32(0.5)), (known + masked * likeliest)[..., 0].sum(-1), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_learned_value_ends_at_the_reward():
     """For masked chains the last selection is by the reward itself, and with M large the best x0 of the last move wins."""
     world = factorised()

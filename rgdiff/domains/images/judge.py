@@ -15,6 +15,7 @@ import numpy as np
 from rgdiff import metrics
 from rgdiff.domains.images.classifier import train_classifier
 from rgdiff.domains.images.data import ImageDomain
+from rgdiff.domains.images.pretrained import PretrainedImages
 from rgdiff.domains.images.rewards import Restored
 from rgdiff.domains.judging import BaseJudge
 from rgdiff.rewards import Task
@@ -26,18 +27,34 @@ SHOWN = 25  # real images in the report, at most
 class ImageJudge(BaseJudge):
     """Measures samples of an image domain with a classifier of its own."""
 
-    def __init__(self, domain: ImageDomain, key: Key):
+    def __init__(self, domain: ImageDomain | PretrainedImages, key: Key):
         super().__init__(domain, key)
-        self.classifier = train_classifier(key, domain.heldout_x, domain.heldout_y, domain.classes)
+        if isinstance(domain, PretrainedImages):
+            self.classifier = domain.judge
+        else:
+            self.classifier = train_classifier(key, domain.heldout_x, domain.heldout_y, domain.classes)
         self._features = jax.jit(lambda classifier, x: classifier.features(x))
         self._classes = jax.jit(lambda classifier, x: classifier.logits(x).argmax(-1))
 
     def real(self, task: Task) -> np.ndarray:
         """Return the real images that samples are compared with: of the target's class where there is one, from all splits."""
         d = self.domain
+        if isinstance(d, PretrainedImages):
+            return np.zeros((0, *d.shape), np.float32)
         x = np.concatenate([d.train_x, d.heldout_x, d.test_x])
         y = np.concatenate([d.train_y, d.heldout_y, d.test_y])
         return x if task.target is None else x[y == task.target]
+
+    def features(self, x: np.ndarray) -> np.ndarray:
+        """Return the classifier's features [N, F] of images."""
+        return np.asarray(self._features(self.classifier, jnp.asarray(x)))
+
+    def real_features(self, task: Task) -> np.ndarray:
+        """Return the features of the real images that samples are compared with."""
+        d = self.domain
+        if isinstance(d, PretrainedImages):
+            return d.features if task.target is None else d.features[d.labels == task.target]
+        return self.features(self.real(task))
 
     def row(self, outcome: Any, task: Task, prior: Any = None) -> dict[str, Any]:
         """Return the figures of one method, flat: rewards under both rewards, distances, diversity, KL, cost."""
@@ -52,7 +69,7 @@ class ImageJudge(BaseJudge):
         if asked is not None:
             found = np.asarray(self._classes(self.classifier, jnp.asarray(x0)))
             row["heldout_accuracy"] = float(np.mean(found == asked))
-        real, fake = (np.asarray(self._features(self.classifier, jnp.asarray(x))) for x in (self.real(task), finite))
+        real, fake = self.real_features(task), self.features(finite)
         precision, recall = metrics.precision_recall(real, fake)
         return (
             row
@@ -78,7 +95,7 @@ class ImageJudge(BaseJudge):
         x0 = outcome.x0[np.isfinite(outcome.x0).reshape(len(outcome.x0), -1).all(-1)]
         if len(x0) < 8:  # nobody is called by so few
             return {"kl": 0.0}
-        real, fake = (np.asarray(self._features(self.classifier, jnp.asarray(x))) for x in (self.real(task), x0))
+        real, fake = self.real_features(task), self.features(x0)
         return {
             "kl": 0.0,
             "frechet": metrics.jackknife(lambda part: metrics.frechet_distance(real, part), fake),
@@ -92,6 +109,8 @@ class ImageJudge(BaseJudge):
 
     def references(self, task: Task) -> dict[str, np.ndarray]:
         """Return real images, and the image that was measured, if one was."""
+        if isinstance(self.domain, PretrainedImages):
+            return {}
         title = "real images" if task.target is None else f"real images of class {task.target}"
         shown = {title: (self.in_turn() if task.conditional else self.real(task))[:SHOWN]}
         if isinstance(task.heldout, Restored):
@@ -102,9 +121,11 @@ class ImageJudge(BaseJudge):
     def notes(self, task: Task) -> list[str]:
         """Return what a reader of the report should know."""
         compared = "all real images" if task.target is None else f"the real images of class {task.target}"
-        accuracy = np.mean(
-            np.asarray(self._classes(self.classifier, jnp.asarray(self.domain.test_x))) == self.domain.test_y
-        )
+        d = self.domain
+        if isinstance(d, PretrainedImages):
+            accuracy = d.accuracy
+        else:
+            accuracy = np.mean(np.asarray(self._classes(self.classifier, jnp.asarray(d.test_x))) == d.test_y)
         return [
             f"Frechet distance, precision and recall: against {compared}, in the features of the judging classifier, "
             f"which is trained on other images than the prior and the guiding reward (its accuracy on test images: {accuracy:.3f}).",

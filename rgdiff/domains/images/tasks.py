@@ -5,6 +5,8 @@ A learned reward is judged by a classifier of other images, so that over-optimis
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,13 +16,14 @@ from rgdiff.domains.images import rewards as image_rewards
 from rgdiff.domains.images.classifier import Classifier, train_classifier
 from rgdiff.domains.images.data import ImageDomain
 from rgdiff.domains.images.judge import ImageJudge
+from rgdiff.domains.images.pretrained import PretrainedImages
 from rgdiff.domains.images.rewards import InTurn, Restored
 from rgdiff.rewards import Task, ensemble, weighted_sum
 from rgdiff.typing import Array, Key
 
 
 def digit(
-    domain: ImageDomain,
+    domain: ImageDomain | PretrainedImages,
     judge: ImageJudge,
     key: Key,
     target: int = 3,
@@ -49,10 +52,14 @@ def digit(
     Raises:
       ValueError: for a domain without labels, or a number of examples outside [classes, all].
     """
-    if not isinstance(domain, ImageDomain):
+    if not isinstance(domain, ImageDomain | PretrainedImages):
         raise ValueError("reward=digit is for images with labels; choose an image domain, e.g. domain=digits")
     checks.one_of("reward.target", target, range(domain.classes))
     classify = image_rewards.classifier_reward
+    if isinstance(domain, PretrainedImages):
+        if heads != 1 or examples is not None or judged != "classifier":
+            _images(domain)
+        return Task(classify(domain.guide, target), classify(judge.classifier, target), target)
     keys = [key] if checks.at_least("heads", heads, 1) == 1 else list(jax.random.split(key, heads))
     rows = slice(None)
     if examples is not None:
@@ -68,7 +75,7 @@ def digit(
     return Task(reward, image_rewards.likeness(domain.heldout_x[domain.heldout_y == target]), target)
 
 
-def labelled(domain: ImageDomain, judge: ImageJudge, key: Key) -> Task:
+def labelled(domain: ImageDomain | PretrainedImages, judge: ImageJudge, key: Key) -> Task:
     """Make the task of a conditional prior: log p(label | x) of the label that each sample was drawn with, every class in turn.
 
     Args:
@@ -82,9 +89,13 @@ def labelled(domain: ImageDomain, judge: ImageJudge, key: Key) -> Task:
     Raises:
       ValueError: for a domain without labels.
     """
-    if not isinstance(domain, ImageDomain):
+    if not isinstance(domain, ImageDomain | PretrainedImages):
         raise ValueError("reward=labelled is for images with labels; choose an image domain, e.g. domain=digits")
-    guide: Classifier = train_classifier(key, domain.train_x, domain.train_y, domain.classes)
+    guide: Classifier
+    if isinstance(domain, PretrainedImages):
+        guide = domain.guide
+    else:
+        guide = train_classifier(key, domain.train_x, domain.train_y, domain.classes)
     classify = image_rewards.classifier_reward
     reward, heldout = (InTurn(classify(one), domain.classes) for one in (guide, judge.classifier))
     return Task(reward, heldout, conditional=True)
@@ -156,9 +167,16 @@ def downsampled(
     return Task(reward, Restored(truth, seen, jnp.ones_like(truth)), target)
 
 
-def _measured_image(domain: ImageDomain, image: int) -> tuple[Array, int]:
+def _images(domain: Any) -> None:
+    """Refuse a domain that has no images at hand."""
+    if isinstance(domain, PretrainedImages):
+        raise ValueError("this reward needs real images, which do not come with the package; take domain=digits")
     if not isinstance(domain, ImageDomain):
         raise ValueError("this reward measures an image; choose an image domain, e.g. domain=digits")
+
+
+def _measured_image(domain: ImageDomain, image: int) -> tuple[Array, int]:
+    _images(domain)
     count = len(domain.test_x)
     if checks.at_least("reward.image", image, 0) >= count:
         raise ValueError(f"reward.image is the number of a test image, 0 to {count - 1}, got {image}")

@@ -1,0 +1,127 @@
+"""Digits that come with the package and without their images: two trained classifiers, and real images as one of them sees them.
+
+They let a run of the packaged prior be rewarded, judged and shown with no data and no training. The files are made by
+`rgdiff run pretrain_digits` from MNIST; `assets/README.md` says of what. Methods that learn from images need
+`domain=mnist domain.size=16` and the data.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from rgdiff import assets
+from rgdiff.domains.images.classifier import Classifier
+from rgdiff.domains.images.data import ImageDomain, from_uint8, to_uint8
+from rgdiff.typing import Array, pytree, static
+
+KEPT = 400  # real images of a class whose features are kept, at most
+
+
+@pytree
+class PretrainedImages:
+    """Hold what judges samples of an image domain whose images are elsewhere.
+
+    guide, judge: classifiers of disjoint images; the judge never guides. features [N, F], labels [N]: real images, as the
+    judge's `features` sees them. accuracy: the judge's on images that neither has seen.
+    """
+
+    guide: Classifier
+    judge: Classifier
+    features: np.ndarray
+    labels: np.ndarray
+    accuracy: float = static()
+    name: str = static()
+    shape: tuple[int, int, int] = static()
+    classes: int = static()
+    value_range: tuple[float, float] = static(default=(-1.0, 1.0))
+
+    def encode(self, pixels: np.ndarray) -> np.ndarray:
+        """Return the float32 images in [-1, 1] of 8-bit pictures; see `from_uint8`."""
+        return from_uint8(pixels)
+
+    def decode(self, x: Array | np.ndarray) -> np.ndarray:
+        """Return samples [B, H, W, C] as 8-bit pictures for a report; see `to_uint8`."""
+        return to_uint8(x)
+
+
+def pretrained(path: str = "package:mnist16_reference.safetensors") -> PretrainedImages:
+    """Load a domain without its images; by default, MNIST's digits at 16 x 16 pixels, which come with the package.
+
+    Args:
+      path: of a file that `rgdiff run pretrain_digits` has written; `package:NAME` is one that comes with the package.
+
+    Returns:
+      The domain.
+
+    Raises:
+      ValueError: for a file that is missing, damaged, or not of that kind.
+
+    Example:
+      >>> from rgdiff.domains import images
+      >>> domain = images.pretrained()
+      >>> print(domain.shape, domain.classes)
+      (16, 16, 1) 10
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file = assets.resolved(path)
+    try:
+        with safe_open(file, "np") as opened:
+            meta = json.loads((opened.metadata() or {})["rgdiff"])
+            arrays = {name: opened.get_tensor(name) for name in opened.keys()}
+        networks: dict[str, Any] = {"guide": {}, "judge": {}}
+        for name, array in arrays.items():
+            if name.count(".") == 2:
+                owner, layer, part = name.split(".")
+                networks[owner].setdefault(layer, {})[part] = jnp.asarray(array)
+        return PretrainedImages(
+            guide=Classifier(networks["guide"]),
+            judge=Classifier(networks["judge"]),
+            features=arrays["features"].astype(np.float32),
+            labels=arrays["labels"],
+            accuracy=float(meta["accuracy"]),
+            name=meta["name"],
+            shape=tuple(meta["shape"]),
+            classes=int(meta["classes"]),
+        )
+    except FileNotFoundError:
+        raise ValueError(f"no file at {file}") from None
+    except (SafetensorError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file} was not written by `rgdiff run pretrain_digits`: {reason}") from None
+
+
+def write_reference(
+    path: Path, guide: Classifier, judge: Classifier, domain: ImageDomain, **meta: Any
+) -> dict[str, Any]:
+    """Write the file that `pretrained` reads.
+
+    Args:
+      path: of the file.
+      guide, judge: the classifiers.
+      domain: an `ImageDomain`; its images are passed through the judge, and not written.
+      meta: further entries of the metadata: provenance.
+
+    Returns:
+      The metadata.
+    """
+    from safetensors.numpy import save_file
+
+    x = np.concatenate([domain.train_x, domain.heldout_x, domain.test_x])
+    y = np.concatenate([domain.train_y, domain.heldout_y, domain.test_y])
+    features = np.concatenate([np.asarray(judge.features(part)) for part in np.array_split(x, max(len(x) // 500, 1))])
+    right = np.asarray(judge.logits(domain.test_x)).argmax(-1) == domain.test_y
+    kept = np.concatenate([np.flatnonzero(y == label)[:KEPT] for label in range(domain.classes)])
+    arrays = {f"{name}.{layer}.{part}": np.asarray(value)
+              for name, one in (("guide", guide), ("judge", judge))
+              for layer, values in one.params.items() for part, value in values.items()}  # fmt: skip
+    arrays |= {"features": features[kept].astype(np.float16), "labels": y[kept].astype(np.int32)}
+    meta = {"name": f"{domain.name}{domain.shape[0]}", "shape": list(domain.shape), "classes": domain.classes,
+            "accuracy": round(float(right.mean()), 4)} | meta  # fmt: skip
+    save_file(arrays, path, {"rgdiff": json.dumps(meta)})
+    return meta
