@@ -1,4 +1,4 @@
-"""The command line: parse, build, run, write. `rgdiff run RECIPE [key=value …]`, `rgdiff list`, `rgdiff show RECIPE`.
+"""The command line: parse, build, run, write. `rgdiff run RECIPE [key=value …]`, `rgdiff list`, `rgdiff explain NAME`, `rgdiff show RECIPE`.
 
 Whatever is wrong with the input ends in one line on standard error and exit code 2, before anything is overwritten.
 """
@@ -8,43 +8,72 @@ from __future__ import annotations
 import argparse
 import io
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
+TRY = """Reward-guided diffusion: steer or fine-tune a prior by a reward. Three commands to try:
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
+  rgdiff run quickstart --dry-run    # the plan of a first run: digits, steered by SVDD and tuned by DRaFT
+  rgdiff list                        # recipes, and methods by what you have
+  rgdiff explain svdd                # one page on a method, reward, prior, domain or recipe
+
+`rgdiff --help` has all commands."""
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line, with what completes its arguments in a shell."""
     import rgdiff
-    from rgdiff.runtime.progress import announce
+    from rgdiff.recipes import completion
 
     parser = argparse.ArgumentParser(
         prog="rgdiff", description="Reward-guided diffusion: steer or fine-tune a prior by a reward."
     )
     parser.add_argument("--version", action="version", version=f"rgdiff {rgdiff.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     run = commands.add_parser("run", help="run a recipe", description=(
         "Run a recipe. Common to all: out=DIR seed=N data_dir=DIR resume=true; groups: domain= prior= reward= method=."
     ))  # fmt: skip
-    run.add_argument("recipe", help="a name from `rgdiff list`, or a YAML file")
-    run.add_argument("overrides", nargs="*", metavar="key=value")
+    show = commands.add_parser("show", help="print the resolved config of a recipe")
+    for command in (run, show):
+        recipe = command.add_argument("recipe", help="a name from `rgdiff list`, or a YAML file")
+        recipe.completer = completion.recipes  # type: ignore[attr-defined]
+        overrides = command.add_argument("overrides", nargs="*", metavar="key=value")
+        overrides.completer = completion.overrides  # type: ignore[attr-defined]
     run.add_argument(
         "--multirun",
         action="store_true",
         help="run all combinations of comma-separated values, each in out/0, out/1, …",
     )
     run.add_argument("--dry-run", action="store_true", help="check everything and print the plan; write nothing")
-    show = commands.add_parser("show", help="print the resolved config of a recipe")
-    show.add_argument("recipe")
-    show.add_argument("overrides", nargs="*", metavar="key=value")
-    commands.add_parser("list", help="list recipes, methods, rewards, priors and domains")
+    commands.add_parser("list", help="list recipes by domain, methods by what they need, and all else")
+    explain = commands.add_parser("explain", help="print one page on a name of the list, or a page of the docs")
+    name = explain.add_argument("name", help="e.g. svdd, reward=digit, quickstart, methods, commands, measured")
+    name.completer = completion.topics  # type: ignore[attr-defined]
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    from rgdiff.runtime.progress import announce
+
+    parser = command_parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what could come next
+        import argcomplete  # pyright: ignore[reportMissingImports]
+
+        argcomplete.autocomplete(parser)
     arguments = parser.parse_args(options_first(sys.argv[1:] if argv is None else argv))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal without some letter is no reason to stop
             stream.reconfigure(errors="replace")
     logging.basicConfig(format="rgdiff: %(message)s", level=logging.WARNING)
     try:
-        if arguments.command == "list":
+        if arguments.command is None:
+            print(TRY)
+        elif arguments.command == "list":
             print(listing())
+        elif arguments.command == "explain":
+            print(explained(arguments.name))
         elif arguments.command == "show":
             print(shown(arguments.recipe, arguments.overrides), end="")
         else:
@@ -81,16 +110,16 @@ def options_first(argv: Sequence[str]) -> list[str]:
 
 def listing() -> str:
     """Return the text of `rgdiff list`."""
-    from rgdiff.recipes import compose as recipe
+    from rgdiff.recipes import manual
 
-    lines = []
-    for title, group in (
-        ("recipes", None),
-        *((f"{g}s", g) for g in ("method", "value", "surrogate", "reward", "prior", "domain")),
-    ):
-        lines.append(title + ("" if group is None else f" ({group}=…)"))
-        lines += [f"  {name:<23} {recipe.summary_of(name, group)}" for name in recipe.names(group)]
-    return "\n".join(lines)
+    return manual.listing()
+
+
+def explained(name: str) -> str:
+    """Return the page of a name."""
+    from rgdiff.recipes import manual
+
+    return manual.page(name)
 
 
 def shown(name: str, overrides: Sequence[str]) -> str:

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rgdiff import checks
 from rgdiff.recipes.kinds import of_kind
 
 COMMON = {  # the keys that every recipe has, whether it says so or not
@@ -156,13 +155,19 @@ def composed(recipe: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any]
     return plain, {key: chosen.get(key) for key in GROUPS}
 
 
-def sources(recipe: str, overrides: Sequence[str]) -> list[tuple[Path, str]]:
-    """Return the files that a recipe is composed of, in order, each with the package of its keys ("" is the top)."""
+def sources(recipe: str, overrides: Sequence[str] = (), group: str | None = None) -> list[tuple[Path, str]]:
+    """Return the files that a recipe is composed of, in order, each with the package of its keys ("" is the top).
+
+    Args:
+      recipe: its name or file; with `group` a choice of that group.
+      overrides: as for `composed`; the choices among them matter.
+      group: one of `GROUPS`.
+    """
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.types import RunMode
 
-    folder, name, search = _source(recipe)
+    folder, name, search = _source(recipe) if group is None else (config_dir(), f"{group}/{recipe}", [])
     choices = [override for override in overrides if _is_choice(override)]
     GlobalHydra.instance().clear()
     try:
@@ -385,6 +390,8 @@ def check(config: Any, trusted: set[str], path: str = "") -> None:
       ValueError: for an argument that the constructor does not take, or of another kind than it is annotated with, and for
         numbers of things (`COUNTS`) that are not whole or too small; the line names the key.
     """
+    from rgdiff import checks
+
     if isinstance(config, dict):
         accepted: Any = {}
         if "_target_" in config:
@@ -414,6 +421,8 @@ def check(config: Any, trusted: set[str], path: str = "") -> None:
 
 def check_common(config: dict[str, Any], recipe: str) -> None:
     """Refuse, by name, wrong values of the keys that every recipe has, and a recipe that lacks a part."""
+    from rgdiff import checks  # imports JAX, which what only reads configs does not need
+
     for key in ("domain", "prior", "reward"):
         if not isinstance(config.get(key), dict):
             raise ValueError(f"{recipe} has no {key}; give its defaults one, e.g. - {key}: {names(key)[0]}")

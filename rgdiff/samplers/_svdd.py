@@ -285,7 +285,8 @@ def svdd(
 ) -> Svdd:
     """Build SVDD, arXiv 2408.08252 algorithm 1: draw M candidates per move, keep one in proportion to exp(v/tau).
 
-    It is SVDD-PM with `values.posterior_mean`, and SVDD-MC with `values.learned`.
+    The target is p_pre(x) exp(r(x)/tau)/Z. With the exact soft value, and x_T selected too, the error is of order 1/M. It is
+    SVDD-PM with `values.posterior_mean`, and SVDD-MC with `values.learned`.
 
     Args:
       process: with eta > 0.

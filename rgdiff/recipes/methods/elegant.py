@@ -50,7 +50,9 @@ class StartedPrior(Prior):
 
 @dataclasses.dataclass(frozen=True)
 class Elegant(Method):
-    """Learn the value of x_T from rollouts of the prior, tune a chain that draws x_T to it, and the main chain from there.
+    """ELEGANT: the value of x_T from rollouts of the prior, a chain tuned to draw x_T by it, and the main chain from there.
+
+    The main chain is that of `rgdiff.tuners.elegant`.
 
     Args:
       tuning: a `FineTuning` of the main chain with a temperature (alpha, for all three) and eta > 0.
