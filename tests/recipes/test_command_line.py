@@ -493,7 +493,15 @@ class Steady:
         return state, {"loss": state.params.sum()} | info
 
 
-def test_the_first_interruption_saves_what_is_done(tmp_path, capfd):
+@pytest.fixture
+def ctrl_c():
+    """Let Ctrl-C interrupt, also where the tests run in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_first_interruption_saves_what_is_done(tmp_path, capfd, ctrl_c):
     """Ctrl-C in the middle of a phase: the steps that are done are on disk, and the run that goes on ends in the same numbers."""
     tuner = Steady(jnp.float32(1.0))
 
@@ -519,7 +527,7 @@ def test_the_first_interruption_saves_what_is_done(tmp_path, capfd):
     np.testing.assert_array_equal(fit("broken"), whole)
 
 
-def test_the_second_interruption_stops_at_once():
+def test_the_second_interruption_stops_at_once(ctrl_c):
     with pytest.raises(KeyboardInterrupt), checkpoint.interruptible() as interrupted:
         os.kill(os.getpid(), signal.SIGINT)
         assert interrupted()

@@ -112,7 +112,7 @@ def test_a_prior_of_a_users_network_is_another_where_its_code_is(tmp_path, monke
     for number in (1, 2, 1):
         (tmp_path / f"net_{number}.py").write_text(f"class Net:\n    size = {number}\n")
         network = importlib.import_module(f"net_{number}").Net()
-        prior = GaussianPrior(network, None, "v", {"steps": 5})
+        prior = GaussianPrior(network=network, schedule=None, prediction="v", train={"steps": 5})
         digests.append(prior.digest({"network": "mine"}, data))
     assert digests[0] == digests[2] != digests[1]
 

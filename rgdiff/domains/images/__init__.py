@@ -5,6 +5,6 @@ Reach the rest by module: `data`, `tasks` (what `reward/*.yaml` name), `judge`.
 
 from rgdiff.domains.images.data import ImageDomain, custom, digits, mnist
 from rgdiff.domains.images.judge import ImageJudge
-from rgdiff.domains.images.pretrained import PretrainedImages, pretrained
+from rgdiff.domains.images.reference import PretrainedImages, pretrained
 
 __all__ = ["ImageDomain", "ImageJudge", "PretrainedImages", "custom", "digits", "mnist", "pretrained"]

@@ -15,7 +15,7 @@ import numpy as np
 from rgdiff import metrics
 from rgdiff.domains.images.classifier import train_classifier
 from rgdiff.domains.images.data import ImageDomain
-from rgdiff.domains.images.pretrained import PretrainedImages
+from rgdiff.domains.images.reference import PretrainedImages
 from rgdiff.domains.images.rewards import Restored
 from rgdiff.domains.judging import BaseJudge
 from rgdiff.rewards import Task

@@ -16,7 +16,7 @@ from rgdiff.domains.images import rewards as image_rewards
 from rgdiff.domains.images.classifier import Classifier, train_classifier
 from rgdiff.domains.images.data import ImageDomain
 from rgdiff.domains.images.judge import ImageJudge
-from rgdiff.domains.images.pretrained import PretrainedImages
+from rgdiff.domains.images.reference import PretrainedImages
 from rgdiff.domains.images.rewards import InTurn, Restored
 from rgdiff.rewards import Task, ensemble, weighted_sum
 from rgdiff.typing import Array, Key

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 
-import flax
 import jax
 import numpy as np
 
 from rgdiff.domains.images import ImageDomain
-from rgdiff.domains.images.pretrained import write_reference
+from rgdiff.domains.images.reference import write_reference
 from rgdiff.domains.images.rewards import ClassifierReward
 from rgdiff.recipes.methods.steering import PriorSampling
 from rgdiff.recipes.typing import Method, Outcome, ReadyPrior
@@ -36,6 +35,7 @@ class Packaging(Method):
             raise ValueError("packaging takes reward=digit, whose two classifiers it writes")
 
     def run(self, run: Run, phase: str, prior: ReadyPrior, task: Task, count: int) -> Outcome:
+        from flax.traverse_util import flatten_dict
         from safetensors.numpy import save_file
 
         assert isinstance(task.reward, ClassifierReward) and isinstance(task.heldout, ClassifierReward)
@@ -43,7 +43,7 @@ class Packaging(Method):
         name = f"{self.domain.name}{self.domain.shape[0]}"
         made = {"recipe": "rgdiff run pretrain_digits", "data": self.data, "jax": jax.__version__}
         images = len(self.domain.train_x)
-        flat = flax.traverse_util.flatten_dict(prior.params, sep=".")
+        flat = flatten_dict(prior.params, sep=".")
         arrays = {key: np.asarray(value, np.float32) for key, value in flat.items()}
         file = run.folder.path / f"{name}_prior.safetensors"
         save_file(arrays, file, {"rgdiff": json.dumps({"trained on": f"{images} images"} | made)})
