@@ -230,7 +230,7 @@ class Reward(Protocol):
 class Model(Protocol):
     """Maps parameters to a denoiser; tuners differentiate it. A function, or a callable pytree."""
 
-    def __call__(self, params: Params) -> Denoiser: ...
+    def __call__(self, params: Params, /) -> Denoiser: ...
 
 
 class Process(Protocol):
