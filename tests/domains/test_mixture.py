@@ -12,6 +12,7 @@ from rgdiff.domains.mixture import MixtureJudge, mixture
 from rgdiff.domains.mixture.judge import BINS
 from rgdiff.domains.mixture.tasks import quadratic
 from rgdiff.recipes.priors import ExactPrior
+from rgdiff.recipes.run import run_recipe
 from rgdiff.recipes.typing import Outcome
 from rgdiff.schedules import flow
 from tests.worlds.worlds import MixtureWorld, assert_mean
@@ -83,7 +84,7 @@ def test_elegant_needs_a_temperature_and_a_law(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_recipe_shows_the_predicted_bias_and_that_elegant_has_none(tmp_path):
-    summary = cli.run_recipe("toy_elegant", [f"out={tmp_path}/run", f"cache_dir={tmp_path}/cache"])
+    summary = run_recipe("toy_elegant", [f"out={tmp_path}/run", f"cache_dir={tmp_path}/cache"])
     predicted = summary["frozen/frozen_distance"]
     assert predicted > 0.3
     assert summary["frozen/distance"] == pytest.approx(predicted, abs=0.04)

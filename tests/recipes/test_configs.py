@@ -7,8 +7,8 @@ import re
 
 import pytest
 
-from rgdiff import cli
 from rgdiff.recipes import compose as recipe
+from rgdiff.recipes.run import run_recipe
 
 FOLDER = recipe.config_dir()
 PAIR = r"[a-z_0-9+@]+(?:\.[a-z_0-9@]+)*=[^\s;,)]+"  # key=value
@@ -62,7 +62,7 @@ def test_every_command_of_a_comment_would_run(name, overrides, tmp_path):
     needed = NEEDS.get(checked(name, overrides)["domain"])
     if needed and not os.path.isfile(os.path.join(os.environ.get("RGDIFF_DATA", ""), needed)):
         pytest.skip(f"composed and checked; building needs {needed} in RGDIFF_DATA")
-    cli.run_recipe(name, [*overrides, f"out={tmp_path / 'run'}"], dry=True)
+    run_recipe(name, [*overrides, f"out={tmp_path / 'run'}"], dry=True)
     assert not (tmp_path / "run").exists()
 
 

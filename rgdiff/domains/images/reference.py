@@ -114,14 +114,19 @@ def write_reference(
 
     x = np.concatenate([domain.train_x, domain.heldout_x, domain.test_x])
     y = np.concatenate([domain.train_y, domain.heldout_y, domain.test_y])
-    features = np.concatenate([np.asarray(judge.features(part)) for part in np.array_split(x, max(len(x) // 500, 1))])
-    right = np.asarray(judge.logits(domain.test_x)).argmax(-1) == domain.test_y
-    kept = np.concatenate([np.flatnonzero(y == label)[:KEPT] for label in range(domain.classes)])
+    kept = np.concatenate([_spread(np.flatnonzero(y == label), KEPT) for label in range(domain.classes)])
+    features = np.concatenate([np.asarray(judge.features(jnp.asarray(x[rows]))) for rows in np.array_split(kept, 10)])
+    right = np.asarray(judge.logits(jnp.asarray(domain.test_x))).argmax(-1) == domain.test_y
     arrays = {f"{name}.{layer}.{part}": np.asarray(value)
               for name, one in (("guide", guide), ("judge", judge))
               for layer, values in one.params.items() for part, value in values.items()}  # fmt: skip
-    arrays |= {"features": features[kept].astype(np.float16), "labels": y[kept].astype(np.int32)}
+    arrays |= {"features": features.astype(np.float16), "labels": y[kept].astype(np.int32)}
     meta = {"name": f"{domain.name}{domain.shape[0]}", "shape": list(domain.shape), "classes": domain.classes,
             "accuracy": round(float(right.mean()), 4)} | meta  # fmt: skip
     save_file(arrays, path, {"rgdiff": json.dumps(meta)})
     return meta
+
+
+def _spread(rows: np.ndarray, count: int) -> np.ndarray:
+    """Keep at most `count` of some rows, evenly from all of them."""
+    return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from rgdiff.domains.images import ImageDomain
+from rgdiff.domains.images.classifier import Classifier
 from rgdiff.domains.images.reference import write_reference
 from rgdiff.domains.images.rewards import ClassifierReward
 from rgdiff.recipes.methods.steering import PriorSampling
@@ -40,6 +41,7 @@ class Packaging(Method):
 
         assert isinstance(task.reward, ClassifierReward) and isinstance(task.heldout, ClassifierReward)
         guide, judge = task.reward.classifier, task.heldout.classifier
+        assert isinstance(guide, Classifier) and isinstance(judge, Classifier)
         name = f"{self.domain.name}{self.domain.shape[0]}"
         made = {"recipe": "rgdiff run pretrain_digits", "data": self.data, "jax": jax.__version__}
         images = len(self.domain.train_x)
