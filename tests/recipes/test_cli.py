@@ -317,7 +317,13 @@ def test_a_method_may_have_a_guide_of_its_own(tmp_path, cache, capsys):
 
 @pytest.mark.slow
 def test_a_method_that_diverges_leaves_the_others(tmp_path, cache, capsys):
-    few = ["domain=digits", "prior=mlp", "methods.svdd.options.candidates=2", "methods.draft.batch=4", "methods.draft.steps=30"]
+    few = [
+        "domain=digits",
+        "prior=mlp",
+        "methods.svdd.options.candidates=2",
+        "methods.draft.batch=4",
+        "methods.draft.steps=30",
+    ]
     argv = ["run", "quickstart", *TINY, *few, f"out={tmp_path / 'run'}", f"cache_dir={cache}"]
     assert "draft: 2" in failing(capsys, *argv, "methods.draft.optimizer.learning_rate=1e38")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

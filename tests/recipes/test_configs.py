@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+from pathlib import Path
 
 import pytest
 
 from rgdiff.recipes import compose as recipe
 from rgdiff.recipes.run import run_recipe
+from rgdiff.recipes.sweep import expand
 
 FOLDER = recipe.config_dir()
 PAIR = r"[a-z_0-9+@]+(?:\.[a-z_0-9@]+)*=[^\s;,)]+"  # key=value
@@ -54,6 +57,21 @@ def checked(name, overrides):
 def test_every_command_of_a_comment_composes():
     for name, overrides in sorted(set(commands())):
         checked(name, overrides)
+
+
+def test_every_command_of_the_readme_and_the_docs_composes():
+    """Those of the command line; my_module stands for a user's."""
+    root = Path(__file__).resolve().parents[2]
+    pages = [root / "README.md", *sorted((root / "rgdiff" / "docs").glob("*.md"))]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages).replace(
+        "my_module", "tests.recipes.user_module"
+    )
+    found = [shlex.split(line, comments=True) for line in re.findall(r"^    .*?rgdiff run (.*)$", text, re.M)]
+    assert len(found) > 12
+    for name, *rest in found:
+        overrides = [part for part in rest if not part.startswith("--")]
+        for one in expand(overrides) if "--multirun" in rest else [overrides]:
+            checked(name, one)
 
 
 @pytest.mark.slow
