@@ -283,7 +283,10 @@ def test_the_resolved_config_keeps_the_comments_that_explain_it():
     assert (
         "draft: # the reward's gradient through the whole chain, held to the prior by a path KL" in lines
     )  # the recipe's
-    assert "prior: # a U-Net predicting v under the cosine schedule, trained here and cached" in lines
+    assert (
+        "prior: # the U-Net of 16x16 digits that comes with the package (`rgdiff run pretrain_digits` makes it anew)"
+        in lines
+    )
 
 
 # ---------------------------------------------------------------- folders
