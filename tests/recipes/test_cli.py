@@ -138,7 +138,7 @@ def test_methods_run(method, tmp_path, cache):
     assert (
         "<img" in page
         and "reward_mean" not in page
-        and page.index("<img") < page.index("<h2>In words") < page.index("<details")
+        and page.index("<img") < page.index("<h2>In words") < page.rindex("<details")
     )
     if method == "draft_k":
         saved, kl = folder / "adapters" / method, {}
@@ -445,5 +445,5 @@ def test_few_step_methods_run(tmp_path, cache):
     for name in ("dxmi", "dxmi_tau_0", "gcd", "energy_mcmc"):
         assert 0 <= summary[f"{name}/energy_auc"] <= 1, name
     page = (tmp_path / "run" / "report.html").read_text()
-    assert page.count("dxmi: V at t = ") >= 6 and page.count("gcd: V at t = ") == 1 and "s_t by move" in page
+    assert page.count("dxmi: V at t = ") >= 6 * page.count("gcd: V at t = ") > 0 and "s_t by move" in page
     assert main(["run", "dxmi_2d", "methods.dxmi_tau_0.guidance=1.0", f"out={tmp_path / 'no'}"]) == 2

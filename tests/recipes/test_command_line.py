@@ -159,7 +159,7 @@ def test_a_recipe_without_a_part_is_refused(tmp_path, capsys):
     )),
 ])  # fmt: skip
 def test_a_black_box_is_refused_by_every_method_of_gradients(method, tmp_path, capsys):
-    prior = "unet_data" if method == "dxdp" else "mlp"
+    prior = "unet" if method == "dxdp" else "mlp"
     argv = ["reward=compress", f"prior={prior}", f"method={method}", f"out={tmp_path / 'run'}"]
     line = refused(capsys, "run", "steer", *argv, f"cache_dir={tmp_path / 'cache'}")
     assert line.startswith(f"rgdiff: {method}: ") and "black box" in line and not (tmp_path / "run").exists()

@@ -272,7 +272,7 @@ def test_numbers_change_without_another_program():
         return with_energy(params, x, t)
 
     counted = lambda p: denoisers.from_function(counting, p)  # noqa: E731
-    make = lambda **numbers: tuners.dxmi(POLICY, PROCESS, counted, decay_steps=jnp.inf, batch=16, **numbers)  # noqa: E731
+    make = lambda **numbers: tuners.dxmi(POLICY, PROCESS, counted, batch=16, **({"decay_steps": jnp.inf} | numbers))  # noqa: E731
     data = {"x0": np.ones((50, 1), np.float32)}
     tuners.fit(make(), jax.random.key(0), make().init(parabolas()), 6, data=data, batch=16, chunk=3)
     assert traces
