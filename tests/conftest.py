@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
+
+import pytest
 
 _flags = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
 if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):  # later ones refuse it as unknown
@@ -18,7 +21,19 @@ gc.set_threshold(
     100_000, 50, 1000
 )  # traced programs are many objects that live long: a tenth of the time was collecting them
 
-MAPPINGS = 40_000  # of memory by one process; Linux refuses the 65,531st, and XLA ends in a segmentation fault
+MAPPINGS = 45_000  # of memory by one process; Linux refuses the 65,531st, and XLA ends in a segmentation fault
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of a test marked `first(n)`, make all cases but the first n slow."""
+    seen: Counter[tuple[str, str]] = Counter()
+    for item in items:
+        if (mark := item.get_closest_marker("first")) is not None:
+            case = (str(item.path), item.originalname)
+            if seen[case] >= mark.args[0]:
+                item.add_marker(pytest.mark.slow)
+            seen[case] += 1
 
 
 def pytest_runtest_teardown(item, nextitem):

@@ -35,6 +35,7 @@ def test_predictions_become_x0(name, prediction):
 
 
 @pytest.mark.parametrize("name", ["linear_vp", "karras_ve", "flow"])
+@pytest.mark.first(1)
 def test_the_score_of_a_mixture_is_its_denoiser(name):
     """Tweedie: (x + sigma^2 grad log p_t) / alpha is E[x0 | x_t], with the score by autodiff of the log-density."""
     world = MixtureWorld(dim=2, schedule=name)

@@ -142,6 +142,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+@pytest.mark.first(5)
 def test_discrete_kernels_by_enumeration(case):
     kernel, other, direction, classes = case()
     states, p = probabilities(kernel, classes)
@@ -215,6 +216,7 @@ def test_categorical_kl_is_infinite_off_the_support():
 
 
 @pytest.mark.parametrize("relaxation", RELAXATIONS)
+@pytest.mark.first(2)
 def test_impossible_tokens_are_never_drawn_and_gradients_stay_finite(relaxation):
     logits = f32([[0.5, -np.inf, 0.1]])
     draw = lambda key, z: draw_token(key, jnp.where(jnp.isinf(logits), logits, z), relaxation, 0.7)  # noqa: E731

@@ -64,6 +64,7 @@ TABLE = np.append(np.linspace(0.97, 0.1, 9), 0.0)
 
 @pytest.mark.parametrize("name", ZERO_SNR)
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.first(3)
 def test_chains_from_zero_terminal_snr(name, eta):
     """A chain from alpha(1) = 0 has the law of the float64 recursion of N(m, c) data, with networks of x0 and v; and a mean of 2."""
     build, alpha, sigma = ZERO_SNR[name]
@@ -279,6 +280,7 @@ def test_times_per_example_equal_scalar_times():
 
 
 @pytest.mark.parametrize("name", MASK_SCHEDULES)
+@pytest.mark.first(1)
 def test_masked_reverse_is_bayes_rule(name):
     """With the true x0, sum over x_t of q(x_t|x0) p(x_s|x_t) is q(x_s|x0), and p(x_s|x_t) the posterior q(x_s|x_t, x0)."""
     build, rate = MASK_SCHEDULES[name]

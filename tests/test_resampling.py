@@ -20,6 +20,7 @@ def copies(name, log_weights, runs=20_000):
 
 
 @each_scheme
+@pytest.mark.first(2)
 def test_expected_copies_are_the_weights(name):
     weights = np.exp(np.asarray(LOG_W, float))
     expected = len(weights) * weights / weights.sum()
@@ -43,6 +44,7 @@ def test_variances_are_those_of_the_schemes():
 
 
 @each_scheme
+@pytest.mark.first(2)
 def test_equal_weights_and_one_weight(name):
     one = resampling.SCHEMES[name](jax.random.key(0), jnp.full(5, -jnp.inf).at[3].set(-700.0))
     np.testing.assert_array_equal(one, 3)
@@ -62,6 +64,7 @@ def test_weights_without_a_positive_one_are_equal(name, bad):
 
 
 @each_scheme
+@pytest.mark.first(2)
 def test_a_cumulated_sum_below_one_never_reaches_a_dead_particle(name):
     """100,000 float32 weights do not add up to one; the dead tail is never drawn."""
     log_weights = jax.random.normal(jax.random.key(1), (100_000,)).at[-500:].set(-jnp.inf)

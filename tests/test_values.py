@@ -234,6 +234,7 @@ def test_a_tabular_value_becomes_the_soft_value_or_the_mean(data):
 
 @pytest.mark.parametrize("soft", [True, False])
 @pytest.mark.parametrize("learning", ["regression", "temporal_difference"])
+@pytest.mark.first(1)
 def test_gradients_on_a_gaussian_chain_vanish_at_its_exact_value_and_have_the_right_size_off_it(learning, soft):
     """At v + e the slope in c_i is 2e, or 2 tau (1 - exp(-e/tau)), over the T + 1 times (next states' values stay v)."""
     tau, off = 0.8, 0.2

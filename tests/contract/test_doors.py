@@ -419,6 +419,7 @@ HOSTED |= {
 
 
 @pytest.mark.parametrize("method", HOSTED.values(), ids=list(HOSTED))
+@pytest.mark.first(6)
 def test_what_a_host_reward_raises_reaches_the_user(method):
     """Not a table of NaN, nor samples of the prior."""
     with pytest.raises(

@@ -168,6 +168,7 @@ def types(tree):
 
 
 @pytest.mark.parametrize("name", named(contract.SAMPLERS, MORE_SAMPLERS))
+@pytest.mark.first(12)
 def test_samplers_keep_their_types(name, double):
     """float64 networks, values and rewards; what comes out is float32, as without x64."""
     sampler = named(contract.SAMPLERS, MORE_SAMPLERS)[name]()
@@ -178,6 +179,7 @@ def test_samplers_keep_their_types(name, double):
 
 
 @pytest.mark.parametrize("name", named(contract.TUNERS, MORE_TUNERS))
+@pytest.mark.first(12)
 def test_tuners_keep_their_types(name, double):
     tuner, params = named(contract.TUNERS, MORE_TUNERS)[name]()
     state = tuner.init(params)

@@ -341,6 +341,7 @@ def test_guiding_reward_transfers_to_the_judge(digits, classifiers):
 
 
 @pytest.mark.parametrize("name", [pytest.param("class", marks=pytest.mark.slow), "symmetry", "ink", "ink target"])
+@pytest.mark.first(3)
 def test_gradients_are_directional_derivatives(name):
     reward = {
         "class": rewards.classifier_reward(small_tree(), 1),

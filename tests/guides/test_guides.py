@@ -101,6 +101,7 @@ def test_dps_has_its_known_bias(noise):
 @pytest.mark.parametrize(
     ("schedule", "eta"), [("linear_vp", 1.0), ("linear_vp", 0.0), ("cosine_vp", 0.5), ("karras_ve", 1.0), ("flow", 0.0)]
 )
+@pytest.mark.first(2)
 def test_the_stable_scale_of_dps_is_where_a_move_reflects(schedule, eta):
     """At that scale the guided move, as a matrix, has the eigenvalue -1 along the coordinate seen best; unguided ones are above."""
     world = GaussianWorld([0.3, -0.2], 0.7 * np.eye(2), schedule=schedule, steps=8, eta=eta)
@@ -624,6 +625,7 @@ def test_the_ancestral_sampler_refuses_what_has_no_meaning():
 
 
 @pytest.mark.parametrize("reward", BAD)
+@pytest.mark.first(3)
 def test_bad_rewards_end_in_finite_samples(reward):
     """Where the reward has no gradient nothing is guided: the chain is the prior's, number for number."""
     world = GaussianWorld([0.5], [[0.8]], schedule="linear_vp", steps=5, eta=1.0)

@@ -118,6 +118,7 @@ def test_every_method_reward_domain_and_prior_compose_and_check(every):
 
 
 @pytest.mark.parametrize("method", [*FEW, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
+@pytest.mark.slow
 def test_methods_run(method, tmp_path, cache):
     assert run(tmp_path, cache, "reward=symmetry", f"method={method}", *(FEW | MORE)[method]) == 0
     folder = tmp_path / "run"

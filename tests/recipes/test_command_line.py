@@ -103,6 +103,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("override", "line"), REFUSED.items(), ids=list(REFUSED))
+@pytest.mark.first(12)
 def test_wrong_values_are_refused_before_anything_is_made(override, line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     argv = [*TINY, "method=draft_k", "out=run", f"cache_dir={tmp_path / 'cache'}", override]

@@ -84,6 +84,7 @@ def test_every_command_of_a_comment_would_run(name, overrides, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_choices_of_groups_name_keys_and_choices_that_there_are():
     for group in recipe.GROUPS:
         for path in (FOLDER / group).glob("*.yaml"):

@@ -137,6 +137,7 @@ def test_keeps_the_newest_and_forgets_an_abandoned_future(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [flip, truncate])
+@pytest.mark.first(1)
 def test_damaged_newest_falls_back_with_one_warning(tmp_path, caplog, capfd, damage):
     make = lambda step: {"x": jax.random.normal(jax.random.key(step), (100, 100))}  # noqa: E731
     with Checkpoints(tmp_path) as checkpoints:

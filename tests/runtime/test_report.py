@@ -363,6 +363,7 @@ def written(tmp_path, kind: str, methods: int, count: int, name: str = "method")
 
 
 @pytest.mark.parametrize("kind", ["pictures", "letters", "svg", "parts", "plane", "nothing"])
+@pytest.mark.first(3)
 def test_the_page_opens_with_samples_then_words_then_figures(tmp_path, kind):
     text = written(tmp_path, kind, 2, 12)
     page = Page(text)

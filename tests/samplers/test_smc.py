@@ -68,6 +68,7 @@ def assert_unbiased(draws, expected):
     [("gaussian", setting) for setting in SETTINGS]
     + [("masked", setting) for setting in ("difference", "max", "interval", "tempered and twisted")],
 )
+@pytest.mark.first(5)
 def test_z_and_z_times_a_mean_are_unbiased(world, setting):
     world = WORLDS[world]()
     z, mean = problems(build(world, sloppy_value(world), **SETTINGS[setting]), world, 6000, 8)
@@ -76,6 +77,7 @@ def test_z_and_z_times_a_mean_are_unbiased(world, setting):
 
 
 @pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.first(1)
 def test_a_guided_proposal_is_paid_for(world):
     world = WORLDS[world]()
     guide = guides.gradient_guide(sloppy_value(world), 0.15, tilts="token_and_rate")
@@ -147,6 +149,7 @@ def test_adaptive_tempering_where_the_first_state_says_little(twist):
 
 
 @pytest.mark.parametrize("noise", [0.1, 0.01])
+@pytest.mark.first(1)
 def test_a_measurement_is_a_value_with_the_variance_of_x0(noise):
     """TDS of y = x0 + noise: Z is N(y; mu, v + noise^2) of the chain's own law N(mu, v), unbiased; the plain plug-in loses it."""
     world = GaussianWorld([0.0], [[1.0]], steps=50)
@@ -184,6 +187,7 @@ def test_settings_of_papers_are_what_their_papers_say():
     assert int(jnp.argmax(das.tempering >= 1)) == 87  # research/svdd_drakes.md §1.8: reaches 1 at i = 87
 
 
+@pytest.mark.slow
 def test_particles_carry_all_that_is_theirs():
     """After a resampling, values, predictions and gradients are those of the state they ride with."""
     world = gaussian()

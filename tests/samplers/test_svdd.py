@@ -38,6 +38,7 @@ def everything(carry, info):
     ],
     ids=["pm", "pm timeless", "mc timeless"],
 )
+@pytest.mark.first(1)
 def test_evaluating_the_distinct_changes_nothing_but_the_cost(timeless, learned, options):
     """Same keys, same candidates, same values, same winners; fewer evaluations, and none where nothing is new."""
     world = world_of_copies()
@@ -173,6 +174,7 @@ def test_chunks_bound_memory_and_change_nothing():
 
 @pytest.mark.parametrize("reward", BAD)
 @pytest.mark.parametrize("options", [{}, {"selection": "argmax"}, {"replace": 0.1}])
+@pytest.mark.first(6)
 def test_bad_rewards_end_in_finite_samples(reward, options):
     world = GaussianWorld([0.5], [[0.8]], schedule="flow", steps=5, eta=0.8)
     value = values.posterior_mean(BAD[reward], world.process, world.denoiser)

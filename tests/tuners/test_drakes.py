@@ -181,6 +181,7 @@ def optimum(prior=None):
     return p, f32(logits)
 
 
+@pytest.mark.slow
 def test_log_variance_has_no_noise_at_the_optimum():
     """Every path is worth alpha log Z there: each batch's gradient is 0, where the score function's is noise of mean 0."""
     params = optimum()[1]
@@ -304,6 +305,7 @@ def train(tuner, params, steps):
     return tuners.fit(tuner, jax.random.key(0), tuner.init(params), steps, chunk=steps)
 
 
+@pytest.mark.slow
 def test_training_reaches_the_exact_optimum():
     """A correlated prior, ReinMax and then the log-variance gradient: the law of x0 is p(x0) exp(r/alpha)/Z."""
     world = correlated(L, K)

@@ -84,6 +84,7 @@ def test_the_energys_gradient_in_magnitude():
 
 
 @pytest.mark.parametrize("separate", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_gaussian_data_are_learnt(separate):
     """Affine steps and a parabolic energy: samples take the mean and variance of the data, up to the bias of gamma tau."""
     tau, gamma, m, v = 0.05, 0.5, 0.8, 0.36

@@ -201,6 +201,7 @@ def test_scale_and_constant_beta():
 
 
 @pytest.mark.parametrize(("guidance", "delta"), [("g_loss", 0.4), ("g", 0.9)])
+@pytest.mark.first(1)
 def test_algorithm_1_follows_its_population_chain(guidance, delta):
     """E r of every round within 3 standard errors of the quadrature, and the distance from the subspace."""
     steps, rounds, batch = 40, 12, 2048
@@ -267,6 +268,7 @@ class Proximal:
 
 
 @pytest.mark.parametrize("ratio", [1.5, 3.0])
+@pytest.mark.first(1)
 def test_theorem_2_contracts_at_the_rate_of_curvature_over_strength(ratio):
     """Quadratic f of curvature L in the subspace, strength lambda = ratio L: errors shrink by at most 1 / ratio a round."""
     steps, rounds, batch = 40, 5, 1024

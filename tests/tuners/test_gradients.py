@@ -47,6 +47,7 @@ def assert_magnitude(got, exact, tolerance):
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.first(1)
 def test_truncated_reward_gradient(eta):
     """K = 1, 3 and all T calls: d/dtheta E r(x0), earlier states held constant, by the linear-Gaussian recursion."""
     w = world(eta)
@@ -58,6 +59,7 @@ def test_truncated_reward_gradient(eta):
     np.testing.assert_allclose(exact[5], numeric(lambda theta: w.expected_reward(w.law(theta))), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_draft_k_of_all_calls_is_draft():
     for process, reward, model, params in (gaussian_case(), masked_case()):
         times = process.times(4)
@@ -94,6 +96,7 @@ def linear_tokens(x0, cond=None):
 
 
 @pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.first(1)
 def test_the_dead_head_has_exactly_no_gradient(k):
     """With one parameter per call, the calls before the cut get zero, not merely a small number."""
     w = world(1.0)
@@ -123,6 +126,7 @@ def test_remat_changes_no_gradient(case):
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.first(1)
 def test_draft_lv_gradient_and_its_switches(eta):
     """DRaFT-1's gradient plus n times that of one denoising of re-noised final samples, both in closed form."""
     w = world(eta)
@@ -169,6 +173,7 @@ def test_kl_regularised_gradient_and_its_value(k):
 
 
 @pytest.mark.parametrize("moves", [8, pytest.param(32, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_masked_reward_gradient_has_its_magnitude(moves):
     """Independent tokens, a reward with interactions: straight-through tokens and copies outside the draw are unbiased.
 

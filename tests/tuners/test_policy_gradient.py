@@ -436,6 +436,7 @@ def test_a_learnt_baseline_learns_the_return_and_lowers_the_variance():
 
 
 @pytest.mark.parametrize("kl_gradient", ["full", slow("direct")])
+@pytest.mark.slow
 def test_dpok_reaches_the_tilted_prior(kl_gradient):
     """First-hitting order, table policy: the law of x0 tends to p exp(r/alpha)/Z and J to alpha log Z, by enumeration.
 

@@ -79,6 +79,7 @@ PLANS = {
 
 
 @pytest.mark.parametrize("name", PLANS)
+@pytest.mark.first(2)
 def test_every_plan_has_the_gradient_it_says(name):
     live, cut, end, input_gradient = PLANS[name]
     plan = Plan(jnp.asarray(live, bool), jnp.int32(cut), jnp.int32(end))

@@ -89,6 +89,7 @@ def total_variation(w, logits, law):
 
 
 @pytest.mark.parametrize("source", ["prior", slow("model")])
+@pytest.mark.slow
 def test_fixed_point_of_reward_weighted_regression_is_the_tilted_prior(source):
     """On samples of the prior: p exp(r/tau)/Z. On its own samples: it tilts again and again, far beyond."""
     w, process, times, _, model = masked_case(True)

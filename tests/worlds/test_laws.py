@@ -52,6 +52,7 @@ def test_the_chain_tends_to_the_data_as_one_over_steps(schedule, eta):
 
 
 @pytest.mark.parametrize(("dim", "schedule", "eta"), [(1, "linear_vp", 1.0), (1, "cosine_vp", 0.0), (2, "flow", 1.0)])
+@pytest.mark.first(1)
 def test_mixture_chain_has_the_law_of_the_quadrature(dim, schedule, eta):
     world = MixtureWorld(dim=dim, schedule=schedule, eta=eta)
     x0 = samplers.sample(samplers.ancestral(world.process, world.denoiser), jax.random.key(1), 200_000, world.times).x0
@@ -141,6 +142,7 @@ def test_gaussian_path_kl_has_its_closed_form(schedule, eta):
     assert_mean(kl, world.path_kl(world.theta, other), slack=1e-4)
 
 
+@pytest.mark.slow
 def test_masked_path_kl_by_enumeration_and_of_factorised_laws():
     world, other = correlated(), factorised(steps=4)
     sampler = samplers.ancestral(world.process, world.denoiser, reference=other.denoiser)
