@@ -41,6 +41,7 @@ def best_feasible(count: int) -> float:
 
 
 def main() -> None:
+    """Run the tutorial; what it says is asserted."""
     # "fixed_large" is the variance of the moves that is exact for N(0, I). With your own network leave it out.
     process = processes.gaussian(schedules.linear_vp(), (DIMS,), variance="fixed_large")
     alpha, sigma = process.schedule.alpha, process.schedule.sigma

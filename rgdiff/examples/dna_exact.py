@@ -36,6 +36,7 @@ def reward(x0, cond=None):
 
 
 def main() -> None:
+    """Run the tutorial; what it says is asserted."""
     # 1. A prior. States are one-hot over four letters and the mask; the network returns logits for the letters. The chain of a
     #    first-hitting process unmasks one letter a move, and has no error of discretisation: L moves, the times are its own.
     masked = processes.masked(schedules.log_linear_mask(), LENGTH, classes=4)

@@ -25,6 +25,7 @@ def up(x0, cond=None):
 
 
 def main() -> None:
+    """Run the tutorial; what it says is asserted."""
     # 1. A prior: a small network trained on 2-D data. Any `model`, parameters -> denoiser, does.
     process = processes.gaussian(schedules.cosine_vp(), (2,))
     times = process.times(20)

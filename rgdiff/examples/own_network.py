@@ -78,6 +78,7 @@ def closed_form(temperature: float) -> tuple[float, float]:
 
 
 def main() -> None:
+    """Run the tutorial; what it says is asserted."""
     net = trained()
 
     # 1. The door. Three facts make a network a denoiser (x, t) -> E[x0 | x_t]: how it is called (from_nnx), what its time is
@@ -106,7 +107,7 @@ def main() -> None:
     assert abs(got - target_reward) < 0.2
 
     # SMC's samples have weights, and an estimate of log Z comes with its standard error. Near t = 1 the network's E[x0 | x_t], and
-    # so `value`, is mostly error; `adaptive` weighs the value less where it would kill particles. `smc` has numbers.
+    # so `value`, is mostly error; `adaptive` weighs the value less where it would kill particles. The docstring of `smc` says more.
     particles = draw(samplers.smc(process, denoiser, value, temperature=TEMPERATURE, adaptive=0.5))
     weights = jnp.exp(particles.info["log_weights"])  # they sum to 1
     report("smc", got := float(weights @ reward(particles.x0)))

@@ -350,8 +350,8 @@ def smc(
       FK steering's released code drops the weights of moves at which it does not resample, and DAS's does not permute the twist
       when it resamples; both bias the result. Here weights accumulate and every field is resampled with its particle.
       Where the value is noise, potentials kill particles by chance, and log Z comes out too low by more than log_z_se says. So it is
-      with `posterior_mean` of a network that predicts eps near t = 1, where its error is divided by alpha (-3.7 to
-      -7.2 with log_z_se .3 to .6, for -1.9 of a mixture with DDPM's betas; means were right): take adaptive=0.5 (-1.9 +- .03), or `tempering`.
+      with `posterior_mean` of a network that predicts eps near t = 1, where its error is divided by alpha: take adaptive=0.5, as
+      `rgdiff.examples.own_network` does, or `tempering`.
 
       If all x0 are infeasible, their weights are equal and log_z = -inf. Do not mark infeasible samples by a large negative
       reward: potentials of e^-1000 end lineages that might have become feasible, at any number of particles.

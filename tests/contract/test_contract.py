@@ -262,7 +262,10 @@ def test_sampler_in_chunks_is_the_same_to_the_bit(make):
         pieces = samplers.sample(
             sampler, key, B, times, keep=keep_state, chunk=chunk, on_chunk=lambda i, n: done.append((i, n))
         )
-        (close if make is svdd_learned_gaussian else equal)(pieces, whole)  # XLA rounds its network apart: 6e-8
+        if make is svdd_learned_gaussian:  # XLA rounds its network apart in the two programs
+            close(pieces, whole, rtol=1e-6, atol=1e-7)
+        else:
+            equal(pieces, whole)
         assert done == [(min(i, moves), moves) for i in range(chunk, moves + chunk, chunk)]
 
 

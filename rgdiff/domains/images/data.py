@@ -22,8 +22,20 @@ TRAIN, HELDOUT = 0.5, 0.375  # shares of each class; the test split has the rema
 MNIST_URL = "https://storage.googleapis.com/cvdf-datasets/mnist/"
 
 
+class Pictures:
+    """Images in [-1, 1] that are 8-bit pictures outside."""
+
+    def encode(self, pixels: np.ndarray) -> np.ndarray:
+        """Return the float32 images in [-1, 1] of 8-bit pictures; see `from_uint8`."""
+        return from_uint8(pixels)
+
+    def decode(self, x: Array | np.ndarray) -> np.ndarray:
+        """Return samples [B, H, W, C] as 8-bit pictures for a report; see `to_uint8`."""
+        return to_uint8(x)
+
+
 @pytree
-class ImageDomain:
+class ImageDomain(Pictures):
     """Hold an image data set in three disjoint splits, stratified by class.
 
     `train` is for the prior and for classifiers that guide, `heldout` for the classifier that evaluates (a reward
@@ -41,14 +53,6 @@ class ImageDomain:
     shape: tuple[int, int, int] = static()
     classes: int = static()
     value_range: tuple[float, float] = static(default=(-1.0, 1.0))
-
-    def encode(self, pixels: np.ndarray) -> np.ndarray:
-        """Return the float32 images in [-1, 1] of 8-bit pictures; see `from_uint8`."""
-        return from_uint8(pixels)
-
-    def decode(self, x: Array | np.ndarray) -> np.ndarray:
-        """Return samples [B, H, W, C] as 8-bit pictures for a report; see `to_uint8`."""
-        return to_uint8(x)
 
 
 def to_uint8(x: Array | np.ndarray) -> np.ndarray:

@@ -16,14 +16,14 @@ import numpy as np
 
 from rgdiff import assets
 from rgdiff.domains.images.classifier import Classifier
-from rgdiff.domains.images.data import ImageDomain, from_uint8, to_uint8
-from rgdiff.typing import Array, pytree, static
+from rgdiff.domains.images.data import ImageDomain, Pictures
+from rgdiff.typing import pytree, static
 
 KEPT = 400  # real images of a class whose features are kept, at most
 
 
 @pytree
-class PretrainedImages:
+class PretrainedImages(Pictures):
     """Hold what judges samples of an image domain whose images are elsewhere.
 
     guide, judge: classifiers of disjoint images; the judge never guides. features [N, F], labels [N]: real images, as the
@@ -39,14 +39,6 @@ class PretrainedImages:
     shape: tuple[int, int, int] = static()
     classes: int = static()
     value_range: tuple[float, float] = static(default=(-1.0, 1.0))
-
-    def encode(self, pixels: np.ndarray) -> np.ndarray:
-        """Return the float32 images in [-1, 1] of 8-bit pictures; see `from_uint8`."""
-        return from_uint8(pixels)
-
-    def decode(self, x: Array | np.ndarray) -> np.ndarray:
-        """Return samples [B, H, W, C] as 8-bit pictures for a report; see `to_uint8`."""
-        return to_uint8(x)
 
 
 def pretrained(path: str = "package:mnist16_reference.safetensors") -> PretrainedImages:
