@@ -18,7 +18,7 @@ ROOT = Path(rgdiff.__file__).parent
 # A package or module imports only from rows above its own, or from itself.
 ORDER = [
     {"_lazy", "_settings", "assets", "typing"}, {"checks"}, {"keys"}, {"kernels"}, {"schedules"}, {"processes"}, {"denoisers"}, {"rewards"}, {"values"}, {"policies"},
-    {"guides"}, {"resampling"}, {"samplers"}, {"tuners"}, {"surrogates"}, {"seiko"}, {"nets"}, {"metrics"}, {"exact"}, {"domains"},
+    {"guides"}, {"resampling"}, {"samplers"}, {"tuners"}, {"surrogates"}, {"seiko"}, {"nets"}, {"pretrained"}, {"metrics"}, {"exact"}, {"domains"},
     {"runtime"}, {"recipes"}, {"examples"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 RANK = {name: i for i, row in enumerate(ORDER) for name in row}
@@ -88,9 +88,9 @@ def test_the_vocabulary_imports_nothing_of_ours():
 
 
 def test_heavy_packages_are_imported_inside_functions():
-    """Only the reference networks, which are Linen modules, import Flax at their top; examples do as their readers would."""
+    """Only reference and released networks, which are Linen modules, import Flax at their top; examples do as their readers would."""
     for path in MODULES:
-        allowed = {"nets": {"flax"}, "examples": {"flax", "optax"}}.get(unit(dotted(path)), set())
+        allowed = {"nets": {"flax"}, "pretrained": {"flax"}, "examples": {"flax", "optax"}}.get(unit(dotted(path)), set())
         assert {name.split(".")[0] for name in imported(path, top=True)} & HEAVY <= allowed, path
 
 
@@ -118,7 +118,7 @@ def test_rgdiff_names_its_modules_lazily():
         rgdiff.sampler  # noqa: B018
 
 
-@pytest.mark.parametrize("name", ["rgdiff", "rgdiff.domains"])
+@pytest.mark.parametrize("name", ["rgdiff", "rgdiff.domains", "rgdiff.pretrained"])
 def test_what_a_lazy_package_lists_is_there(name):
     package = importlib.import_module(name)
     assert set(package.__all__) == set(dir(package)) - {"__version__"}
