@@ -90,7 +90,9 @@ def test_the_vocabulary_imports_nothing_of_ours():
 def test_heavy_packages_are_imported_inside_functions():
     """Only reference and released networks, which are Linen modules, import Flax at their top; examples do as their readers would."""
     for path in MODULES:
-        allowed = {"nets": {"flax"}, "pretrained": {"flax"}, "examples": {"flax", "optax"}}.get(unit(dotted(path)), set())
+        allowed = {"nets": {"flax"}, "pretrained": {"flax"}, "examples": {"flax", "optax"}}.get(
+            unit(dotted(path)), set()
+        )
         assert {name.split(".")[0] for name in imported(path, top=True)} & HEAVY <= allowed, path
 
 
