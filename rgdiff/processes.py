@@ -46,6 +46,7 @@ class GaussianProcess:
     initial: Any = None
     variance: str = static(default="fixed_small")
     clip: Array | None = None
+    end: Array | None = None
 
     @property
     def projects(self) -> bool:
@@ -102,7 +103,11 @@ class GaussianProcess:
         return self._clipped(checks.prediction(prediction, x))
 
     def finalize(self, x: Array, t: Array, prediction: Array) -> Array:
-        return self._clipped(checks.prediction(prediction, x))
+        x0 = self.mean(x, t, prediction)
+        if self.end is None:
+            return x0
+        eps = self.eps(x, t, prediction)
+        return along(self.schedule.alpha(self.end), x) * x0 + along(self.schedule.sigma(self.end), x) * eps
 
 
 @pytree
@@ -269,6 +274,7 @@ def gaussian(
     eta: float = 1.0,
     variance: str = "fixed_small",
     clip: tuple[float, float] | None = None,
+    end: float | None = None,
 ) -> GaussianProcess:
     """Build a Gaussian process x_t = alpha_t x0 + sigma_t eps on states [B, *shape].
 
@@ -283,12 +289,15 @@ def gaussian(
       clip: (low, high), in data units: predictions of x0 are clipped where they are used, and the direction eps stays the
         network's own, as in DDIM of released code (diffusers' `clip_sample`). `denoisers.clip_x0` clips before the step, so that
         eps follows the clipped x0, as in DDPM's.
+      end: the time in (0, 1] at which chains end: the last network call moves by DDIM's step to it, and not to x0. Stable
+        Diffusion's end at their first level, 1/1000 (diffusers' `set_alpha_to_one=False`). None ends at x0.
 
     Returns:
       The process.
 
     Raises:
-      ValueError: for a process in place of the schedule, an unknown variance, `fixed_large` with another eta than 1, or an empty range.
+      ValueError: for a process in place of the schedule, an unknown variance, `fixed_large` with another eta than 1, an empty
+        range, or an end outside (0, 1].
 
     References: DDPM (arXiv 2006.11239), DDIM (arXiv 2010.02502, eq. 12).
 
@@ -306,6 +315,8 @@ def gaussian(
         raise ValueError(f"variance='fixed_large' is of ancestral steps, eta = 1, got eta = {eta!r}")
     if clip is not None and not (len(clip) == 2 and clip[0] < clip[1]):
         raise ValueError(f"clip is a range (low, high) of x0 with low < high, got {clip!r}")
+    if end is not None and not 0 < end <= 1:
+        raise ValueError(f"end is a time in (0, 1], got {end!r}; leave it out for chains that end at x0")
     return GaussianProcess(
         checks.schedule(schedule, "a Gaussian process"),
         value,
@@ -313,6 +324,7 @@ def gaussian(
         stochastic,
         variance=variance,
         clip=None if clip is None else jnp.asarray(clip, jnp.float32),
+        end=None if end is None else jnp.float32(end),
     )
 
 

@@ -329,6 +329,7 @@ def test_discrete_time_is_the_step_of_the_process():
     np.testing.assert_array_equal(read(f32([0.0, 0.0004, 1.0]))[1], [0, 0, 999])
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("door", DOORS)
 def test_discrete_time_of_networks(door):
     """Samples of a chain are those of the same network called with t, in sampling ([]) and with a time per example."""

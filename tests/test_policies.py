@@ -125,6 +125,7 @@ def test_a_priors_network_is_asked_at_its_own_scale(make, schedule):
 # ---------------------------------------------------------------- kernels
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("schedule", ["linear_vp", "karras_ve", "flow"])  # flow's first level has alpha = 0
 def test_a_policy_from_a_prior_makes_the_priors_own_moves(schedule):
     """Every move but the last is the prior's ancestral step, the last has its projection as mean: the exact denoiser of N(m, C)."""

@@ -72,6 +72,7 @@ def test_a_cumulated_sum_below_one_never_reaches_a_dead_particle(name):
         assert int(resampling.SCHEMES[name](jax.random.key(seed), log_weights).max()) < 99_500
 
 
+@pytest.mark.slow
 def test_the_standard_error_of_lineages():
     x = jnp.asarray([1.0, 4.0, 2.0, 7.0, 3.0])
     independent = resampling.standard_error(x, jnp.arange(5))

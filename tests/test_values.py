@@ -414,6 +414,7 @@ def test_the_error_over_time_of_exact_values_is_the_rewards_own_variance():
     np.testing.assert_allclose(wrong.bias[0], w.temperature * np.log(excess)[0], atol=0.02)
 
 
+@pytest.mark.slow
 def test_the_error_over_time_leaves_infeasible_examples_out_and_refuses_another_grid():
     """Half the examples, or each of them twice: the same averages."""
     w, data = rolled("correlated")

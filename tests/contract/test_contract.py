@@ -216,6 +216,7 @@ def equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.first(2)
 @table_of(SAMPLERS, ancestral_gaussian, ancestral_masked, svdd_pm_gaussian, svdd_learned_masked)
 def test_sampler_jit_equals_no_jit(make):
     """`sample` is init, steps and final with keys folded by index, called one after another without jit."""
@@ -236,6 +237,7 @@ def test_sampler_jit_equals_no_jit(make):
     assert dtypes - counting == {"float32"}
 
 
+@pytest.mark.first(5)
 @each_sampler
 def test_sampler_compiles_once(make):
     """Another key, temperature or eta, other parameters and other times run the same program."""
@@ -251,6 +253,7 @@ def test_sampler_compiles_once(make):
         assert TRACES
 
 
+@pytest.mark.first(1)
 @table_of(SAMPLERS, ancestral_gaussian, svdd_pm_masked, smc_gaussian)
 def test_sampler_in_chunks_is_the_same_to_the_bit(make):
     sampler, key, done = make(), jax.random.key(0), []
@@ -269,6 +272,7 @@ def test_sampler_in_chunks_is_the_same_to_the_bit(make):
         assert done == [(min(i, moves), moves) for i in range(chunk, moves + chunk, chunk)]
 
 
+@pytest.mark.first(1)
 @table_of(SAMPLERS, ancestral_masked, svdd_pm_gaussian, svdd_distinct)
 def test_sampler_vmaps_over_keys(make):
     sampler, keys = make(), jax.random.split(jax.random.key(0), 3)
@@ -278,6 +282,7 @@ def test_sampler_vmaps_over_keys(make):
         close(together[i], samplers.sample(sampler, key, B, times).x0)
 
 
+@pytest.mark.first(2)
 @table_of(INDEPENDENT, ancestral_gaussian, svdd_pm_masked, guided_gaussian, best_of_n_masked)
 def test_sampler_on_eight_devices_gives_the_numbers_of_one_without_collectives(make):
     """Examples do not interact: each device works on its own rows, and the numbers are those of one device."""
@@ -662,6 +667,7 @@ def train(make, steps, state=None, number=None, key=0, **options):
     return tuners.fit(tuner, jax.random.key(key), state, steps, data=data, batch=batch, **options)
 
 
+@pytest.mark.first(1)
 @table_of(TUNERS, draft_lv, pretraining_masked, value_regression)
 def test_tuner_jit_equals_no_jit(make):
     tuner, params = make()
@@ -692,6 +698,7 @@ def test_tuner_compiles_once(make):
         assert TRACES
 
 
+@pytest.mark.first(2)
 @each_tuner
 def test_interrupted_and_continued_is_uninterrupted_to_the_bit(make):
     whole = train(make, 6, chunk=3)
@@ -702,6 +709,7 @@ def test_interrupted_and_continued_is_uninterrupted_to_the_bit(make):
     assert len(infos) == 2 and all(leaf.shape[0] == 3 for leaf in jax.tree.leaves(infos))
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("make", [draft_k, pretraining_gaussian], ids=lambda f: f.__name__)
 def test_interrupted_anywhere_is_uninterrupted(make):
     """Off the chunks' bounds the programs differ, and with them the last bits of float32."""

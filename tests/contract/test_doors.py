@@ -105,6 +105,7 @@ REWARDED = {
 }
 
 
+@pytest.mark.first(4)
 @pytest.mark.parametrize("method", REWARDED.values(), ids=list(REWARDED))
 def test_a_reward_that_is_no_float_per_example_is_named(method):
     """[B, 1] would broadcast to [B, B] (log Z 45 for -1.7), a batch's mean divides every gradient by B."""
@@ -419,7 +420,7 @@ HOSTED |= {
 
 
 @pytest.mark.parametrize("method", HOSTED.values(), ids=list(HOSTED))
-@pytest.mark.first(6)
+@pytest.mark.first(2)
 def test_what_a_host_reward_raises_reaches_the_user(method):
     """Not a table of NaN, nor samples of the prior."""
     with pytest.raises(
@@ -472,6 +473,7 @@ def test_training_goes_on_from_before_a_host_reward_failed():
     jax.tree.map(np.testing.assert_array_equal, continued, whole)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(
     ("function", "words"),
     [
@@ -511,6 +513,7 @@ def test_a_black_box_that_fails_ends_a_run_in_one_line(function, words, tmp_path
 # ---------------------------------------------------------------- gradients of samples
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("eta", [1.0, 0.5, 0.0])
 @pytest.mark.parametrize("chunk", [None, 2])
 def test_the_gradient_of_gaussian_samples_is_that_of_the_chain(eta, chunk):
@@ -544,6 +547,7 @@ UNDIFFERENTIATED = {
 }
 
 
+@pytest.mark.first(4)
 @pytest.mark.parametrize("make", UNDIFFERENTIATED.values(), ids=list(UNDIFFERENTIATED))
 @pytest.mark.parametrize("chunk", [None, 2])
 def test_a_gradient_that_would_be_cut_raises(make, chunk):

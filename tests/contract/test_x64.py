@@ -179,7 +179,7 @@ def test_samplers_keep_their_types(name, double):
 
 
 @pytest.mark.parametrize("name", named(contract.TUNERS, MORE_TUNERS))
-@pytest.mark.first(12)
+@pytest.mark.first(4)
 def test_tuners_keep_their_types(name, double):
     tuner, params = named(contract.TUNERS, MORE_TUNERS)[name]()
     state = tuner.init(params)

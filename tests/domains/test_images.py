@@ -246,6 +246,7 @@ def test_layers_are_stride_two_convolutions():
     np.testing.assert_allclose(_patches(x) @ w, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_augmentation_moves_whole_images():
     x = -jnp.ones((200, 4, 4, 1)).at[:, 1, 2].set(-1.0)  # one pixel of ink at (1, 2)
     moved = augment(jax.random.key(0), x, 0.0, 1)

@@ -42,6 +42,7 @@ def test_data_have_the_moments_of_the_mixture():
     assert_mean(x[:, 0] ** 3, sum(w * (m**3 + 3 * m * 0.4**2) for w, m in ((0.3, -1.5), (0.7, 1.0))))
 
 
+@pytest.mark.slow
 def test_the_judge_measures_distance_to_the_exact_law():
     """Draws of the tilted law itself are apart by sampling noise, those of the frozen one by what quadrature says."""
     judge, task, p, n = MixtureJudge(domain(), jax.random.key(0)), quadratic(), prior(), 50_000

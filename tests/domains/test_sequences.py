@@ -432,6 +432,7 @@ def test_bad_rewards_are_refused(call, message):
         call()
 
 
+@pytest.mark.slow
 def test_an_oracle_learns_and_stays_in_the_unit_of_its_measurements():
     rng = np.random.default_rng(0)
     x = np.eye(4, dtype=np.uint8)[rng.integers(0, 4, (600, 12))]

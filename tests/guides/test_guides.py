@@ -49,6 +49,7 @@ def test_a_guided_prediction_is_its_affine_map(guide, schedule):
     close(apply(guided, x, jnp.asarray(times)), np.stack(expected), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(("guide", "eta"), [("tmpd", 1.0), ("dps", 0.5), ("pigdm", 0.0)])
 def test_a_guided_chain_has_the_law_of_the_recursion(guide, eta):
     world = Measured(A23, Y2, 0.6, guide=guide, eta=eta, steps=12)
@@ -101,7 +102,7 @@ def test_dps_has_its_known_bias(noise):
 @pytest.mark.parametrize(
     ("schedule", "eta"), [("linear_vp", 1.0), ("linear_vp", 0.0), ("cosine_vp", 0.5), ("karras_ve", 1.0), ("flow", 0.0)]
 )
-@pytest.mark.first(2)
+@pytest.mark.first(1)
 def test_the_stable_scale_of_dps_is_where_a_move_reflects(schedule, eta):
     """At that scale the guided move, as a matrix, has the eigenvalue -1 along the coordinate seen best; unguided ones are above."""
     world = GaussianWorld([0.3, -0.2], 0.7 * np.eye(2), schedule=schedule, steps=8, eta=eta)
@@ -129,6 +130,7 @@ def test_the_stable_scale_of_dps_is_where_a_move_reflects(schedule, eta):
     close(a, b)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(("noise", "steps", "stable"), [(0.1, 135, 1.0), (0.1, 50, 0.37), (0.03, 1510, 1.0)])
 def test_dps_is_stable_below_its_stable_scale_and_diverges_above(noise, steps, stable):
     """The scale is 0.74 T noise^2 for N(0, 1) data; samples above are 1e6 and more, and `divergent` says so."""
@@ -216,6 +218,7 @@ WORLDS = {
 }
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("name", ["roll", "8-d", "80-d"])
 def test_the_likelihoods_gradient_makes_the_conditional_denoiser(name):
     """classifier_guidance with the exact log p(y | x_t) is E[x0 | x_t, y], in size and direction."""
@@ -417,6 +420,7 @@ PROCESS = processes.gaussian(schedules.linear_vp(), (3,))
 NAMES = list(guides_of(GaussianWorld(M3, C3).denoiser, PROCESS))
 
 
+@pytest.mark.first(3)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_guide_does_not_see_the_batch(name):
     guided = guides_of(Net(jnp.asarray(NET)), PROCESS)[name]
@@ -439,6 +443,7 @@ def test_a_guide_runs_the_network_forward_once_and_compiles_once(name):
     assert CALLS == [5] and TRACES == [] and np.all(np.isfinite(out))
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("name", ["lgd", "tmpd"])
 def test_guided_sampling_on_eight_devices_needs_no_collectives(name):
     world = GaussianWorld(M3, C3)
@@ -625,7 +630,7 @@ def test_the_ancestral_sampler_refuses_what_has_no_meaning():
 
 
 @pytest.mark.parametrize("reward", BAD)
-@pytest.mark.first(3)
+@pytest.mark.first(1)
 def test_bad_rewards_end_in_finite_samples(reward):
     """Where the reward has no gradient nothing is guided: the chain is the prior's, number for number."""
     world = GaussianWorld([0.5], [[0.8]], schedule="linear_vp", steps=5, eta=1.0)

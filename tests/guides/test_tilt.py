@@ -35,6 +35,7 @@ def test_gaussian_tilt_is_the_kernel_times_exp():
     np.testing.assert_allclose(ratio(y), ratio(y + 0.3), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("tilts", ["token", "token_and_rate"])
 def test_masked_tilt_by_enumeration(tilts):
     """The whole kernel times exp<g, y> renormalised, or the same given which positions move."""

@@ -117,6 +117,7 @@ def test_a_prior_of_a_users_network_is_another_where_its_code_is(tmp_path, monke
     assert digests[0] == digests[2] != digests[1]
 
 
+@pytest.mark.slow
 def test_particles_under_a_likelihood_end_with_the_likelihood_of_x0(tmp_path):
     """The chain ends before t = 0, where the value still has some of x0's variance: the last potential is the measurement's own."""
     process = processes.gaussian(schedules.linear_vp(), (1,))
@@ -170,6 +171,7 @@ def test_the_table_has_errors_of_particles_as_repeated_runs_show_them(tmp_path):
     assert (column("lineages") > 2).all() and (column("lineages") < 100).all()
 
 
+@pytest.mark.slow
 def test_svdd_shows_where_candidates_were_infeasible(tmp_path):
     """Chains that keep away from infeasible means are not those of the tilted law: the report has their share."""
     process = processes.gaussian(schedules.linear_vp(), (1,))

@@ -138,6 +138,7 @@ def test_dpm_solver_on_two_grids():
 # ---------------------------------------------------------------- beyond parity
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("schedule", ["linear_vp", "karras_ve", "flow"])
 def test_the_solvers_error_falls_as_one_over_steps_squared(schedule):
     """Against the exact flow of Gaussian data, x0 = m + sqrt(C / (alpha^2 C + sigma^2)) (x_T - alpha m): DDIM's falls as 1 / T."""

@@ -68,7 +68,7 @@ def assert_unbiased(draws, expected):
     [("gaussian", setting) for setting in SETTINGS]
     + [("masked", setting) for setting in ("difference", "max", "interval", "tempered and twisted")],
 )
-@pytest.mark.first(5)
+@pytest.mark.first(2)
 def test_z_and_z_times_a_mean_are_unbiased(world, setting):
     world = WORLDS[world]()
     z, mean = problems(build(world, sloppy_value(world), **SETTINGS[setting]), world, 6000, 8)
@@ -149,7 +149,7 @@ def test_adaptive_tempering_where_the_first_state_says_little(twist):
 
 
 @pytest.mark.parametrize("noise", [0.1, 0.01])
-@pytest.mark.first(1)
+@pytest.mark.slow
 def test_a_measurement_is_a_value_with_the_variance_of_x0(noise):
     """TDS of y = x0 + noise: Z is N(y; mu, v + noise^2) of the chain's own law N(mu, v), unbiased; the plain plug-in loses it."""
     world = GaussianWorld([0.0], [[1.0]], steps=50)
@@ -296,6 +296,7 @@ def test_standard_errors_are_those_of_repeated_runs(setting):
         assert np.sqrt(np.mean(ordinary**2)) < 0.85 * mean.std()  # of particles as if independent
 
 
+@pytest.mark.slow
 def test_errors_of_samples_drawn_from_particles():
     """Samples of equal weight carry their lineages: the error of their mean is what 300 runs show."""
     world = GaussianWorld([0.5], [[0.8]], steps=8, b=[1.2], q=[[0.4]], temperature=0.4)

@@ -112,6 +112,7 @@ def test_a_guided_proposal_leaves_the_target(make):
     assert slope(counts, errors) < -0.6, errors
 
 
+@pytest.mark.slow
 def test_partial_resampling_moves_the_lowest_of_the_batch():
     """SVDD-R: with M = 1 and the exact value, the whole batch replaced each move is a particle filter: E r rises to the tilted one."""
     world = factorised(steps=6, temperature=0.5)
@@ -124,6 +125,7 @@ def test_partial_resampling_moves_the_lowest_of_the_batch():
     assert abs(means[0] - prior) < 0.05 < means[1] - prior and means[2] > means[1] + 0.1
 
 
+@pytest.mark.slow
 def test_a_batch_of_one_and_a_single_candidate():
     world = world_of_copies()
     for options in ({}, {"distinct": True, "timeless": True}, {"replace": 0.5}):
@@ -135,6 +137,7 @@ def test_a_batch_of_one_and_a_single_candidate():
     np.testing.assert_allclose(world.frequencies(draws), world.law(), atol=0.02)
 
 
+@pytest.mark.slow
 def test_the_initial_selection_can_be_looked_at():
     """One move alone: what it began with is among the initial candidates, the one of the carry."""
     world = GaussianWorld([0.5], [[0.8]], schedule="flow", steps=5, eta=0.8)
@@ -152,6 +155,7 @@ def test_the_initial_selection_can_be_looked_at():
     np.testing.assert_allclose(out.x0, sampler.final(carry, world.times[0])[0], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_chunks_bound_memory_and_change_nothing():
     """Same keys, same samples; what a step holds at once falls with the candidates evaluated at once."""
     world, wide = world_of_copies(), 4096
@@ -174,7 +178,7 @@ def test_chunks_bound_memory_and_change_nothing():
 
 @pytest.mark.parametrize("reward", BAD)
 @pytest.mark.parametrize("options", [{}, {"selection": "argmax"}, {"replace": 0.1}])
-@pytest.mark.first(6)
+@pytest.mark.first(2)
 def test_bad_rewards_end_in_finite_samples(reward, options):
     world = GaussianWorld([0.5], [[0.8]], schedule="flow", steps=5, eta=0.8)
     value = values.posterior_mean(BAD[reward], world.process, world.denoiser)
@@ -220,6 +224,7 @@ def test_distinct_needs_a_masked_process():
         samplers.svdd(world.process, world.denoiser, world.value, distinct=True)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("rows", [None, 1, 5])
 def test_event_driven_sampling_is_ancestral_sampling_draw_for_draw(rows):
     world = world_of_copies()

@@ -412,6 +412,7 @@ def test_deep_features_are_the_input_of_the_last_layer():
 
 
 # What every surrogate keeps to
+@pytest.mark.first(1)
 @every
 def test_every_refit_is_one_program_of_one_structure_from_nothing_on(name):
     """Without an answer all is finite; the mean of a linear belief or a process is its prior's."""
@@ -431,6 +432,7 @@ def test_every_refit_is_one_program_of_one_structure_from_nothing_on(name):
         np.testing.assert_allclose(says["deviation"], 1, rtol=1e-6)
 
 
+@pytest.mark.first(1)
 @every
 def test_empty_and_infeasible_slots_change_nothing(name):
     """Wherever they lie, whatever they hold; for closed forms the order of the answers does not matter either."""
@@ -447,6 +449,7 @@ def test_empty_and_infeasible_slots_change_nothing(name):
         np.testing.assert_allclose(mixed[what], plain[what], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.first(1)
 @every
 def test_gradients_are_those_of_finite_differences_and_finite_at_the_corners(name):
     belief = fit(KINDS[name], KEY, observed(X, Y))
@@ -566,6 +569,7 @@ def test_coverage_counts_what_lies_inside():
 
 
 # Feasibility
+@pytest.mark.slow
 def test_feasibility_is_logistic_regression():
     from sklearn.linear_model import LogisticRegression
 

@@ -98,6 +98,7 @@ def trained():
     return tuner, state
 
 
+@pytest.mark.first(1)
 def test_values_and_policy_of_the_linear_quadratic_world(trained):
     """Values within 1 %, means and variances of the policy within 2 %."""
     tuner, state = trained
@@ -219,6 +220,7 @@ def test_where_gaussian_policies_contain_it_the_tilted_law_is_reached():
     assert abs(togo / TAU - (entropy - log_z)) < 0.02
 
 
+@pytest.mark.slow
 def test_gauss_seidel_learns_from_values_just_learnt_and_jacobi_from_old_ones():
     """Plain gradient steps from zero values, d/dc (c - y)^2 = 2 (c - y): chained targets in one sweep, or those of two sweeps.
 

@@ -133,6 +133,7 @@ def test_gaussian_data_are_learnt(separate):
     assert int(counts) == 2000 * (2 if separate else 4)
 
 
+@pytest.mark.slow
 def test_without_gamma_the_game_diverges_is_stopped_and_what_was_good_is_kept(tmp_path):
     """gamma = 0 and large rates: iterations out of bounds are undone, the runner stops after PATIENCE of them, with what went before on disk."""
     tuner = tuners.dxmi(

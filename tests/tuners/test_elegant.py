@@ -107,6 +107,7 @@ def test_tuning_ends_at_the_best_shifts_not_at_the_tilt():
     assert_law(x, controlled.Law(np.array([mean]), np.array([[variance]])))
 
 
+@pytest.mark.slow
 def test_the_tuned_chain_has_the_predicted_bias_with_a_frozen_start():
     w = gaussian()
     biased, target = controlled.frozen(w, ALPHA), w.tilted()

@@ -89,6 +89,7 @@ def test_gamma_holds_energies_at_zero():
     assert abs(float(slope) - 4 * 0.3 * 2) < 1e-5
 
 
+@pytest.mark.slow
 def test_log_partition_of_a_gaussian_in_many_dimensions():
     """32 dimensions, log Z 60 nats below that of the Gaussian it starts from; the spread falls with the steps."""
     size, std = 32, 0.15
