@@ -11,9 +11,27 @@ from typing import TYPE_CHECKING
 from rgdiff._lazy import submodules
 
 if TYPE_CHECKING:
-    from rgdiff.pretrained import config, layers, pipelines, schedulers, weights
+    from rgdiff.pretrained import (
+        autoencoder,
+        config,
+        layers,
+        pipelines,
+        schedulers,
+        unet,
+        weights,
+    )
     from rgdiff.pretrained.pipelines import from_diffusers, to_diffusers
 
-__all__ = ["config", "from_diffusers", "layers", "pipelines", "schedulers", "to_diffusers", "weights"]
+__all__ = [
+    "autoencoder",
+    "config",
+    "from_diffusers",
+    "layers",
+    "pipelines",
+    "schedulers",
+    "to_diffusers",
+    "unet",
+    "weights",
+]
 _FUNCTIONS = {"from_diffusers": "pipelines", "to_diffusers": "pipelines"}
 __getattr__, __dir__ = submodules(__name__, [name for name in __all__ if name not in _FUNCTIONS], _FUNCTIONS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,33 @@ class Config(Mapping[str, Any]):
 
     def __repr__(self) -> str:
         return f"Config({self._values!r})"
+
+    def refuse(self, network: str, read: Collection[str], fixed: Mapping[str, Any]) -> None:
+        """Refuse a setting that a network does not read and that would change what it computes.
+
+        Names that begin with an underscore pass (they say who wrote the file), and so do null, and false for an unknown setting.
+
+        Args:
+          network: its name, for the message.
+          read: settings that the network reads, or that do not change what it computes.
+          fixed: others that it knows, with the one value that it computes.
+
+        Raises:
+          ValueError: in one line that names the setting.
+
+        Example:
+          >>> from rgdiff.pretrained.config import Config
+          >>> Config({"width": 3, "dual": True}).refuse("Net", {"width"}, {"dual": False})
+          Traceback (most recent call last):
+          ValueError: the configuration: Net does not support dual = True, only False
+        """
+        for key, value in self.items():
+            if key in read or key.startswith("_") or value is None:
+                continue
+            if key not in fixed and value is not False:
+                raise ValueError(f"{self._source}: {network} does not know the setting {key} = {value!r}")
+            if key in fixed and value != fixed[key]:
+                raise ValueError(f"{self._source}: {network} does not support {key} = {value!r}, only {fixed[key]!r}")
 
     def per_stage(self, key: str, stages: int, default: Any = None) -> list[Any]:
         """Return a setting as one value a stage: a number stands for every stage.

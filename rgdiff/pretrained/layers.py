@@ -96,14 +96,16 @@ def sinusoids(
 
 
 class TimestepEmbedding(nn.Module):
-    """linear_1, an activation, linear_2: [B, D] -> [B, features]."""
+    """linear_1, an activation, linear_2: [B, D] -> [B, features]; a condition [B, C], if any, is mapped by cond_proj and added first."""
 
     features: int
     activation: str = "silu"
     dtype: Any = None
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, condition: Array | None = None) -> Array:
+        if condition is not None:
+            x = x + dense(x.shape[-1], bias=False, name="cond_proj", dtype=self.dtype)(condition)
         h = ACTIVATIONS[self.activation](dense(self.features, name="linear_1", dtype=self.dtype)(x))
         return dense(self.features, name="linear_2", dtype=self.dtype)(h)
 

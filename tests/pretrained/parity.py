@@ -165,7 +165,8 @@ def theirs(case: Case, bits: int = 64) -> tuple[Results, dict[str, Any]]:
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    module = case.build(dict(case.config)).eval().to(getattr(torch, f"float{bits}"))
+    module = case.build(dict(case.config)).eval()
+    module = module.double() if bits == 64 else module.float()
     named = {key: case.rename(key) for key in module.state_dict()}
     shapes = {named[key]: tuple(value.shape) for key, value in module.state_dict().items() if named[key] is not None}
     state = tiny_weights(shapes)
