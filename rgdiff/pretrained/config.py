@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,44 @@ class Config(Mapping[str, Any]):
             if key in fixed and value != fixed[key]:
                 raise ValueError(f"{self._source}: {network} does not support {key} = {value!r}, only {fixed[key]!r}")
 
+    def settings(
+        self,
+        network: str,
+        read: Mapping[str, Any],
+        fixed: Mapping[str, Any] | None = None,
+        harmless: Iterable[str] = (),
+        choices: Mapping[str, Collection[Any]] | None = None,
+    ) -> Config:
+        """Return the settings that a network reads, with its defaults, and refuse a file that asks for something else.
+
+        Args:
+          network: its name, for the message.
+          read: setting -> its value where the file has none or null; `...` for one that the file must have.
+          fixed: others that it knows, with the one value that it computes.
+          harmless: settings that do not change what it computes.
+          choices: of those read, the values that it computes.
+
+        Returns:
+          Exactly the settings of `read`.
+
+        Raises:
+          ValueError: in one line that names the setting.
+
+        Example:
+          >>> from rgdiff.pretrained.config import Config
+          >>> print(Config({"width": 8, "dropout": 0.1}).settings("Net", {"width": ..., "depth": 2}, harmless={"dropout"}))
+          Config({'width': 8, 'depth': 2})
+        """
+        self.refuse(network, {*read, *harmless}, fixed or {})
+        values = {key: self.get(key, default) for key, default in read.items()}
+        for key, value in values.items():
+            if value is ...:
+                raise ValueError(f"{self._source}: {network} needs the setting {key}")
+            if choices and key in choices and value not in choices[key]:
+                known = ", ".join(repr(one) for one in choices[key])
+                raise ValueError(f"{self._source}: {network} does not support {key} = {value!r}, only {known}")
+        return Config(values, self._source)
+
     def per_stage(self, key: str, stages: int, default: Any = None) -> list[Any]:
         """Return a setting as one value a stage: a number stands for every stage.
 
@@ -128,6 +166,22 @@ def read_config(path: Path) -> Config:
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}, expected a mapping of settings")
     return Config(values, str(path))
+
+
+# Settings of every transformers configuration, and of its generation, that leave an encoder's outputs as they are.
+TRANSFORMERS = frozenset(
+    """
+    architectures model_type transformers_version torch_dtype dtype return_dict output_hidden_states output_attentions
+    torchscript use_bfloat16 tf_legacy_loss chunk_size_feed_forward is_encoder_decoder cross_attention_hidden_size
+    tie_encoder_decoder tie_word_embeddings max_length min_length do_sample early_stopping num_beams num_beam_groups
+    diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores return_dict_in_generate
+    forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
+    begin_suppress_tokens finetuning_task id2label label2id tokenizer_class prefix bos_token_id pad_token_id
+    eos_token_id sep_token_id decoder_start_token_id task_specific_params problem_type use_cache
+    initializer_range initializer_factor gradient_checkpointing
+    """.split()
+)
 
 
 def _frozen(value: Any) -> Any:
