@@ -13,10 +13,16 @@ from rgdiff._lazy import submodules
 if TYPE_CHECKING:
     from rgdiff.pretrained import (
         autoencoder,
+        clip,
         config,
+        dit,
+        flux,
         layers,
         pipelines,
         schedulers,
+        sd3,
+        t5,
+        transformer,
         unet,
         weights,
     )
@@ -24,12 +30,18 @@ if TYPE_CHECKING:
 
 __all__ = [
     "autoencoder",
+    "clip",
     "config",
+    "dit",
+    "flux",
     "from_diffusers",
     "layers",
     "pipelines",
     "schedulers",
+    "sd3",
+    "t5",
     "to_diffusers",
+    "transformer",
     "unet",
     "weights",
 ]
