@@ -7,14 +7,15 @@ denoiser), parameters, a grid, and the maps between pictures, latents and prompt
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -388,29 +389,19 @@ def to_diffusers(prior: Pretrained, params: Params, folder: str | os.PathLike[st
     Raises:
       ValueError: for a folder that holds files, or parameters of another structure.
     """
-    target = Path(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} is there already and not empty; give another folder")
     like, found = (jax.tree_util.tree_structure(tree) for tree in (prior.params, params))
     if like != found:
         raise ValueError(
             "params are not of this prior: expected the structure of prior.params (merge an adapter first)"
         )
-    part = target.with_name(target.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
     place = next((n for n in ("unet", "transformer") if (prior.folder / n).is_dir()), ".")
     old = lambda directory, names: (  # noqa: E731 - the weights that are replaced are not copied
         [n for n in names if n.startswith("diffusion_pytorch_model")] if Path(directory) == prior.folder / place else []
     )
-    try:
-        shutil.copytree(prior.folder, part, ignore=old)
+    with _appearing(Path(folder)) as part:
+        shutil.copytree(prior.folder, part, ignore=old, dirs_exist_ok=True)
         weights.write(part / place / WEIGHTS, params)
-        if target.exists():
-            target.rmdir()
-        os.replace(part, target)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return target
+    return Path(folder)
 
 
 def _network(name: str) -> Any:
@@ -513,11 +504,71 @@ class _Tokenizer:
         return self._tokenize(prompts)
 
 
-def model_index(kind: str, parts: Mapping[str, tuple[str, str]]) -> bytes:
-    """Return the text of a model_index.json.
+class Part(NamedTuple):
+    """A part of a pipeline's folder: its library and class as model_index.json names them, its settings, and its parameters, if any.
 
     Args:
-      kind: the pipeline's class, such as StableDiffusionPipeline.
-      parts: folder -> (library, class).
+      library: diffusers or transformers.
+      kind: the class.
+      settings: of its config.json; of a scheduler, its scheduler_config.json; empty for a tokenizer.
+      params: of a network.
+      files: further files, name -> contents: those of a tokenizer.
     """
-    return json.dumps({"_class_name": kind, **{name: list(value) for name, value in parts.items()}}, indent=2).encode()
+
+    library: str
+    kind: str
+    settings: Mapping[str, Any]
+    params: Params = None
+    files: Mapping[str, bytes] = {}
+
+
+def save_pipeline(folder: str | os.PathLike[str], kind: str, parts: Mapping[str, Part]) -> Path:
+    """Write a pipeline's folder, as diffusers' `save_pretrained` does; whole or not at all.
+
+    Args:
+      folder: to be written; it must not exist, or be empty.
+      kind: the pipeline's class, such as StableDiffusionPipeline.
+      parts: folder -> part.
+
+    Returns:
+      The folder.
+
+    Raises:
+      ValueError: for a folder that holds files.
+    """
+    with _appearing(Path(folder)) as place:
+        index = {name: [part.library, part.kind] for name, part in parts.items()}
+        _write_json(place / "model_index.json", {"_class_name": kind, **index})
+        for name, part in parts.items():
+            (place / name).mkdir()
+            if part.settings:
+                file = "scheduler_config.json" if part.kind.endswith("Scheduler") else "config.json"
+                own = {"architectures": [part.kind]} if part.library == "transformers" else {"_class_name": part.kind}
+                _write_json(place / name / file, own | dict(part.settings))
+            if part.params is not None:
+                stem = WEIGHTS if part.library == "diffusers" else "model.safetensors"
+                weights.write(place / name / stem, part.params)
+            for file, content in part.files.items():
+                (place / name / file).write_bytes(content)
+    return Path(folder)
+
+
+def _write_json(file: Path, values: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _appearing(target: Path) -> Iterator[Path]:
+    """Give an empty folder to fill, which takes its own name when all is written."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} is there already and not empty; give another folder")
+    part = target.with_name(target.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        if target.exists():
+            target.rmdir()
+        os.replace(part, target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
