@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rgdiff import checks, guides
+from rgdiff.domains.images import jpeg as jpeg_size
 from rgdiff.domains.images import rewards as image_rewards
 from rgdiff.domains.images.classifier import Classifier, train_classifier
 from rgdiff.domains.images.data import ImageDomain
@@ -216,3 +217,23 @@ def compressible(level: int = 6) -> Task:
       The task.
     """
     return Task(image_rewards.compressibility(level), image_rewards.compressibility(level))
+
+
+def jpeg(quality: int = 95, larger: bool = False, softness: float = 0.05, host: bool = False) -> Task:
+    """Make the task: estimated size in kB of a JPEG file, differentiable, evaluated by the true size of the file that PIL writes.
+
+    Args:
+      quality: libjpeg's, 1 to 100.
+      larger: reward large files; small ones by default.
+      softness: of the estimate's rounding, > 0, without unit; 0.1 to 0.2 have larger gradients, and read more kB.
+      host: guide by the true size, a black box.
+
+    Returns:
+      The task, on images [B, H, W, 1 or 3].
+
+    Raises:
+      ValueError: for another quality.
+    """
+    true = jpeg_size.exact(quality, larger=larger)
+    estimate = jpeg_size.incompressibility if larger else jpeg_size.compressibility
+    return Task(true if host else estimate(quality, softness), true)
