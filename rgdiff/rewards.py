@@ -364,6 +364,12 @@ class Task(NamedTuple):
     measure: Callable[[State], dict[str, Array]] | None = None
     conditional: bool = False
 
+    def through(self, decode: Callable[[State], State] | None) -> Task:
+        """Return the task on states whose pictures, or whatever `decode` makes of them, both rewards see; None changes nothing."""
+        if decode is None:
+            return self
+        return self._replace(reward=decoded(self.reward, decode), heldout=decoded(self.heldout, decode))
+
 
 def custom(fn: Callable[..., Any], heldout_fn: Callable[..., Any] | None = None, host: bool = False) -> Task:
     """Make a task of a user's function.

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rgdiff import checks
-from rgdiff.typing import Array, pytree
+from rgdiff.typing import Array, pytree, static
 
 
 class GaussianSchedule(Protocol):
@@ -128,7 +128,10 @@ class KarrasVE:
 
 @pytree
 class Flow:
-    """Rectified flow, x_t = (1 - t) x0 + t eps (arXiv 2209.03003, 2210.02747)."""
+    """Rectified flow, x_t = (1 - t) x0 + t eps (arXiv 2209.03003, 2210.02747). Build it with `flow`."""
+
+    shift: float = static(default=1.0)
+    last: float | None = static(default=None)
 
     @property
     def prior_std(self) -> Array:
@@ -145,7 +148,11 @@ class Flow:
         return 2 * (jnp.log1p(-t) - jnp.log(t))
 
     def times(self, steps: int) -> Array:
-        return _trailing(1.0, steps)
+        if self.shift == 1.0 and self.last is None:
+            return _trailing(1.0, steps)
+        steps = checks.at_least("steps", steps, 1)
+        even = np.linspace(1.0, 1 / steps if self.last is None else self.last, steps)
+        return jnp.asarray(shifted(even, self.shift), jnp.float32)
 
 
 def level(t: Array, levels: int) -> Array:
@@ -172,6 +179,8 @@ class Tabulated:
     """The T noise levels of a discrete chain, at t = 1/T, 2/T, ..., 1; between two, log_snr is linear in t. Build it with `tabulated`."""
 
     levels: Array  # log_snr, [T], decreasing
+    spacing: str = static(default="trailing")
+    offset: int = static(default=0)
 
     @property
     def prior_std(self) -> Array:
@@ -197,7 +206,9 @@ class Tabulated:
         levels = self.levels.shape[0]
         if checks.at_least("steps", steps, 1) > levels:
             raise ValueError(f"this schedule has {levels} noise levels; steps must be at most that, got {steps}")
-        return trailing_times(steps, levels)
+        if self.spacing == "leading":
+            return leading_times(steps, levels, offset=self.offset)
+        return (trailing_times if self.spacing == "trailing" else linspace_times)(steps, levels)
 
 
 def linear_vp(beta_min: float = 0.1, beta_max: float = 20.0) -> LinearVP:
@@ -263,22 +274,52 @@ def karras_ve(sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.
     return KarrasVE(low, high, checks.positive("rho", rho))
 
 
-def flow() -> Flow:
+def flow(shift: float = 1.0, *, last: float | None = None) -> Flow:
     """Build the rectified-flow schedule, x_t = (1 - t) x0 + t eps (arXiv 2209.03003, 2210.02747).
+
+    Args:
+      shift: of its grids towards noise, s -> shift s / (1 + (shift - 1) s) (Stable Diffusion 3, arXiv 2403.03206, eq. 23); 1 for none.
+      last: the last of a grid's even times before the shift; 1/n for n times by default.
 
     Returns:
       The schedule.
+
+    Raises:
+      ValueError: for a shift that is not positive, or a last time outside (0, 1).
 
     Example:
       >>> import rgdiff
       >>> schedule = rgdiff.schedules.flow()
       >>> print(schedule.alpha(0.25), schedule.sigma(0.25))
       0.75 0.25
+      >>> print(rgdiff.schedules.flow(shift=3.0).times(4).round(4))
+      [1.   0.9  0.75 0.5 ]
     """
-    return Flow()
+    checks.positive("shift", shift)
+    if last is not None and not 0 < last < 1:
+        raise ValueError(f"last is a time in (0, 1), got {last!r}")
+    return Flow(float(shift), None if last is None else float(last))
 
 
-def tabulated(alpha_bar: Any) -> Tabulated:
+def shifted(sigma: Any, shift: float) -> Any:
+    """Return flow times moved towards noise: shift s / (1 + (shift - 1) s) (Stable Diffusion 3, arXiv 2403.03206, eq. 23).
+
+    Args:
+      sigma: times in [0, 1], any shape.
+      shift: positive; 1 changes nothing. Dynamic shifting by mu is shift = exp(mu).
+
+    Example:
+      >>> import rgdiff
+      >>> rgdiff.schedules.shifted(0.5, 3.0)
+      0.75
+    """
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+SPACINGS = ("trailing", "leading", "linspace")
+
+
+def tabulated(alpha_bar: Any, *, spacing: str = "trailing", offset: int = 0) -> Tabulated:
     """Build the variance-preserving schedule of a discrete chain from its cumulative products alpha_bar.
 
     x_t = sqrt(alpha_bar_i) x0 + sqrt(1 - alpha_bar_i) eps at t = (i + 1) / T. With eta = 1 the reverse kernels on its
@@ -287,6 +328,8 @@ def tabulated(alpha_bar: Any) -> Tabulated:
     Args:
       alpha_bar: [T], strictly decreasing in (0, 1); the last may be 0 (zero terminal SNR, arXiv 2305.08891). There a prediction
         of x0 or v determines x0, and one of eps does not.
+      spacing: of its grids, `times(n)`: trailing, leading or linspace (see the functions of these names).
+      offset: of leading grids, in levels.
 
     Returns:
       The schedule; between two levels log_snr is linear in t.
@@ -303,8 +346,10 @@ def tabulated(alpha_bar: Any) -> Tabulated:
     table = np.asarray(alpha_bar, np.float64)
     if table.ndim != 1 or not len(table) or not (np.diff(table, prepend=1.0) < 0).all() or table[-1] < 0:
         raise ValueError("alpha_bar must be a vector that decreases strictly below 1 to no less than 0, noise last")
+    checks.one_of("spacing", spacing, SPACINGS)
     with np.errstate(divide="ignore"):
-        return Tabulated(jnp.asarray(np.log(table) - np.log1p(-table), jnp.float32))
+        levels = jnp.asarray(np.log(table) - np.log1p(-table), jnp.float32)
+    return Tabulated(levels, spacing, checks.at_least("offset", offset, 0))
 
 
 def zero_terminal_snr(alpha_bar: Any) -> np.ndarray:

@@ -9,10 +9,10 @@ PREFIX = "package:"
 
 
 def resolved(path: str | os.PathLike[str]) -> Path:
-    """Return the path of a file: `package:NAME` is the file of that name that comes with the package.
+    """Return the path of a file or folder: `package:NAME` is the one of that name that comes with the package.
 
     Args:
-      path: of any file, or `package:NAME`.
+      path: of any file or folder, or `package:NAME`.
 
     Returns:
       The path.
@@ -29,7 +29,9 @@ def resolved(path: str | os.PathLike[str]) -> Path:
     if not text.startswith(PREFIX):
         return Path(text)
     folder = Path(__file__).resolve().parent
-    files = sorted(file.name for file in folder.glob("*.safetensors"))
+    files = sorted(
+        one.name for one in folder.iterdir() if one.suffix == ".safetensors" or (one / "model_index.json").exists()
+    )
     if (name := text.removeprefix(PREFIX)) not in files:
         raise ValueError(f"{path} does not come with the package, which has {', '.join(files)}")
     return folder / name

@@ -189,7 +189,7 @@ class Pretrained:
 
     def times(self, steps: int) -> Array:
         """Return the grid of the file's scheduler: [steps], decreasing; all but the last network call are moves."""
-        return self.scheduler.times(steps)
+        return self.process.times(steps)
 
     def pictures(self, x0: Array) -> Array:
         """Return samples as pictures [B, H, W, C]: decoded, where they are latents."""
@@ -339,29 +339,13 @@ def from_diffusers(
       ...
       ValueError: no folder at /no/such/folder
     """
-    root = Path(folder)
-    if not root.is_dir():
-        raise ValueError(f"no folder at {root}")
-    if (root / "model_index.json").exists():
-        index = read_config(weights.inside(root / "model_index.json", root))
-        parts = {name: root / name for name, value in index.items() if isinstance(value, tuple) and all(value)}
-    elif (root / "config.json").exists():
-        parts = {"unet": root}
-    else:
-        raise ValueError(f"{root} holds no model_index.json and no config.json: expected a folder of save_pretrained")
-    place = next((parts[name] for name in ("unet", "transformer") if name in parts), None)
-    if place is None:
-        raise ValueError(f"{root} has no part named unet or transformer; it has {', '.join(parts) or 'none'}")
-    config = read_config(weights.inside(place / "config.json", root))
-    name = checks.one_of(f"_class_name in {place / 'config.json'}", config.get("_class_name"), DENOISERS)
+    root, parts, place, config = _opened(folder)
+    name = config["_class_name"]
     network = _network(name)(config, dtype=_compute(dtype), remat=remat)
-    high, wide = size or _sizes(config)
-    channels = config["in_channels"]
-    settings = scheduler if scheduler is not None else _scheduler_config(parts, root)
-    patch = config.get("patch_size", 1) * (2 if name == "FluxTransformer2DModel" else 1)
-    read = read_scheduler(settings, tokens=(high // patch) * (wide // patch))
-    process = read.process((high, wide, channels), eta)
-    params = _params(network, _inputs(name, config, (high, wide, channels)), place, root, dtype, sharding)
+    shape = _shape(config, size)
+    read = _scheduler(parts, root, config, shape, scheduler)
+    process, channels = read.process(shape, eta), shape[-1]
+    params = _params(network, _inputs(name, config, shape), place, root, dtype, sharding)
     model = PretrainedModel(process.schedule, network, read.prediction, read.levels, channels, read.clip_x0)
     classes = _classes(name, config)
     more: dict[str, Any] = {}
@@ -369,8 +353,10 @@ def from_diffusers(
         more |= _autoencoder(parts["vae"], root, dtype)
     if text:
         more["text"] = _text(parts, root, dtype)
-    zero = bool((root / "model_index.json").exists() and index.get("force_zeros_for_empty_prompt"))
-    return Pretrained(folder=root, scheduler=read, process=process, model=model, params=params, classes=classes, zero_null=zero, **more)  # fmt: skip
+    zero = (root / "model_index.json").exists() and read_config(root / "model_index.json").get(
+        "force_zeros_for_empty_prompt"
+    )
+    return Pretrained(folder=root, scheduler=read, process=process, model=model, params=params, classes=classes, zero_null=bool(zero), **more)  # fmt: skip
 
 
 def to_diffusers(prior: Pretrained, params: Params, folder: str | os.PathLike[str]) -> Path:
@@ -412,9 +398,66 @@ def _compute(dtype: Any) -> Any:
     return None if jnp.dtype(dtype) == jnp.float32 else dtype
 
 
-def _sizes(config: Config) -> tuple[int, int]:
-    size = config.get("sample_size", 128)
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+def _opened(folder: str | os.PathLike[str]) -> tuple[Path, dict[str, Path], Path, Config]:
+    """Return a folder, its parts by name, the place of its denoising network, and that one's settings."""
+    root = Path(folder)
+    if not root.is_dir():
+        raise ValueError(f"no folder at {root}")
+    if (root / "model_index.json").exists():
+        index = read_config(weights.inside(root / "model_index.json", root))
+        parts = {name: root / name for name, value in index.items() if isinstance(value, tuple) and all(value)}
+    elif (root / "config.json").exists():
+        parts = {"unet": root}
+    else:
+        raise ValueError(f"{root} holds no model_index.json and no config.json: expected a folder of save_pretrained")
+    place = next((parts[name] for name in ("unet", "transformer") if name in parts), None)
+    if place is None:
+        raise ValueError(f"{root} has no part named unet or transformer; it has {', '.join(parts) or 'none'}")
+    config = read_config(weights.inside(place / "config.json", root))
+    checks.one_of(f"_class_name in {place / 'config.json'}", config.get("_class_name"), DENOISERS)
+    return root, parts, place, config
+
+
+def _shape(config: Config, size: tuple[int, int] | None) -> tuple[int, int, int]:
+    own = config.get("sample_size", 128)
+    high, wide = size or ((own, own) if isinstance(own, int) else own)
+    channels = config["in_channels"] // (4 if config["_class_name"] == "FluxTransformer2DModel" else 1)
+    return int(high), int(wide), int(channels)
+
+
+def state_shape(folder: str | os.PathLike[str], size: tuple[int, int] | None = None) -> tuple[int, int, int]:
+    """Return the shape [h, w, C] of a folder's states; its settings are read, and no weights.
+
+    Args:
+      folder: as in `from_diffusers`.
+      size: (h, w), the network's own by default.
+
+    Raises:
+      ValueError: for a folder that is none.
+    """
+    return _shape(_opened(folder)[3], size)
+
+
+def scheduler_of(folder: str | os.PathLike[str], shape: tuple[int, ...]) -> Scheduler:
+    """Return the scheduler of a folder; its settings are read, and no weights.
+
+    Args:
+      folder: as in `from_diffusers`.
+      shape: of one state, on which a flow's shift may depend.
+    """
+    root, parts, _, config = _opened(folder)
+    return _scheduler(parts, root, config, shape, None)
+
+
+def _scheduler(
+    parts: Mapping[str, Path], root: Path, config: Config, shape: tuple[int, ...], given: Mapping[str, Any] | None
+) -> Scheduler:
+    if given is None and "scheduler" not in parts:
+        raise ValueError(f"{root} has no scheduler; give scheduler=, the settings of a scheduler_config.json")
+    if given is None:
+        given = read_config(weights.inside(parts["scheduler"] / "scheduler_config.json", root))
+    patch = config.get("patch_size", 1) * (2 if config["_class_name"] == "FluxTransformer2DModel" else 1)
+    return read_scheduler(given, tokens=(shape[0] // patch) * (shape[1] // patch))
 
 
 def _classes(name: str, config: Config) -> int | None:
@@ -423,12 +466,6 @@ def _classes(name: str, config: Config) -> int | None:
     if name == "UNet2DModel" and config.get("num_class_embeds") is not None:
         return int(config["num_class_embeds"]) - 1  # the last one means none
     return None
-
-
-def _scheduler_config(parts: Mapping[str, Path], root: Path) -> Mapping[str, Any]:
-    if "scheduler" not in parts:
-        raise ValueError(f"{root} has no scheduler; give scheduler=, the settings of a scheduler_config.json")
-    return read_config(weights.inside(parts["scheduler"] / "scheduler_config.json", root))
 
 
 def _inputs(name: str, config: Config, shape: tuple[int, ...]) -> tuple[Any, ...]:

@@ -26,7 +26,6 @@ DISCRETE = (
 )  # fmt: skip
 FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-SPACINGS = ("leading", "trailing", "linspace")
 # What a scheduler does where its file does not say.
 SPACING = {"DDIMScheduler": "leading", "DDPMScheduler": "leading", "PNDMScheduler": "leading"}
 
@@ -72,64 +71,6 @@ def alpha_bar(config: Mapping[str, Any]) -> np.ndarray:
     return schedules.zero_terminal_snr(table) if config.get("rescale_betas_zero_snr") else table
 
 
-@pytree
-class Grid:
-    """The times at which a file's scheduler calls its network: steps -> [steps], decreasing. Build it with `read_scheduler`."""
-
-    levels: int = static()
-    spacing: str = static()
-    offset: int = static(default=0)
-    shift: float = static(default=1.0)
-
-    def __call__(self, steps: int) -> Array:
-        if self.spacing in ("flow", "dynamic_flow"):
-            return flow_times(steps, self.shift, levels=self.levels, dynamic=self.spacing == "dynamic_flow")
-        if self.spacing == "leading":
-            return schedules.leading_times(steps, self.levels, offset=self.offset)
-        spaced = {"trailing": schedules.trailing_times, "linspace": schedules.linspace_times}[self.spacing]
-        return spaced(steps, self.levels)
-
-
-def shifted(sigma: Any, shift: float) -> Any:
-    """Return flow times moved towards noise: shift s / (1 + (shift - 1) s) (Stable Diffusion 3, arXiv 2403.03206, eq. 23).
-
-    Args:
-      sigma: times in [0, 1], any shape.
-      shift: positive; 1 changes nothing. Dynamic shifting by mu is shift = exp(mu).
-
-    Example:
-      >>> from rgdiff.pretrained import schedulers
-      >>> schedulers.shifted(0.5, 3.0)
-      0.75
-    """
-    return shift * sigma / (1 + (shift - 1) * sigma)
-
-
-def flow_times(steps: int, shift: float = 1.0, *, levels: int = 1000, dynamic: bool = False) -> Array:
-    """Return the grid of diffusers' FlowMatchEulerDiscreteScheduler: even times, shifted.
-
-    With a static shift the last time before the shift is itself a shifted 1/T, as in the released code. With a dynamic one
-    the grid is 1, 1 - 1/n, ..., 1/n, shifted.
-
-    Args:
-      steps: n, network calls.
-      shift: exp(mu) where it is dynamic.
-      levels: T.
-      dynamic: the shift depends on the image's size (`dynamic_shift`).
-
-    Returns:
-      [n], decreasing from 1.
-
-    Example:
-      >>> from rgdiff.pretrained import schedulers
-      >>> print(schedulers.flow_times(4, 3.0, dynamic=True).round(4))
-      [1.   0.9  0.75 0.5 ]
-    """
-    steps = checks.at_least("steps", steps, 1)
-    last = 1 / steps if dynamic else shifted(1 / levels, shift)
-    return jnp.asarray(shifted(np.linspace(1.0, last, steps), shift), jnp.float32)
-
-
 def dynamic_shift(config: Mapping[str, Any], tokens: int) -> float:
     """Return exp(mu) for an image of `tokens` patches: mu is linear in them between the file's two sizes (Flux, SD 3.5).
 
@@ -152,9 +93,8 @@ class Scheduler:
     """What a scheduler's file says of its network.
 
     Args:
-      schedule: the noise levels.
+      schedule: the noise levels, with the file's own grid: `schedule.times(steps)`.
       prediction: of the network: eps, v, x0 or velocity.
-      times: steps -> times [steps], decreasing: the file's own grid.
       levels: T, by which t is multiplied for the network.
       end: the time at which chains end, where the file says that they end at the first level and not at data
         (`set_alpha_to_one: false`); None at data.
@@ -164,7 +104,6 @@ class Scheduler:
 
     schedule: Any
     prediction: str
-    times: Grid
     levels: int
     end: float | None = None
     clip: tuple[float, float] | None = None
@@ -198,7 +137,7 @@ def read_scheduler(config: Mapping[str, Any], *, tokens: int | None = None) -> S
       >>> from rgdiff.pretrained import schedulers
       >>> config = {"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
       >>> scheduler = schedulers.read_scheduler(config | {"set_alpha_to_one": False, "steps_offset": 1})
-      >>> print(scheduler.prediction, scheduler.end, (scheduler.times(50)[:2] * 1000 - 1).round())
+      >>> print(scheduler.prediction, scheduler.end, (scheduler.schedule.times(50)[:2] * 1000 - 1).round())
       eps 0.001 [981. 961.]
     """
     name = checks.one_of("the scheduler's _class_name", config.get("_class_name"), (*DISCRETE, *FLOWS))
@@ -208,8 +147,8 @@ def read_scheduler(config: Mapping[str, Any], *, tokens: int | None = None) -> S
         if dynamic and tokens is None:
             raise ValueError("this flow's shift depends on the image's size; give tokens=, its number of patches")
         shift = dynamic_shift(config, int(tokens or 0)) if dynamic else float(config.get("shift", 1.0))
-        grid = Grid(levels, "dynamic_flow" if dynamic else "flow", shift=shift)
-        return Scheduler(schedules.flow(), "velocity", grid, levels)
+        last = None if dynamic else schedules.shifted(1 / levels, shift)  # shifted twice, as released
+        return Scheduler(schedules.flow(shift, last=last), "velocity", levels)
     kind = config.get("prediction_type", "epsilon")
     prediction = PREDICTIONS[checks.one_of("the scheduler's prediction_type", kind, PREDICTIONS)]
     for other in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"):
@@ -218,8 +157,8 @@ def read_scheduler(config: Mapping[str, Any], *, tokens: int | None = None) -> S
                 f"the scheduler's {other} is a grid of its own; set it to false, and take schedules.karras_times"
             )
     spacing = config.get("timestep_spacing", SPACING.get(name, "linspace"))
-    checks.one_of("the scheduler's timestep_spacing", spacing, SPACINGS)
-    grid = Grid(levels, spacing, int(config.get("steps_offset", 0)))
+    checks.one_of("the scheduler's timestep_spacing", spacing, schedules.SPACINGS)
+    schedule = schedules.tabulated(alpha_bar(config), spacing=spacing, offset=int(config.get("steps_offset", 0)))
     end = None
     if name in ("DDIMScheduler", "PNDMScheduler") and not config.get("set_alpha_to_one", name == "DDIMScheduler"):
         end = 1 / levels
@@ -227,7 +166,7 @@ def read_scheduler(config: Mapping[str, Any], *, tokens: int | None = None) -> S
     clips = name in ("DDIMScheduler", "DDPMScheduler") and config.get("clip_sample", True)
     clip = (-size, size) if clips else None
     kept, followed = (clip, None) if name == "DDIMScheduler" else (None, clip)
-    return Scheduler(schedules.tabulated(alpha_bar(config)), prediction, grid, levels, end, kept, followed)
+    return Scheduler(schedule, prediction, levels, end, kept, followed)
 
 
 @pytree

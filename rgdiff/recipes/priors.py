@@ -94,7 +94,7 @@ def unconditional(prior: Prior, what: str, instead: str) -> None:
       what: the setting that needs an unconditional prior, for the message.
       instead: the advice of the message.
     """
-    if getattr(prior, "guidance", None) is not None:
+    if getattr(prior, "several", getattr(prior, "guidance", None) is not None):
         raise ValueError(f"{what} is not offered for a conditional prior; {instead}")
 
 

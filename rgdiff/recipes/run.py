@@ -113,12 +113,9 @@ def prepare(name: str, overrides: Sequence[str], dry: bool = False) -> Prepared:
     prepared = Prepared(name, overrides, config, trusted, out.absolute(), cache, methods, domain, settings, built)
 
     def untrained(settings: Any) -> Any:
-        """Build a reward that needs no training."""
-        return (
-            None
-            if recipe.needs(settings, trusted) & {"judge", "key"}
-            else recipe.build(settings, trusted, domain=domain)
-        )
+        """Build a reward that needs no training and no decoder of the domain's."""
+        later = recipe.needs(settings, trusted) & {"judge", "key"} or hasattr(type(domain), "decoder")
+        return None if later else recipe.build(settings, trusted, domain=domain)
 
     tasks_of(prepared, lambda _, settings: untrained(settings))
     return prepared
@@ -224,6 +221,7 @@ def execute(prepared: Prepared) -> dict[str, Any]:
 
     def make(phase: str, settings: Any) -> Any:
         task = recipe.build(settings, prepared.trusted, domain=domain, judge=judge, key=phase_key(seed, phase))
+        task = task.through(getattr(domain, "decoder", None))  # rewards see pictures, where states are latents
         judge.check(task)
         return task
 

@@ -12,13 +12,14 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rgdiff.domains.drawing import Logo, Plane
 from rgdiff.rewards import Task
 from rgdiff.runtime.run import Run
-from rgdiff.typing import Array, Denoiser, Model, Params, Process, Value
+from rgdiff.typing import Array, Cond, Denoiser, Model, Params, Process, Value
 
 Shape = tuple[int, ...]
 Curves = dict[str, Any]  # title -> (x, y), (x, y, low, high), or several of them by name
@@ -111,9 +112,10 @@ class Prior(Protocol):
 class ReadyPrior:
     """A prior ready for use: `model(params)` denoises under `process`, in chains over `times`.
 
-    settings: what it was obtained from. shape: of one example. classes: of a conditional prior. data [N, *shape]: what it was
+    settings: what it was obtained from. shape: of one example. classes: of a conditional prior. conds: the conditions of one that
+    has others than labels, a pytree of leaves [N, ...]. data [N, *shape]: what it was
     trained on, and fresh [M, *shape]: what it was not, for methods that learn from data. figures: of its own, for the table.
-    problems: seed -> problems of one class, for methods that detect anomalies.
+    problems: seed -> problems of one class, for methods that detect anomalies. decode: what rewards see of a state, or None.
     """
 
     process: Process
@@ -123,14 +125,22 @@ class ReadyPrior:
     settings: Prior
     shape: Shape
     classes: int | None = None
+    conds: Cond = None
     data: Any = None
     fresh: Any = None
     figures: dict[str, float] = dataclasses.field(default_factory=dict)
     problems: Callable[[int], list[Any]] | None = None
+    decode: Callable[[Any], Any] | None = None
 
-    def conditions(self, count: int) -> Array | None:
-        """Return the labels [count] that samples of a conditional prior are drawn with, every class in turn."""
-        return None if self.classes is None else jnp.arange(count) % self.classes
+    @property
+    def every_condition(self) -> Cond:
+        """Every condition once, leaves [N, ...]; None for an unconditional prior."""
+        return self.conds if self.classes is None else jnp.arange(self.classes)
+
+    def conditions(self, count: int) -> Cond:
+        """Return the conditions [count, ...] that samples of a conditional prior are drawn with, every one in turn."""
+        every = self.every_condition
+        return jax.tree.map(lambda leaf: leaf[jnp.arange(count) % leaf.shape[0]], every)
 
     @property
     def denoiser(self) -> Denoiser:

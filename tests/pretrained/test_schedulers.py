@@ -77,7 +77,7 @@ def chain(scheduler, times, eta, start=START):
 def test_chains(name):
     config, eta, steps, expected = CASES[name]
     scheduler = schedulers.read_scheduler(config, tokens=1024)
-    times = scheduler.times(len(steps))
+    times = scheduler.schedule.times(len(steps))
     np.testing.assert_allclose(times * 1000 - (scheduler.prediction != "velocity"), steps, atol=1e-3)
     start = START * scheduler.schedule.sigma(times[0]) if name == "euler, trailing, v" else START  # as released
     np.testing.assert_allclose(chain(scheduler, times, eta, start), expected, rtol=1e-4, atol=1e-5)
@@ -97,7 +97,7 @@ def test_ddpm_clips_x0_and_its_noise_follows():
     config = {"_class_name": "DDPMScheduler", "beta_schedule": "linear", "clip_sample": True}
     scheduler = schedulers.read_scheduler(config)
     assert scheduler.clip is None and scheduler.clip_x0 == (-1.0, 1.0)
-    times, x = scheduler.times(7), START
+    times, x = scheduler.schedule.times(7), START
     denoiser = denoisers.clip_x0(denoiser_of(scheduler), *scheduler.clip_x0)
     process = processes.gaussian(scheduler.schedule, (3,), variance="fixed_large")
     for i in range(6):
@@ -114,7 +114,7 @@ def test_dpm_solver():
     scheduler = schedulers.read_scheduler(config)
     process = processes.started_from(scheduler.process((3,)), lambda key, batch: START)
     sampler = samplers.dpm_solver(process, denoiser_of(scheduler))
-    x0 = samplers.sample(sampler, jax.random.key(0), 2, scheduler.times(20)).x0
+    x0 = samplers.sample(sampler, jax.random.key(0), 2, scheduler.schedule.times(20)).x0
     expected = [[3.7927036, -0.6812096, 0.015418], [-10.8999748, 0.8074917, 20.0291996]]
     np.testing.assert_allclose(x0, expected, rtol=1e-4, atol=1e-5)
 

@@ -43,15 +43,16 @@ class MixedAdapters(Method):
             )
 
     def run(self, run: Run, phase: str, prior: ReadyPrior, task: Task, count: int) -> Outcome:
+        other = self.second.through(prior.decode)
         with run.clock() as clock:
             first = self.tuning.tune(run, f"{phase}_first", prior, task)
-            second = self.tuning.tune(run, f"{phase}_second", prior, self.second)
+            second = self.tuning.tune(run, f"{phase}_second", prior, other)
             tuner, model, process = first[0], first[1], first[3]
             mixed = [lora_sum([(first[2], 1 - w), (second[2], w)]) for w in self.weights]
             middle = model(mixed[len(mixed) // 2])
             sampler = samplers.ancestral(process, middle)
             out = draw(run, phase, sampler, prior, count)
-        rewards = {"reward": task.reward, "held-out reward": task.heldout, "second reward": self.second.reward}
+        rewards = {"reward": task.reward, "held-out reward": task.heldout, "second reward": other.reward}
         rows = [
             measured(run, f"{phase}_weight_{weight}", prior, rewards, model(adapter), process, count)
             for weight, adapter in zip(self.weights, mixed, strict=True)

@@ -80,6 +80,7 @@ class FineTuning(Method):
       remat: recomputation in the backward pass, see `tuners.reward_backprop`.
       adapter: rank of a LoRA adapter, which is saved in PEFT's files under adapters/ (`method=adapters` samples with it), or
         null for all weights, which are saved under tuned/ (`prior.checkpoint` takes them).
+      target: regular expression of the parameters' paths that the adapter is for, by default every kernel.
       heldout: report the held-out reward while tuning.
       stopping: window, patience, metric, limited, limit of `tuners.early_stopping`, or null; it watches the held-out reward.
       scales: of the adapter at sampling time, at which reward, held-out reward, diversity and KL are shown.
@@ -99,6 +100,7 @@ class FineTuning(Method):
     temperature: float | None = None
     remat: str = "none"
     adapter: int | None = None
+    target: str = "kernel"
     heldout: bool = False
     stopping: dict[str, Any] | None = None
     scales: Sequence[float] = ()
@@ -176,9 +178,9 @@ class FineTuning(Method):
         process, key = prior.with_eta(self.eta), run.key(phase)
         model = self.model(prior)
         tuner = self.tuner(model, process, task, prior.times, prior.denoiser, jax.random.fold_in(key, 2))
-        labels = batch = None
-        if prior.classes is not None:
-            labels, batch = jnp.arange(prior.classes), self.batch // self.options.get("repeats", 1)
+        batch = None
+        if (labels := prior.every_condition) is not None:
+            batch = self.batch // self.options.get("repeats", 1)
         params = self.start(run, phase, prior)
         params = run.fit(phase, tuner, key, params, self.steps, data=labels, batch=batch, chunk=self.chunk).best
         if self.adapter is not None:
@@ -234,4 +236,4 @@ class FineTuning(Method):
         """Return the parameters that tuning begins with."""
         if self.adapter is None:
             return prior.params
-        return lora_init(jax.random.fold_in(run.key(phase), 1), prior.params, self.adapter)
+        return lora_init(jax.random.fold_in(run.key(phase), 1), prior.params, self.adapter, target=self.target)

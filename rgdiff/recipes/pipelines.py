@@ -1,0 +1,115 @@
+"""The prior of recipes that is a released pipeline: `prior=pipeline` under `domain=pipeline`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from rgdiff import assets, checks
+from rgdiff.domains.pipelines import PipelineDomain, opened
+from rgdiff.pretrained import pipelines, text
+from rgdiff.recipes.typing import Domain, Prior, ReadyPrior, Shape
+from rgdiff.runtime.run import Run
+from rgdiff.typing import Process
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PipelinePrior(Prior):
+    """The denoising network of a diffusers folder, on its own schedule and grid; samples take its prompts or labels in turn.
+
+    Args:
+      folder: of the pipeline; the domain's, where that is one.
+      dtype: of the networks, float32 or bfloat16.
+      remat: what the denoising network computes again in the backward pass: stage, block, or null.
+      prompts: a text or several, for a network that takes text.
+      file: of prompts in their place, one a line or a JSON list.
+      labels: of a class-conditional network.
+      steps: network calls of a sampling chain.
+      eta: of sampling: 0 is DDIM, 1 DDPM. Methods that need a law take 1.
+      guidance: scale of classifier-free guidance, no unit; null or 1 for the conditional network alone.
+      negative: the prompt of the unconditional call.
+    """
+
+    folder: str
+    dtype: str = "float32"
+    remat: str | None = None
+    prompts: str | Sequence[str] | None = None
+    file: str | None = None
+    labels: Sequence[int] | None = None
+    steps: int = 50
+    eta: float = 0.0
+    guidance: float | None = 7.5
+    negative: str = ""
+
+    @property
+    def names(self) -> list[str]:
+        """The prompts, or the labels as words; none for an unconditional network."""
+        if self.file is not None:
+            return text.prompts(self.file)
+        if self.prompts is not None:
+            return [self.prompts] if isinstance(self.prompts, str) else list(self.prompts)
+        return [f"label {label}" for label in self.labels or ()]
+
+    @property
+    def several(self) -> bool:
+        """Whether samples differ in their conditions."""
+        return len(self.names) > 1
+
+    @property
+    def gives_data(self) -> bool:
+        """Whether methods may learn from data: those of the domain, which a method asks for."""
+        return True
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance is not None and self.guidance != 1
+
+    def check(self, domain: Any) -> None:
+        """Refuse a domain of other states, and settings that do not fit the network."""
+        place = str(assets.resolved(self.folder))
+        if isinstance(domain, PipelineDomain) and domain.folder != place:
+            raise ValueError("prior.folder is not domain.folder; leave it to the domain's")
+        own = pipelines.state_shape(place, getattr(domain, "size", None))
+        if own != tuple(domain.shape):
+            raise ValueError(
+                f"the network in {self.folder} is for states {list(own)}, and the domain's are {list(domain.shape)}; "
+                "choose domain=pipeline"
+            )
+        if sum(given is not None for given in (self.prompts, self.file, self.labels)) > 1:
+            raise ValueError("give one of prior.prompts, prior.file and prior.labels")
+        checks.at_least("prior.steps", self.steps, 1)
+        self.process(domain.shape).times(self.steps)
+        if self.guided and not self.names:
+            raise ValueError("guidance needs a condition; give prior.prompts or prior.labels, or prior.guidance=null")
+
+    def process(self, shape: Shape, eta: float | None = None) -> Process:
+        """Return the process on examples of this shape, with the prior's own eta or another."""
+        scheduler = pipelines.scheduler_of(assets.resolved(self.folder), shape)
+        return scheduler.process(tuple(shape), self.eta if eta is None else eta)
+
+    def obtain(self, run: Run, domain: Domain, identity: Mapping[str, Any]) -> ReadyPrior:
+        """Read the folder, and embed the prompts."""
+        run.say(f"prior: the pipeline in {self.folder}")
+        own = opened(str(assets.resolved(self.folder)), self.dtype, self.remat, getattr(domain, "size", None))
+        process = self.process(domain.shape)
+        model: Any = own.guided(float(self.guidance or 1), self.negative) if self.guided else own.model
+        conds = None
+        if self.labels is not None:
+            conds = {"prompt": jnp.arange(len(self.labels)), **own.labelled(self.labels)}
+        elif self.names:
+            conds = own.embed(self.names)
+        data, fresh = getattr(domain, "train_x", None), getattr(domain, "heldout_x", None)
+        return ReadyPrior(
+            process,
+            process.times(self.steps),
+            model,
+            own.params,
+            self,
+            domain.shape,
+            conds=conds,
+            data=data,
+            fresh=fresh,
+        )
