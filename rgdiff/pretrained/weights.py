@@ -296,10 +296,10 @@ def read(
 
 def _placed(array: np.ndarray, dtype: np.dtype, sharding: Any) -> jax.Array:
     if sharding is None:
-        return jnp.array(np.ascontiguousarray(array, dtype))
+        return jnp.array(np.asarray(array, dtype, order="C"))
     if isinstance(sharding, jax.Device):
-        return jax.device_put(np.ascontiguousarray(array, dtype), sharding)
-    part = lambda place: np.ascontiguousarray(array[place], dtype)  # noqa: E731
+        return jax.device_put(np.asarray(array, dtype, order="C"), sharding)
+    part = lambda place: np.asarray(array[place], dtype, order="C")  # noqa: E731
     return jax.make_array_from_callback(array.shape, sharding, part)
 
 
@@ -313,7 +313,7 @@ def write(file: str | os.PathLike[str], params: Params) -> None:
     from safetensors.numpy import save_file
 
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    state = {key(path): np.ascontiguousarray(to_file(path[-1].key, np.asarray(leaf))) for path, leaf in leaves}
+    state = {key(path): np.asarray(to_file(path[-1].key, np.asarray(leaf)), order="C") for path, leaf in leaves}
     part = Path(f"{os.fspath(file)}.part")
     try:
         save_file(state, part, {"format": "pt"})
