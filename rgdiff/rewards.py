@@ -265,6 +265,43 @@ def differentiable(what: str, reward: Any) -> None:
 
 
 @pytree
+class Decoded:
+    """A reward on what a decoder makes of the samples; see `decoded`."""
+
+    reward: Reward
+    decode: Any
+    remat: bool = static()
+
+    def __call__(self, x0: State, cond: Cond = None) -> Array:
+        decode = jax.checkpoint(self.decode) if self.remat else self.decode
+        return evaluate(self.reward, decode(x0), cond)
+
+
+def decoded(reward: Reward, decode: Callable[[State], State], *, remat: bool = True) -> Reward:
+    """Make a reward on pixels one on latents: r(decode(x0), cond), differentiable through the decoder.
+
+    Args:
+      reward: (decoded [B, ...], cond) -> [B].
+      decode: callable pytree, latents [B, ...] -> [B, ...]. Its parameters, if leaves, may change without a recompilation.
+      remat: compute the decoder again in the backward pass, so that none of its activations is kept while the reward's are;
+        an image decoder's are some GiB a picture.
+
+    Returns:
+      The reward, (x0, cond) -> [B].
+
+    Raises:
+      ValueError: for something that cannot be called.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> reward = rgdiff.rewards.decoded(lambda x, cond: x.mean(-1), lambda latents: 2 * latents)
+      >>> print(reward(jnp.array([[1.0, 2.0]])))
+      [3.]
+    """
+    return Decoded(callable_pytree(reward, "a reward"), callable_pytree(decode, "a decoder"), remat)
+
+
+@pytree
 class WeightedSum:
     """sum_i weight_i reward_i; infeasible for any part is infeasible."""
 
