@@ -89,7 +89,7 @@ def test_steps_along_the_gradient_make_pils_file_smaller_and_larger():
     x = jnp.asarray(from_uint8(pieces(scikit_learns(), 32, 1)))
     kept = rewards.score(jpeg.exact(), x)
     for make, sign in ((jpeg.compressibility, 1), (jpeg.incompressibility, -1)):
-        gradient = jax.jit(jax.grad(lambda x, reward=make(): jnp.sum(reward(x))))
+        gradient = jax.jit(jax.grad(lambda x, make=make: jnp.sum(make()(x))))
         y = x
         for _ in range(10):
             y = jnp.clip(y + 0.01 * jnp.sign(gradient(y)), -1, 1)

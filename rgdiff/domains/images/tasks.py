@@ -20,7 +20,7 @@ from rgdiff.domains.images.judge import ImageJudge
 from rgdiff.domains.images.reference import PretrainedImages
 from rgdiff.domains.images.rewards import InTurn, Restored
 from rgdiff.rewards import Task, ensemble, weighted_sum
-from rgdiff.typing import Array, Key
+from rgdiff.typing import Array, Key, Reward
 
 
 def digit(
@@ -237,3 +237,130 @@ def jpeg(quality: int = 95, larger: bool = False, softness: float = 0.05, host: 
     true = jpeg_size.exact(quality, larger=larger)
     estimate = jpeg_size.incompressibility if larger else jpeg_size.compressibility
     return Task(true if host else estimate(quality, softness), true)
+
+
+def clip_score(
+    folder: str,
+    prompts: str | list[str] | None = None,
+    file: str | None = None,
+    heldout: Reward | Task | None = None,
+    dtype: str = "float32",
+) -> Task:
+    """Make the task: likeness to a text by a CLIP of your own files, `logits_per_image`.
+
+    Args:
+      folder: of a CLIPModel, see `rgdiff.pretrained.rewards.clip_score`.
+      prompts: a text or several; with several, every one in turn, or the one that a sample was drawn with.
+      file: of prompts in their place, one a line or a JSON list.
+      heldout: the reward or task that evaluates, another network's; itself by default, and over-optimisation is not seen.
+      dtype: of the network's computation, float32 or bfloat16.
+
+    Returns:
+      The task, on images with 1 or 3 channels.
+
+    Raises:
+      ValueError: for files that are missing or do not fit, or both or neither of `prompts` and `file`.
+    """
+    from rgdiff.pretrained import rewards
+
+    texts = _texts(prompts, file)
+    return _judged(rewards.clip_score(folder, texts, dtype=dtype), heldout, len(texts))
+
+
+def pick_score(
+    folder: str,
+    prompts: str | list[str] | None = None,
+    file: str | None = None,
+    tokenizer: str | None = None,
+    heldout: Reward | Task | None = None,
+    dtype: str = "float32",
+) -> Task:
+    """Make the task: human preference by PickScore's files.
+
+    Args:
+      folder: of PickScore_v1, see `rgdiff.pretrained.rewards.pick_score`.
+      prompts: as `clip_score`.
+      file: as `clip_score`.
+      tokenizer: folder of CLIP's tokenizer, where it is not in `folder`.
+      heldout: as `clip_score`.
+      dtype: as `clip_score`.
+
+    Returns:
+      The task, on images with 1 or 3 channels.
+
+    Raises:
+      ValueError: as `clip_score`.
+    """
+    from rgdiff.pretrained import rewards
+
+    texts = _texts(prompts, file)
+    return _judged(rewards.pick_score(folder, texts, tokenizer=tokenizer, dtype=dtype), heldout, len(texts))
+
+
+def hps_v2(
+    path: str,
+    prompts: str | list[str] | None = None,
+    file: str | None = None,
+    tokenizer: str | None = None,
+    heldout: Reward | Task | None = None,
+    dtype: str = "float32",
+) -> Task:
+    """Make the task: human preference by HPSv2's file.
+
+    Args:
+      path: of its safetensors file or folder, see `rgdiff.pretrained.rewards.hps_v2`.
+      prompts: as `clip_score`.
+      file: as `clip_score`.
+      tokenizer: folder of CLIP's tokenizer, where it is not beside the weights.
+      heldout: as `clip_score`.
+      dtype: as `clip_score`.
+
+    Returns:
+      The task, on images with 1 or 3 channels.
+
+    Raises:
+      ValueError: as `clip_score`.
+    """
+    from rgdiff.pretrained import rewards
+
+    texts = _texts(prompts, file)
+    return _judged(rewards.hps_v2(path, texts, tokenizer=tokenizer, dtype=dtype), heldout, len(texts))
+
+
+def aesthetic(folder: str, head: str, heldout: Reward | Task | None = None, dtype: str = "float32") -> Task:
+    """Make the task: LAION's aesthetic score by files of CLIP ViT-L/14 and of its head.
+
+    Args:
+      folder: of the CLIPModel or CLIPVisionModelWithProjection.
+      head: safetensors file of version 1 or 2, see `rgdiff.pretrained.rewards.aesthetic`.
+      heldout: as `clip_score`.
+      dtype: as `clip_score`.
+
+    Returns:
+      The task, on images with 1 or 3 channels.
+
+    Raises:
+      ValueError: for files that are missing or do not fit.
+    """
+    from rgdiff.pretrained import rewards
+
+    return _judged(rewards.aesthetic(folder, head, dtype=dtype), heldout, 1)
+
+
+def _texts(prompts: str | list[str] | None, file: str | None) -> list[str]:
+    if (prompts is None) == (file is None):
+        raise ValueError("give reward.prompts, a text or several, or reward.file, a file of them; one of the two")
+    if file is not None:
+        from rgdiff.pretrained import text
+
+        return text.prompts(file)
+    return [prompts] if isinstance(prompts, str) else list(prompts or ())
+
+
+def _judged(reward: Reward, heldout: Reward | Task | None, texts: int) -> Task:
+    """The task of a reward on so many texts; several are taken in turn where a sample has none of its own."""
+    judge = heldout.heldout if isinstance(heldout, Task) else reward if heldout is None else heldout
+    if texts == 1:
+        return Task(reward, judge)
+    own = isinstance(judge, InTurn)
+    return Task(InTurn(reward, texts), judge if own else InTurn(judge, texts), conditional=True)
