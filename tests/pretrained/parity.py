@@ -33,7 +33,9 @@ from rgdiff.pretrained import weights
 from rgdiff.pretrained.config import Config
 
 GOLDEN, KEYS = Path(__file__).parent / "golden", Path(__file__).parent / "keys"
-TOLERANCE = {32: (3e-5, 1e-5), 64: (1e-7, 1e-7)}  # of outputs, of gradients; each of the largest number of its kind
+# Of outputs, the input's gradient, the parameters' gradients; each of the largest number of its kind. In float64 what is left
+# is attention: the scores of `jax.nn.dot_product_attention` are float32. Without attention 1e-14 is reached.
+TOLERANCE = {32: (3e-5, 3e-5, 1e-5), 64: (1e-7, 1e-6, 1e-7)}
 
 
 def keep(key: str) -> str | None:
@@ -55,7 +57,7 @@ class Case:
       wrt: the argument in which the gradient is taken, or None where none is floating.
       method: of the Linen module; `__call__` by default.
       rename: key of torch's state dict -> key of ours, or None for a buffer that we do not have.
-      tolerance: factors of the two of `TOLERANCE`, for a case that is ill-conditioned; say why beside it.
+      tolerance: factors of the three of `TOLERANCE`, for a case that is ill-conditioned; say why beside it.
     """
 
     name: str
@@ -67,7 +69,7 @@ class Case:
     wrt: str | None = "x"
     method: str | None = None
     rename: Callable[[str], str | None] = keep
-    tolerance: tuple[float, float] = (1.0, 1.0)
+    tolerance: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,10 +310,8 @@ def names(cases: Iterable[Case | Full]) -> dict[str, Any]:
 
 
 def _within(case: Case, found: dict[str, float], bits: int) -> dict[str, float]:
-    output, gradient = (a * b for a, b in zip(TOLERANCE[bits], case.tolerance, strict=True))
-    allowed = {"output": output, "input gradient": gradient, "parameter gradients": gradient}
-    if bits == 32:
-        allowed["input gradient"] = output
+    factors = zip(("output", "input gradient", "parameter gradients"), TOLERANCE[bits], case.tolerance, strict=True)
+    allowed = {name: tolerance * factor for name, tolerance, factor in factors}
     wrong = {name: value for name, value in found.items() if not value <= allowed[name]}
     assert not wrong, f"{case.name}, {bits} bits: {wrong}, allowed {allowed}; all: {found}"
     return found
