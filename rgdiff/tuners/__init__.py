@@ -2,6 +2,7 @@
 
 from rgdiff.rewards import RewardFailure
 from rgdiff.tuners import advantages
+from rgdiff.tuners._adjoint_matching import adjoint_matching
 from rgdiff.tuners._drakes import drakes, drakes_published
 from rgdiff.tuners._dxdp import dxdp, sigmoid_time_cost
 from rgdiff.tuners._dxmi import dxmi, dxmi_released
@@ -38,6 +39,7 @@ __all__ = [
     "StoppingState",
     "TrainState",
     "adamw",
+    "adjoint_matching",
     "advantages",
     "alignprop",
     "alignprop_subset",
