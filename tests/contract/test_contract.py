@@ -444,6 +444,13 @@ def drakes_log_variance(number=0.5):
     ), net(4, 3)  # fmt: skip
 
 
+def adjoint_matching(number=0.5):
+    return tuners.adjoint_matching(
+        gaussian_model, gaussian(), gaussian_reward, gaussian().times(4), ADAM, batch=B, reference=Net(net(2, 2, 5)),
+        temperature=number, late=2, drawn=1, loss_limit=10 * number, ema_decay=number,
+    ), net(2, 2)  # fmt: skip
+
+
 def elegant(number=0.5):
     """The main chain, begun at what another sampler draws."""
     process = processes.gaussian(schedules.flow(), (2,), eta=number)
@@ -638,7 +645,7 @@ TUNERS = [
     value_soft_rollouts, value_temporal_difference, refl_stopped, alignprop, alignprop_subset, draft_plus, drtune_budget, drakes,
     drakes_score_function, drakes_log_variance, drakes_published, elegant, elegant_initial, elegant_value, ddpo, dpok,
     reward_weighted, filtered, sft_pg, gradient_guidance, dxdp, dxmi, dxmi_released, gcd, langevin_energy, reward_backprop,
-    seiko_rounds, seiko_steered,
+    seiko_rounds, seiko_steered, adjoint_matching,
 ]  # fmt: skip
 each_tuner = table_of(TUNERS, ddpo, draft_k, draft_masked, pretraining_masked, value_regression, refl_stopped, drakes)
 
@@ -720,6 +727,7 @@ def test_interrupted_anywhere_is_uninterrupted(make):
 CONDITIONED = [
     draft, draft_k, draft_lv, draft_masked, refl_stopped, alignprop, alignprop_subset, draft_plus, drtune_budget, drakes,
     drakes_score_function, drakes_log_variance, drakes_published, ddpo, dpok, reward_weighted, filtered,
+    adjoint_matching,
 ]  # fmt: skip
 
 
@@ -742,7 +750,7 @@ def test_every_network_call_gets_the_condition(make, monkeypatch):
     assert not np.allclose(given[1]["reward"], without[1]["reward"], rtol=1e-3)
 
 
-@pytest.mark.parametrize("make", [draft_k, draft_lv, draft_masked], ids=lambda f: f.__name__)
+@table_of([draft_k, draft_lv, draft_masked, adjoint_matching], draft_k, draft_lv, draft_masked)
 def test_tuner_counts_its_network_calls(make):
     tuner, params = make()
     counting = dataclasses.replace(tuner, model=Function(_rows_model))
