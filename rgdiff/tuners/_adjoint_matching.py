@@ -48,10 +48,6 @@ from rgdiff.typing import (
 )
 
 LARGEST_SNR = 0.01  # at the chain's first time: for data of variance 1, x_T then has 1 % of the variance of x0 at most
-ENGINE = (  # options of the engine that have no meaning here: nothing is differentiated through the chain
-    "truncation", "renoised", "on_trajectory", "reduce", "kl_budget", "kl_rate", "penalty", "penalize", "projection", "gradient",
-    "input_gradient", "remat",
-)  # fmt: skip
 
 Law = Callable[[Denoiser, State], Gaussian]  # a denoiser and the state before a call -> the kernel of that call
 
@@ -189,7 +185,23 @@ def _memoryless(process: Any, times: Array) -> None:
         )
 
 
-@setting_of(reward_backprop, fixed=ENGINE)
+@setting_of(
+    reward_backprop,
+    fixed=(  # nothing is differentiated through the chain
+        "truncation",
+        "renoised",
+        "on_trajectory",
+        "reduce",
+        "kl_budget",
+        "kl_rate",
+        "penalty",
+        "penalize",
+        "projection",
+        "gradient",
+        "input_gradient",
+        "remat",
+    ),
+)
 def adjoint_matching(
     model: Model,
     process: Process,

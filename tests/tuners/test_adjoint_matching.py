@@ -105,7 +105,7 @@ def test_at_the_prior_the_gradient_is_that_of_the_reward_through_the_chain(micro
     model = nets.LoRAModel(base, denoisers.LinenModel(module))
     adapter = nets.lora_init(jax.random.key(1), base, 2)
     process = processes.gaussian(schedules.flow(), (2,))
-    reward = Function(lambda x0, cond=None: jnp.where(x0[:, 0] > x0[:, 1], jnp.sin(3 * x0).sum(-1), jnp.nan))
+    reward = Function(lambda x0, cond=None: jnp.where(jnp.sin(20 * x0[:, 0]) > -0.7, jnp.sin(3 * x0).sum(-1), jnp.nan))
     parts = (model, process, reward, process.times(3), optax.sgd(1.0))
     more = {"batch": 64, "micro_batches": micro_batches}
     kl = {"reference": model(adapter), "temperature": 0.25}
