@@ -161,18 +161,18 @@ def test_the_gradient_at_the_tilted_denoiser_vanishes_as_one_over_t(schedule):
 @pytest.mark.slow
 def test_the_residual_at_the_tilted_denoiser_vanishes_as_one_over_t_for_a_quadratic_reward():
     """In the metric of the path KL: |mean residual of every call|, in standard deviations of its move, from gains and shifts."""
-    sizes, counts = [], (8, 16, 32)
+    sizes, counts = [], (64, 128, 256)
     for steps in counts:
         w = GaussianWorld([0.5], [[0.6]], steps=steps, b=[0.8], q=[[0.3]])
         c = 1 / (1 / 0.6 + 0.3)
         tilted = GaussianWorld([c * (0.5 / 0.6 + 0.8)], [[c]], steps=steps)
         params = parameters(w, [move[:3] for move in controlled.moves(tilted, 1.0)])
-        tuner, _ = matching(w, batch=8192)
+        tuner, _ = matching(w, batch=4096)
         draw = jax.jit(lambda key, params=params, tuner=tuner: tuner.gradients(params, key)[0]["shift"][:, 0])
-        shift = np.mean([draw(key) for key in jax.random.split(jax.random.key(1), 64)], 0)
+        shift = np.mean([draw(key) for key in jax.random.split(jax.random.key(1), 8)], 0)
         weight = np.array([1 / move.price for move in controlled.moves(w, 1.0)])  # std^2, of a unit of mean
         sizes.append(float(np.sqrt(np.sum(weight * (shift / lifts(w)) ** 2))))
-    assert slope(counts, sizes) < -0.7 and sizes[-1] < 0.1
+    assert -1.1 < slope(counts, sizes) < -0.8 and sizes[-1] < 0.05, sizes
 
 
 # ---------------------------------------------------------------- the law
@@ -197,7 +197,7 @@ def test_a_tuned_chain_of_100_calls_has_the_tilted_law_within_one_per_cent(sched
     w = GaussianWorld([0.5], [[0.6]], schedule=schedule, steps=100, b=[0.8], q=[[0.3]])
     mean, cov = w.tilted()
     before = w.law()
-    assert abs(mean - before[0])[0] > 0.5 * np.sqrt(cov[0, 0]) and cov[0, 0] < 0.9 * before[1][0, 0]  # it is far
+    assert abs(mean - before[0])[0] > 0.4 * np.sqrt(cov[0, 0]) and cov[0, 0] < 0.9 * before[1][0, 0]  # it is far
     tuner, params = matching(w, batch=512, optimizer=adam(0.02, 1500))
     params = tuners.fit(tuner, jax.random.key(0), tuner.init(params), 1500, chunk=1500).best
     got = law(w, params)
