@@ -32,6 +32,7 @@ CONSTRUCTORS = tuple(  # modules whose public classes and functions a recipe may
         "nets",
         "domains",
         "recipes.priors",
+        "recipes.pipelines",
         "recipes.values",
         "recipes.methods",
         "surrogates",

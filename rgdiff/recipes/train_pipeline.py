@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -54,18 +55,18 @@ TEXT = {
 
 
 def vocabulary() -> tuple[dict[str, int], list[str]]:
-    """Return CLIP's tables for these words: tokens -> ids, and the merges that make a word of its letters, from the left."""
-    words = ["a", *COLOURS, *DIGITS]
-    letters = sorted({letter for word in words for letter in word})
+    """Return CLIP's tables for these words: tokens -> ids, and merges; byte-pair encoding until every word is one token."""
+    words = [[*word[:-1], f"{word[-1]}</w>"] for word in ("a", *COLOURS, *DIGITS)]
+    letters = sorted({letter.removesuffix("</w>") for word in words for letter in word})
     tokens, merges = [*letters, *(f"{letter}</w>" for letter in letters)], []
-    for word in words:
-        parts = [*word[:-1], f"{word[-1]}</w>"]
-        while len(parts) > 1:
-            if (merge := f"{parts[0]} {parts[1]}") not in merges:
-                merges.append(merge)
-            parts[:2] = [parts[0] + parts[1]]
-            if parts[0] not in tokens:
-                tokens.append(parts[0])
+    while pairs := Counter(pair for word in words for pair in zip(word, word[1:], strict=False)):
+        first, second = max(sorted(pairs), key=lambda pair: pairs[pair])
+        merges.append(f"{first} {second}")
+        tokens.append(first + second)
+        for word in words:
+            for i in range(len(word) - 2, -1, -1):
+                if word[i : i + 2] == [first, second]:
+                    word[i : i + 2] = [first + second]
     return {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}, merges
 
 
@@ -113,10 +114,47 @@ def train_autoencoder(pictures: np.ndarray, steps: int, seed: int, batch: int = 
     return params
 
 
+def text_settings() -> dict[str, Any]:
+    """Return the settings of the text model."""
+    table, _ = vocabulary()
+    end = table["<|endoftext|>"]
+    return TEXT | {"vocab_size": len(table), "eos_token_id": end, "bos_token_id": end - 1, "pad_token_id": end}
+
+
+def write(out: Path, params: dict[str, Params], scale: float) -> None:
+    """Write the folder, in half precision.
+
+    Args:
+      out: folder.
+      params: of unet, vae and text_encoder.
+      scale: factor of latents, one over their standard deviation.
+    """
+    table, merges = vocabulary()
+    half = {name: jax.tree.map(lambda leaf: np.asarray(leaf, np.float16), tree) for name, tree in params.items()}
+    special = {
+        "bos_token": "<|startoftext|>",
+        **dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>"),
+    }
+    files = {
+        "vocab.json": json.dumps(table).encode(),
+        "merges.txt": ("#version: 0.2\n" + "\n".join(merges) + "\n").encode(),
+        "tokenizer_config.json": json.dumps(
+            {"tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH, **special}
+        ).encode(),
+    }
+    save_pipeline(out, "StableDiffusionPipeline", {
+        "unet": Part("diffusers", "UNet2DConditionModel", UNET, half["unet"]),
+        "vae": Part("diffusers", "AutoencoderKL", VAE | {"scaling_factor": scale}, half["vae"]),
+        "text_encoder": Part("transformers", "CLIPTextModel", text_settings(), half["text_encoder"]),
+        "tokenizer": Part("transformers", "CLIPTokenizer", {}, files=files),
+        "scheduler": Part("diffusers", "DDIMScheduler", SCHEDULER),
+    })  # fmt: skip
+
+
 def train(out: Path, steps: int, autoencoder_steps: int, seed: int, data_dir: str | None) -> None:
     """Train both and write the folder."""
     began, domain = time.time(), images.mnist(data_dir, size=16)
-    table, merges = vocabulary()
+    table, _ = vocabulary()
     pictures, ids = coloured(domain.train_x, domain.train_y, table, seed)
     vae, net = train_autoencoder(pictures, autoencoder_steps, seed), AutoencoderKL(Config(VAE))
     encode = jax.jit(lambda x: net.apply({"params": vae}, x, method="encode")[0])
@@ -124,9 +162,7 @@ def train(out: Path, steps: int, autoencoder_steps: int, seed: int, data_dir: st
     scale = float(1 / latents.std())
     print(f"latents: standard deviation {latents.std():.3f}", flush=True)
 
-    end = table["<|endoftext|>"]
-    text_settings = TEXT | {"vocab_size": len(table), "eos_token_id": end, "bos_token_id": end - 1, "pad_token_id": end}
-    unet, text = UNet2DConditionModel(Config(UNET)), CLIPTextModel(Config(text_settings))
+    unet, text = UNet2DConditionModel(Config(UNET)), CLIPTextModel(Config(text_settings()))
     scheduler = read_scheduler({"_class_name": "DDIMScheduler", **SCHEDULER})
     process = scheduler.process((8, 8, 4), eta=1.0)
 
@@ -163,23 +199,8 @@ def train(out: Path, steps: int, autoencoder_steps: int, seed: int, data_dir: st
 
     data = {"x0": jnp.asarray(latents * scale), "cond": jnp.asarray(ids)}
     state = tuners.fit(tuner, keys[2], tuner.init(params), steps, data=data, batch=64, chunk=100, on_chunk=on_chunk)
-    half = lambda tree: jax.tree.map(lambda leaf: np.asarray(leaf, np.float16), tree)  # noqa: E731
     best = state.best
-    files = {
-        "vocab.json": json.dumps(table).encode(),
-        "merges.txt": ("#version: 0.2\n" + "\n".join(merges) + "\n").encode(),
-        "tokenizer_config.json": json.dumps({
-            "tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH, "bos_token": "<|startoftext|>",
-            "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>",
-        }).encode(),
-    }  # fmt: skip
-    save_pipeline(out, "StableDiffusionPipeline", {
-        "unet": Part("diffusers", "UNet2DConditionModel", UNET, half(best["unet"])),
-        "vae": Part("diffusers", "AutoencoderKL", VAE | {"scaling_factor": scale}, half(vae)),
-        "text_encoder": Part("transformers", "CLIPTextModel", text_settings, half(best["text"])),
-        "tokenizer": Part("transformers", "CLIPTokenizer", {}, files=files),
-        "scheduler": Part("diffusers", "DDIMScheduler", SCHEDULER),
-    })  # fmt: skip
+    write(out, {"unet": best["unet"], "vae": vae, "text_encoder": best["text"]}, scale)
     print(f"{out}: {sum(f.stat().st_size for f in out.rglob('*') if f.is_file()):,} bytes, {time.time() - began:.0f} s")
 
 

@@ -13,6 +13,7 @@ from rgdiff.pretrained.clip import CLIPTextModel
 from rgdiff.pretrained.config import Config
 from rgdiff.pretrained.pipelines import Part, save_pipeline
 from rgdiff.pretrained.unet import UNet2DConditionModel, UNet2DModel
+from rgdiff.recipes import train_pipeline
 from tests.pretrained.parity import parameters, structure
 
 SCHEDULER = {
@@ -67,3 +68,16 @@ def ddpm(folder: Path) -> Path:
         "unet": Part("diffusers", "UNet2DModel", DDPM, unet),
         "scheduler": Part("diffusers", "DDPMScheduler", {"beta_schedule": "linear", "clip_sample": True}),
     })  # fmt: skip
+
+
+def drawn_digits(folder: Path) -> Path:
+    """Write the pipeline that comes with the package, with a tokenizer, but untrained: tests do not depend on what it has learnt."""
+    x, context = jnp.zeros((1, 8, 8, 4)), jnp.zeros((1, train_pipeline.LENGTH, 32))
+    ids = jax.ShapeDtypeStruct((1, train_pipeline.LENGTH), jnp.int32)
+    params = {
+        "unet": weights_of(UNet2DConditionModel(Config(train_pipeline.UNET)), x=x, t=jnp.zeros(1), context=context),
+        "vae": weights_of(AutoencoderKL(Config(train_pipeline.VAE)), x=jnp.zeros((1, 16, 16, 3))),
+        "text_encoder": weights_of(CLIPTextModel(Config(train_pipeline.text_settings())), input_ids=ids),
+    }
+    train_pipeline.write(folder, params, 1.0)
+    return folder
