@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rgdiff.pretrained.config import Config, read_config, settings
+from rgdiff.pretrained.config import Config, read_config
 from rgdiff.typing import Array, pytree, static
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's CLIP
@@ -192,10 +192,11 @@ READ = {
     "do_resize": True, "size": 224, "resample": 3, "do_center_crop": True, "crop_size": 224,
     "do_normalize": True, "image_mean": CLIP_MEAN, "image_std": CLIP_STD,
 }  # fmt: skip
-FIXED = {"do_rescale": (True,), "rescale_factor": (1 / 255,), "do_convert_rgb": (True,), "do_pad": (False,)}
-FIXED |= {"input_data_format": (), "default_to_square": (False,)}
-HARMLESS = {"image_processor_type", "feature_extractor_type", "processor_class", "data_format", "return_tensors"}
-HARMLESS |= {"use_square_size", "device", "disable_grouping", "_valid_processor_keys", "_processor_class"}
+FIXED = {"do_rescale": True, "rescale_factor": 1 / 255}
+HARMLESS = {
+    "image_processor_type", "feature_extractor_type", "processor_class", "data_format", "return_tensors",
+    "do_convert_rgb", "device", "disable_grouping",
+}  # fmt: skip
 
 
 def from_config(config: Config, *, rounded: bool = False) -> Preprocess:
@@ -211,7 +212,7 @@ def from_config(config: Config, *, rounded: bool = False) -> Preprocess:
     Raises:
       ValueError: for a setting that is not known or not supported.
     """
-    c = settings(config, READ, FIXED, HARMLESS)
+    c = config.settings("CLIPImageProcessor", READ, FIXED, HARMLESS)
     filters = {number: name for name, (number, _, _) in FILTERS.items()}
     if c["resample"] not in filters:
         raise ValueError(f"resample={c['resample']} is not supported: expected 3 (bicubic) or 2 (bilinear)")

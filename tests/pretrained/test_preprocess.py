@@ -140,9 +140,9 @@ def test_the_middle_is_kept():
 def test_settings_that_are_not_supported_are_refused_by_name():
     for wrong, message in (
         ({"resample": 1}, "resample=1 is not supported"),
-        ({"do_rescale": False}, "do_rescale is False"),
+        ({"do_rescale": False}, "does not support do_rescale = False"),
         ({"size": {"longest_edge": 3}}, "size=.*longest_edge.* is not supported"),
-        ({"do_flip": True}, "do_flip = True is not known"),
+        ({"do_flip": True}, "does not know the setting do_flip = True"),
     ):
         with pytest.raises(ValueError, match=message):
             preprocess.from_config(Config(wrong))
