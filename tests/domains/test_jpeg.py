@@ -71,6 +71,7 @@ def test_sizes_of_many_pictures(channels, quality):
     assert correlation > 0.999 and error < 0.015
 
 
+@pytest.mark.slow
 def test_gradient_is_that_of_finite_differences():
     draw = np.random.default_rng(1)
     with jax.enable_x64(True):
@@ -106,6 +107,7 @@ def test_what_is_no_picture_or_quality_is_refused():
         jpeg.compressibility(softness=0.0)
 
 
+@pytest.mark.slow
 def test_a_broken_picture_is_infeasible():
     x = jnp.zeros((2, 8, 8, 1)).at[0, 0, 0, 0].set(jnp.nan)
     for reward in (jpeg.compressibility(), jpeg.exact()):

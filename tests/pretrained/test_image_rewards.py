@@ -115,6 +115,7 @@ def test_gradients_in_pixels_are_those_of_finite_differences(folder, tmp_path, w
     assert abs(numeric) > 1e-2
 
 
+@pytest.mark.slow
 def test_aesthetic_heads_are_linear_maps(folder, tmp_path):
     x = jnp.asarray(from_uint8(pictures(2)))
     for sizes in ((12, 1), (12, 8, 6, 4, 3, 1)):  # versions 1 and 2
