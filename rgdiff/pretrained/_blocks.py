@@ -49,7 +49,7 @@ class ResnetBlock2D(nn.Module):
     """Add to x: group norm, activation, [resize], convolution, time, group norm, activation, convolution.
 
     The time's embedding is added before the second norm, or with `scale_shift` scales and shifts its result. Without one, as
-    in autoencoders, there is no such map.
+    in autoencoders, there is no such map. A skip, where there is one, is joined to x first.
 
     Args:
       features: output channels; x passes a 1x1 convolution where it has others.
@@ -60,6 +60,7 @@ class ResnetBlock2D(nn.Module):
       activate_time: whether the embedding passes the activation first.
       rescale: divisor of the sum.
       resize: None, "down" (mean of 2x2 pixels) or "up" (each pixel to 2x2).
+      remat: "block" to compute norms and activations again in the backward pass, whose float32 images are most of its memory.
       dtype: of the computation.
     """
 
@@ -71,28 +72,37 @@ class ResnetBlock2D(nn.Module):
     activate_time: bool = True
     rescale: float = 1.0
     resize: str | None = None
+    remat: str | None = None
     dtype: Any = None
 
     @nn.compact
-    def __call__(self, x: Array, temb: Array | None = None) -> Array:
+    def __call__(self, x: Array, temb: Array | None = None, skip: Array | None = None) -> Array:
         act = ACTIVATIONS[self.activation]
-        h = act(group_norm(self.groups, self.epsilon, name="norm1")(x))
+
+        def first(block: Any, x: Array) -> Array:
+            return act(group_norm(self.groups, self.epsilon, name="norm1")(x))
+
+        def second(block: Any, h: Array, e: Array | None) -> Array:
+            norm = group_norm(self.groups, self.epsilon, name="norm2")
+            if e is None:
+                return act(norm(h))
+            if not self.scale_shift:
+                return act(norm(h + e))
+            scale, shift = jnp.split(e, 2, -1)
+            return act(norm(h) * (1 + scale) + shift)
+
+        first, second = (recomputed(one, self.remat, "block") for one in (first, second))
+        x = x if skip is None else jnp.concatenate([x, skip], -1)
+        h = first(self, x)
         if self.resize is not None:
             x, h = _RESIZE[self.resize](x), _RESIZE[self.resize](h)
         h = conv(self.features, name="conv1", dtype=self.dtype)(h)
-        norm2 = group_norm(self.groups, self.epsilon, name="norm2")
-        if temb is None:
-            h = norm2(h)
-        else:
+        e = None
+        if temb is not None:
             width = 2 * self.features if self.scale_shift else self.features
-            map_ = dense(width, name="time_emb_proj", dtype=self.dtype)
-            e = map_(act(temb) if self.activate_time else temb)[:, None, None]
-            if self.scale_shift:
-                scale, shift = jnp.split(e, 2, -1)
-                h = norm2(h) * (1 + scale) + shift
-            else:
-                h = norm2(h + e)
-        h = conv(self.features, name="conv2", dtype=self.dtype)(act(h))
+            temb = act(temb) if self.activate_time else temb
+            e = dense(width, name="time_emb_proj", dtype=self.dtype)(temb)[:, None, None]
+        h = conv(self.features, name="conv2", dtype=self.dtype)(second(self, h, e))
         if x.shape[-1] != self.features:
             x = conv(self.features, 1, name="conv_shortcut", dtype=self.dtype)(x)
         return (x + h) / self.rescale
@@ -185,8 +195,11 @@ class Transformer2DModel(nn.Module):
             options: Any = {"name": name, "dtype": self.dtype}
             return dense(self.features, **options)(h) if self.linear else conv(self.features, 1, **options)(h)
 
-        h = project(group_norm(self.groups, 1e-6, name="norm")(x), "proj_in")
-        h = h.reshape(h.shape[0], -1, self.features)
+        def enter(transformer: Any, x: Array) -> Array:
+            h = project(group_norm(self.groups, 1e-6, name="norm")(x), "proj_in")
+            return h.reshape(h.shape[0], -1, self.features)
+
+        h = recomputed(enter, self.remat, "block")(self, x)
         for i in range(self.depth):
             block = recomputed(BasicTransformerBlock, self.remat, "block")
             h = block(self.features, self.heads, self.only_cross, self.dtype, name=f"transformer_blocks.{i}")(
@@ -204,7 +217,7 @@ class Stage(nn.Module):
     Args:
       direction: "down", "mid" or "up".
       layers: number of residual blocks.
-      resnet: name -> a residual block, called with (x, temb).
+      resnet: name -> a residual block, called with (x, temb, skip).
       attention: (index, name) -> an attention, called with (x, context), or with x alone unless `cross`; or None.
       sampler: name -> the map to the next resolution, called with (x, temb); or None.
       cross: whether attention is to the context.
@@ -228,9 +241,8 @@ class Stage(nn.Module):
         push = skips is not None and self.direction == "down"
         pop = skips is not None and self.direction == "up"
         for i in range(self.layers):
-            if pop:
-                x, skips = jnp.concatenate([x, skips[-1]], -1), skips[:-1]
-            x = self.resnet(name=f"resnets.{i}")(x, temb)
+            skip, skips = (skips[-1], skips[:-1]) if pop else (None, skips)
+            x = self.resnet(name=f"resnets.{i}")(x, temb, skip)
             if self.attention is not None and (self.direction != "mid" or i < self.layers - 1):
                 x = self.attention(i, name=f"attentions.{i}")(x, context if self.cross else None)
             skips = (*skips, x) if push else skips
@@ -241,7 +253,12 @@ class Stage(nn.Module):
 
 
 def recomputed(module: Any, remat: str | None, level: str) -> Any:
-    """Return a module's class, recomputed in the backward pass where `remat` names its level: "stage" or "block".
+    """Return a module's class, or a function of a module, recomputed in the backward pass where `remat` names its level.
+
+    Args:
+      module: the class or function.
+      remat: of the network: None, "stage" or "block".
+      level: "stage" or "block".
 
     Raises:
       ValueError: for another `remat`.

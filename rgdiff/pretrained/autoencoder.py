@@ -59,7 +59,7 @@ class _Coder(nn.Module):
         )
 
         def resnet(width: int) -> Any:
-            return functools.partial(block, width, groups, EPSILON, activation, dtype=self.dtype)
+            return functools.partial(block, width, groups, EPSILON, activation, remat=self.remat, dtype=self.dtype)
 
         def middle(h: Array) -> Array:
             width, attend = h.shape[-1], None

@@ -84,7 +84,7 @@ class _Parts:
         """name -> a residual block of stage i."""
         return functools.partial(
             recomputed(ResnetBlock2D, self.remat, "block"), self.channels[i], self.groups, self.epsilon,
-            self.activation, self.scale_shift, dtype=self.dtype, **options,
+            self.activation, self.scale_shift, remat=self.remat, dtype=self.dtype, **options,
         )  # fmt: skip
 
     def transformer(self, i: int, depth: Any, only_cross: bool) -> Callable[..., nn.Module]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.studies import pretrained_memory
 from rgdiff.pretrained import weights
 from rgdiff.pretrained.autoencoder import AutoencoderKL, rename
 from rgdiff.pretrained.config import Config
@@ -150,18 +151,6 @@ def test_a_file_of_old_names_is_read(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", ["stage", "block"])
 def test_the_decoder_keeps_five_times_less_with_recomputation(remat):
-    plain = kept_by_decoder(AutoencoderKL(FULL[0].config, jnp.bfloat16))
-    assert kept_by_decoder(AutoencoderKL(FULL[0].config, jnp.bfloat16, remat)) * 5 < plain
-
-
-def kept_by_decoder(net: AutoencoderKL) -> int:
-    """Return the bytes that the gradient of one 512 x 512 image in its latents keeps, without weights."""
-    params = parity.structure(net, FULL[0].inputs)
-    z = spec(1, 64, 64, 4, dtype=jnp.bfloat16)
-
-    def residuals(params, z):
-        return jax.tree.leaves(jax.vjp(lambda z: net.apply({"params": params}, z, method="decode"), z)[1])
-
-    jaxpr = jax.make_jaxpr(residuals)(params, z).jaxpr
-    kept = {id(v): v.aval for v in jaxpr.outvars if v not in set(jaxpr.invars)}
-    return sum(aval.size * aval.dtype.itemsize for aval in kept.values())
+    """For the gradient of one 512 x 512 image in its latents."""
+    work = pretrained_memory.WORK["vae512"]
+    assert pretrained_memory.measure(work, remat).kept * 5 < pretrained_memory.measure(work, None).kept

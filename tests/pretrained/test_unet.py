@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.studies import pretrained_memory
 from rgdiff.pretrained.unet import UNet2DConditionModel, UNet2DModel, rename
 from tests.pretrained import parity
 from tests.pretrained.parity import Case, Full, normal, spec
@@ -225,6 +226,13 @@ def test_recomputation_changes_no_name_and_no_number(case, remat):
         again = parity.ours(parity.dataclasses.replace(case, network=network))
         found = parity.differences(parity.digest(again), dict(file))
     assert max(found.values()) < 3e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["stage", "block"])
+def test_stable_diffusion_keeps_a_tenth_of_a_gibibyte_a_call(remat):
+    """At 512 x 512 in bfloat16, for the gradient in a LoRA adapter, besides weights."""
+    assert pretrained_memory.measure(pretrained_memory.WORK["sd15"], remat).kept <= 0.1 * pretrained_memory.GIB
 
 
 @pytest.mark.parametrize(
