@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from benchmarks.speed.harness import machine
 from rgdiff.nets import lora_init, lora_merge
@@ -147,9 +148,11 @@ def _piece(jaxpr: Any, fixed: set[int]) -> int:
     shapes = [spec(*var.aval.shape, dtype=var.aval.dtype) for var in jaxpr.invars]
     free = [id(var) not in fixed and jnp.issubdtype(var.aval.dtype, jnp.floating) for var in jaxpr.invars]
 
+    program = jaxpr_as_fun(ClosedJaxpr(jaxpr, []))
+
     def run(some: list[Any], others: list[Any]) -> Any:
         a, b = iter(some), iter(others)
-        return jax.core.eval_jaxpr(jaxpr, [], *(next(a if one else b) for one in free))
+        return program(*(next(a if one else b) for one in free))
 
     pick = lambda wanted: [shape for shape, one in zip(shapes, free, strict=True) if one is wanted]  # noqa: E731
     return handed_over(run, pick(True), pick(False))
@@ -164,8 +167,8 @@ def measure(work: Work, remat: str | None) -> Figures:
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     adapter = {}
-    if work.target is not None:
-        adapter = jax.eval_shape(lambda p: lora_init(jax.random.key(0), p, RANK, target=work.target), params)
+    if (target := work.target) is not None:
+        adapter = jax.eval_shape(lambda p: lora_init(jax.random.key(0), p, RANK, target=target), params)
         merged = jax.eval_shape(lora_merge, params, adapter)
         assert jax.tree.map(shown, merged) == jax.tree.map(shown, params)
     adapted = {path: leaf for path, (_, leaf) in zip(paths, leaves, strict=True) if path in adapter}

@@ -212,7 +212,7 @@ class Stage(nn.Module):
     """One resolution: `layers` times a residual block and an attention, then a map to the next resolution.
 
     On the way down each result joins the skips, on the way up each residual block takes the last of them. In the middle the
-    last residual block has no attention after it. Autoencoders have no skips.
+    last residual block has no attention after it.
 
     Args:
       direction: "down", "mid" or "up".
@@ -221,6 +221,7 @@ class Stage(nn.Module):
       attention: (index, name) -> an attention, called with (x, context), or with x alone unless `cross`; or None.
       sampler: name -> the map to the next resolution, called with (x, temb); or None.
       cross: whether attention is to the context.
+      skipped: whether there are skips; autoencoders have none.
     """
 
     direction: str
@@ -229,17 +230,13 @@ class Stage(nn.Module):
     attention: Callable[..., nn.Module] | None = None
     sampler: Callable[..., nn.Module] | None = None
     cross: bool = False
+    skipped: bool = True
 
     @nn.compact
     def __call__(
-        self,
-        x: Array,
-        temb: Array | None = None,
-        context: Array | None = None,
-        skips: tuple[Array, ...] | None = None,
-    ) -> tuple[Array, tuple[Array, ...] | None]:
-        push = skips is not None and self.direction == "down"
-        pop = skips is not None and self.direction == "up"
+        self, x: Array, temb: Array | None = None, context: Array | None = None, skips: tuple[Array, ...] = ()
+    ) -> tuple[Array, tuple[Array, ...]]:
+        push, pop = (self.skipped and self.direction == way for way in ("down", "up"))
         for i in range(self.layers):
             skip, skips = (skips[-1], skips[:-1]) if pop else (None, skips)
             x = self.resnet(name=f"resnets.{i}")(x, temb, skip)

@@ -42,7 +42,7 @@ _READ = frozenset({
 class _Coder(nn.Module):
     """The encoder or decoder: conv_in, the stages and their middle, the head."""
 
-    config: Config
+    config: Any  # a `Config`, or a mapping that becomes one
     direction: str
     dtype: Any = None
     remat: str | None = None
@@ -77,7 +77,9 @@ class _Coder(nn.Module):
                 padding = () if up else (0,)
                 sampler = functools.partial(Upsample2D if up else Downsample2D, width, *padding, dtype=self.dtype)
             layers = c.get("layers_per_block", 1) + up
-            made = stage(self.direction, layers, resnet(width), None, sampler, name=f"{self.direction}_blocks.{i}")
+            made = stage(
+                self.direction, layers, resnet(width), None, sampler, skipped=False, name=f"{self.direction}_blocks.{i}"
+            )
             h, _ = made(h)
         h = h if up else middle(h)
         features = c.get("out_channels", 3) if up else 2 * c.get("latent_channels", 4)
@@ -118,7 +120,7 @@ class AutoencoderKL(nn.Module):
       (2, 4, 4, 4)
     """
 
-    config: Config
+    config: Any  # a `Config`, or a mapping that becomes one
     dtype: Any = None
     remat: str | None = None
 

@@ -74,8 +74,9 @@ class _Parts:
         self.up_depths = config.get("reverse_transformer_layers_per_block", self.depths[::-1])
         self.only_cross = config.per_stage("only_cross_attention", n, False)
         # A width of heads in UNet2DModel (null: one head), their number in UNet2DConditionModel: diffusers kept the wrong name.
-        self.widths = _each(_nullable(config, "attention_head_dim", 8), n)
-        self.heads = _each(config.get("num_attention_heads", tuple(self.widths)), n)
+        whole = "attention_head_dim" in config and config["attention_head_dim"] is None
+        self.widths = [None] * n if whole else config.per_stage("attention_head_dim", n, 8)
+        self.heads = config.per_stage("num_attention_heads", n, tuple(self.widths))
         self.groups, self.epsilon = config.get("norm_num_groups", 32), config.get("norm_eps", 1e-5)
         self.activation = str(config.get("act_fn", "silu")).lower()
         self.scale_shift = config.get("resnet_time_scale_shift") == "scale_shift"
@@ -150,7 +151,7 @@ class _Parts:
 class _UNet(nn.Module):
     """The stages, and the embedding of times and classes; a subclass says which settings and types it knows."""
 
-    config: Config
+    config: Any  # a `Config`, or a mapping that becomes one
     dtype: Any = None
     remat: str | None = None
 
@@ -186,6 +187,23 @@ class _UNet(nn.Module):
         for key in ("downsample_type", "upsample_type"):
             _one_of(network, key, c.get(key, "conv"), ("conv", "resnet"))
         _one_of(network, "act_fn", str(c.get("act_fn", "silu")).lower(), ACTIVATIONS)
+        parts = _Parts(c, self.dtype, self.remat)
+        if (
+            any(isinstance(depth, tuple) for depth in parts.depths)
+            and c.get("reverse_transformer_layers_per_block") is None
+        ):
+            raise ValueError(
+                f"{network}: transformer_layers_per_block by transformer needs reverse_transformer_layers_per_block"
+            )
+        if len(parts.up_depths) != len(channels):
+            raise ValueError(
+                f"{network}: reverse_transformer_layers_per_block has {len(parts.up_depths)} values for {len(channels)} stages"
+            )
+        for i, width in enumerate(channels):
+            kind = _DOWN[c["down_block_types"][i].removeprefix("UNetRes")].attention
+            by = {"cross": parts.heads[i], "self": parts.widths[i] or width}.get(kind or "", 1)
+            if width % by:
+                raise ValueError(f"{network}: attention_head_dim {by} does not divide {width} channels")
         groups = _nullable(c, "norm_num_groups", 32)
         if not groups or any(channel % groups for channel in channels):
             raise ValueError(f"{network}: norm_num_groups {groups} does not divide block_out_channels {channels}")
@@ -217,7 +235,9 @@ class _UNet(nn.Module):
             return emb + TimestepEmbedding(width, name="class_embedding")(labels)
         if kind == "simple_projection":
             return emb + dense(width, name="class_embedding")(labels)
-        return emb + (labels if kind == "identity" else nn.Embed(count, width, name="class_embedding")(labels))
+        if kind == "identity":
+            return emb + labels
+        return emb + nn.Embed(c["num_class_embeds"], width, name="class_embedding")(labels)
 
     def _stages(self, x: Array, temb: Array, context: Array | None, activation: str) -> Array:
         """Return the output of conv_in, every stage and the head."""
@@ -396,10 +416,6 @@ _SHIFTS = ("default", "scale_shift")
 def _nullable(config: Config, key: str, default: Any) -> Any:
     """Return a setting for which null means something; the default where it is absent."""
     return config[key] if key in config else default
-
-
-def _each(value: Any, count: int) -> list[Any]:
-    return list(value) if isinstance(value, tuple) else [value] * count
 
 
 def _one_of(network: str, key: str, value: Any, known: Any) -> None:

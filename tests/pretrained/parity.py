@@ -170,7 +170,9 @@ def theirs(case: Case, bits: int = 64) -> tuple[Results, dict[str, Any]]:
     module = case.build(dict(case.config)).eval()
     module = module.double() if bits == 64 else module.float()
     named = {key: case.rename(key) for key in module.state_dict()}
-    shapes = {named[key]: tuple(value.shape) for key, value in module.state_dict().items() if named[key] is not None}
+    shapes = {
+        name: tuple(value.shape) for key, value in module.state_dict().items() if (name := named[key]) is not None
+    }
     state = tiny_weights(shapes)
     module.load_state_dict({key: torch.tensor(state[name]) for key, name in named.items() if name}, strict=False)
     dtype = np.dtype(f"float{bits}")
@@ -179,8 +181,8 @@ def theirs(case: Case, bits: int = 64) -> tuple[Results, dict[str, Any]]:
         inputs[case.wrt].requires_grad_(True)
     out = case.call(module, inputs)
     outputs = tuple(out) if isinstance(out, (tuple, list)) else (out,)
-    sum((y**2).sum() for y in outputs).backward()
-    known = {named[key]: p.grad for key, p in module.named_parameters() if named.get(key)}
+    torch.stack([(y**2).sum() for y in outputs]).sum().backward()
+    known = {name: p.grad for key, p in module.named_parameters() if (name := named.get(key)) is not None}
     gradients = {
         name: np.zeros(shape) if known.get(name) is None else known[name].numpy() for name, shape in shapes.items()
     }
@@ -286,13 +288,13 @@ def write_golden(case: Case) -> dict[str, np.ndarray]:
     return held
 
 
-def write_keys(full: Full) -> dict[str, tuple[int, ...]]:
+def write_keys(full: Full) -> dict[str, list[int]]:
     """Write a network's keys and shapes from torch's meta device; return them."""
     import torch
 
     with torch.device("meta"):
         state = full.build(dict(full.config)).state_dict()
-    held = {full.rename(key): list(value.shape) for key, value in state.items() if full.rename(key) is not None}
+    held = {name: list(value.shape) for key, value in state.items() if (name := full.rename(key)) is not None}
     KEYS.mkdir(exist_ok=True)
     text = json.dumps(held, separators=(",", ":"), sort_keys=True).encode()
     (KEYS / f"{full.name}.json.gz").write_bytes(gzip.compress(text, 9, mtime=0))
