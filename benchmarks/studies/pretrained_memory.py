@@ -32,7 +32,7 @@ REMAT = (None, "stage", "block")
 GIB = 2**30
 DEVICES, USED = (16, 40, 80), 0.9  # GB, and the part of it that a program may have
 CALLS = (1, 5)
-ROWS = 2  # of the network per image: guidance without a classifier has two
+ROWS = 2  # of the network per image: classifier-free guidance has two
 CHECKPOINTS = {"checkpoint", "remat", "remat2"}
 
 
@@ -257,7 +257,7 @@ def report(names: list[str]) -> list[str]:
 
 INTRODUCTION = f"""# Memory of tuning released networks
 
-GiB, bfloat16 weights and computation, LoRA of rank {RANK} on every attention's to_q, to_k, to_v and to_out.0 ({RESULTS.stem}.py's TARGET).
+GiB, bfloat16 weights and computation, LoRA of rank {RANK} on every attention's to_q, to_k, to_v and to_out.0 (TARGET in benchmarks/studies/pretrained_memory.py).
 Counted from the traced program, not measured on a device: XLA may keep less by fusing, and more by fragmentation.
 
 - *kept*: what the forward pass of one call hands to its backward pass, without weights and adapted kernels.
@@ -265,7 +265,7 @@ Counted from the traced program, not measured on a device: XLA may keep less by 
   the largest one has at a time, pieces inside it included. With nothing recomputed it is that of attention, 1,024 queries' scores; a
   GPU's fused kernel has none.
 - *once*: weights of network and decoder, merged kernels and the sum of their gradients, the adapter with gradient and Adam's moments.
-- *each image*: K states x_t (float32), and the larger of one call ({ROWS} rows: guidance without a classifier) and the decoder. The tuner's
+- *each image*: K states x_t (float32), and the larger of one call ({ROWS} rows: classifier-free guidance) and the decoder. The tuner's
   `remat="everything"` has one call at a time in memory, so that K hardly counts.
 - *images*: the largest batch at {USED:.0%} of the device. The text encoders (embeddings are made before) and the reward are not in it.
 """
