@@ -16,6 +16,7 @@ A network call is one sample through one network, forward or backward, of the tu
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import shlex
 import sys
@@ -147,7 +148,7 @@ def averaged(tuner: Any, params: Any, seed: int, counts: list[int], **options: A
         yield state.best
 
 
-def tuner_of(name: str, world: Any, networks: Networks, optimizer: Any, process: Any = None) -> tuple[Any, int, Any]:
+def tuner_of(name: str, world: Any, networks: Networks, optimizer: Any) -> tuple[Any, int, Any]:
     """A tuner, its network calls a chain, and the parameters to begin with."""
     change, params = networks.main
     calls = len(world.times)
@@ -158,14 +159,13 @@ def tuner_of(name: str, world: Any, networks: Networks, optimizer: Any, process:
     network.scalar_time = True
     model = lambda params: denoisers.from_function(network, params)  # noqa: E731
     kl: dict[str, Any] = {"batch": BATCH, "reference": world.denoiser, "temperature": ALPHA, "ema_decay": 0.99}
-    process = world.process if process is None else process
     if name == "DDPO":
         return (
-            tuners.as_tuner(tuners.ddpo(model, process, world.times, optimizer, **kl), world.reward),
+            tuners.as_tuner(tuners.ddpo(model, world.process, world.times, optimizer, **kl), world.reward),
             5 * calls,
             params,
         )
-    parts = (model, process, world.reward, world.times, optimizer)
+    parts = (model, world.process, world.reward, world.times, optimizer)
     if name == "adjoint matching":
         return tuners.adjoint_matching(*parts, **kl), 5 * calls, params
     if name == "adjoint matching, 4 last and 4 drawn":
@@ -173,40 +173,43 @@ def tuner_of(name: str, world: Any, networks: Networks, optimizer: Any, process:
     return tuners.draft(*parts, remat="none", **kl), 4 * calls, params
 
 
-def single(name: str, world: Any, networks: Networks, optimizer: Any, seed: int) -> Any:
-    """Yield (process, denoiser) at every budget."""
+def single(name: str, world: Any, networks: Networks, optimizer: Any) -> Callable[[int], Any]:
+    """Return seed -> (process, denoiser) at every budget; one program for all seeds."""
     tuner, calls, params = tuner_of(name, world, networks, optimizer)
-    for best in averaged(tuner, params, seed, [steps_of(budget, calls * BATCH) for budget in BUDGETS]):
-        model = tuner.model if hasattr(tuner, "model") else tuner.online.model
-        yield world.process, model(best)
+    model = tuner.model if hasattr(tuner, "model") else tuner.online.model
+    counts = [steps_of(budget, calls * BATCH) for budget in BUDGETS]
+    return lambda seed: ((world.process, model(best)) for best in averaged(tuner, params, seed, counts))
 
 
-def elegant(world: Any, networks: Networks, optimizer: Any, seed: int) -> Any:
-    """Yield (process, denoiser) at every budget; each begins anew, as the main chain needs the finished law of x_T."""
+def elegant(world: Any, networks: Networks, optimizer: Any) -> Callable[[int], Any]:
+    """Return seed -> (process, denoiser) at every budget; each begins anew, as the main chain needs the finished law of x_T."""
     calls, start = len(world.times), processes.initial_law(world.process, schedules.linear_vp())
     times = start.times(MOVES)
     network, params = networks.value
     first, begin = networks.initial(times)
-    for budget in BUDGETS:
-        half = budget / 2
-        data = tuners.rollouts(
-            jax.random.key(100 + seed), world.process, world.denoiser, world.times, world.reward, int(half / 4 / calls)
-        )
-        data = {"path": data["path"][:, :1], "reward": data["reward"]}
-        made = lambda params: denoisers.from_function(network, params)  # noqa: E731
-        tuner = tuners.initial_value(made, world.process, world.times, optimizer, temperature=ALPHA, ema_decay=0.99)
-        steps = steps_of(half / 4, 2 * 1024)
-        (best,) = averaged(tuner, params, seed, [steps], data=data, batch=1024)
-        drawing = tuners.initial_tuner(
-            lambda params: denoisers.from_function(first, params), start, made(best), times, optimizer,
-            temperature=ALPHA, time=world.times[0], batch=BATCH, remat="none", ema_decay=0.99,
-        )  # fmt: skip
-        (law,) = averaged(drawing, begin, seed, [steps_of(half / 2, (2 * MOVES + 2) * BATCH)])
-        draw = samplers.drawing(samplers.ancestral(start, drawing.model(law)), times)
-        process = processes.started_from(world.process, draw)
-        tuner, each, main = tuner_of("DRaFT", world, networks, optimizer, process)
-        (best,) = averaged(tuner, main, seed, [steps_of(half, each * BATCH)])
-        yield process, tuner.model(best)
+    value = lambda params: denoisers.from_function(network, params)  # noqa: E731
+    move = lambda params: denoisers.from_function(first, params)  # noqa: E731
+    regression = tuners.initial_value(value, world.process, world.times, optimizer, temperature=ALPHA, ema_decay=0.99)
+    main, each, main_params = tuner_of("DRaFT", world, networks, optimizer)
+
+    def reached(seed: int) -> Any:
+        for budget in BUDGETS:
+            half, key = budget / 2, jax.random.key(100 + seed)
+            count = int(half / 4 / calls)
+            data = tuners.rollouts(key, world.process, world.denoiser, world.times, world.reward, count)
+            data = {"path": data["path"][:, :1], "reward": data["reward"]}
+            (best,) = averaged(regression, params, seed, [steps_of(half / 4, 2 * 1024)], data=data, batch=1024)
+            drawing = tuners.initial_tuner(
+                move, start, value(best), times, optimizer, temperature=ALPHA, time=world.times[0], batch=BATCH,
+                remat="none", ema_decay=0.99,
+            )  # fmt: skip
+            (law,) = averaged(drawing, begin, seed, [steps_of(half / 2, (2 * MOVES + 2) * BATCH)])
+            draw = samplers.drawing(samplers.ancestral(start, drawing.model(law)), times)
+            tuner = dataclasses.replace(main, process=processes.started_from(world.process, draw))
+            (best,) = averaged(tuner, main_params, seed, [steps_of(half, each * BATCH)])
+            yield tuner.process, tuner.model(best)
+
+    return reached
 
 
 # ---------------------------------------------------------------- the tables
@@ -220,14 +223,11 @@ def shown(values: list[float], digits: int) -> str:
 def row(problem: Problem, method: str, eta: float) -> str:
     world, optimizer = problem.build(eta), optax.adam(problem.rate, b2=0.99)
     networks, found, seconds = problem.networks(world), [], 0.0
+    parts = world, networks, optimizer
+    reached = elegant(*parts) if method == "ELEGANT" else single(method, *parts)
     for seed in range(problem.seeds):
         begun, samples = time.perf_counter(), []
-        reached = (
-            elegant(world, networks, optimizer, seed)
-            if method == "ELEGANT"
-            else single(method, world, networks, optimizer, seed)
-        )
-        for process, denoiser in reached:
+        for process, denoiser in reached(seed):
             samples.append(drawn(process, denoiser, world.times, SAMPLES, seed))
         seconds += time.perf_counter() - begun
         found.append([*(problem.judge(world, x) for x in samples), samples[-1].mean(), samples[-1].var()])

@@ -34,6 +34,7 @@ POLICY = [*TUNED, "method.heldout=true"]
 ROUNDS = ["method.queries=[4,3]", "method.evaluate=4", "method.surrogate.steps=3", "method.noise=0.1"]
 FEW = {"draft_lv": TUNED, "pigdm": ["reward=inpainting"]}
 MORE = {
+    "adjoint_matching": TUNED,
     "best_of_n": ["method.candidates=2"],
     "classifier_guidance": VALUE,
     "das": PARTICLES,

@@ -156,7 +156,7 @@ def test_a_recipe_without_a_part_is_refused(tmp_path, capsys):
     "draft_k", "dps", "tds", "gradient_guidance", "elegant",
     *(pytest.param(name, marks=pytest.mark.slow) for name in (
         "draft", "draft_lv", "draft_plus", "refl", "alignprop", "alignprop_subset", "drtune", "mixed_adapters", "freedom",
-        "lgd_mc", "tilt", "das", "gradient_guidance_refit", "dxdp",
+        "lgd_mc", "tilt", "das", "gradient_guidance_refit", "dxdp", "adjoint_matching",
     )),
 ])  # fmt: skip
 def test_a_black_box_is_refused_by_every_method_of_gradients(method, tmp_path, capsys):
