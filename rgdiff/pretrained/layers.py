@@ -89,7 +89,8 @@ def sinusoids(
       [B, features], float32 (float64 for float64 times).
     """
     half = features // 2
-    frequencies = np.exp(-math.log(period) * np.arange(half, dtype=np.float32) / np.float32(half - shift))
+    powers = -math.log(period) * np.arange(half, dtype=np.float32) / np.float32(half - shift)
+    frequencies = np.exp(powers.astype(np.float64)).astype(np.float32)  # NumPy's float32 exp is off by up to 3 units
     angles = scale * t.astype(jnp.promote_types(t.dtype, jnp.float32))[:, None] * frequencies
     pair = (jnp.cos(angles), jnp.sin(angles))
     return jnp.concatenate(pair if cosine_first else pair[::-1], -1)
