@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from rgdiff.pretrained.config import TRANSFORMERS, Config, settings
+from rgdiff.pretrained.config import TRANSFORMERS, Config
 from rgdiff.pretrained.layers import ACTIVATIONS, attend, dense, layer_norm
 from rgdiff.pretrained.transformer import rematerialised, wide
 from rgdiff.pretrained.weights import Tensor
@@ -40,12 +40,8 @@ VISION = ENCODER | {
     "image_size": 224,
     "patch_size": 32,
 }
-ALLOWED = {
-    "hidden_act": ("quick_gelu", "gelu", "gelu_new"),
-    "is_decoder": (False,),
-    "add_cross_attention": (False,),
-    "pruned_heads": (Config({}),),
-}
+CHOICES = {"hidden_act": ("quick_gelu", "gelu", "gelu_new")}
+FIXED = {"is_decoder": False, "add_cross_attention": False, "pruned_heads": Config({})}
 HARMLESS = TRANSFORMERS | {"attention_dropout", "dropout"}  # training only
 
 
@@ -250,7 +246,7 @@ class _Model(nn.Module):
 
     def settings(self) -> Config:
         """Return the settings that are read, with those that the file leaves out."""
-        return settings(self.config, self.defaults, ALLOWED, HARMLESS)
+        return self.config.settings(type(self).__name__, self.defaults, FIXED, HARMLESS, CHOICES)
 
 
 class CLIPTextModel(_Model):
@@ -385,12 +381,12 @@ class CLIPModel(nn.Module):
         empty = Config({})
         read = {"text_config": empty, "vision_config": empty, "projection_dim": 512}
         harmless = TRANSFORMERS | {"logit_scale_init_value", "text_config_dict", "vision_config_dict"}
-        whole = settings(self.config, read, harmless=harmless)
+        whole = self.config.settings("CLIPModel", read, harmless=harmless)
         parts = []
         for side, defaults in (("text", TEXT), ("vision", VISION)):
             again = self.config.get(f"{side}_config_dict") or {}  # in some old files; it overrides
             config = Config({**whole[f"{side}_config"], **again}, f"{side}_config")
-            parts.append(settings(config, defaults, ALLOWED, HARMLESS))
+            parts.append(config.settings("CLIPModel", defaults, FIXED, HARMLESS, CHOICES))
         return whole, parts[0], parts[1]
 
     def setup(self):

@@ -7,15 +7,16 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from rgdiff.pretrained.config import Config, settings
-from rgdiff.pretrained.layers import Attention, TimestepEmbedding, dense, plain_norm, sinusoids
+from rgdiff.pretrained._blocks import check_image
+from rgdiff.pretrained.config import Config
+from rgdiff.pretrained.layers import Attention, TimestepEmbedding, dense, plain_norm
 from rgdiff.pretrained.transformer import (
     FeedForward,
     Modulation,
     PatchEmbed,
-    check_image,
     modulate,
     rematerialised,
+    times,
     unpatch,
     wide,
 )
@@ -33,12 +34,8 @@ READ = {
     "num_embeds_ada_norm": 1000,
     "norm_eps": 1e-5,
 }
-ALLOWED = {
-    "activation_fn": ("gelu-approximate",),
-    "norm_type": ("ada_norm_zero",),
-    "norm_elementwise_affine": (False,),
-    "upcast_attention": (False,),  # scores are float32 here anyway
-}
+FIXED = {"activation_fn": "gelu-approximate", "norm_type": "ada_norm_zero", "norm_elementwise_affine": False}
+HARMLESS = ("norm_num_groups", "dropout", "upcast_attention")  # no group norm, training only, scores are float32 anyway
 
 
 class _LabelEmbedding(nn.Module):
@@ -59,7 +56,7 @@ class _Conditioning(nn.Module):
 
     @nn.compact
     def __call__(self, t: Array, labels: Array) -> Array:
-        time = TimestepEmbedding(self.width, name="timestep_embedder")(sinusoids(t, 256, shift=self.shift))
+        time = TimestepEmbedding(self.width, name="timestep_embedder")(times(t, self.shift))
         return time + _LabelEmbedding(self.classes + 1, self.width, name="class_embedder")(labels)
 
 
@@ -134,7 +131,7 @@ class DiTTransformer2DModel(nn.Module):
 
     def settings(self) -> Config:
         """Return the settings that are read, with those that the file leaves out."""
-        return settings(self.config, READ, ALLOWED, ("norm_num_groups", "dropout"))
+        return self.config.settings("DiTTransformer2DModel", READ, FIXED, HARMLESS)
 
     @nn.compact
     def __call__(self, x: Array, t: Array, class_labels: Array) -> Array:
@@ -150,14 +147,14 @@ class DiTTransformer2DModel(nn.Module):
         """
         c = self.settings()
         patch, width = c["patch_size"], c["num_attention_heads"] * c["attention_head_dim"]
-        check_image(x, c["in_channels"], patch)
+        check_image(type(self).__name__, x, c["in_channels"], patch)
         base = c["sample_size"] // patch
         h = PatchEmbed(width, patch, base, None, self.dtype, name="pos_embed")(x)
-        block, first = rematerialised(_Block, self.remat), None
+        block, embeddings = rematerialised(_Block, self.remat), []
         for i in range(c["num_layers"]):
             h, emb = block(c, self.freq_shift, self.dtype, name=f"transformer_blocks.{i}")(h, t, class_labels)
-            first = emb if first is None else first
-        vectors = dense(2 * width, name="proj_out_1", dtype=self.dtype)(nn.silu(first))
+            embeddings.append(emb)
+        vectors = dense(2 * width, name="proj_out_1", dtype=self.dtype)(nn.silu(embeddings[0]))
         h = modulate(plain_norm(h), *jnp.split(vectors, 2, -1))
         out = c.get("out_channels", c["in_channels"])
         h = dense(patch * patch * out, name="proj_out_2", dtype=self.dtype)(h)

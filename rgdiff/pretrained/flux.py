@@ -8,14 +8,14 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from rgdiff.pretrained.config import Config, settings
+from rgdiff.pretrained._blocks import check_image
+from rgdiff.pretrained.config import Config
 from rgdiff.pretrained.layers import ACTIVATIONS, dense, plain_norm
 from rgdiff.pretrained.transformer import (
     JointAttention,
     JointTransformerBlock,
     Modulation,
     TimeTextEmbedding,
-    check_image,
     modulate,
     rematerialised,
     wide,
@@ -126,7 +126,7 @@ class FluxTransformer2DModel(nn.Module):
 
     def settings(self) -> Config:
         """Return the settings that are read, with those that the file leaves out."""
-        c = settings(self.config, READ, {"patch_size": (1,)}, INPUTS)
+        c = self.config.settings("FluxTransformer2DModel", READ, {"patch_size": 1}, INPUTS)
         if len(c["axes_dims_rope"]) != 3 or sum(c["axes_dims_rope"]) != c["attention_head_dim"]:
             raise ValueError(
                 f"axes_dims_rope is {list(c['axes_dims_rope'])}, expected three numbers of sum {c['attention_head_dim']}"
@@ -146,7 +146,7 @@ class FluxTransformer2DModel(nn.Module):
 
         Args:
           x: [B, H, W, in_channels / 4], latents that are not packed.
-          t: [B], sigma in [0, 1]; the network multiplies it by 1000.
+          t: [B], 1000 sigma, as for SD3; diffusers' class takes sigma and multiplies it itself.
           encoder_hidden_states: [B, L, joint_attention_dim], the text.
           pooled_projections: [B, pooled_projection_dim], the text.
           guidance: [B], the guidance scale, exactly where the config has `guidance_embeds`.
@@ -161,12 +161,12 @@ class FluxTransformer2DModel(nn.Module):
                 if c["guidance_embeds"]
                 else "this network takes no guidance: leave it out"
             )
-        check_image(x, c["in_channels"] // PACK**2, PACK)
+        check_image(type(self).__name__, x, c["in_channels"] // PACK**2, PACK)
         heads, (_, height, side, _) = c["num_attention_heads"], x.shape
         width, text = heads * c["attention_head_dim"], encoder_hidden_states.shape[1]
         h = dense(width, name="x_embedder", dtype=self.dtype)(pack(x))
         emb = TimeTextEmbedding(width, name="time_text_embed")(
-            1000 * wide(t), pooled_projections, None if guidance is None else 1000 * wide(guidance)
+            t, pooled_projections, None if guidance is None else 1000 * wide(guidance)
         )
         context = dense(width, name="context_embedder", dtype=self.dtype)(encoder_hidden_states)
         turned = rotation(text, height // PACK, side // PACK, c["axes_dims_rope"])

@@ -6,14 +6,14 @@ from typing import Any
 
 import flax.linen as nn
 
-from rgdiff.pretrained.config import Config, settings
+from rgdiff.pretrained._blocks import check_image
+from rgdiff.pretrained.config import Config
 from rgdiff.pretrained.layers import dense, plain_norm
 from rgdiff.pretrained.transformer import (
     JointTransformerBlock,
     Modulation,
     PatchEmbed,
     TimeTextEmbedding,
-    check_image,
     modulate,
     rematerialised,
     unpatch,
@@ -79,7 +79,8 @@ class SD3Transformer2DModel(nn.Module):
 
     def settings(self) -> Config:
         """Return the settings that are read, with those that the file leaves out."""
-        c = settings(self.config, READ, {"qk_norm": (None, "rms_norm")}, INPUTS)
+        choices = {"qk_norm": (None, "rms_norm")}
+        c = self.config.settings("SD3Transformer2DModel", READ, harmless=INPUTS, choices=choices)
         width = c["num_attention_heads"] * c["attention_head_dim"]
         if c["caption_projection_dim"] != width:
             raise ValueError(f"caption_projection_dim is {c['caption_projection_dim']}, expected {width}, the width")
@@ -101,7 +102,7 @@ class SD3Transformer2DModel(nn.Module):
         c = self.settings()
         heads, patch = c["num_attention_heads"], c["patch_size"]
         width, last, normed = heads * c["attention_head_dim"], c["num_layers"] - 1, c["qk_norm"] is not None
-        check_image(x, c["in_channels"], patch)
+        check_image(type(self).__name__, x, c["in_channels"], patch)
         base, table = c["sample_size"] // patch, c["pos_embed_max_size"]
         h = PatchEmbed(width, patch, base, table, self.dtype, name="pos_embed")(x)
         emb = TimeTextEmbedding(width, name="time_text_embed")(t, pooled_projections)

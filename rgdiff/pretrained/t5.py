@@ -6,13 +6,13 @@ Read its files with `weights.read(..., rename=t5.rename)`.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from rgdiff.pretrained.config import TRANSFORMERS, Config, settings
+from rgdiff.pretrained.config import TRANSFORMERS, Config
 from rgdiff.pretrained.layers import ACTIVATIONS, attend, dense
 from rgdiff.pretrained.transformer import rematerialised, wide
 from rgdiff.typing import Array
@@ -75,6 +75,16 @@ def buckets(length: int, count: int, furthest: int) -> np.ndarray:
     return np.where(offset > 0, half, 0) + np.where(distance < exact, distance, far)
 
 
+class T5Output(NamedTuple):
+    """What the encoder returns.
+
+    Args:
+      last_hidden_state: [B, L, D], after the final norm, float32.
+    """
+
+    last_hidden_state: Array
+
+
 class _Norm(nn.RMSNorm):
     """Division by the root mean square, and a scale: no mean, no shift."""
 
@@ -90,9 +100,10 @@ class _SelfAttention(nn.Module):
         if bias is None:  # the first block's, which the others use as well
             count = c["relative_attention_num_buckets"]
             at = buckets(x.shape[1], count, c["relative_attention_max_distance"])
-            bias = nn.Embed(count, heads, name="relative_attention_bias")(at).transpose(2, 0, 1)[None]
+            table = nn.Embed(count, heads, name="relative_attention_bias")
+            bias = jnp.moveaxis(table(jnp.asarray(at)), -1, 0)[None]
             if mask is not None:
-                bias = bias + jnp.where(mask[:, None, None, :].astype(bool), 0.0, -jnp.inf)
+                bias += jnp.where(mask[:, None, None, :].astype(bool), 0.0, -jnp.inf)
         h = attend(q, k, v, heads, bias, scale=1.0)
         return dense(c["d_model"], False, name="o", dtype=self.dtype)(h), bias
 
@@ -137,7 +148,7 @@ class _Stack(nn.Module):
 
 
 class T5EncoderModel(nn.Module):
-    """T5's encoder: token ids [B, L] -> last hidden state [B, L, D], float32.
+    """T5's encoder: token ids [B, L] -> T5Output, the last hidden state [B, L, D].
 
     Positions enter as a bias of the scores, which depends on the distance of query and key, is learnt per head in the first
     block, and serves all blocks. Scores are not divided by the width of a head. Compute in bfloat16 or float32: the residual
@@ -157,7 +168,7 @@ class T5EncoderModel(nn.Module):
       >>> from rgdiff.pretrained.t5 import T5EncoderModel
       >>> tiny = {"d_model": 8, "d_kv": 4, "d_ff": 16, "num_heads": 2, "num_layers": 2, "vocab_size": 9}
       >>> net = T5EncoderModel(Config({**tiny, "feed_forward_proj": "gated-gelu"}))
-      >>> jax.eval_shape(net.init_with_output, jax.random.key(0), jnp.zeros((2, 5), int))[0].shape
+      >>> jax.eval_shape(net.init_with_output, jax.random.key(0), jnp.zeros((2, 5), int))[0].last_hidden_state.shape
       (2, 5, 8)
     """
 
@@ -174,11 +185,12 @@ class T5EncoderModel(nn.Module):
         """Return the settings that are read, with those that the file leaves out."""
         read = self.config.get("feed_forward_proj", "relu")
         name, gated = FEED_FORWARD.get(read, ("", False))
-        allowed = {"feed_forward_proj": tuple(FEED_FORWARD), "dense_act_fn": (name,), "is_gated_act": (gated,)}
-        return settings(self.config, READ, {**allowed, "is_decoder": (False,)}, HARMLESS)
+        fixed = {"is_decoder": False, "dense_act_fn": name, "is_gated_act": gated} if name else {"is_decoder": False}
+        harmless = HARMLESS if name else HARMLESS | {"dense_act_fn", "is_gated_act"}
+        return self.config.settings("T5EncoderModel", READ, fixed, harmless, {"feed_forward_proj": FEED_FORWARD})
 
     @nn.compact
-    def __call__(self, input_ids: Array, attention_mask: Array | None = None) -> Array:
+    def __call__(self, input_ids: Array, attention_mask: Array | None = None) -> T5Output:
         """Return the last hidden state.
 
         Args:
@@ -186,8 +198,8 @@ class T5EncoderModel(nn.Module):
           attention_mask: [B, L], 0 where a token is hidden from all others; SD3 and Flux give none.
 
         Returns:
-          [B, L, D], after the final norm.
+          The last hidden state.
         """
         c = self.settings()
         x = nn.Embed(c["vocab_size"], c["d_model"], self.dtype, name="shared")(input_ids)
-        return wide(_Stack(c, self.dtype, self.remat, name="encoder")(x, attention_mask))
+        return T5Output(wide(_Stack(c, self.dtype, self.remat, name="encoder")(x, attention_mask)))

@@ -7,7 +7,7 @@ rotations compute in float32.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,10 +17,8 @@ import numpy as np
 from rgdiff.pretrained.layers import ACTIVATIONS, TimestepEmbedding, attend, dense, plain_norm, sinusoids
 from rgdiff.typing import Array
 
-_Block = TypeVar("_Block", bound=type[nn.Module])
 
-
-def rematerialised(block: _Block, remat: str | None) -> _Block:
+def rematerialised(block: Any, remat: str | None) -> Any:
     """Return a block's class, computed again in the backward pass for `remat="block"`.
 
     Raises:
@@ -28,7 +26,7 @@ def rematerialised(block: _Block, remat: str | None) -> _Block:
     """
     if remat not in (None, "block"):
         raise ValueError(f"remat is {remat!r}, expected None or 'block'")
-    return nn.remat(block) if remat else block  # type: ignore[return-value]
+    return nn.remat(block) if remat else block
 
 
 def wide(x: Array) -> Array:
@@ -66,7 +64,7 @@ class FeedForward(nn.Module):
         return dense(self.width, name="net.2", dtype=self.dtype)(h)
 
 
-def grid_sinusoids(width: int, rows: int, columns: int, base: int) -> np.ndarray:
+def grid_sinusoids(width: int, rows: int, columns: int, base: int) -> Array:
     """Return sines and cosines of a grid's positions, first of the column and then of the row.
 
     Args:
@@ -76,17 +74,18 @@ def grid_sinusoids(width: int, rows: int, columns: int, base: int) -> np.ndarray
       base: side of the grid that the network was trained on; other grids are stretched to it.
 
     Returns:
-      [H W, D], float32.
+      [H W, D], float32, computed in float64.
     """
     frequencies = 1.0 / 10_000 ** (np.arange(width // 4) / (width / 4))
 
-    def waves(at: np.ndarray) -> np.ndarray:
+    def waves(count: int) -> Array:
+        at = np.arange(count, dtype=np.float32) / np.float32(count / base)
         angles = np.outer(at.astype(np.float64), frequencies)
-        return np.concatenate([np.sin(angles), np.cos(angles)], 1)
+        return jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], 1), jnp.float32)
 
-    side = lambda n: np.arange(n, dtype=np.float32) / np.float32(n / base)  # noqa: E731
-    column, row = np.tile(side(columns), rows), np.repeat(side(rows), columns)
-    return np.concatenate([waves(column), waves(row)], 1).astype(np.float32)
+    shape = (rows, columns, width // 2)
+    parts = (jnp.broadcast_to(waves(columns), shape), jnp.broadcast_to(waves(rows)[:, None], shape))
+    return jnp.concatenate(parts, -1).reshape(-1, width)
 
 
 class PatchEmbed(nn.Module):
@@ -119,27 +118,22 @@ class PatchEmbed(nn.Module):
             top, left = (side - rows) // 2, (side - columns) // 2
             stored = jax.lax.stop_gradient(stored).reshape(side, side, self.width)
             positions = stored[top : top + rows, left : left + columns].reshape(-1, self.width)
-        return h.reshape(h.shape[0], -1, self.width) + jnp.asarray(positions, h.dtype)
+        return h.reshape(h.shape[0], -1, self.width) + positions.astype(h.dtype)
 
 
 def _grid_init(width: int, side: int, base: int) -> Any:
-    return lambda key, shape: jnp.asarray(grid_sinusoids(width, side, side, base)).reshape(shape)
-
-
-def check_image(x: Array, channels: int, patch: int) -> None:
-    """Refuse an image that the network cannot take.
-
-    Raises:
-      ValueError: unless x is [B, H, W, channels] with sides that are multiples of the patch.
-    """
-    if x.ndim != 4 or x.shape[-1] != channels or x.shape[1] % patch or x.shape[2] % patch:
-        raise ValueError(f"x is {list(x.shape)}, expected [B, H, W, {channels}] with H and W multiples of {patch}")
+    return lambda key, shape: grid_sinusoids(width, side, side, base).reshape(shape)
 
 
 def unpatch(tokens: Array, rows: int, columns: int, patch: int) -> Array:
     """Return the image of tokens: [B, rows columns, patch^2 C] -> [B, rows patch, columns patch, C]."""
     h = tokens.reshape(tokens.shape[0], rows, columns, patch, patch, -1).transpose(0, 1, 3, 2, 4, 5)
     return h.reshape(h.shape[0], rows * patch, columns * patch, -1)
+
+
+def times(t: Array, shift: float = 0.0) -> Array:
+    """Return 256 sinusoids of times, computed in float32 whatever their dtype is, as in PyTorch: [B] -> [B, 256]."""
+    return sinusoids(t.astype(jnp.float32), 256, shift=shift)
 
 
 class TimeTextEmbedding(nn.Module):
@@ -155,9 +149,9 @@ class TimeTextEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, t: Array, pooled: Array, guidance: Array | None = None) -> Array:
-        out = TimestepEmbedding(self.width, name="timestep_embedder")(sinusoids(t, 256))
+        out = TimestepEmbedding(self.width, name="timestep_embedder")(times(t))
         if guidance is not None:
-            out = out + TimestepEmbedding(self.width, name="guidance_embedder")(sinusoids(guidance, 256))
+            out = out + TimestepEmbedding(self.width, name="guidance_embedder")(times(guidance))
         return out + TimestepEmbedding(self.width, name="text_embedder")(wide(pooled))
 
 
@@ -238,7 +232,7 @@ class JointTransformerBlock(nn.Module):
       width: D.
       qk_norm: whether queries and keys are normalised.
       dual: whether x has a second attention, to itself (SD3.5-M).
-      last: whether the context is read only, and not returned (SD3's last block).
+      last: whether the context is read only, and returned as it is (SD3's last block).
       dtype: of the computation.
     """
 
@@ -252,7 +246,7 @@ class JointTransformerBlock(nn.Module):
     @nn.compact
     def __call__(
         self, x: Array, context: Array, emb: Array, rotation: tuple[Array, Array] | None = None
-    ) -> tuple[Array, Array | None]:
+    ) -> tuple[Array, Array]:
         def attention(outputs: tuple[str, ...], name: str) -> JointAttention:
             return JointAttention(self.heads, self.width, self.qk_norm, outputs, self.dtype, name=name)
 
@@ -273,6 +267,6 @@ class JointTransformerBlock(nn.Module):
             x = x + gate[:, None] * attention(("to_out.0",), "attn2")(modulate(normed, shift, scale))[0]
         x = fed(x, *vectors[3:6], name="ff")
         if self.last:
-            return x, None
+            return x, context
         context = context + of_context[2][:, None] * h[1]
         return x, fed(context, *of_context[3:], name="ff_context")
