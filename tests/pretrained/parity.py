@@ -110,7 +110,7 @@ def tiny_weights(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]
         draw = np.random.RandomState(zlib.crc32(key.encode())).randn(*shape)
         fan = math.prod(shape[1:]) if len(shape) > 1 else 1
         norm = len(shape) == 1 and "norm" in key and key.endswith("weight")
-        out[key] = (draw * 0.3 / math.sqrt(fan) + norm).astype(np.float32)
+        out[key] = np.asarray(draw * 0.3 / math.sqrt(fan) + norm, np.float32)
     return out
 
 
