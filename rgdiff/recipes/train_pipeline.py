@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from rgdiff import denoisers, tuners
 from rgdiff.domains.images import data as images
@@ -88,6 +87,8 @@ def coloured(x: np.ndarray, labels: np.ndarray, table: dict[str, int], seed: int
 
 def train_autoencoder(pictures: np.ndarray, steps: int, seed: int, batch: int = 32) -> Params:
     """Train the autoencoder: squared error, and 1e-4 times the KL of latents to N(0, 1), in nats a picture over its pixels."""
+    import optax
+
     net, key = AutoencoderKL(Config(VAE)), jax.random.key(seed)
     params = net.lazy_init(key, jax.ShapeDtypeStruct((1, *pictures.shape[1:]), jnp.float32))["params"]
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(2e-3, steps)))

@@ -20,7 +20,14 @@ DECODED = 8  # pictures at once
 
 @functools.lru_cache(maxsize=2)
 def opened(folder: str, dtype: str, remat: str | None, size: tuple[int, int] | None) -> pipelines.Pretrained:
-    """Read a folder once for all parts of a run that need it."""
+    """Read a folder once for all parts of a run that need it.
+
+    Args:
+      folder, dtype, remat, size: as `pipeline` has them.
+
+    Returns:
+      What `rgdiff.pretrained.from_diffusers` makes of it.
+    """
     return pipelines.from_diffusers(folder, dtype=jnp.dtype(dtype), remat=remat, size=size)
 
 
