@@ -186,7 +186,6 @@ def train(out: Path, steps: int, autoencoder_steps: int, seed: int, data_dir: st
         process,
         tuners.adamw(1.5e-3, warmup=steps // 20, decay_steps=steps, clip=1.0),
         null=jnp.asarray(ids_of([], table)),
-        grid=1000,
     )
     told: list[float] = []
 
