@@ -563,6 +563,43 @@ def classifier_free(denoiser: Denoiser, scale: float, null: Any) -> Denoiser:
 
 
 @pytree
+class Conditioned:
+    """A denoiser whose every example has one condition. Build it with `conditioned`."""
+
+    denoiser: Denoiser
+    condition: Any
+
+    def __call__(self, x: State, t: Array, cond: Cond = None) -> State:
+        if cond is not None:
+            raise ValueError("this denoiser has its condition already (denoisers.conditioned); pass cond=None")
+        batch = jax.tree.leaves(x)[0].shape[0]
+        repeat = lambda leaf: jnp.broadcast_to(leaf, (batch, *jnp.shape(leaf)))  # noqa: E731
+        return self.denoiser(x, t, jax.tree.map(repeat, self.condition))
+
+
+def conditioned(denoiser: Denoiser, condition: Any) -> Denoiser:
+    """Give every example the same condition, so that a conditional denoiser is one of a single distribution.
+
+    Methods on one problem (weighted particles, campaigns, learned values) take it as they take an unconditional prior.
+
+    Args:
+      denoiser: conditional, (x, t, cond) -> prediction.
+      condition: one row of its conditions, a pytree of leaves [...] without the axis of examples.
+
+    Returns:
+      The denoiser; it is called without a condition.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> conditional = lambda x, t, cond: cond[:, None] * jnp.ones_like(x)
+      >>> denoiser = rgdiff.denoisers.conditioned(conditional, 3.0)
+      >>> print(denoiser(jnp.zeros((2, 1)), 0.5).ravel())
+      [3. 3.]
+    """
+    return Conditioned(callable_pytree(denoiser, "a denoiser"), jax.tree.map(jnp.asarray, condition))
+
+
+@pytree
 class Annealed:
     """Interpolates two denoisers along the chain: d(x, t) + t^power (base(x, t) - d(x, t)). Build it with `annealed`."""
 

@@ -22,7 +22,19 @@ COMMON = {  # the keys that every recipe has, whether it says so or not
 }  # fmt: skip
 PARTS = ("domain", "prior", "reward", "method", "methods", "rewards")  # the keys that recipes are built from
 # last names of keys whose values are taken as they are: paths, and a title; `out` at the top alone: prior.network.out is a number
-VERBATIM = ("data_dir", "cache_dir", "source", "checkpoint", "images", "labels", "title")
+VERBATIM = (
+    "data_dir",
+    "cache_dir",
+    "source",
+    "checkpoint",
+    "images",
+    "labels",
+    "title",
+    "folder",
+    "file",
+    "head",
+    "path",
+)
 CONSTRUCTORS = tuple(  # modules whose public classes and functions a recipe may call; none of them writes files
     f"rgdiff.{name}"
     for name in (

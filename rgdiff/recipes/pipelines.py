@@ -6,14 +6,26 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from rgdiff import assets, checks
+from rgdiff import assets, checks, denoisers
 from rgdiff.domains.pipelines import PipelineDomain, opened
 from rgdiff.pretrained import pipelines, text
 from rgdiff.recipes.typing import Domain, Prior, ReadyPrior, Shape
 from rgdiff.runtime.run import Run
-from rgdiff.typing import Process
+from rgdiff.typing import Denoiser, Params, Process, pytree
+
+
+@pytree
+class OneConditionModel:
+    """Parameters -> denoiser under one condition, for methods on one problem."""
+
+    model: Any
+    condition: Any
+
+    def __call__(self, params: Params) -> Denoiser:
+        return denoisers.conditioned(self.model(params), self.condition)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +38,7 @@ class PipelinePrior(Prior):
       remat: what the denoising network computes again in the backward pass: stage, block, or null.
       prompts: a text or several, for a network that takes text.
       file: of prompts in their place, one a line or a JSON list.
-      labels: of a class-conditional network.
+      classes: in place of prompts, the labels that a class-conditional network is given.
       steps: network calls of a sampling chain.
       eta: of sampling: 0 is DDIM, 1 DDPM. Methods that need a law take 1.
       guidance: scale of classifier-free guidance, no unit; null or 1 for the conditional network alone.
@@ -38,7 +50,7 @@ class PipelinePrior(Prior):
     remat: str | None = None
     prompts: str | Sequence[str] | None = None
     file: str | None = None
-    labels: Sequence[int] | None = None
+    classes: Sequence[int] | None = None
     steps: int = 50
     eta: float = 0.0
     guidance: float | None = 7.5
@@ -51,7 +63,7 @@ class PipelinePrior(Prior):
             return text.prompts(self.file)
         if self.prompts is not None:
             return [self.prompts] if isinstance(self.prompts, str) else list(self.prompts)
-        return [f"label {label}" for label in self.labels or ()]
+        return [f"label {label}" for label in self.classes or ()]
 
     @property
     def several(self) -> bool:
@@ -78,12 +90,12 @@ class PipelinePrior(Prior):
                 f"the network in {self.folder} is for states {list(own)}, and the domain's are {list(domain.shape)}; "
                 "choose domain=pipeline"
             )
-        if sum(given is not None for given in (self.prompts, self.file, self.labels)) > 1:
-            raise ValueError("give one of prior.prompts, prior.file and prior.labels")
+        if sum(given is not None for given in (self.prompts, self.file, self.classes)) > 1:
+            raise ValueError("give one of prior.prompts, prior.file and prior.classes")
         checks.at_least("prior.steps", self.steps, 1)
         self.process(domain.shape).times(self.steps)
         if self.guided and not self.names:
-            raise ValueError("guidance needs a condition; give prior.prompts or prior.labels, or prior.guidance=null")
+            raise ValueError("guidance needs a condition; give prior.prompts or prior.classes, or prior.guidance=null")
 
     def process(self, shape: Shape, eta: float | None = None) -> Process:
         """Return the process on examples of this shape, with the prior's own eta or another."""
@@ -97,10 +109,12 @@ class PipelinePrior(Prior):
         process = self.process(domain.shape)
         model: Any = own.guided(float(self.guidance or 1), self.negative) if self.guided else own.model
         conds = None
-        if self.labels is not None:
-            conds = {"prompt": jnp.arange(len(self.labels)), **own.labelled(self.labels)}
+        if self.classes is not None:
+            conds = {"prompt": jnp.arange(len(self.classes)), **own.labelled(self.classes)}
         elif self.names:
             conds = own.embed(self.names)
+        if conds is not None and not self.several:
+            model, conds = OneConditionModel(model, jax.tree.map(lambda leaf: leaf[0], conds)), None
         data, fresh = getattr(domain, "train_x", None), getattr(domain, "heldout_x", None)
         return ReadyPrior(
             process,

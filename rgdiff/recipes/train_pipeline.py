@@ -35,7 +35,7 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 LENGTH = 6  # tokens: start, a, colour, digit, end, end
 SCHEDULER = {
     "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000,
-    "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "prediction_type": "epsilon",
+    "clip_sample": False, "set_alpha_to_one": False, "prediction_type": "epsilon", "timestep_spacing": "trailing",
 }  # fmt: skip
 UNET = {
     "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": [32, 64], "layers_per_block": 1,

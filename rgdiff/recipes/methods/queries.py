@@ -80,7 +80,7 @@ class QueryRounds(Method):
             checks.at_least("queries", count, 1)
         if (self.tuning is None) == (self.steering is None):
             raise ValueError(f"give one of tuning (settings of a reward gradient) and steering ({', '.join(STEERING)})")
-        for name in ("temperature", "noise", "stopping", "heldout", "adapter", "scales", "diagnose"):
+        for name in ("temperature", "noise", "stopping", "heldout", "scales", "diagnose"):
             if getattr(self.tuning, name, None):
                 raise ValueError(
                     f"rounds of queries do not read method.tuning.{name}; leave it out (method.noise is the answers')"
