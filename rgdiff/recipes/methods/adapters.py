@@ -12,7 +12,7 @@ from rgdiff.recipes.methods.tuning import FineTuning, measured
 from rgdiff.recipes.outcome import draw, outcome, path_kl
 from rgdiff.recipes.typing import Curves, Method, Outcome, Prior, ReadyPrior, Shape
 from rgdiff.rewards import Task
-from rgdiff.runtime.adapters import load_peft
+from rgdiff.runtime.adapters import load_lora
 from rgdiff.runtime.run import Run
 
 
@@ -77,7 +77,8 @@ class SavedAdapters(Method):
     """Sample the prior with adapters that were tuned before: any weighted sum of them, without training.
 
     Args:
-      adapters: folders in PEFT's format and the weight of each, on top of the scale that is saved with it.
+      adapters: files of diffusers or kohya, or folders in PEFT's format (`runtime.adapters.load_lora`), and the weight of each,
+        on top of the scale that is saved with it.
     """
 
     adapters: Mapping[str, float] | None = None
@@ -85,14 +86,14 @@ class SavedAdapters(Method):
     def check(self, prior: Prior, shape: Shape) -> None:
         if not self.adapters:
             raise ValueError("give method.adapters={FOLDER: WEIGHT}, e.g. {runs/digits_draft/adapters/adapter: 0.5}")
-        for folder in self.adapters:
-            if not Path(folder).is_dir():
-                raise FileNotFoundError(f"no adapter at {folder}; a run leaves its own under adapters/")
+        for place in self.adapters:
+            if not Path(place).exists():
+                raise FileNotFoundError(f"no adapter at {place}; a run leaves its own under adapters/")
 
     def run(self, run: Run, phase: str, prior: ReadyPrior, task: Task, count: int) -> Outcome:
         terms = []
-        for folder, weight in (self.adapters or {}).items():
-            adapter, scale = load_peft(folder, prior.params)
+        for place, weight in (self.adapters or {}).items():
+            adapter, scale = load_lora(place, prior.params)
             terms.append((adapter, weight * scale))
         denoiser = LoRAModel(prior.params, prior.model)(lora_sum(terms))
         sampler = samplers.ancestral(prior.process, denoiser)
