@@ -141,7 +141,8 @@ def save_lora(
       params: the parameters that the adapter belongs to, which give the kernels' shapes.
       scale: of the adapter.
       prefix: the part of the pipeline whose parameters these are: "unet", "transformer", "text_encoder", ...
-      name: leaf path -> module name on the other side.
+      name: leaf path -> module name on the other side. transformers 5 has a CLIP text encoder's modules without the "text_model."
+        of the released files: give lambda path: module_name(path).removeprefix("text_model.").
 
     Raises:
       ValueError: for a path that the parameters lack, names that collide, or an unknown part.

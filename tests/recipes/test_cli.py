@@ -10,6 +10,7 @@ from functools import partial
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from rgdiff.cli import main, options_first
 from rgdiff.domains.images import judge as image_judge
@@ -144,8 +145,11 @@ def test_methods_run(method, tmp_path, cache):
     )
     if method == "draft_k":
         saved, kl = folder / "adapters" / method, {}
-        for weight in (1.0, 2.0):
-            again = [f"method.adapters={{{saved}: {weight}}}", "reward=symmetry", "method=adapters"]
+        file = tmp_path / "style.safetensors"  # the same in diffusers' format, whose scale is 1 without metadata
+        tensors = load_file(saved / "adapter_model.safetensors")
+        save_file({key.replace("base_model.model", "unet"): value for key, value in tensors.items()}, file)
+        for weight, place in ((1.0, saved), (2.0, file)):
+            again = [f"method.adapters={{{place}: {weight}}}", "reward=symmetry", "method=adapters"]
             assert run(tmp_path, cache, *again, out=f"again{weight}") == 0
             kl[weight] = json.loads((tmp_path / f"again{weight}" / "summary.json").read_text())["adapters/kl"]
         np.testing.assert_allclose(kl[1.0], summary["draft_k/kl"], rtol=0.5)  # another draw of the same figure
