@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -266,7 +267,7 @@ def test_files_that_do_not_fit(tmp_path):
 
 # Side by side with diffusers and PEFT
 
-X, T, CONTEXT = normal(0, 2, 8, 8, 4), np.float32([3, 700]), normal(1, 2, 12, 16)
+X, T, CONTEXT = normal(0, 2, 8, 8, 4), np.array([3, 700], np.float32), normal(1, 2, 12, 16)
 TARGETS = ["to_q", "to_k", "to_out.0", "conv1", "proj_in", "ff.net.0.proj"]
 SETTINGS = {
     "plain": {},
@@ -377,7 +378,7 @@ def test_diffusers_reads_the_other_spellings_alike(tmp_path, ours, kind):
     attention = ["to_q", "to_k", "to_v", "to_out.0"]
     targets = attention if kind == "older" else [*attention, "proj_in", "ff.net.2", "conv2", "conv_shortcut"]
     state = tuned(pipe, targets, {"rank_pattern": {"attn1.to_q": 2}})
-    from diffusers.utils import convert_state_dict_to_diffusers
+    from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
     from safetensors.torch import save_file as save_torch
 
     if kind == "older":
@@ -411,7 +412,7 @@ def test_the_original_code_has_diffusers_names():
 
     names = lora_keys.original_names(full_modules("unet_sdxl_base"))
     state = {f"lora_unet_{old.replace('.', '_')}.lora_down.weight": module for module, old in names.items()}
-    state = conversion._maybe_map_sgm_blocks_to_diffusers(state, Config({"layers_per_block": 2}))
+    state = conversion._maybe_map_sgm_blocks_to_diffusers(state, types.SimpleNamespace(layers_per_block=2))
     state = convert_unet_state_dict_to_peft({conversion._convert_unet_lora_key(key): m for key, m in state.items()})
     assert len(state) == 794 and all(key == f"{module}.lora_A.weight" for key, module in state.items())
 
