@@ -148,9 +148,9 @@ class AutoencoderKL(nn.Module):
         self.encoder = _Coder(c, "down", self.dtype, self.remat)
         self.decoder = _Coder(c, "up", self.dtype, self.remat)
         if c.get("use_quant_conv", True):
-            self.quant_conv = nn.Conv(2 * latent, (1, 1), dtype=self.dtype)
+            self.quant_conv = conv(2 * latent, 1, dtype=self.dtype)
         if c.get("use_post_quant_conv", True):
-            self.post_quant_conv = nn.Conv(latent, (1, 1), dtype=self.dtype)
+            self.post_quant_conv = conv(latent, 1, dtype=self.dtype)
 
     def __call__(self, x: Array) -> Array:
         return self.decode(self.encode(x)[0])

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rgdiff.pretrained.config import TRANSFORMERS, Config
-from rgdiff.pretrained.layers import ACTIVATIONS, attend, dense, layer_norm
+from rgdiff.pretrained.layers import ACTIVATIONS, attend, conv, dense, layer_norm
 from rgdiff.pretrained.transformer import rematerialised, wide
 from rgdiff.pretrained.weights import Tensor
 from rgdiff.typing import Array
@@ -206,8 +206,8 @@ class _VisionEmbeddings(nn.Module):
             raise ValueError(
                 f"pixel_values are {list(x.shape)}, expected [B, {c['image_size']}, {c['image_size']}, {c['num_channels']}]"
             )
-        size, name = (patch, patch), "patch_embedding"
-        h = nn.Conv(width, size, size, padding="VALID", use_bias=False, dtype=self.dtype, name=name)(x)
+        name = "patch_embedding"
+        h = conv(width, patch, patch, (0, 0), bias=False, dtype=self.dtype, name=name)(x)
         h = h.reshape(x.shape[0], -1, width)
         first = self.param("class_embedding", nn.initializers.normal(width**-0.5), (width,)).astype(h.dtype)
         h = jnp.concatenate([jnp.broadcast_to(first, (x.shape[0], 1, width)), h], 1)

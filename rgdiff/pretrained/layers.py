@@ -12,7 +12,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen.dtypes import promote_dtype
 
+from rgdiff.nets.conv import conv as convolve
+from rgdiff.nets.init import lecun_normal
 from rgdiff.typing import Array
 
 ACTIVATIONS = {
@@ -27,18 +30,46 @@ ACTIVATIONS = {
 BLOCK = 1024  # queries whose attention scores are held at once
 
 
+class Conv(nn.Module):
+    """A convolution of [B, H, W, C] with PyTorch's names; on a CPU its gradients stay fast inside loops (`rgdiff.nets.conv`).
+
+    Args:
+      features: output channels.
+      kernel_size, strides: of rows and columns.
+      padding: (before, after) of rows and columns.
+      use_bias: whether there is one.
+      dtype: of the computation; None for that of input and parameters.
+    """
+
+    features: int
+    kernel_size: tuple[int, int]
+    strides: tuple[int, int] = (1, 1)
+    padding: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))
+    use_bias: bool = True
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel = self.param("kernel", lecun_normal, (*self.kernel_size, x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        out = convolve(x, kernel, stride=self.strides, padding=self.padding)
+        return out if bias is None else out + bias
+
+
 def conv(
     features: int,
     kernel: int = 3,
     stride: int = 1,
     padding: tuple[int, int] | None = None,
     *,
-    name: str,
+    bias: bool = True,
+    name: str | None = None,
     dtype: Any = None,
-) -> nn.Conv:
+) -> Conv:
     """Return a convolution with PyTorch's padding: the same before and after each axis unless it is given."""
     before = (kernel // 2, kernel // 2) if padding is None else padding
-    return nn.Conv(features, (kernel, kernel), (stride, stride), padding=(before, before), name=name, dtype=dtype)
+    return Conv(features, (kernel, kernel), (stride, stride), (before, before), bias, name=name, dtype=dtype)
 
 
 def dense(features: int, bias: bool = True, *, name: str, dtype: Any = None) -> nn.Dense:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rgdiff.pretrained.layers import ACTIVATIONS, TimestepEmbedding, attend, dense, plain_norm, sinusoids
+from rgdiff.pretrained.layers import ACTIVATIONS, TimestepEmbedding, attend, conv, dense, plain_norm, sinusoids
 from rgdiff.typing import Array
 
 
@@ -103,8 +103,7 @@ class PatchEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        patch = (self.patch, self.patch)
-        h = nn.Conv(self.width, patch, patch, padding="VALID", name="proj", dtype=self.dtype)(x)
+        h = conv(self.width, self.patch, self.patch, (0, 0), name="proj", dtype=self.dtype)(x)
         rows, columns = h.shape[1:3]
         if self.table is None:
             positions = grid_sinusoids(self.width, rows, columns, self.base)

@@ -1,6 +1,6 @@
 """Train the small text-to-image pipeline that comes with the package, and write it as a diffusers folder.
 
-    python -m rgdiff.recipes.train_pipeline OUT [--steps 5000] [--seed 0]
+    python -m rgdiff.recipes.train_pipeline OUT [--steps 4000] [--seed 0]
 
 Pictures are MNIST's digits in one of five colours, 16 x 16 x 3, and their texts say so: "a red three". An autoencoder makes
 8 x 8 x 4 latents of them; a U-Net with cross-attention learns eps on these, together with a CLIP text model of one layer.
@@ -198,7 +198,7 @@ def train(out: Path, steps: int, autoencoder_steps: int, seed: int, data_dir: st
             )
 
     data = {"x0": jnp.asarray(latents * scale), "cond": jnp.asarray(ids)}
-    state = tuners.fit(tuner, keys[2], tuner.init(params), steps, data=data, batch=64, chunk=100, on_chunk=on_chunk)
+    state = tuners.fit(tuner, keys[2], tuner.init(params), steps, data=data, batch=32, chunk=100, on_chunk=on_chunk)
     best = state.best
     write(out, {"unet": best["unet"], "vae": vae, "text_encoder": best["text"]}, scale)
     print(f"{out}: {sum(f.stat().st_size for f in out.rglob('*') if f.is_file()):,} bytes, {time.time() - began:.0f} s")
@@ -207,8 +207,8 @@ def train(out: Path, steps: int, autoencoder_steps: int, seed: int, data_dir: st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to be written")
-    parser.add_argument("--steps", type=int, default=5000, help="of the U-Net, in batches of 64")
-    parser.add_argument("--autoencoder-steps", type=int, default=2000, help="in batches of 32")
+    parser.add_argument("--steps", type=int, default=4000, help="of the U-Net, in batches of 32")
+    parser.add_argument("--autoencoder-steps", type=int, default=1200, help="in batches of 32")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data-dir", default=None, help="of MNIST's files; RGDIFF_DATA by default")
     given = parser.parse_args()
