@@ -62,7 +62,8 @@ def evaluate(reward: Reward, x0: State, cond: Cond = None) -> Array:
             "without `if` on values, or make it a black box with rewards.from_host(fn) (reward.host=true)"
         ) from error
     except Exception as error:
-        raise RewardFailure(f"the reward {name} raised {_told(error)}") from error
+        given = ", ".join(str(list(jnp.shape(leaf))) for leaf in jax.tree.leaves(x0))
+        raise RewardFailure(f"the reward {name} raised {_told(error)}; it was given x0 {given}") from error
     try:
         return checks.per_example(f"the reward {name} must return", out, batch)
     except ValueError as error:

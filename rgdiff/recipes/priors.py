@@ -83,7 +83,9 @@ def needs_data(prior: Prior) -> None:
 def offers(domain: Any, name: str, what: str) -> None:
     """Refuse a domain that lacks what a prior needs of it, before anything is trained."""
     if not hasattr(domain, name):
-        raise ValueError(f"this prior needs a domain with {what}; choose another prior or domain")
+        raise ValueError(
+            f"this prior needs a domain with {what}; choose another prior or domain, `rgdiff list` shows them"
+        )
 
 
 def unconditional(prior: Prior, what: str, instead: str) -> None:
@@ -131,7 +133,9 @@ def prediction_shape(network: Any, shape: Shape) -> tuple[int, ...]:
         return tuple(out.shape[1:])
     except Exception as error:  # whatever a network does with a state that it is not for
         reason = (" ".join(str(error).split()) or type(error).__name__)[:160]
-        raise ValueError(f"prior.network does not take a state of shape {list(shape)}: {reason}") from None
+        raise ValueError(
+            f"prior.network does not take a state of shape {list(shape)}: {reason}; choose another prior, `rgdiff list` shows them"
+        ) from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

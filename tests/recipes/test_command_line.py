@@ -186,9 +186,9 @@ def test_domains_and_priors_that_do_not_fit_are_refused(tmp_path, capsys):
         ("domain=planar", "prior=one_class"): "one-class problems",
         ("domain=planar", "prior=unet_conditional"): "a domain with labels",
         ("domain=mixture", "prior=mlp"): "examples to train a prior on",
-        ("domain=mixture", "prior=unet"): "prior.network does not take a state of shape [1]",
+        ("domain=mixture", "prior=unet"): "choose another prior, `rgdiff list` shows them",
         ("domain=mixture", "prior=exact_flow", "reward=along"): "domain=subspace or domain=sphere",
-        ("domain=mixture", "prior=exact_flow", "reward=ink"): "raised IndexError",
+        ("domain=mixture", "prior=exact_flow", "reward=ink"): "it was given x0 [2, 1]",
     }
     for overrides, line in cases.items():
         reward = [] if "reward" in overrides[-1] else ["reward=compress"]
