@@ -47,6 +47,7 @@ _LINE, _COLUMN, _LOGO_HEIGHT = (
 )  # a logo's columns in a line, at most; units of a column's width and of its height
 _PLANE = 300  # units of a plane's side
 _BRIEF = 36  # characters of a name in a figure
+_COMMAND = 160  # characters of the command at the head of the page
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,8 @@ def render(report: Report) -> str:
         sections["runs"] = "Runs", f"<ul class=words>{items}</ul>"
     if report.plots and report.cards:
         sections["figures"] = "Figures", _figures(report.plots, 0)
-    parts = [f"<header><h1>{_text(report.title)}</h1><p class=quiet>{_text(report.date)}</p>"]
+    said = f" · <code>{_text(tables.shorten(report.command, _COMMAND))}</code>" if report.command else ""
+    parts = [f"<header><h1>{_text(report.title)}</h1><p class=quiet>{_text(report.date)}{said}</p>"]
     parts += [f"<p class=warning>{_text(warning)}</p>" for warning in report.warnings]
     if len(sections) > 1:
         parts.append(f"<nav>{' '.join(f'<a href=#{key}>{head}</a>' for key, (head, _) in sections.items())}</nav>")
@@ -506,8 +508,9 @@ def _logo(title: str, logo: Logo, top: float, letters: set[str]) -> str:
         width = of_line * _COLUMN
         marks += f'<path class=frame d="M-4 0h-4v{_LOGO_HEIGHT}h4"/><text x=-12 y=9 text-anchor=end>{tables.number(top, 3)}</text>'
         marks += f'<text x=-12 y={_LOGO_HEIGHT} text-anchor=end>0</text><text transform="translate(-16 {_LOGO_HEIGHT / 2}) rotate(-90)" text-anchor=middle>bits</text>'
+        marks += f"<text x={width / 2} y={_LOGO_HEIGHT + 29} text-anchor=middle>position</text>"
         size = f"max-width:{round((width + 36) * (1.5 if length <= 12 else 1.0))}px"
-        out += f'<svg viewBox="-34 -3 {width + 36} {_LOGO_HEIGHT + 21}" style="{size}" role="img" aria-label="{_text(title)}">{marks}</svg>'
+        out += f'<svg viewBox="-34 -3 {width + 36} {_LOGO_HEIGHT + 35}" style="{size}" role="img" aria-label="{_text(title)}">{marks}</svg>'
     return out
 
 
@@ -780,7 +783,7 @@ details{margin-top:16px}
 details h3{margin:16px 0 4px}
 summary{cursor:pointer;font-weight:600}
 @media (max-width:560px){main{padding:16px 12px 32px}.card{padding:10px 10px 12px}h1{font-size:21px}
-dl{grid-template-columns:1fr}dd{margin:0 0 6px}.rows>div{display:block}
+dl{grid-template-columns:1fr}dd{margin:0 0 6px}.rows>div{display:block}.rows span{margin-right:10px}
 .row>div:nth-child(n+10){display:none}}
 @media print{main{max-width:none;padding:0}body,.card{background:none}nav{display:none}
 .card,.plot,tr,li{break-inside:avoid}.tiles-set{flex:1 1 0!important}.tiles-set[style]{flex:0 0 198px!important}

@@ -236,6 +236,15 @@ def test_wrong_shapes_are_refused(report, message):
         render(report)
 
 
+@pytest.mark.parametrize("length", [8, 200])
+def test_every_line_of_a_logo_names_its_axes(length):
+    logo = Logo("ACGT", np.tile([0.7, 0.1, 0.1, 0.1], (length, 1)))
+    page = render(Report("t", cards=[Card("c", [[Whole("l", logo)]])]))
+    lines = page.count('role="img"')
+    assert (lines > 1) == (length > 100)
+    assert page.count(">bits</text>") == page.count(">position</text>") == lines
+
+
 def test_histograms_of_several_samples_and_laws():
     """The legend has every name once, NaN is left out, and a law that does not fit is refused."""
     values = {"one": np.array([0.5, 0.5, 1.5, np.nan]), "two": np.array([1.5, 1.5])}
@@ -367,6 +376,7 @@ def written(tmp_path, kind: str, methods: int, count: int, name: str = "method")
 def test_the_page_opens_with_samples_then_words_then_figures(tmp_path, kind):
     text = written(tmp_path, kind, 2, 12)
     page = Page(text)
+    assert "<code>rgdiff run steer a=1</code>" in text[: text.index("</header>")]  # what was chosen
     heads = re.findall(r"<h2>(.*?)</h2>", text)
     assert heads == (["Figures", "In words"] if kind == "nothing" else ["Samples", "In words", "Figures"])
     if kind != "nothing":
