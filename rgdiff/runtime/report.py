@@ -613,9 +613,9 @@ def _edges(values: Sequence[np.ndarray], bins: Any) -> np.ndarray:
     return np.histogram_bin_edges(every, bins, range=(max(low, every.min()), min(high, every.max())))
 
 
-def _legend(entries: Sequence[tuple[str, str, str]]) -> str:
-    """The names of what is drawn, as text that wraps."""
-    if len(entries) < 2:
+def _legend(entries: Sequence[tuple[str, str, str]], title: str) -> str:
+    """The names of what is drawn, as text that wraps; nothing where the title says the one name."""
+    if len(entries) < 2 and all(name in title for name, _, _ in entries):
         return ""
     marks = {"o": "<circle cx=12 cy=6 r=4 />", "s": "<rect x=8 y=2 width=8 height=8 />", "^": '<path d="M12 1l5 9h-10z"/>',
              "D": '<path d="M12 1l5 5l-5 5l-5 -5z"/>', "v": '<path d="M12 11l5 -9h-10z"/>', "fill": "<rect x=2 y=1 width=20 height=10 opacity=.6 />"}  # fmt: skip
@@ -655,7 +655,7 @@ def _plot(plot: Plot | Histogram, number: int) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg, count=2).replace(_INK, "currentColor")
-    return f"<figure class=plot><figcaption><b>{_text(plot.title)}</b></figcaption>{svg}{_legend(legend)}</figure>"
+    return f"<figure class=plot><figcaption><b>{_text(plot.title)}</b></figcaption>{svg}{_legend(legend, plot.title)}</figure>"
 
 
 def _boxes(plot: Boxes) -> str:

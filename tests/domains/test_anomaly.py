@@ -157,7 +157,8 @@ def test_typicality_is_minus_half_the_squared_distance():
 def test_the_page_of_detectors_shows_the_data_and_the_auroc_of_every_digit():
     domain = anomaly.one_class("digits", (3, 5))
     judge = AnomalyJudge(domain, jax.random.key(0))
-    normal, anomalous = judge.references(typicality()).values()
+    (first, normal), (second, anomalous) = judge.references(typicality()).items()
+    assert first.startswith("normal: every other than digit ") and second.startswith("anomalous: digit ")
     pictures = judge.show_each(anomalous)
     assert pictures.shape == (len(anomalous), 8, 8, 1) and pictures.dtype == np.uint8 and len(normal)
     np.testing.assert_allclose((pictures.reshape(-1, 64) - 127.5) / 127.5 * 3, np.clip(anomalous, -3, 3), atol=0.02)

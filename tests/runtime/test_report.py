@@ -236,6 +236,12 @@ def test_wrong_shapes_are_refused(report, message):
         render(report)
 
 
+def test_one_curve_has_a_legend_where_the_title_does_not_name_it():
+    for name, shown in (("draft", True), ("loss", False)):
+        page = render(Report("r", plots=[Plot("prior: training loss", [Series(name, [1, 2], [1, 2])], "step", "loss")]))
+        assert ("<ul class=legend>" in page) == shown
+
+
 @pytest.mark.parametrize("length", [8, 200])
 def test_every_line_of_a_logo_names_its_axes(length):
     logo = Logo("ACGT", np.tile([0.7, 0.1, 0.1, 0.1], (length, 1)))

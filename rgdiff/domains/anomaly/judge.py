@@ -34,8 +34,12 @@ class AnomalyJudge(BaseJudge):
     def references(self, task: Task) -> dict[str, np.ndarray]:
         """Return normal and anomalous examples of the first problem."""
         problem = self.domain.problems(0)[0]
-        of = f"{problem.name.replace('_', ' ')}, as differences from the mean"
-        return {f"normal examples of {of}": problem.normal, f"anomalous examples of {of}": problem.anomalous}
+        name, seen = problem.name.replace("_", " "), "as differences from the mean"
+        if self.domain.source == "digits":
+            normal, anomalous = f"normal: every other than {name}, {seen}", f"anomalous: {name}, held out, {seen}"
+        else:
+            normal, anomalous = f"normal examples of {name}, {seen}", f"anomalous examples of {name}, {seen}"
+        return {normal: problem.normal, anomalous: problem.anomalous}
 
     def curves(self, rows: Any) -> dict[str, tuple[str, str, dict[str, Any]]]:
         """Return the AUROC of every digit held out."""
