@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rgdiff import checks, denoisers
+from rgdiff import assets, checks, denoisers
 from rgdiff.pretrained import weights
 from rgdiff.pretrained.config import Config, read_config
 from rgdiff.pretrained.schedulers import Scheduler, read_scheduler, scaled_time
@@ -314,7 +314,8 @@ def from_diffusers(
     be named, shaped and typed as the configuration says. Tensors are read one at a time, each into its sharding.
 
     Args:
-      folder: of Stable Diffusion 1.x, 2.x, XL or 3, Flux, DiT, or a DDPM; or of one network, with `scheduler`.
+      folder: of Stable Diffusion 1.x, 2.x, XL or 3, Flux, DiT, or a DDPM; or of one network, with `scheduler`. `package:NAME` is one
+        that comes with the package.
       dtype: that networks are stored and computed in; norms, softmax and results are float32. An autoencoder whose file asks for
         float32 (`force_upcast`) keeps it.
       sharding: of the denoising network's parameters: one for all, or a function of a leaf's path and shape.
@@ -400,7 +401,7 @@ def _compute(dtype: Any) -> Any:
 
 def _opened(folder: str | os.PathLike[str]) -> tuple[Path, dict[str, Path], Path, Config]:
     """Return a folder, its parts by name, the place of its denoising network, and that one's settings."""
-    root = Path(folder)
+    root = assets.resolved(folder)
     if not root.is_dir():
         raise ValueError(f"no folder at {root}")
     if (root / "model_index.json").exists():
@@ -519,12 +520,21 @@ def _text(parts: Mapping[str, Path], root: Path, dtype: Any) -> dict[str, TextEn
         kinds = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
         kind = checks.one_of(f"architectures in {parts[name]}", (config.get("architectures") or ("",))[0], kinds)
         network = _network(kind)(config, dtype=_compute(dtype))
-        length = config.get("max_position_embeddings", 256)
+        t5_length = (
+            512 if any(n.startswith("FluxT") for n in _classes_of(root)) else 256
+        )  # diffusers' max_sequence_length
+        length = config.get("max_position_embeddings", t5_length)
         ids = jax.ShapeDtypeStruct((1, min(length, 77)), jnp.int32)
         params = _params(network, (ids,), parts[name], root, dtype)
         tokenizer = parts.get(name.replace("text_encoder", "tokenizer"))
         out[name] = TextEncoder(network, params, length, None if tokenizer is None else _Tokenizer(tokenizer, length))
     return out
+
+
+def _classes_of(root: Path) -> list[str]:
+    """Return the classes that a pipeline's model_index.json names."""
+    index = read_config(root / "model_index.json") if (root / "model_index.json").exists() else Config({})
+    return [str(value[1]) for value in index.values() if isinstance(value, tuple) and len(value) == 2]
 
 
 class _Tokenizer:
