@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+import rgdiff
 from rgdiff.cli import main
 from rgdiff.domains.pipelines import pipeline, tasks
 from tests.pretrained import tiny
@@ -121,3 +123,11 @@ def test_a_drawn_digit_is_judged_by_other_images():
     x = np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
     a, b = task.reward(x, {"prompt": np.zeros(2)}), task.heldout(x)
     assert a.shape == b.shape == (2,) and np.all(a < 0) and not np.allclose(a, b)
+
+
+@pytest.mark.slow
+def test_the_page_on_pretrained_networks_runs(capsys):
+    """The code of rgdiff/docs/pretrained.md, as it stands."""
+    page = (Path(rgdiff.__file__).parent / "docs" / "pretrained.md").read_text(encoding="utf-8")
+    exec(compile(page.split("```python")[1].split("```")[0], "pretrained.md", "exec"), {})
+    assert "(2, 16, 16, 3)" in capsys.readouterr().out
