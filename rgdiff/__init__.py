@@ -1,6 +1,7 @@
 """rgdiff: reward-guided diffusion in JAX. Pure functions over any denoiser: steer its samples by a reward, or fine-tune it.
 
-`typing` is the vocabulary; `kernels`, `schedules`, `processes`, `denoisers`, `rewards` and `values` are the words;
+`typing` is the vocabulary; `kernels`, `schedules`, `processes`, `graphs`, `correctors`, `denoisers`, `rewards`
+and `values` are the words;
 `samplers` and `tuners` hold the methods, `guides`, `policies`, `surrogates` and `seiko` what some of them need; `nets`,
 `domains` and `exact` are reference parts; `recipes`, `runtime` and `cli` are the command line.
 """
@@ -13,9 +14,11 @@ from rgdiff._lazy import submodules
 
 if TYPE_CHECKING:
     from rgdiff import (
+        correctors,
         denoisers,
         domains,
         exact,
+        graphs,
         guides,
         kernels,
         metrics,
@@ -42,11 +45,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "correctors",
     "denoisers",
     "domains",
     "exact",
     "fit",
     "fit_online",
+    "graphs",
     "guides",
     "kernels",
     "load",

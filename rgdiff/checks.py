@@ -250,7 +250,7 @@ LOOKED_AT = 1024  # rows of data whose numbers are looked at
 def examples(name: str, x0: Any, process: Any) -> None:
     """Refuse data x0 [N, ...] that are not states of the process: another shape, tokens that are not one-hot, images in 0 ... 255."""
     parts = getattr(process, "parts", None)
-    if parts is not None:
+    if parts is not None and not hasattr(process, "shape"):  # a graph's parts are one array
         if not isinstance(x0, dict) or set(x0) != set(parts):
             got = sorted(x0) if isinstance(x0, dict) else shown(x0)
             raise ValueError(f"{name} of a mixed process must be a dict of {sorted(parts)}, got {got}")

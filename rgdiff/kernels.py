@@ -1,4 +1,4 @@
-"""Distributions of the next state: `Gaussian`, `Categorical`, `Absorbing`, `FirstHitting` and `Product`; `PointMass` and `Drawn` have no density.
+"""Distributions of the next state: `Gaussian`, `Categorical`, `Absorbing`, `FirstHitting`, `Fixed` and `Product`; `PointMass` and `Drawn` have no density.
 
 A kernel is a pytree with leading axis B; log-probabilities, KL and entropy are in nats, summed over one example, and
 exact in log-space (no clamping of weights). Discrete states are one-hot; `relaxation` names the gradient that a draw
@@ -31,6 +31,8 @@ class Gaussian:
     Args:
       mean: [B, ...], in data units.
       std: standard deviation, broadcastable to `mean`, positive.
+      where: bool, broadcastable to `mean`: the entries that there are, in states of several sizes. The others stay at the mean,
+        and contribute nothing to log-probabilities, KL and entropy. None for all.
 
     Example:
       >>> import jax.numpy as jnp, rgdiff
@@ -42,29 +44,39 @@ class Gaussian:
 
     mean: Array
     std: Array
+    where: Array | None = None
+
+    def _sum(self, per_coordinate: Array) -> Array:
+        if self.where is not None:
+            per_coordinate = jnp.where(self.where, per_coordinate, 0.0)
+        return _total(per_coordinate)
 
     def sample(self, key: Key) -> Array:
         return jax.lax.stop_gradient(self.rsample(key))
 
     def rsample(self, key: Key) -> Array:
-        return self.mean + self.std * jax.random.normal(key, self.mean.shape, self.mean.dtype)
+        draw = self.mean + self.std * jax.random.normal(key, self.mean.shape, self.mean.dtype)
+        return draw if self.where is None else jnp.where(self.where, draw, self.mean)
 
     def log_prob(self, x: Array) -> Array:
         z = (x - self.mean) / self.std
-        return -_total(0.5 * z**2 + jnp.log(self.std) + 0.5 * jnp.log(2 * jnp.pi))
+        return -self._sum(0.5 * z**2 + jnp.log(self.std) + 0.5 * jnp.log(2 * jnp.pi))
 
     def kl(self, other: Gaussian) -> Array:
+        """Return the KL [B] in nats; both must have the same entries."""
         ratio = self.std / other.std
         shift = (self.mean - other.mean) / other.std
-        return _total(0.5 * (ratio**2 + shift**2 - 1) - jnp.log(ratio))
+        return self._sum(0.5 * (ratio**2 + shift**2 - 1) - jnp.log(ratio))
 
     def entropy(self) -> Array:
         per_coordinate = 0.5 * jnp.log(2 * jnp.pi * jnp.e) + jnp.log(self.std)
-        return _total(jnp.broadcast_to(per_coordinate, self.mean.shape))
+        return self._sum(jnp.broadcast_to(per_coordinate, self.mean.shape))
 
     def tilt(self, direction: Array) -> Gaussian:
         """Return p(x) exp<direction, x>, renormalised: the mean is shifted by std^2 times the direction [B, ...]."""
-        return Gaussian((self.mean + self.std**2 * direction).astype(self.mean.dtype), self.std)
+        if self.where is not None:
+            direction = jnp.where(self.where, direction, 0.0)
+        return Gaussian((self.mean + self.std**2 * direction).astype(self.mean.dtype), self.std, self.where)
 
 
 class _NoDensity:
@@ -112,6 +124,43 @@ class PointMass(_NoDensity):
 
     def rsample(self, key: Key) -> State:
         return self.point
+
+
+@pytree
+class Fixed:
+    """What a state carries along unchanged, such as the mask of a graph's atoms: every quantity of it is 0, and a tilt leaves it.
+
+    It is no step with eta = 0 (`PointMass`), which has no density: here both laws of a KL carry the same thing.
+
+    Args:
+      point: [B, ...].
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> mask = rgdiff.kernels.Fixed(jnp.array([[1.0, 1.0, 0.0]]))
+      >>> print(mask.log_prob(jnp.array([[1.0, 1.0, 0.0]])), mask.log_prob(jnp.ones((1, 3))))
+      [0.] [-inf]
+    """
+
+    point: Array
+
+    def sample(self, key: Key) -> Array:
+        return jax.lax.stop_gradient(self.point)
+
+    def rsample(self, key: Key) -> Array:
+        return self.point
+
+    def log_prob(self, x: Array) -> Array:
+        return jnp.where((x == self.point).reshape(x.shape[0], -1).all(-1), 0.0, -jnp.inf)
+
+    def kl(self, other: Fixed) -> Array:
+        return jnp.zeros(self.point.shape[0], jnp.float32)
+
+    def entropy(self) -> Array:
+        return jnp.zeros(self.point.shape[0], jnp.float32)
+
+    def tilt(self, direction: Array) -> Fixed:
+        return self
 
 
 @pytree
@@ -446,7 +495,7 @@ class Product:
       True
     """
 
-    parts: dict[str, Gaussian | Categorical | Absorbing | FirstHitting | PointMass]
+    parts: dict[str, Gaussian | Categorical | Absorbing | FirstHitting | Fixed | PointMass | Product]
 
     def _keys(self, key: Key) -> dict[str, Key]:
         names = sorted(self.parts)

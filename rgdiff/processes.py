@@ -78,6 +78,14 @@ class GaussianProcess:
         prediction = checks.prediction(prediction, x)
         return (x - along(self.schedule.alpha(t), x) * prediction) / along(self.schedule.sigma(t), x)
 
+    def score(self, x: Array, t: Array, prediction: Array) -> Array:
+        """Return the gradient of log p(x_t) [B, ...] implied by a prediction of x0: -eps / sigma."""
+        return -self.eps(x, t, prediction) / along(self.schedule.sigma(t), x)
+
+    def noise(self, x: Array) -> Gaussian:
+        """Return standard normal noise of the state's form."""
+        return Gaussian(jnp.zeros(x.shape, jnp.float32), jnp.float32(1))
+
     def reverse(self, x: Array, t: Array, s: Array, prediction: Array) -> Gaussian | PointMass:
         """p(x_s | x_t): mean alpha_s x0 + sqrt(sigma_s^2 - std^2) eps, std = min(eta * posterior std, sigma_s).
 
@@ -242,6 +250,14 @@ class ProductProcess:
 
     def renoise(self, x: State, s: Array, t: Array) -> Product:
         return Product({name: part.renoise(x[name], s, t) for name, part in self.parts.items()})
+
+    def score(self, x: State, t: Array, prediction: State) -> State:
+        """Return the gradient of log p(x_t) implied by a prediction; every part must be Gaussian."""
+        return {name: part.score(x[name], t, prediction[name]) for name, part in self.parts.items()}
+
+    def noise(self, x: State) -> Product:
+        """Return standard normal noise of the state's form; every part must be Gaussian."""
+        return Product({name: part.noise(x[name]) for name, part in self.parts.items()})
 
     def reverse(self, x: State, t: Array, s: Array, prediction: State) -> Product:
         return Product({name: part.reverse(x[name], t, s, prediction[name]) for name, part in self.parts.items()})

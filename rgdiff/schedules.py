@@ -127,6 +127,31 @@ class KarrasVE:
 
 
 @pytree
+class GeometricVE:
+    """Variance exploding, alpha = 1, with log sigma linear in t (arXiv 2011.13456). Build it with `geometric_ve`."""
+
+    sigma_min: Array
+    sigma_max: Array
+
+    @property
+    def prior_std(self) -> Array:
+        return self.sigma_max
+
+    def alpha(self, t: Array) -> Array:
+        return jnp.ones_like(jnp.asarray(t, jnp.float32))
+
+    def sigma(self, t: Array) -> Array:
+        return jnp.exp(-0.5 * self.log_snr(t))
+
+    def log_snr(self, t: Array) -> Array:
+        low, high = jnp.log(self.sigma_min), jnp.log(self.sigma_max)
+        return -2 * (low + jnp.asarray(t, jnp.float32) * (high - low))
+
+    def times(self, steps: int) -> Array:
+        return jnp.linspace(1.0, 0.0, checks.at_least("steps", steps, 2))
+
+
+@pytree
 class Flow:
     """Rectified flow, x_t = (1 - t) x0 + t eps (arXiv 2209.03003, 2210.02747). Build it with `flow`."""
 
@@ -268,10 +293,37 @@ def karras_ve(sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.
       >>> print(f"{schedule.sigma(0.0):.3f} {schedule.sigma(1.0):.3f}")
       0.002 80.000
     """
+    return KarrasVE(*_rising(sigma_min, sigma_max), checks.positive("rho", rho))
+
+
+def geometric_ve(sigma_min: float = 0.01, sigma_max: float = 50.0) -> GeometricVE:
+    """Build the geometric variance-exploding schedule: alpha = 1, sigma(t) = sigma_min (sigma_max / sigma_min)^t (arXiv 2011.13456).
+
+    It is the limit of `karras_ve` as rho grows. The score-based models of Song et al. are trained on it, and GDSS's graphs.
+
+    Args:
+      sigma_min, sigma_max: sigma at t = 0 and t = 1, in data units, 0 < sigma_min < sigma_max.
+
+    Returns:
+      The schedule.
+
+    Raises:
+      ValueError: for a number that is not positive, or sigma_min >= sigma_max.
+
+    Example:
+      >>> import rgdiff
+      >>> schedule = rgdiff.schedules.geometric_ve(0.25, 1.0)
+      >>> print(f"{schedule.sigma(0.0):.3f} {schedule.sigma(0.5):.3f} {schedule.sigma(1.0):.3f}")
+      0.250 0.500 1.000
+    """
+    return GeometricVE(*_rising(sigma_min, sigma_max))
+
+
+def _rising(sigma_min: float, sigma_max: float) -> tuple[Array, Array]:
     low, high = checks.positive("sigma_min", sigma_min), checks.positive("sigma_max", sigma_max)
     if sigma_min >= sigma_max:
         raise ValueError(f"sigma_min must be below sigma_max, got {sigma_min} and {sigma_max}")
-    return KarrasVE(low, high, checks.positive("rho", rho))
+    return low, high
 
 
 def flow(shift: float = 1.0, *, last: float | None = None) -> Flow:

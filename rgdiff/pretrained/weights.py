@@ -12,6 +12,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -101,6 +103,47 @@ class Tensor:
             count = int(np.prod(self.shape))
             return np.fromfile(self.file, self.dtype, count, offset=self.offset).reshape(self.shape)
         return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """A tensor that is in memory: of an .npz file."""
+
+    file: Path
+    held: np.ndarray
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.held.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.held.shape
+
+    def array(self) -> np.ndarray:
+        """Return the tensor."""
+        return self.held
+
+
+def archive(file: Path) -> dict[str, Held]:
+    """Read an .npz file of small arrays; nothing is unpickled.
+
+    Args:
+      file: its path.
+
+    Returns:
+      key -> tensor.
+
+    Raises:
+      ValueError: in one line, for a file that is missing or another, or that holds Python objects.
+    """
+    try:
+        with np.load(file, allow_pickle=False) as opened:
+            return {name: Held(Path(file), opened[name]) for name in opened.files}
+    except FileNotFoundError:
+        raise ValueError(f"no file at {file}") from None
+    except (OSError, ValueError, AttributeError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{file} is no readable .npz file of arrays: {' '.join(str(error).split())}") from None
 
 
 def index(file: Path) -> dict[str, Tensor]:
@@ -229,7 +272,7 @@ def _parts(file: Path, folder: Path, root: Path) -> dict[str, Tensor]:
 
 
 def read(
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor] | Mapping[str, Held],
     like: Params,
     *,
     dtype: Any = None,
@@ -240,7 +283,7 @@ def read(
     """Read parameters of a known structure from files, one tensor at a time, each straight into its sharding.
 
     Args:
-      tensors: from `find` or `index`.
+      tensors: from `find`, `index` or `archive`.
       like: the structure, leaves with shape and dtype, as `jax.eval_shape` gives them.
       dtype: of floating leaves; the file's own by default.
       sharding: one for all leaves, or a function of a leaf's path ("/"-joined) and shape; None leaves them on the default device.
@@ -265,7 +308,7 @@ def read(
       >>> print(back["linear_1"]["kernel"].shape)
       (3, 2)
     """
-    named: dict[str, Tensor] = {}
+    named: dict[str, Tensor | Held] = {}
     for name, tensor in tensors.items():
         new = name if rename is None else rename(name)
         if new is not None:

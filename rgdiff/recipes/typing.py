@@ -116,6 +116,7 @@ class ReadyPrior:
     has others than labels, a pytree of leaves [N, ...]. data [N, *shape]: what it was
     trained on, and fresh [M, *shape]: what it was not, for methods that learn from data. figures: of its own, for the table.
     problems: seed -> problems of one class, for methods that detect anomalies. decode: what rewards see of a state, or None.
+    calls_each: network calls of one call of the denoiser (a corrector's among them).
     """
 
     process: Process
@@ -131,6 +132,7 @@ class ReadyPrior:
     figures: dict[str, float] = dataclasses.field(default_factory=dict)
     problems: Callable[[int], list[Any]] | None = None
     decode: Callable[[Any], Any] | None = None
+    calls_each: int = 1
 
     @property
     def every_condition(self) -> Cond:
@@ -152,7 +154,7 @@ class ReadyPrior:
 
     def calls(self, sampler: Any) -> int:
         """Return the network calls per sample of a sampler on the prior's times."""
-        return sampler.network_calls(self.times.shape[0] - 1)
+        return sampler.network_calls(self.times.shape[0] - 1) * self.calls_each
 
 
 class Obtained(NamedTuple):

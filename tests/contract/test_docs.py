@@ -11,7 +11,9 @@ FLAX = {"parent", "name"}  # that a Linen module's constructor has besides its f
 NAMES_ARE_THE_STATE = {"rgdiff.processes.product"}  # the names of its keywords are the user's: one process each
 
 BUILT_WITH = (  # packages whose public names are constructors: their `help()` shows a call
+    "correctors",
     "denoisers",
+    "graphs",
     "guides",
     "kernels",
     "nets",
