@@ -29,7 +29,7 @@ FIXED = {"use_bn": False}
 CHOICES = {"conv": ("GCN",)}
 
 
-class MLP(nn.Module):
+class Linears(nn.Module):
     """`linears.0`, `linears.1`, ... with ELU between them.
 
     Args:
@@ -77,7 +77,7 @@ def powers(edges: Array, nodes: int, count: int) -> Array:
     return jnp.stack([graphs.triangle(one) for one in out], -1)
 
 
-class Attention(nn.Module):
+class GraphAttention(nn.Module):
     """The weights of one channel's queries, keys and values, which graph convolutions make.
 
     Args:
@@ -95,7 +95,7 @@ class Attention(nn.Module):
         return {name: GraphConvolution(width, name=name)(given) for name, width in widths.items()}
 
 
-class AttentionLayer(nn.Module):
+class GraphAttentionLayer(nn.Module):
     """One attention per channel of the adjacency; their values are mixed to node features, their scores to new channels.
 
     Scores are the `tanh` of scaled products, in place of a softmax, averaged over the heads.
@@ -119,7 +119,7 @@ class AttentionLayer(nn.Module):
         """Map x [B, N, F] and channels [B, E, C] to [B, N, features] and [B, E, channels]."""
         given, nodes = edges.shape[-1], x.shape[1]
         adjacency = normalised(jnp.moveaxis(graphs.matrix(edges, nodes), -1, 1))  # [B, C, N, N]
-        held = [Attention(self.inner, self.features, name=f"attn.{c}")(x.shape[-1]) for c in range(given)]
+        held = [GraphAttention(self.inner, self.features, name=f"attn.{c}")(x.shape[-1]) for c in range(given)]
 
         def convolved(name: str) -> Array:
             weight, bias = (jnp.stack([one[name][part] for one in held]) for part in (0, 1))
@@ -131,9 +131,9 @@ class AttentionLayer(nn.Module):
         scores = jnp.moveaxis(jnp.tanh(products).mean(2), 1, -1)  # [B, N, N, C]
         scores = graphs.triangle(scores + scores.swapaxes(1, 2)) / 2
         values = jnp.moveaxis(v, 1, 2).reshape(*x.shape[:2], -1)
-        mixed = MLP((self.features, self.features), name="multi_channel")(values)
+        mixed = Linears((self.features, self.features), name="multi_channel")(values)
         wide = 2 * max(given, self.channels)
-        mlp = MLP((wide,) * (self.depth - 1) + (self.channels,), name="mlp")
+        mlp = Linears((wide,) * (self.depth - 1) + (self.channels,), name="mlp")
         pair = mlp(jnp.concatenate([scores, edges], -1))
         return jnp.tanh(mixed * mask[..., None]), 2 * pair * _pairs(mask)
 
@@ -142,9 +142,9 @@ def _pairs(mask: Array) -> Array:
     return graphs.there(mask)["edges"][..., None]
 
 
-def _layer(config: Config, number: int, last: int) -> AttentionLayer:
+def _layer(config: Config, number: int, last: int) -> GraphAttentionLayer:
     """Return a layer of those numbered 0 ... last: the last one returns c_final channels, the others c_hid."""
-    return AttentionLayer(
+    return GraphAttentionLayer(
         inner=config["adim"] if number else config["nhid"],
         features=config["nhid"],
         channels=config["c_final"] if number == last else config["c_hid"],
@@ -220,7 +220,7 @@ class ScoreNetworkA(nn.Module):
 def _final(parts: list[Array], features: int) -> Array:
     x = jnp.concatenate(parts, -1)
     width = x.shape[-1]
-    return MLP((2 * width, 2 * width, features), name="final")(x)
+    return Linears((2 * width, 2 * width, features), name="final")(x)
 
 
 NETWORKS: dict[str, Callable[[Config], Any]] = {

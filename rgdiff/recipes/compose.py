@@ -44,6 +44,7 @@ CONSTRUCTORS = tuple(  # modules whose public classes and functions a recipe may
         "nets",
         "domains",
         "recipes.priors",
+        "recipes.molecules",
         "recipes.pipelines",
         "recipes.values",
         "recipes.methods",

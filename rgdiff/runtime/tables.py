@@ -42,6 +42,9 @@ COLUMNS: dict[str, Column] = {
             "heldout_reward_median": ("median held-out reward", "", "Median over samples of the held-out reward."),
             "heldout_reward_top_decile": ("best tenth, held-out", "", "Mean held-out reward of the tenth that it likes best."),
             "heldout_accuracy": ("held-out accuracy", "share", "Samples that a classifier which never guides takes for the class asked for."),
+            "qed_median": ("median QED", "", "Median drug-likeness of the molecules, 0 to 1."),
+            "sa_median": ("median SA", "", "Median of (10 - SA score) / 9, 0 to 1; higher is easier to synthesise."),
+            "logp_median": ("median logP", "", "Median octanol-water partition coefficient."),
             "second_reward": ("second reward", "", "Mean of the other reward of a mixture."),
             "theta_x": ("θ·x", "", "Mean of theta . x."),
             "theta_x_inside": ("θ·x inside", "", "Its part inside the data's support, the only part that data can honour."),
@@ -59,6 +62,9 @@ COLUMNS: dict[str, Column] = {
             "kmer_correlation": ("k-mer correlation", "", "Correlation of the samples' k-mer counts with the training sequences'."),
             "kmer_correlation_best": ("k-mer correlation, best", "", "The same with the best measured tenth."),
             "unique": ("unique", "share", "Different samples over samples."),
+            "valid": ("valid", "share", "Graphs that are molecules as they came, before any correction of valences."),
+            "corrected": ("valid, corrected", "share", "Graphs that are molecules once impossible bonds are lowered."),
+            "novel": ("novel molecules", "share", "Different molecules that are not among the known ones."),
             "novelty": ("novel", "share", "Samples that are not among the training sequences."),
             "mutations": ("mutations", "letters", "Letters that differ from the wild type, mean over samples."),
             "not_finite": ("not finite", "samples", "Samples that are NaN or infinite."),
@@ -106,7 +112,7 @@ COLUMNS: dict[str, Column] = {
     for name, (label, unit, meaning) in columns.items()
 }  # fmt: skip
 SHOWN = (  # in the terminal, the more important ones first
-    "reward_mean", "heldout_reward_mean", "heldout_accuracy", "auroc_mean", "infeasible", "frechet", "kl", "diversity", "exact_reward_mean",
+    "reward_mean", "heldout_reward_mean", "heldout_accuracy", "auroc_mean", "infeasible", "valid", "frechet", "kl", "diversity", "exact_reward_mean",
     "sliced_w2", "off_support", "log_z", "exact_log_z", "network_calls", "seconds", "reward_queries", "log_likelihood", "histogram_distance",
     "energy_auc", "energy_log_likelihood", "theta_x", "theta_x_inside",
 )  # fmt: skip

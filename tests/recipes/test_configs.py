@@ -18,6 +18,7 @@ PAIR = r"[a-z_0-9+@]+(?:\.[a-z_0-9@]+)*=[^\s;,)]+"  # key=value
 COMMAND = re.compile(rf"rgdiff run ([a-z_0-9]+)((?:\s+{PAIR})*)")
 NEEDS = {"tfbind8": "SIX6_REF_R1_8mers.txt", "utr": "snv_phenotype_log_diff.csv", "gfp": "avgfp.tsv"} | {
     "mnist": "mnist-t10k-images-idx3-ubyte.gz", "subspace": "ggdm_linear_hyperparameters.npz",
+    "qm9": "gdss_qm9.npz", "zinc250k": "gdss_zinc250k_v2.npz",
     "sphere": "ggdm_ball_hyperparameters.npz",
 }  # fmt: skip
 

@@ -1,0 +1,107 @@
+"""The prior of recipes that is a released pair of GDSS networks: `prior=gdss_qm9` and `prior=gdss_zinc`, by path to an .npz file."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rgdiff import checks, correctors
+from rgdiff.domains.sequences.files import read_bytes
+from rgdiff.pretrained import gdss
+from rgdiff.recipes.typing import Domain, Prior, ReadyPrior, Shape
+from rgdiff.runtime.run import Run
+from rgdiff.typing import Process
+
+
+@functools.lru_cache(maxsize=4)
+def opened(file: str) -> gdss.Gdss:
+    """Read a checkpoint once for all parts of a run."""
+    return gdss.read(file)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GdssPrior(Prior):
+    """GDSS's networks on graphs of molecules, with Langevin corrections as part of a move.
+
+    Args:
+      file: .npz of the networks, see `rgdiff.pretrained.gdss.read`.
+      sizes: .npz of the numbers of atoms of the data's molecules, from which those of samples are drawn.
+      key: the array's name in that file.
+      data_dir: folder of both; the environment variable RGDIFF_DATA when null.
+      steps: calls of both networks in a sampling chain, corrections not counted.
+      eta: of sampling.
+      variance: of its steps, `fixed_large` (the released sampler's) or `fixed_small`.
+      corrections: Langevin steps a move, 0 for none; each costs one more call of both networks.
+      snr, scale, step_size: of a correction, see `rgdiff.correctors.corrected`.
+    """
+
+    file: str
+    sizes: str
+    key: str
+    data_dir: str | None = None
+    steps: int = 100
+    eta: float = 1.0
+    variance: str = "fixed_large"
+    corrections: int = 1
+    snr: float = 0.2
+    scale: float = 0.9
+    step_size: str = "per_sample"
+
+    def networks(self) -> gdss.Gdss:
+        """Read the networks."""
+        return opened(str(_placed(self.file, self.data_dir)))
+
+    def check(self, domain: Any) -> None:
+        """Refuse a domain of other graphs, and settings that do not fit."""
+        held = self.networks()
+        count, features = held.nodes, held.features
+        if tuple(domain.shape) != (count, features + count + 1) or not hasattr(domain, "elements"):
+            raise ValueError(
+                f"the networks in {self.file} are for graphs of {count} nodes with {features} features, and the domain's states "
+                f"are {list(domain.shape)}; choose domain=qm9 with prior=gdss_qm9, domain=zinc250k with prior=gdss_zinc"
+            )
+        checks.at_least("prior.steps", self.steps, 2)
+        self._corrected(self._plain(self.eta))
+
+    def process(self, shape: Shape, eta: float | None = None) -> Process:
+        """Return the process, with the prior's own eta or another."""
+        return self._corrected(self._plain(self.eta if eta is None else eta))[0]
+
+    def _plain(self, eta: float) -> Any:
+        data = np.load(io.BytesIO(read_bytes(self.sizes, data_dir=self.data_dir)), allow_pickle=False)
+        checks.one_of("prior.key", self.key, data.files)
+        return self.networks().process(data[self.key], eta=eta, variance=self.variance)
+
+    def _corrected(self, process: Any) -> tuple[Any, Any]:
+        """Return the process and the model."""
+        held = self.networks()
+        if checks.at_least("prior.corrections", self.corrections, 0) == 0:
+            return process, held.model
+        law, denoiser = correctors.corrected(
+            process,
+            held.model(held.params),
+            steps=self.corrections,
+            snr=self.snr,
+            scale=self.scale,
+            step_size=self.step_size,
+        )
+        return law, correctors.CorrectedModel(held.model, denoiser)
+
+    def obtain(self, run: Run, domain: Domain, identity: Mapping[str, Any]) -> ReadyPrior:
+        """Read the networks."""
+        run.say(f"prior: the networks in {self.file}")
+        process, model = self._corrected(self._plain(self.eta))
+        times = process.times(self.steps)
+        params = self.networks().params
+        return ReadyPrior(process, times, model, params, self, domain.shape, calls_each=1 + self.corrections)
+
+
+def _placed(file: str, data_dir: str | None) -> Path:
+    return Path(data_dir or os.environ.get("RGDIFF_DATA") or "").expanduser() / Path(file).expanduser()

@@ -1,0 +1,211 @@
+"""Chemistry on the host: decoding, correction, properties and metrics; nothing that a graph or a text holds makes it raise."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rgdiff import rewards
+from rgdiff.domains.molecules import MoleculeJudge, chemistry, molecules, tasks
+from rgdiff.domains.molecules.rewards import MoleculeProperty
+from rgdiff.recipes.molecules import GdssPrior
+from rgdiff.recipes.typing import Outcome
+from tests.pretrained import gdss_twin
+
+pytest.importorskip("rdkit", reason="rdkit is not installed: pip install 'rgdiff[mol]'")
+QM9 = (6, 7, 8, 9)
+ZINC = (6, 7, 8, 9, 15, 16, 17, 35, 53)
+
+
+def graph_of(smiles, elements=ZINC, nodes=12):
+    """Return the graph of a molecule without charges, with kekulised bonds."""
+    from rdkit import Chem
+
+    mol = Chem.MolFromSmiles(smiles)
+    Chem.Kekulize(mol, clearAromaticFlags=True)
+    out = np.zeros((nodes, len(elements) + nodes + 1))
+    for atom in mol.GetAtoms():
+        out[atom.GetIdx(), elements.index(atom.GetAtomicNum())] = out[atom.GetIdx(), -1] = 1
+    for bond in mol.GetBonds():
+        i, j = bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()
+        out[[i, j], [len(elements) + j, len(elements) + i]] = bond.GetBondTypeAsDouble()
+    return out
+
+
+@pytest.mark.parametrize(
+    "smiles", ["CC(=O)Oc1ccccc1", "C#N", "CS(=O)(=O)N", "C[N+](C)(C)C", "CP(C)(=O)O", "FC(Cl)(Br)I"]
+)
+def test_a_molecules_graph_is_that_molecule(smiles):
+    noisy = graph_of(smiles) + np.random.default_rng(0).uniform(-0.4, 0.4, (12, 22)) * (np.arange(22) < 9)
+    found = chemistry.molecule(noisy, ZINC)
+    assert found == chemistry.Molecule(chemistry.canonical(smiles), True)
+
+
+def test_validity_is_rdkits_own():
+    """On random graphs, with charges as here, the rule of valences agrees with RDKit's check."""
+    from rdkit import Chem, rdBase
+
+    rng = np.random.default_rng(0)
+    kinds = [Chem.BondType.SINGLE, Chem.BondType.DOUBLE, Chem.BondType.TRIPLE]
+    seen = {True: 0, False: 0}
+    for _ in range(200):
+        count = int(rng.integers(2, 7))
+        graph = np.zeros((count, 9 + count + 1))
+        atoms = rng.integers(0, 9, count)
+        graph[np.arange(count), atoms] = graph[:, -1] = 1
+        orders = np.triu(rng.choice(4, (count, count), p=[0.55, 0.3, 0.1, 0.05]), 1)
+        graph[:, 9:-1] = orders + orders.T
+        mol = Chem.RWMol()
+        for atom, total in zip(atoms, (orders + orders.T).sum(-1), strict=True):
+            made = Chem.Atom(ZINC[atom])
+            made.SetFormalCharge(int((ZINC[atom], total) in ((7, 4), (8, 3))))
+            mol.AddAtom(made)
+        for i, j in zip(*np.nonzero(orders), strict=True):
+            mol.AddBond(int(i), int(j), kinds[orders[i, j] - 1])
+        with rdBase.BlockLogs():
+            flag = Chem.SanitizeMol(mol, Chem.SanitizeFlags.SANITIZE_PROPERTIES, catchErrors=True)
+        found = chemistry.molecule(graph, ZINC)
+        assert found.valid == (flag == Chem.SanitizeFlags.SANITIZE_NONE), found
+        assert found.smiles is not None
+        seen[found.valid] += 1
+    assert min(seen.values()) > 20
+
+
+def test_properties_have_their_known_values():
+    aspirin = chemistry.canonical("CC(=O)Oc1ccccc1C(=O)O")
+    assert chemistry.measured("qed", aspirin) == pytest.approx(0.550, abs=0.001)
+    assert chemistry.measured("sa", aspirin) == pytest.approx((10 - 1.580) / 9, abs=0.001)
+    assert chemistry.measured("logp", aspirin) == pytest.approx(1.310, abs=0.001)
+    assert chemistry.measured("penalised_logp", aspirin) == pytest.approx(1.310 - 1.580, abs=0.001)
+    assert chemistry.measured("penalised_logp", "C1CCCCCCC1") == pytest.approx(
+        chemistry.measured("logp", "C1CCCCCCC1") - (10 - 9 * chemistry.measured("sa", "C1CCCCCCC1")) - 2, abs=1e-6
+    )
+    with pytest.raises(ValueError, match="the property must be one of"):
+        chemistry.measured("colour", aspirin)
+
+
+def test_figures_count_what_they_say():
+    found = [
+        chemistry.Molecule("CCO", True),
+        chemistry.Molecule("CCO", True),
+        chemistry.Molecule("CF", False, "valence"),
+        chemistry.Molecule(None, False, "empty"),
+    ]
+    figures = chemistry.figures(found, frozenset({"CF"}))
+    alike = chemistry.similarities(*[chemistry.fingerprints([s]) for s in ("CCO", "CF")])[0, 0]
+    assert (figures["valid"], figures["corrected"], figures["unique"], figures["novel"]) == (0.5, 0.75, 2 / 3, 0.5)
+    assert figures["diversity"] == pytest.approx(1 - (1 + 2 * alike) / 3)
+    assert np.isnan(chemistry.figures([found[3]])["unique"])
+
+
+def test_a_reward_is_nan_where_there_is_no_molecule_and_runs_in_compiled_code():
+    graphs = np.stack([graph_of("CCO"), graph_of("CCO"), np.zeros((12, 22)), np.full((12, 22), np.nan)])
+    graphs[1, 0, 9 + 1] = graphs[1, 1, 9] = 3
+    graphs[1, 1, 9 + 2] = graphs[1, 2, 9 + 1] = 3  # a carbon with six bonds
+    reward, raw = (rewards.from_host(MoleculeProperty("qed", ZINC, correct)) for correct in (True, False))
+    out = np.asarray(jax.jit(reward)(jnp.asarray(graphs, jnp.float32)))
+    assert out[0] == pytest.approx(chemistry.measured("qed", "CCO")) and np.isfinite(out[1]) and np.isnan(out[2:]).all()
+    assert np.isnan(np.asarray(rewards.score(raw, jnp.asarray(graphs, jnp.float32)))[1:]).all()
+    assert MoleculeProperty("qed", ZINC, True) == MoleculeProperty("qed", ZINC, True)  # no recompilation
+    assert reward.function.reasons(graphs) == {"valence": 1, "empty": 1, "not finite": 1}
+
+
+def fuzzed(count, seed):
+    """Hostile graphs: noise of every scale, NaN, infinities, empty, full, charged, disconnected, and asymmetric ones."""
+    rng = np.random.default_rng(seed)
+    for number in range(count):
+        nodes = int(rng.integers(1, 9))
+        graph = rng.normal(size=(nodes, 9 + nodes + 1)) * 10.0 ** rng.integers(-2, 4)
+        if number % 2:
+            graph[:, 9:-1] = rng.integers(0, 4, (nodes, nodes)) * (rng.random((nodes, nodes)) < rng.random())
+            graph[:, -1] = 1
+        if number % 7 == 0:
+            graph[rng.integers(nodes), rng.integers(graph.shape[1])] = rng.choice([np.nan, np.inf, -np.inf])
+        yield graph
+
+
+@pytest.mark.parametrize("count", [100, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_no_graph_makes_decoding_or_a_reward_raise(count):
+    reward = MoleculeProperty("qed", ZINC, True)
+    for graph in fuzzed(count, count):
+        found = chemistry.molecule(graph, ZINC)
+        assert found.reason in chemistry.REASONS and (found.smiles is None) == (found.reason not in ("", "valence"))
+        value = float(reward(graph[None].astype(np.float32))[0])
+        assert np.isnan(value) or 0 <= value <= 1
+
+
+@pytest.mark.parametrize(
+    "text", ["", "C(C", "xyz", "C" * 3000 + "(", "[N+](C)(C)(C)(C)C", "c1cccc1", "\0", "💊", "%%%"]
+)
+def test_no_text_makes_a_property_raise(text):
+    assert chemistry.canonical(text) is None and np.isnan(chemistry.measured("qed", text))
+
+
+def test_drawings_are_svg():
+    for smiles in ("CCO", None):
+        text = chemistry.drawn(smiles)
+        assert text.startswith("<svg") and text.endswith("</svg>")
+
+
+def test_without_rdkit_one_line_says_what_to_install(monkeypatch):
+    chemistry.rdkit.cache_clear()
+    monkeypatch.setitem(sys.modules, "rdkit.Chem", None)
+    with pytest.raises(ValueError, match=r"pip install 'rgdiff\[mol\]'"):
+        chemistry.rdkit()
+    monkeypatch.undo()
+    chemistry.rdkit.cache_clear()
+
+
+def test_a_domain_its_task_and_its_judge_work_together(tmp_path):
+    (tmp_path / "known.txt").write_text("OCC\nnonsense(\nC#N\n")
+    domain = molecules("qm9", known="known.txt", data_dir=tmp_path)
+    assert domain.shape == (9, 14) and domain.known == {"CCO", "C#N"}
+    task = tasks.molecule_property(domain, "qed")
+    judge = MoleculeJudge(domain, jax.random.key(0))
+    judge.check(task)
+    bad = graph_of("CCO", QM9, 9)
+    bad[0, 4 + 1] = bad[1, 4] = bad[1, 4 + 2] = bad[2, 4 + 1] = 3  # C#C#O
+    x0 = np.stack([graph_of("CCO", QM9, 9), graph_of("CC=O", QM9, 9), bad, np.zeros((9, 14))]).astype(np.float32)
+    row = judge.row(Outcome(x0, 1, 0.0, 1.0, 1.0), task)
+    assert (row["valid"], row["corrected"], row["infeasible"], row["novel"]) == (0.5, 0.75, 1, 2 / 3)
+    assert row["reward_mean"] != row["heldout_reward_mean"]  # the held-out one leaves the corrected molecule out
+    assert judge.spread(Outcome(x0, 1, 0.0, 1.0, 1.0), task)["valid"] == pytest.approx(0.25)
+    assert all(text.startswith("<svg") for text in judge.show_each(x0))
+    with pytest.raises(ValueError, match="domain.dataset must be one of"):
+        molecules("chembl")
+    with pytest.raises(ValueError, match="choose domain=qm9 or domain=zinc250k"):
+        tasks.molecule_property(object())
+
+
+@pytest.mark.slow
+def test_a_prior_is_ready_by_path_and_refuses_another_domain(tmp_path):
+    gdss_twin.write(tmp_path / "tiny.npz")
+    np.savez(tmp_path / "sizes.npz", tiny=np.array([2, 5]))
+    settings = {"file": "tiny.npz", "sizes": "sizes.npz", "key": "tiny", "data_dir": str(tmp_path), "steps": 3}
+    prior = GdssPrior(**settings)
+    assert prior.process((5, 9)).times(3).shape == (3,)
+    with pytest.raises(ValueError, match="are for graphs of 5 nodes with 3 features"):
+        prior.check(molecules("qm9"))
+    with pytest.raises(ValueError, match="prior.key must be one of"):
+        GdssPrior(**(settings | {"key": "qm9"})).process((5, 9))
+    plain = GdssPrior(**(settings | {"corrections": 0})).process((5, 9), eta=0.0)
+    assert not plain.stochastic
+
+
+@pytest.mark.slow
+def test_the_recipe_runs_and_draws_molecules(tmp_path):
+    from rgdiff.recipes.run import run_recipe
+
+    data = Path(os.environ.get("RGDIFF_DATA", "/work/shared/data"))
+    if not (data / "gdss_qm9.npz").exists():
+        pytest.skip(f"gdss_qm9.npz is not in {data}")
+    given = [f"data_dir={data}", "samples=8", "prior.steps=4", f"out={tmp_path / 'run'}", f"cache_dir={tmp_path}"]
+    summary = run_recipe("molecules_svdd", given)
+    assert summary["prior/network_calls"] == 4 * 2 and summary["prior/corrected"] == 1
+    assert "<svg" in (tmp_path / "run" / "report.html").read_text()
