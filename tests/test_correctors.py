@@ -123,6 +123,7 @@ def test_the_kl_of_a_corrected_move_is_the_mean_of_its_log_ratio(world):
     np.testing.assert_allclose(samplers.total_path_kl(kept), samplers.total_path_kl(plain), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_parts_of_a_graph_are_corrected_apart_and_absent_entries_are_left():
     nodes = processes.gaussian(schedules.linear_vp(0.1, 1.0), (3, 2))
     edges = processes.gaussian(schedules.geometric_ve(0.2, 1.0), (3,))

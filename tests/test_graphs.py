@@ -20,7 +20,7 @@ def process(sizes=(2, 3, 3, 4), **options):
 
 def some(batch=5):
     law = process()
-    return law, law.prior(batch).sample(jax.random.key(1))
+    return law, jax.jit(law.prior(batch).sample)(jax.random.key(1))
 
 
 def zero(x, t, cond=None):
@@ -90,6 +90,7 @@ def test_the_prior_knows_its_log_probability():
     np.testing.assert_allclose(law.prior(3).log_prob(x), expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_chains_end_in_packed_graphs_and_have_a_path_kl():
     law = process()
     one = lambda x, t, cond=None: jax.tree.map(jnp.ones_like, zero(x, t))  # noqa: E731
