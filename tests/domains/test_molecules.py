@@ -202,7 +202,7 @@ def test_a_prior_is_ready_by_path_and_refuses_another_domain(tmp_path):
 def test_the_recipe_runs_and_draws_molecules(tmp_path):
     from rgdiff.recipes.run import run_recipe
 
-    data = Path(os.environ.get("RGDIFF_DATA", "/work/shared/data"))
+    data = Path(os.environ.get("RGDIFF_DATA", ""))
     if not (data / "gdss_qm9.npz").exists():
         pytest.skip(f"gdss_qm9.npz is not in {data}")
     given = [f"data_dir={data}", "samples=8", "prior.steps=4", f"out={tmp_path / 'run'}", f"cache_dir={tmp_path}"]

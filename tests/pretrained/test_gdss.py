@@ -14,7 +14,7 @@ from rgdiff import correctors, graphs, samplers
 from rgdiff.pretrained import gdss
 from tests.pretrained import gdss_twin as twin
 
-RELEASED = Path(os.environ.get("RGDIFF_DATA", "/work/shared/data"))
+RELEASED = Path(os.environ.get("RGDIFF_DATA", ""))
 
 
 def state(count, features, batch=4, seed=0):
