@@ -74,7 +74,7 @@ def prepare(name: str, overrides: Sequence[str], dry: bool = False) -> Prepared:
     from rgdiff.runtime.cache import cache_path, open_cache
     from rgdiff.runtime.folder import RunFolder, next_free
     from rgdiff.runtime.progress import announce
-    from rgdiff.runtime.run import use_compilation_cache
+    from rgdiff.runtime.run import use_compilation_cache, use_quick_compilation
 
     config, chosen = recipe.composed(name, overrides)
     trusted = recipe.trusted_modules(overrides)
@@ -90,6 +90,7 @@ def prepare(name: str, overrides: Sequence[str], dry: bool = False) -> Prepared:
     config["out"] = str(out)
     RunFolder.check(out, config, config["resume"])
 
+    use_quick_compilation()
     check_devices()
     cache = cache_path(config.get("cache_dir"))
     if not dry:

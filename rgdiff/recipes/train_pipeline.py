@@ -89,7 +89,8 @@ def train_autoencoder(pictures: np.ndarray, steps: int, seed: int, batch: int = 
     """Train the autoencoder: squared error, and 1e-4 times the KL of latents to N(0, 1), in nats a picture over its pixels."""
     import optax
 
-    net, key = AutoencoderKL(Config(VAE)), jax.random.key(seed)
+    net: Any = AutoencoderKL(Config(VAE))
+    key = jax.random.key(seed)
     params = net.lazy_init(key, jax.ShapeDtypeStruct((1, *pictures.shape[1:]), jnp.float32))["params"]
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(2e-3, steps)))
 
@@ -163,13 +164,14 @@ def train(out: Path, steps: int, autoencoder_steps: int, seed: int, data_dir: st
     scale = float(1 / latents.std())
     print(f"latents: standard deviation {latents.std():.3f}", flush=True)
 
-    unet, text = UNet2DConditionModel(Config(UNET)), CLIPTextModel(Config(text_settings()))
+    unet: Any = UNet2DConditionModel(Config(UNET))
+    text: Any = CLIPTextModel(Config(text_settings()))
     scheduler = read_scheduler({"_class_name": "DDIMScheduler", **SCHEDULER})
     process = scheduler.process((8, 8, 4), eta=1.0)
 
     def model(params: Params) -> Any:
-        def network(x: Array, t: Array, ids: Array) -> Array:
-            context = text.apply({"params": params["text"]}, ids).last_hidden_state  # type: ignore[union-attr]
+        def network(x: Array, t: Array, cond: Any = None) -> Array:  # cond: token ids
+            context = text.apply({"params": params["text"]}, cond).last_hidden_state
             return unet.apply({"params": params["unet"]}, x, t, context)
 
         return denoisers.predicts("eps", scaled_time(network, scheduler.levels), scheduler.schedule)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 from types import SimpleNamespace
 
 import jax
@@ -20,10 +21,11 @@ from rgdiff.recipes.priors import GaussianPrior, MaskedPrior
 from rgdiff.recipes.typing import ReadyPrior
 from rgdiff.recipes.values import LikelihoodValue
 from rgdiff.rewards import Task
+from rgdiff.runtime import run as run_module
 from rgdiff.runtime.checkpoint import Checkpoints
 from rgdiff.runtime.folder import RunFolder
 from rgdiff.runtime.progress import pieces
-from rgdiff.runtime.run import PATIENCE, Diverged, Run
+from rgdiff.runtime.run import OLD_EMITTERS, PATIENCE, Diverged, Run, use_quick_compilation
 from rgdiff.tuners._loop import start, update
 from rgdiff.typing import Function, pytree
 
@@ -198,3 +200,20 @@ class _Exact:
 
     def __call__(self, params):
         return tuners.standard_normal(self.process)
+
+
+@pytest.mark.parametrize(
+    ("installed", "given", "expected"),
+    [
+        ("0.10.2", "", OLD_EMITTERS),
+        ("0.10.2", "--xla_a=1", f"--xla_a=1 {OLD_EMITTERS}"),
+        ("0.10.2", "--xla_cpu_use_fusion_emitters=true", "--xla_cpu_use_fusion_emitters=true"),
+        ("0.11.0", "--xla_a=1", "--xla_a=1"),
+    ],
+)
+def test_a_run_compiles_quickly_where_xla_has_the_flag(monkeypatch, installed, given, expected):
+    """Later jaxlibs end at a flag that they do not know; a user's own choice stands."""
+    monkeypatch.setattr(run_module, "version", lambda name: installed)
+    monkeypatch.setenv("XLA_FLAGS", given)
+    use_quick_compilation()
+    assert os.environ["XLA_FLAGS"] == expected
