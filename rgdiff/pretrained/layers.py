@@ -30,7 +30,7 @@ ACTIVATIONS = {
 BLOCK = 1024  # queries whose attention scores are held at once
 
 
-class Conv(nn.Module):
+class Convolution(nn.Module):
     """A convolution of [B, H, W, C] with PyTorch's names; on a CPU its gradients stay fast inside loops (`rgdiff.nets.conv`).
 
     Args:
@@ -66,10 +66,10 @@ def conv(
     bias: bool = True,
     name: str | None = None,
     dtype: Any = None,
-) -> Conv:
+) -> Convolution:
     """Return a convolution with PyTorch's padding: the same before and after each axis unless it is given."""
     before = (kernel // 2, kernel // 2) if padding is None else padding
-    return Conv(features, (kernel, kernel), (stride, stride), (before, before), bias, name=name, dtype=dtype)
+    return Convolution(features, (kernel, kernel), (stride, stride), (before, before), bias, name=name, dtype=dtype)
 
 
 def dense(features: int, bias: bool = True, *, name: str, dtype: Any = None) -> nn.Dense:

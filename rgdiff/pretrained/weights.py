@@ -360,6 +360,9 @@ def write(file: str | os.PathLike[str], params: Params) -> None:
     part = Path(f"{os.fspath(file)}.part")
     try:
         save_file(state, part, {"format": "pt"})
+        umask = os.umask(0)
+        os.umask(umask)
+        part.chmod(0o666 & ~umask)  # safetensors makes files that nobody else may read
         os.replace(part, file)
     finally:
         part.unlink(missing_ok=True)

@@ -68,7 +68,7 @@ def test_what_needs_images_is_refused_by_name(tmp_path, capsys):
         (["prior=mnist16", "method=dxmi"], "this method learns from data"),
         (
             ["prior=mnist16", "prior.checkpoint=package:x"],
-            "package:x does not come with the package, which has mnist16_",
+            "package:x does not come with the package, which has digits_pipeline, mnist16_",
         ),
         (["prior=mnist16", "domain.path=nowhere.safetensors"], "no file at nowhere.safetensors"),
     ):

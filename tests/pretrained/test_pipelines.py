@@ -110,6 +110,7 @@ def test_a_tuned_adapter_goes_back_into_a_folder(folder, prior, tmp_path):
     back = pretrained.from_diffusers(out)
     jax.tree.map(np.testing.assert_array_equal, back.params, merged)
     assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (back.params, prior.params)), strict=True))
+    assert (out / WEIGHTS).stat().st_mode & 0o777 == (out / "model_index.json").stat().st_mode & 0o777  # for everybody
     for name in ("model_index.json", "vae/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"):
         assert (out / name).read_bytes() == (folder / name).read_bytes()
     with pytest.raises(ValueError, match="not empty"):

@@ -34,6 +34,12 @@ PARTICLES = ["method.particles=8"]
 POLICY = [*TUNED, "method.heldout=true"]
 ROUNDS = ["method.queries=[4,3]", "method.evaluate=4", "method.surrogate.steps=3", "method.noise=0.1"]
 FEW = {"draft_lv": TUNED, "pigdm": ["reward=inpainting"]}
+FILES = {
+    "aesthetic": ("folder", "head"),
+    "clip_score": ("folder",),
+    "pick_score": ("folder",),
+    "hps": ("path",),
+}  # of the user's own
 MORE = {
     "adjoint_matching": TUNED,
     "best_of_n": ["method.candidates=2"],
@@ -116,6 +122,7 @@ def test_every_method_reward_domain_and_prior_compose_and_check(every):
         overrides += ["reward.fn=tests.recipes.user_module.score"] * (reward == "custom")
         overrides += ["domain.fn=tests.recipes.user_module.load"] * (domain == "custom")
         overrides += ["prior.network._target_=tests.recipes.user_module.Net"] * (prior == "custom")
+        overrides += [f"reward.{key}=/files" for key in FILES.get(reward, ())]
         recipe.check(recipe.compose("steer", overrides), recipe.trusted_modules(overrides))
 
 
