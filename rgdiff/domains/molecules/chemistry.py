@@ -78,6 +78,8 @@ def discrete(graph: np.ndarray, elements: Sequence[int]) -> tuple[np.ndarray, np
       Indices into the elements [A], and symmetric orders [A, A].
 
     Example:
+      >>> import pytest
+      >>> _ = pytest.importorskip("rdkit")
       >>> import numpy as np
       >>> from rgdiff.domains.molecules import chemistry
       >>> rows = np.array([[1.1, 0.0, 0.0, 1.8, 1.0], [0.2, 0.9, 1.8, 0.0, 1.0]])  # C=O
@@ -104,6 +106,8 @@ def corrected(orders: np.ndarray, limit: np.ndarray) -> np.ndarray:
       The orders left.
 
     Example:
+      >>> import pytest
+      >>> _ = pytest.importorskip("rdkit")
       >>> import numpy as np
       >>> from rgdiff.domains.molecules import chemistry
       >>> print(chemistry.corrected(np.array([[0, 3], [3, 0]]), np.array([4, 2])))  # C#O becomes C=O
@@ -131,6 +135,8 @@ def molecule(graph: np.ndarray, elements: Sequence[int]) -> Molecule:
       The molecule.
 
     Example:
+      >>> import pytest
+      >>> _ = pytest.importorskip("rdkit")
       >>> import numpy as np
       >>> from rgdiff.domains.molecules import chemistry
       >>> print(chemistry.molecule(np.array([[1.0, 0, 0, 3, 1], [0, 1.0, 3, 0, 1]]), (6, 9)))  # C#F is corrected
@@ -193,6 +199,8 @@ def canonical(smiles: str) -> str | None:
       smiles: any text.
 
     Example:
+      >>> import pytest
+      >>> _ = pytest.importorskip("rdkit")
       >>> from rgdiff.domains.molecules import chemistry
       >>> print(chemistry.canonical("OCC"), chemistry.canonical("C(C"), chemistry.canonical(""))
       CCO None None
@@ -270,6 +278,8 @@ def measured(name: str, smiles: str) -> float:
       smiles: canonical.
 
     Example:
+      >>> import pytest
+      >>> _ = pytest.importorskip("rdkit")
       >>> from rgdiff.domains.molecules import chemistry
       >>> print(f"{chemistry.measured('weight', 'CCO'):.2f}")
       46.07
@@ -308,6 +318,8 @@ def similarities(a: np.ndarray, b: np.ndarray) -> np.ndarray:
       [N, M], in [0, 1].
 
     Example:
+      >>> import pytest
+      >>> _ = pytest.importorskip("rdkit")
       >>> import numpy as np
       >>> from rgdiff.domains.molecules import chemistry
       >>> print(chemistry.similarities(np.array([[True, True, False]]), np.array([[True, False, False]])))
