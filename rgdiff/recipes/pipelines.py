@@ -126,4 +126,5 @@ class PipelinePrior(Prior):
             conds=conds,
             data=data,
             fresh=fresh,
+            decode=getattr(domain, "decoder", None),
         )
