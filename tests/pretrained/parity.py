@@ -1,12 +1,13 @@
 """Our networks beside the ones they are twins of: the same weights, inputs, outputs and gradients.
 
 A `Case` is one small network, a `Full` one of the released size whose names and shapes alone are compared. A test module
-lists its own in `CASES` and `FULL`, and tests them by four functions:
+lists its own in `CASES` and `FULL`, and `table` makes five tests of them:
 
-    against_golden(case)      output and gradients against numbers kept in golden/NAME.npz; no torch
-    against_torch(case, bits) the same against torch itself, every gradient whole, in float32 or float64
-    against_keys(full)        every key and shape against keys/NAME.json.gz; no torch, no weights
-    in_bfloat16(case)         float32 out of bfloat16 computation, finite and near
+    golden      output and gradients against numbers kept in golden/NAME.npz; no torch
+    torch       the same against torch itself, every gradient whole, in float32 and float64
+    keys        every key and shape against keys/NAME.json.gz; no torch, no weights
+    bfloat16    float32 out of bfloat16 computation, finite and near
+    remat       the golden numbers again, with what the backward pass computes twice
 
 `python -m tests.pretrained.make_golden` writes the files, and needs torch. Weights are a function of key and shape, so that
 no file holds any.
@@ -28,6 +29,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from rgdiff.pretrained import weights
 from rgdiff.pretrained.config import Config
@@ -304,6 +306,61 @@ def write_keys(full: Full) -> dict[str, list[int]]:
 def read_keys(name: str) -> dict[str, list[int]]:
     """Read a list of keys and shapes."""
     return json.loads(gzip.decompress((KEYS / f"{name}.json.gz").read_bytes()))
+
+
+def table(
+    cases: list[Case],
+    full: list[Full],
+    *,
+    parameters: Mapping[str, int] | None = None,
+    half: list[Case] | None = None,
+    recomputed: list[Case] | None = None,
+    remat: tuple[str, ...] = ("block",),
+    in_float64: Callable[[Case], Case] = lambda case: case,
+) -> tuple[Callable[..., None], ...]:
+    """Return the five tests of networks, for a module's test_golden, test_torch, test_keys, test_bfloat16 and test_remat.
+
+    Args:
+      cases: of all; the first is in the default suite.
+      full: networks of released sizes.
+      parameters: how many these have, by name.
+      half, recomputed: cases in bfloat16 and of recomputation; all by default.
+      remat: what is recomputed.
+      in_float64: changes a case where it is compared in float64; say why at the function.
+    """
+
+    @pytest.mark.first(1)
+    @pytest.mark.parametrize("case", **names(cases))
+    def golden(case: Case) -> None:
+        against_golden(case)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("bits", [32, 64])
+    @pytest.mark.parametrize("case", **names(cases))
+    def torch(case: Case, bits: int) -> None:
+        for twin in ("torch", "diffusers", "transformers"):
+            pytest.importorskip(twin, reason=f"{twin} is for side-by-side tests")
+        against_torch(in_float64(case) if bits == 64 else case, bits)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("network", **names(full))
+    def keys(network: Full) -> None:
+        count = against_keys(network)
+        assert parameters is None or count == parameters[network.name]
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("case", **names(cases if half is None else half))
+    def bfloat16(case: Case) -> None:
+        in_bfloat16(case)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("what", remat)
+    @pytest.mark.parametrize("case", **names(cases if recomputed is None else recomputed))
+    def again(case: Case, what: str) -> None:
+        network: Any = case.network
+        against_golden(dataclasses.replace(case, network=lambda config, dtype: network(config, dtype, what)))
+
+    return golden, torch, keys, bfloat16, again
 
 
 def names(cases: Iterable[Case | Full]) -> dict[str, Any]:

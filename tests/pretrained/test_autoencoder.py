@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -60,40 +59,9 @@ FULL = [
 PARAMETERS = {"vae_sd_full": 83_653_863, "vae_sd3_flux": 83_819_683}
 
 
-@pytest.mark.first(1)
-@pytest.mark.parametrize("case", **parity.names(CASES))
-def test_outputs_and_gradients_are_diffusers_as_kept(case):
-    parity.against_golden(case)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("bits", [32, 64])
-@pytest.mark.parametrize("case", **parity.names(CASES))
-def test_outputs_and_every_gradient_are_diffusers(case, bits):
-    pytest.importorskip("torch", reason="torch is for side-by-side tests")
-    pytest.importorskip("diffusers", reason="diffusers is for side-by-side tests")
-    parity.against_torch(case, bits)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("full", **parity.names(FULL))
-def test_keys_and_shapes_of_released_sizes_are_diffusers(full):
-    assert parity.against_keys(full) == PARAMETERS[full.name]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", **parity.names([CASES[1], CASES[3]]))
-def test_bfloat16_is_near_and_its_output_float32(case):
-    parity.in_bfloat16(case)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("remat", ["stage", "block"])
-def test_recomputation_changes_no_name_and_no_number(remat):
-    case = CASES[0]
-    again = parity.ours(dataclasses.replace(case, network=lambda config, dtype: AutoencoderKL(config, dtype, remat)))
-    with np.load(parity.GOLDEN / f"{case.name}.npz") as file:
-        assert max(parity.differences(parity.digest(again), dict(file)).values()) < 3e-5
+test_golden, test_torch, test_keys, test_bfloat16, test_remat = parity.table(
+    CASES, FULL, parameters=PARAMETERS, half=[CASES[1], CASES[3]], recomputed=CASES[:1], remat=("stage", "block")
+)
 
 
 @pytest.mark.slow

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -159,37 +157,7 @@ FULL = [
 ]
 
 
-@pytest.mark.first(1)
-@pytest.mark.parametrize("case", **parity.names(CASES))
-def test_golden(case):
-    parity.against_golden(case)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("bits", [32, 64])
-@pytest.mark.parametrize("case", **parity.names(CASES))
-def test_torch(case, bits):
-    pytest.importorskip("transformers", reason="compares with transformers")
-    parity.against_torch(case, bits)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("full", **parity.names(FULL))
-def test_keys(full):
-    parity.against_keys(full)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", **parity.names(CASES))
-def test_bfloat16(case):
-    parity.in_bfloat16(case)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", **parity.names(CASES))
-def test_remat_changes_nothing(case):
-    again = dataclasses.replace(case, network=lambda config, dtype: case.network(config, dtype, "block"))
-    parity.against_golden(again)
+test_golden, test_torch, test_keys, test_bfloat16, test_remat = parity.table(CASES, FULL)
 
 
 def test_bad_input_is_refused():

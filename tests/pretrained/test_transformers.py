@@ -152,42 +152,13 @@ FULL = [
 ]
 
 
-@pytest.mark.first(1)
-@pytest.mark.parametrize("case", **parity.names(CASES))
-def test_golden(case):
-    parity.against_golden(case)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("bits", [32, 64])
-@pytest.mark.parametrize("case", **parity.names(CASES))
-def test_torch(case, bits):
-    pytest.importorskip("diffusers", reason="compares with diffusers")
-    parity.against_torch(early(case) if bits == 64 else case, bits)
-
-
 def early(case):
     """Divide times by 32: torch's exp is off by a unit in 3 of 128 frequencies, 2e-5 of one sine at t = 801."""
     inputs = {key: a // 32 if a.dtype == int else a / 32 for key, a in case.inputs.items() if key in ("t", "guidance")}
     return dataclasses.replace(case, inputs={**case.inputs, **inputs})
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("full", **parity.names(FULL))
-def test_keys(full):
-    parity.against_keys(full)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", **parity.names(CASES))
-def test_bfloat16(case):
-    parity.in_bfloat16(case)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", **parity.names(CASES))
-def test_remat_changes_nothing(case):
-    parity.against_golden(dataclasses.replace(case, network=lambda c, dtype: case.network(c, dtype, "block")))
+test_golden, test_torch, test_keys, test_bfloat16, test_remat = parity.table(CASES, FULL, in_float64=early)
 
 
 @pytest.mark.slow

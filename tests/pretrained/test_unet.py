@@ -188,44 +188,14 @@ PARAMETERS = {
 }
 
 
-@pytest.mark.first(1)
-@pytest.mark.parametrize("case", **parity.names([CASES[1], CASES[0], *CASES[2:]]))  # the cheapest first
-def test_outputs_and_gradients_are_diffusers_as_kept(case):
-    parity.against_golden(case)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("bits", [32, 64])
-@pytest.mark.parametrize("case", **parity.names(CASES))
-def test_outputs_and_every_gradient_are_diffusers(case, bits):
-    pytest.importorskip("torch", reason="torch is for side-by-side tests")
-    pytest.importorskip("diffusers", reason="diffusers is for side-by-side tests")
-    parity.against_torch(case, bits)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("full", **parity.names(FULL))
-def test_keys_and_shapes_of_released_sizes_are_diffusers(full):
-    assert parity.against_keys(full) == PARAMETERS[full.name]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", **parity.names([CASES[2], CASES[4], CASES[7], CASES[8]]))
-def test_bfloat16_is_near_and_its_output_float32(case):
-    parity.in_bfloat16(case)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("remat", ["stage", "block"])
-@pytest.mark.parametrize("case", **parity.names([CASES[0], CASES[9]]))
-def test_recomputation_changes_no_name_and_no_number(case, remat):
-    def network(config, dtype):
-        return case.network(config, dtype, remat)
-
-    with np.load(parity.GOLDEN / f"{case.name}.npz") as file:
-        again = parity.ours(parity.dataclasses.replace(case, network=network))
-        found = parity.differences(parity.digest(again), dict(file))
-    assert max(found.values()) < 3e-5
+test_golden, test_torch, test_keys, test_bfloat16, test_remat = parity.table(
+    [CASES[1], CASES[0], *CASES[2:]],  # the cheapest first
+    FULL,
+    parameters=PARAMETERS,
+    half=[CASES[2], CASES[4], CASES[7], CASES[8]],
+    recomputed=[CASES[0], CASES[9]],
+    remat=("stage", "block"),
+)
 
 
 @pytest.mark.slow
