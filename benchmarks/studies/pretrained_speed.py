@@ -1,6 +1,7 @@
 """Released networks at full size with random weights, beside diffusers on PyTorch: forward, and with the gradient in the input.
 
-    python -m benchmarks.studies.pretrained_speed [--sd]     # needs torch and diffusers; --sd adds Stable Diffusion 1.5 (14 GB)
+    python -m benchmarks.studies.pretrained_speed            # needs torch and diffusers; all of it, Stable Diffusion 1.5 too (14 GB)
+    python -m benchmarks.studies.pretrained_speed --networks cifar
 
 Both sides have the same weights and inputs, in float32, and take turns in one process; ratios are of each round, and medians
 are shown. PyTorch is eager, in its own layout and in channels_last.
@@ -121,18 +122,20 @@ def compare(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sd", action="store_true", help="Stable Diffusion 1.5's U-Net too, batch 1, forward")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--networks", nargs="+", choices=("cifar", "sd"), default=["cifar", "sd"])
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/pretrained-speed.md"))
     given = parser.parse_args()
-    body = []
-    for batch in (1, 8):
-        body += compare(f"CIFAR-10 DDPM, batch {batch}", "UNet2DModel", CIFAR, (batch, 32, 32, 3), given.rounds, True)
-    if given.sd:
-        body += compare("SD 1.5, batch 1", "UNet2DConditionModel", STABLE, (1, 64, 64, 4), 2, False)
-    about = [f"- {name}: {value}" for name, value in harness.machine().items()]
+    about, body = [f"- {name}: {value}" for name, value in harness.machine().items()], []
+    if "cifar" in given.networks:
+        for batch in (1, 8):
+            body += compare(
+                f"CIFAR-10 DDPM, batch {batch}", "UNet2DModel", CIFAR, (batch, 32, 32, 3), given.rounds, True
+            )
+    if "sd" in given.networks:
+        body += compare("SD 1.5, batch 1", "UNet2DConditionModel", STABLE, (1, 64, 64, 4), given.rounds, False)
     text = ["# Speed of released networks beside PyTorch, float32, random weights", "", *about,
-            f"- command: python -m benchmarks.studies.pretrained_speed{' --sd' * given.sd}", "",
+            f"- command: python -m benchmarks.studies.pretrained_speed --networks {' '.join(given.networks)}", "",
             "Ratios are the side's seconds over ours in the same round: above 1, ours is faster.", "",
             "| what | side | seconds (median) | ratio (median) |", "|---|---|---|---|", *body, ""]  # fmt: skip
     given.out.write_text("\n".join(text), encoding="utf-8")

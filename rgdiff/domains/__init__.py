@@ -10,7 +10,29 @@ from typing import TYPE_CHECKING
 from rgdiff._lazy import submodules
 
 if TYPE_CHECKING:
-    from rgdiff.domains import anomaly, images, judging, mixture, molecules, planar, proteins, sequences, subspace
+    from rgdiff.domains import (
+        anomaly,
+        images,
+        judging,
+        mixture,
+        molecules,
+        pipelines,
+        planar,
+        proteins,
+        sequences,
+        subspace,
+    )
 
-__all__ = ["anomaly", "images", "judging", "mixture", "molecules", "planar", "proteins", "sequences", "subspace"]
+__all__ = [
+    "anomaly",
+    "images",
+    "judging",
+    "mixture",
+    "molecules",
+    "pipelines",
+    "planar",
+    "proteins",
+    "sequences",
+    "subspace",
+]
 __getattr__, __dir__ = submodules(__name__, __all__)

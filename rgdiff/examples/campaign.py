@@ -83,6 +83,7 @@ def laboratory(folder: Path, day: int, most: int) -> None:
 
 
 def main(folder: str | Path | None = None) -> None:
+    """Run six days of a laboratory in a folder, a temporary one by default, and go on where an earlier run stopped."""
     folder = Path(folder or tempfile.mkdtemp(prefix="campaign-"))
     folder.mkdir(parents=True, exist_ok=True)
 
