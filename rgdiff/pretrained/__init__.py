@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         config,
         dit,
         flux,
+        folders,
         gdss,
         layers,
         pipelines,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
         unet,
         weights,
     )
-    from rgdiff.pretrained.pipelines import from_diffusers, to_diffusers
+    from rgdiff.pretrained.folders import from_diffusers, to_diffusers
 
 __all__ = [
     "autoencoder",
@@ -38,6 +39,7 @@ __all__ = [
     "config",
     "dit",
     "flux",
+    "folders",
     "from_diffusers",
     "gdss",
     "layers",
@@ -53,5 +55,5 @@ __all__ = [
     "unet",
     "weights",
 ]
-_FUNCTIONS = {"from_diffusers": "pipelines", "to_diffusers": "pipelines"}
+_FUNCTIONS = {"from_diffusers": "folders", "to_diffusers": "folders"}
 __getattr__, __dir__ = submodules(__name__, [name for name in __all__ if name not in _FUNCTIONS], _FUNCTIONS)

@@ -8,6 +8,13 @@ from pathlib import Path
 from typing import Any
 
 
+class MissingSetting(KeyError, ValueError):
+    """A setting that a file lacks; its text is one line."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class Config(Mapping[str, Any]):
     """Settings of a network, as its file has them. Lists become tuples, and mappings inside become `Config`.
 
@@ -16,7 +23,7 @@ class Config(Mapping[str, Any]):
       source: where they come from, for messages.
 
     Raises:
-      KeyError: at a look-up, in one line, for a setting that is not there.
+      MissingSetting: a KeyError and a ValueError, in one line, at a look-up of a setting that is not there.
 
     Example:
       >>> from rgdiff.pretrained.config import Config
@@ -34,7 +41,7 @@ class Config(Mapping[str, Any]):
         try:
             return self._values[key]
         except KeyError:
-            raise KeyError(f"{self._source} has no {key!r}") from None
+            raise MissingSetting(f"{self._source} has no {key!r}") from None
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return a setting, or the default where it is absent or null: released files have both."""

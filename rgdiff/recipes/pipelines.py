@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from rgdiff import assets, checks, denoisers
 from rgdiff.domains.pipelines import PipelineDomain, opened
-from rgdiff.pretrained import pipelines, text
+from rgdiff.pretrained import folders, text
 from rgdiff.recipes.typing import Domain, Prior, ReadyPrior, Shape
 from rgdiff.runtime.run import Run
 from rgdiff.typing import Denoiser, Params, Process, pytree
@@ -84,7 +84,7 @@ class PipelinePrior(Prior):
         place = str(assets.resolved(self.folder))
         if isinstance(domain, PipelineDomain) and domain.folder != place:
             raise ValueError("prior.folder is not domain.folder; leave it to the domain's")
-        own = pipelines.state_shape(place, getattr(domain, "size", None))
+        own = folders.state_shape(place, getattr(domain, "size", None))
         if own != tuple(domain.shape):
             raise ValueError(
                 f"the network in {self.folder} is for states {list(own)}, and the domain's are {list(domain.shape)}; "
@@ -99,7 +99,7 @@ class PipelinePrior(Prior):
 
     def process(self, shape: Shape, eta: float | None = None) -> Process:
         """Return the process on examples of this shape, with the prior's own eta or another."""
-        scheduler = pipelines.scheduler_of(assets.resolved(self.folder), shape)
+        scheduler = folders.scheduler_of(assets.resolved(self.folder), shape)
         return scheduler.process(tuple(shape), self.eta if eta is None else eta)
 
     def obtain(self, run: Run, domain: Domain, identity: Mapping[str, Any]) -> ReadyPrior:

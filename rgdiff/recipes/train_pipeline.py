@@ -25,7 +25,7 @@ from rgdiff.domains.images import data as images
 from rgdiff.pretrained.autoencoder import AutoencoderKL
 from rgdiff.pretrained.clip import CLIPTextModel
 from rgdiff.pretrained.config import Config
-from rgdiff.pretrained.pipelines import Part, save_pipeline
+from rgdiff.pretrained.folders import Part, save_pipeline
 from rgdiff.pretrained.schedulers import read_scheduler, scaled_time
 from rgdiff.pretrained.unet import UNet2DConditionModel
 from rgdiff.typing import Array, Params
@@ -207,6 +207,7 @@ def train(out: Path, steps: int, autoencoder_steps: int, seed: int, data_dir: st
 
 
 def main() -> None:
+    """Read the command line, and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to be written")
     parser.add_argument("--steps", type=int, default=4000, help="of the U-Net, in batches of 32")

@@ -78,6 +78,21 @@ def test_a_ddpm_is_a_prior_of_pictures(tmp_path):
         pretrained.from_diffusers(tiny.stable_diffusion(tmp_path / "sd")).embed(["a bird"])
 
 
+def test_labels_are_the_networks_classes(tmp_path):
+    """A U-Net's file does not say that one of its classes means none: it has no guidance."""
+    prior = pretrained.from_diffusers(tiny.ddpm(tmp_path / "classes", num_class_embeds=3))
+    assert prior.classes == 3
+    denoiser, x = prior.model(prior.params), jnp.asarray(normal(0, 1, 8, 8, 3))
+    call = jax.jit(lambda x, cond: denoiser(x, jnp.float32(0.5), cond))
+    outs = [np.asarray(call(x, prior.labelled([label]))) for label in range(3)]
+    assert np.abs(outs[0] - outs[2]).max() > 1e-4
+    for labels in ([3], [-1], [0.5]):
+        with pytest.raises(ValueError, match=r"labels are integers in 0 ... 2"):
+            prior.labelled(labels)
+    with pytest.raises(ValueError, match="no class that means none"):
+        prior.guided(2.0)
+
+
 def test_one_networks_folder_needs_a_scheduler(folder):
     with pytest.raises(ValueError, match="give scheduler="):
         pretrained.from_diffusers(folder / "unet")
@@ -210,6 +225,11 @@ def another_class(folder):
     file.write_text(file.read_text().replace("UNet2DConditionModel", "UNet3DConditionModel"))
 
 
+def no_channels(folder):
+    file = folder / "unet/config.json"
+    file.write_text(file.read_text().replace('"in_channels": 4,', ""))
+
+
 def no_scheduler(folder):
     (folder / "scheduler/scheduler_config.json").unlink()
 
@@ -230,6 +250,7 @@ DAMAGES = [
     (a_header_of_ten_gigabytes, "is no safetensors file, or cut off"),
     (no_json, "is no readable JSON"),
     (another_class, "_class_name in .*config.json"),
+    (no_channels, "has no 'in_channels'|needs the setting in_channels"),
     (no_scheduler, "no file at .*scheduler_config.json"),
 ]
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from rgdiff.pretrained.autoencoder import AutoencoderKL
 from rgdiff.pretrained.clip import CLIPTextModel
 from rgdiff.pretrained.config import Config
-from rgdiff.pretrained.pipelines import Part, save_pipeline
+from rgdiff.pretrained.folders import Part, save_pipeline
 from rgdiff.pretrained.unet import UNet2DConditionModel, UNet2DModel
 from rgdiff.recipes import train_pipeline
 from tests.pretrained.parity import parameters, structure
@@ -61,11 +61,12 @@ def stable_diffusion(folder: Path) -> Path:
     })  # fmt: skip
 
 
-def ddpm(folder: Path) -> Path:
+def ddpm(folder: Path, **settings: Any) -> Path:
     """Write a pipeline of the kind of the CIFAR-10 DDPM: 8 x 8 pictures."""
-    unet = weights_of(UNet2DModel(Config(DDPM)), x=jnp.zeros((1, 8, 8, 3)), t=jnp.zeros(1))
+    labels = {"labels": jnp.zeros(1, jnp.int32)} if "num_class_embeds" in settings else {}
+    unet = weights_of(UNet2DModel(Config(DDPM | settings)), x=jnp.zeros((1, 8, 8, 3)), t=jnp.zeros(1), **labels)
     return save_pipeline(folder, "DDPMPipeline", {
-        "unet": Part("diffusers", "UNet2DModel", DDPM, unet),
+        "unet": Part("diffusers", "UNet2DModel", DDPM | settings, unet),
         "scheduler": Part("diffusers", "DDPMScheduler", {"beta_schedule": "linear", "clip_sample": True}),
     })  # fmt: skip
 

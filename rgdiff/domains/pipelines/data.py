@@ -12,14 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from rgdiff import assets, checks
-from rgdiff.pretrained import pipelines
+from rgdiff.domains.images.data import to_uint8
+from rgdiff.pretrained import folders
+from rgdiff.pretrained.pipelines import Decoder, Pretrained
 from rgdiff.typing import Array
 
 DECODED = 8  # pictures at once
 
 
 @functools.lru_cache(maxsize=2)
-def opened(folder: str, dtype: str, remat: str | None, size: tuple[int, int] | None) -> pipelines.Pretrained:
+def opened(folder: str, dtype: str, remat: str | None, size: tuple[int, int] | None) -> Pretrained:
     """Read a folder once for all parts of a run that need it.
 
     Args:
@@ -28,7 +30,7 @@ def opened(folder: str, dtype: str, remat: str | None, size: tuple[int, int] | N
     Returns:
       What `rgdiff.pretrained.from_diffusers` makes of it.
     """
-    return pipelines.from_diffusers(folder, dtype=jnp.dtype(dtype), remat=remat, size=size)
+    return folders.from_diffusers(folder, dtype=jnp.dtype(dtype), remat=remat, size=size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +47,13 @@ class PipelineDomain:
     value_range: tuple[float, float] | None = None
 
     @property
-    def pretrained(self) -> pipelines.Pretrained:
+    def pretrained(self) -> Pretrained:
         return opened(self.folder, self.dtype, self.remat, self.size)
 
     @functools.cached_property
     def shape(self) -> tuple[int, ...]:
         """Of one state, [h, w, C]."""
-        return pipelines.state_shape(self.folder, self.size)
+        return folders.state_shape(self.folder, self.size)
 
     def pixels(self, x0: Any) -> np.ndarray:
         """Return states as pictures [N, H, W, C] in [-1, 1], some at a time."""
@@ -63,10 +65,10 @@ class PipelineDomain:
 
     def decode(self, x0: Any) -> np.ndarray:
         """Return states as 8-bit pictures [N, H, W, C]."""
-        return np.round((np.clip(np.nan_to_num(self.pixels(x0)), -1, 1) + 1) * 127.5).astype(np.uint8)
+        return to_uint8(self.pixels(x0))
 
     @property
-    def decoder(self) -> pipelines.Decoder | None:
+    def decoder(self) -> Decoder | None:
         """What makes pictures of states; None where they are pictures."""
         return self.pretrained.decode
 
@@ -98,5 +100,5 @@ def pipeline(
         raise ValueError(f"domain.size is [h, w], got {list(size)}")
     high_wide = None if size is None else (int(size[0]), int(size[1]))
     place = str(assets.resolved(folder))
-    pipelines.state_shape(place, high_wide)  # refuses a folder that is none
+    folders.state_shape(place, high_wide)  # refuses a folder that is none
     return PipelineDomain(place, dtype, remat, high_wide)

@@ -18,9 +18,10 @@ class PipelineJudge(BaseJudge):
         """Return the figures of one method: rewards under both rewards, diversity of pictures, path KL, cost."""
         pictures = self.domain.pixels(outcome.x0)
         row = self.reward_figures(outcome.x0, task, outcome.lineages)
-        held = self.rewards(task.heldout, outcome.x0)
-        for number, name in enumerate(names_of(prior)):
-            row[f"heldout_reward, {name}"] = float(np.nanmean(held[number :: len(names_of(prior))]))
+        if names := names_of(prior):
+            held = self.rewards(task.heldout, outcome.x0)
+            for number, name in enumerate(names):
+                row[f"heldout_reward, {name}"] = float(np.nanmean(held[number :: len(names)]))
         return row | {"diversity": metrics.diversity(pictures)} | self.costs(outcome)
 
     def spread(self, outcome: Any, task: Task) -> dict[str, float]:
