@@ -22,6 +22,7 @@ from rgdiff.typing import Array
 
 Ints = tuple[int, ...]
 Pads = tuple[tuple[int, int], ...]
+Shapes = tuple[Ints, Ints]  # of x and of the kernel
 Padding = str | Sequence[tuple[int, int]]
 
 
@@ -102,51 +103,74 @@ def _plain(x: Array, kernel: Array, strides: Ints, dilations: Ints, pads: Pads) 
     return lax.conv_general_dilated(x, kernel, strides, pads, rhs_dilation=dilations, dimension_numbers=labels)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _conv(x: Array, kernel: Array, strides: Ints, dilations: Ints, pads: Pads) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _convolve(x: Array, kernel: Array, strides: Ints, dilations: Ints, pads: Pads, shapes: Shapes) -> Array:
     return _plain(x, kernel, strides, dilations, pads)
 
 
-def _forward(x: Array, kernel: Array, strides: Ints, dilations: Ints, pads: Pads):
-    return _plain(x, kernel, strides, dilations, pads), (x, kernel)
+def _forward(x: Any, kernel: Any, strides: Ints, dilations: Ints, pads: Pads, shapes: Shapes):
+    """Keep what the gradients that are asked for need: no x where the kernel is frozen (LoRA, a gradient in x)."""
+    kept = x.value if kernel.perturbed else None, kernel.value if x.perturbed else None
+    return _plain(x.value, kernel.value, strides, dilations, pads), kept
 
 
-def _backward(strides: Ints, dilations: Ints, pads: Pads, saved: tuple[Array, Array], dy: Array):
-    def canonical(x: Array, kernel: Array, dy: Array):
-        return _input_gradient(x, kernel, dy, strides, dilations, pads), _kernel_gradient(
-            x, kernel, dy, strides, dilations, pads
+def _backward(
+    strides: Ints, dilations: Ints, pads: Pads, shapes: Shapes, kept: tuple[Array | None, Array | None], dy: Any
+) -> tuple[Array | None, Array | None]:
+    if isinstance(dy, jax.custom_derivatives.SymbolicZero):
+        return None, None
+    x, kernel = kept
+    like = [jax.ShapeDtypeStruct(shape, dy.dtype) for shape in shapes]
+    dx = dkernel = None
+    if kernel is not None:
+        dx = lax.platform_dependent(
+            kernel,
+            dy,
+            cpu=lambda kernel, dy: _input_gradient(shapes[0], kernel, dy, strides, dilations, pads),
+            default=lambda kernel, dy: jax.linear_transpose(
+                lambda x: _plain(x, kernel, strides, dilations, pads), like[0]
+            )(dy)[0],
         )
+    if x is not None:
+        dkernel = lax.platform_dependent(
+            x,
+            dy,
+            cpu=lambda x, dy: _kernel_gradient(x, shapes[1], dy, strides, dilations, pads),
+            default=lambda x, dy: jax.linear_transpose(
+                lambda kernel: _plain(x, kernel, strides, dilations, pads), like[1]
+            )(dy)[0],
+        )
+    return dx, dkernel
 
-    def plain(x: Array, kernel: Array, dy: Array):
-        return jax.vjp(lambda x, kernel: _plain(x, kernel, strides, dilations, pads), x, kernel)[1](dy)
 
-    return lax.platform_dependent(*saved, dy, cpu=canonical, default=plain)
+_convolve.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-_conv.defvjp(_forward, _backward)
+def _conv(x: Array, kernel: Array, strides: Ints, dilations: Ints, pads: Pads) -> Array:
+    return _convolve(x, kernel, strides, dilations, pads, (x.shape, kernel.shape))
 
 
 # Both gradients are members of the family itself (strides and dilations trade places in the second), so that
 # gradients of gradients take the same path.
 
 
-def _input_gradient(x: Array, kernel: Array, dy: Array, strides: Ints, dilations: Ints, pads: Pads) -> Array:
+def _input_gradient(shape: Ints, kernel: Array, dy: Array, strides: Ints, dilations: Ints, pads: Pads) -> Array:
     """dx[n] = sum_k spread[n + low - k * dilation] kernel[k]^T; spread is dy, stride - 1 zeros between."""
-    spatial = range(x.ndim - 2)
+    spatial = range(dy.ndim - 2)
     taps = jnp.swapaxes(jnp.flip(kernel, tuple(spatial)), -1, -2)
     if max(strides) > 1:
         dy = lax.pad(dy, jnp.zeros((), dy.dtype), [(0, 0, 0), *((0, 0, s - 1) for s in strides), (0, 0, 0)])
     reach = [(kernel.shape[i] - 1) * dilations[i] for i in spatial]
-    back = tuple((reach[i] - pads[i][0], x.shape[i + 1] - dy.shape[i + 1] + pads[i][0]) for i in spatial)
+    back = tuple((reach[i] - pads[i][0], shape[i + 1] - dy.shape[i + 1] + pads[i][0]) for i in spatial)
     return _conv(dy, taps, (1,) * len(strides), dilations, back)
 
 
-def _kernel_gradient(x: Array, kernel: Array, dy: Array, strides: Ints, dilations: Ints, pads: Pads) -> Array:
+def _kernel_gradient(x: Array, shape: Ints, dy: Array, strides: Ints, dilations: Ints, pads: Pads) -> Array:
     """dkernel[k] = sum_{b, p} x[b, p * stride + k * dilation - low]^T dy[b, p]; I is the batch."""
     spatial = range(x.ndim - 2)
     inner = tuple(i + 1 for i in spatial)
     x, dy = jnp.swapaxes(x, 0, -1), jnp.transpose(dy, (*inner, 0, x.ndim - 1))
-    reach = [(kernel.shape[i] - 1) * dilations[i] + (dy.shape[i] - 1) * strides[i] + 1 for i in spatial]
+    reach = [(shape[i] - 1) * dilations[i] + (dy.shape[i] - 1) * strides[i] + 1 for i in spatial]
     fit = tuple((pads[i][0], reach[i] - x.shape[i + 1] - pads[i][0]) for i in spatial)
     return jnp.transpose(_conv(x, dy, dilations, strides, fit), (*inner, 0, x.ndim - 1))
 

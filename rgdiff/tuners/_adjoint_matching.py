@@ -86,7 +86,8 @@ class AdjointMatching(RewardBackprop):
         rewards, back = jax.vjp(lambda x0: _rewards(self.reward, x0, cond), x0)
         feasible = jnp.isfinite(rewards)
         # The projection is priced as a move to alpha x0 with the noise of its own time (`samplers.projection_kl`).
-        adjoint = back(jnp.ones(batch) / (temperature[0] * self.process.schedule.alpha(self.times[-1])))[0]  # type: ignore[attr-defined]
+        slope = 1.0 / (temperature[0] * self.process.schedule.alpha(self.times[-1]))  # type: ignore[attr-defined]
+        adjoint = back(jnp.full_like(rewards, slope))[0]
         match = lambda law, x, adjoint, weight: self._match(law, params, x, adjoint, feasible, weight)  # noqa: E731
         weights, last = self._weights(key_calls), jax.tree.map(lambda x: x[-1], states)
 
@@ -129,7 +130,7 @@ class AdjointMatching(RewardBackprop):
     def _weights(self, key: Key) -> Array:
         """The weight of every call in the loss [calls]: 1 for the last ones, 0 or n / drawn for the n others, so that the mean is 1."""
         early = self._calls - self.late
-        weights = jnp.ones(self._calls)
+        weights = jnp.ones(self._calls, self.times.dtype)
         if not early:
             return weights
         chosen = jax.random.permutation(key, early)[: self.drawn]
@@ -159,7 +160,7 @@ class AdjointMatching(RewardBackprop):
             return gradients, far, kl
 
         def skipped(params: Params) -> tuple[Params, Array, Array]:
-            return jax.tree.map(jnp.zeros_like, params), jnp.float32(0), jnp.float32(0)
+            return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(matched, params))
 
         every = self.late == self._calls
         return back(adjoint)[0], matched(params) if every else jax.lax.cond(weight > 0, matched, skipped, params)
