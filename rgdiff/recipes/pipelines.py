@@ -1,4 +1,4 @@
-"""The prior of recipes that is a released pipeline: `prior=pipeline` under `domain=pipeline`."""
+"""The prior of recipes that is a released pipeline: `prior=pipeline`, under `domain=pipeline` or images of its states' shape."""
 
 from __future__ import annotations
 
@@ -55,6 +55,7 @@ class PipelinePrior(Prior):
     eta: float = 0.0
     guidance: float | None = 7.5
     negative: str = ""
+    has_data: bool = dataclasses.field(default=True, init=False, repr=False, compare=False)  # `check` sees the domain
 
     @property
     def names(self) -> list[str]:
@@ -72,8 +73,8 @@ class PipelinePrior(Prior):
 
     @property
     def gives_data(self) -> bool:
-        """Whether methods may learn from data: those of the domain, which a method asks for."""
-        return True
+        """Whether methods may learn from data: the domain's, where it has any (domain=pictures)."""
+        return self.has_data
 
     @property
     def guided(self) -> bool:
@@ -90,6 +91,7 @@ class PipelinePrior(Prior):
                 f"the network in {self.folder} is for states {list(own)}, and the domain's are {list(domain.shape)}; "
                 "choose domain=pipeline"
             )
+        object.__setattr__(self, "has_data", hasattr(domain, "train_x"))
         if sum(given is not None for given in (self.prompts, self.file, self.classes)) > 1:
             raise ValueError("give one of prior.prompts, prior.file and prior.classes")
         checks.at_least("prior.steps", self.steps, 1)
