@@ -337,12 +337,11 @@ def read(
 
 
 def _placed(array: np.ndarray, dtype: np.dtype, sharding: Any) -> jax.Array:
-    if sharding is None:
-        return jnp.array(np.asarray(array, dtype, order="C"))
-    if isinstance(sharding, jax.Device):
-        return jax.device_put(np.asarray(array, dtype, order="C"), sharding)
-    part = lambda place: np.asarray(array[place], dtype, order="C")  # noqa: E731
-    return jax.make_array_from_callback(array.shape, sharding, part)
+    """Copy one tensor to its device or devices; done before the next is touched, so that one at a time is in memory."""
+    if sharding is None or isinstance(sharding, jax.Device):
+        return jnp.array(np.asarray(array, dtype), device=sharding).block_until_ready()
+    part = lambda place: np.asarray(array[place], dtype)  # noqa: E731
+    return jax.make_array_from_callback(array.shape, sharding, part).block_until_ready()
 
 
 def write(file: str | os.PathLike[str], params: Params) -> None:
