@@ -73,8 +73,13 @@ def cifar(tmp_path_factory):
     place = tmp_path_factory.mktemp("cifar")
     pixels = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 3), dtype=np.uint8)
     np.savez(place / "pictures.npz", images=pixels, labels=np.arange(64) % 2)
+    one = {
+        "block_out_channels": [16],
+        "down_block_types": ["DownBlock2D"],
+        "up_block_types": ["UpBlock2D"],
+    }  # compiles sooner
     return [
-        "run", "cifar_dxmi", f"prior.folder={tiny.ddpm(place / 'ddpm')}", f"domain.path={place / 'pictures.npz'}",
+        "run", "cifar_dxmi", f"prior.folder={tiny.ddpm(place / 'ddpm', **one)}", f"domain.path={place / 'pictures.npz'}",
         "iterations=2", "batch=4", "samples=8", "prior.steps=2", f"cache_dir={place / 'cache'}", "methods.dxmi.value.features=[8]",
         "methods.sft_pg.critic.features=[8]", "methods.sft_pg.iterations=1",
     ]  # fmt: skip
