@@ -76,7 +76,7 @@ def chain(scheduler, times, eta, start=START):
 @pytest.mark.parametrize("name", CASES)
 def test_chains(name):
     config, eta, steps, expected = CASES[name]
-    scheduler = schedulers.read_scheduler(config, tokens=1024)
+    scheduler = schedulers.read_scheduler(config, tokens=1024, even="use_dynamic_shifting" in config)
     times = scheduler.schedule.times(len(steps))
     np.testing.assert_allclose(times * 1000 - (scheduler.prediction != "velocity"), steps, atol=1e-3)
     start = START * scheduler.schedule.sigma(times[0]) if name == "euler, trailing, v" else START  # as released
