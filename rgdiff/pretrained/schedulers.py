@@ -2,7 +2,7 @@
 
 A file's scheduler is read for what belongs to the network: its T noise levels and what it predicts. How a chain is made is
 the reader's choice: eta = 0 is DDIM and, in other coordinates, Euler; eta = 1 is DDPM and Euler ancestral; `samplers.dpm_solver`
-is DPM-Solver++(2M). Level i = 0 ... T - 1 of a file is at t = (i + 1) / T here.
+is DPM-Solver++(2M); an eta of 1e6 draws all noise anew (a flow's `stochastic_sampling`). Level i = 0 ... T - 1 of a file is at t = (i + 1) / T here.
 """
 
 from __future__ import annotations

@@ -320,20 +320,27 @@ def read(
         raise ValueError(f"{source} has no {missing[0]!r} ({len(missing)} of {len(wanted)} tensors are missing)")
     if extra := sorted(set(named) - set(wanted)):
         raise ValueError(f"{source} has {extra[0]!r}, which the network lacks ({len(extra)} tensors are left over)")
-    out = []
-    for (path, leaf), name in zip(leaves, wanted, strict=True):
+    for (path, leaf), name in zip(leaves, wanted, strict=True):  # all of them, before anything is allocated
         tensor = named[name]
         if not jnp.issubdtype(tensor.dtype, jnp.floating):
             raise ValueError(f"{tensor.file}: {name!r} has dtype {tensor.dtype}, expected floating numbers")
-        array = from_file(path[-1].key, tensor.array(), leaf.shape)
-        if array.shape != leaf.shape:
-            expected = to_file(path[-1].key, np.empty(leaf.shape, np.bool_)).shape
+        if from_file(path[-1].key, _blank(tensor.shape), leaf.shape).shape != leaf.shape:
+            expected = to_file(path[-1].key, _blank(leaf.shape)).shape
             raise ValueError(f"{tensor.file}: {name!r} is {list(tensor.shape)}, expected {list(expected)}")
+    out = []
+    for (path, leaf), name in zip(leaves, wanted, strict=True):
+        tensor = named[name]
+        array = from_file(path[-1].key, tensor.array(), leaf.shape)
         where = sharding
         if callable(sharding):
             where = sharding(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape)
         out.append(_placed(array, np.dtype(dtype or tensor.dtype), where))
     return jax.tree_util.tree_unflatten(structure, out)
+
+
+def _blank(shape: tuple[int, ...]) -> np.ndarray:
+    """An array of a shape, of one number."""
+    return np.broadcast_to(np.bool_(False), shape)
 
 
 def _placed(array: np.ndarray, dtype: np.dtype, sharding: Any) -> jax.Array:

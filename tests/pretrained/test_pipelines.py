@@ -257,8 +257,10 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGES)
-def test_damage_is_one_line_that_names_the_file(copy, damage, message):
+def test_damage_is_one_line_that_names_the_file(copy, damage, message, monkeypatch):
+    """And it is found before a tensor is read."""
     damage(copy)
+    monkeypatch.setattr(weights, "_placed", lambda *args: pytest.fail("a tensor was read"))
     with pytest.raises(ValueError, match=message) as error:
         pretrained.from_diffusers(copy, text=False)
     assert "\n" not in str(error.value) and str(copy) in str(error.value)
