@@ -395,7 +395,7 @@ def _thumbnails(images: np.ndarray) -> np.ndarray:
     if images.ndim != 4 or images.dtype != np.uint8:
         raise ValueError(f"a cell of pictures is uint8 [N, H, W, C], got {images.dtype} {images.shape}")
     n, high, wide, channels = images.shape
-    side = max(1, -(-2 * max(high, wide) // _LARGEST))
+    side = min(max(1, -(-2 * max(high, wide) // _LARGEST)), high, wide)
     high, wide = high // side, wide // side
     parts = images[:, : high * side, : wide * side].reshape(n, high, side, wide, side, channels)
     return np.rint(parts.mean((2, 4))).astype(np.uint8)
