@@ -559,7 +559,7 @@ def gcd(number=0.5):
 
 
 def langevin_energy(number=0.5):
-    return tuners.langevin_energy(energy_model, (2,), ADAM, batch=B, moves=2, chains=16, restart=number), net(2, 3)
+    return tuners.langevin_energy(energy_model, (2,), ADAM, batch=B, moves=2, chains=2 * B, restart=number), net(2, 3)
 
 
 def energy_model(params):
