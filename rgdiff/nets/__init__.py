@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rgdiff.nets.conv1d import ConvNet1D
     from rgdiff.nets.lora import LoRAModel, lora_init, lora_merge, lora_sum
     from rgdiff.nets.mlp import MLP, ValueMLP
+    from rgdiff.nets.resnet import ValueResNet
     from rgdiff.nets.time import Conditioning, time_features
     from rgdiff.nets.transformer import DiT, Transformer
     from rgdiff.nets.unet import UNet
@@ -29,6 +30,7 @@ __all__ = [
     "Transformer",
     "UNet",
     "ValueMLP",
+    "ValueResNet",
     "lora_init",
     "lora_merge",
     "lora_sum",
@@ -40,6 +42,7 @@ _MODULES = {
     "conv1d": ("ConvNet1D",),
     "lora": ("LoRAModel", "lora_init", "lora_merge", "lora_sum"),
     "mlp": ("MLP", "ValueMLP"),
+    "resnet": ("ValueResNet",),
     "time": ("Conditioning", "time_features"),
     "transformer": ("DiT", "Transformer"),
     "unet": ("UNet",),
