@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rgdiff import checks
-
 THRESHOLDS = (0.5, 1.5, 2.5)  # of an adjacency's numbers, between no bond, single, double and triple bonds
 PRESENT = 0.5  # the largest feature of an atom is above it
 CHARGEABLE = (7, 8)  # with one bond more than neutral ones have, they carry a charge of 1
 REASONS = ("", "not finite", "empty", "valence", "unreadable")
+LONGEST = 5_000  # characters of a SMILES that is read: RDKit reads by recursion
 CACHED = 2**17  # molecules whose properties are kept, each
 
 
@@ -47,8 +46,8 @@ def rdkit() -> Any:
         raise ValueError("molecules need RDKit, which is not installed: pip install 'rgdiff[mol]'") from None
 
 
-def _quiet() -> Any:
-    """RDKit's warnings, which it prints, are held back inside this context."""
+def quiet() -> Any:
+    """Return a context inside which RDKit's warnings, which it prints, are held back."""
     rdkit()
     return importlib.import_module("rdkit.rdBase").BlockLogs()
 
@@ -148,8 +147,16 @@ def molecule(graph: np.ndarray, elements: Sequence[int]) -> Molecule:
     atoms, orders = discrete(graph, elements)
     if not len(atoms):
         return Molecule(None, False, "empty")
+    return _molecule(atoms.astype(np.int8).tobytes(), orders.astype(np.int8).tobytes(), tuple(elements))
+
+
+@functools.lru_cache(CACHED)
+def _molecule(atoms_: bytes, orders_: bytes, elements: tuple[int, ...]) -> Molecule:
+    """Return the molecule of discrete atoms and bonds, which candidates of a late move share."""
+    atoms = np.frombuffer(atoms_, np.int8)
+    orders = np.frombuffer(orders_, np.int8).reshape(len(atoms), -1).astype(int)
     numbers = np.asarray(elements)[atoms]
-    limit = limits(tuple(elements))[atoms]
+    limit = limits(elements)[atoms]
     charged = np.isin(numbers, CHARGEABLE) & (orders.sum(-1) == limit + 1)
     valid = bool((orders.sum(-1) <= limit + charged).all())
     if not valid:
@@ -172,7 +179,7 @@ def _smiles(numbers: np.ndarray, orders: np.ndarray, charged: np.ndarray) -> str
     for i, j in zip(*np.nonzero(np.triu(orders)), strict=True):
         built.AddBond(int(i), int(j), bonds[orders[i, j]])
     try:
-        with _quiet():
+        with quiet():
             chem.SanitizeMol(built)
             parts = chem.GetMolFrags(built, asMols=True)
             largest = max(parts, key=lambda part: (part.GetNumAtoms(), chem.MolToSmiles(part)))
@@ -191,6 +198,22 @@ def molecules(graphs: np.ndarray, elements: Sequence[int]) -> list[Molecule]:
     return [molecule(graph, elements) for graph in np.asarray(graphs)]
 
 
+def read(smiles: str) -> Any:
+    """Return RDKit's molecule of a text, None for one that is no molecule, has no atom, or is too long to be one.
+
+    Args:
+      smiles: any text.
+    """
+    if len(smiles) > LONGEST or not smiles.isascii() or "\0" in smiles:
+        return None
+    try:
+        with quiet():
+            mol = rdkit().MolFromSmiles(smiles)
+    except (ValueError, RuntimeError):
+        return None
+    return mol if mol is not None and mol.GetNumAtoms() else None
+
+
 @functools.lru_cache(CACHED)
 def canonical(smiles: str) -> str | None:
     """Return the canonical SMILES of a text, None for one that is no molecule.
@@ -205,10 +228,25 @@ def canonical(smiles: str) -> str | None:
       >>> print(chemistry.canonical("OCC"), chemistry.canonical("C(C"), chemistry.canonical(""))
       CCO None None
     """
-    chem = rdkit()
-    with _quiet():
-        read = chem.MolFromSmiles(smiles)
-    return None if read is None or not read.GetNumAtoms() else chem.MolToSmiles(read)
+    mol = read(smiles)
+    return None if mol is None else rdkit().MolToSmiles(mol)
+
+
+@functools.lru_cache(CACHED)
+def scaffold(smiles: str) -> str:
+    """Return the Bemis-Murcko scaffold of a molecule (doi:10.1021/jm9602928), canonical; empty where it has no ring.
+
+    Args:
+      smiles: canonical.
+
+    Example:
+      >>> import pytest
+      >>> _ = pytest.importorskip("rdkit")
+      >>> from rgdiff.domains.molecules import chemistry
+      >>> print(chemistry.scaffold("CCc1ccccc1"))
+      c1ccccc1
+    """
+    return str(importlib.import_module("rdkit.Chem.Scaffolds.MurckoScaffold").MurckoScaffoldSmiles(smiles))
 
 
 def qed(mol: Any) -> float:
@@ -284,11 +322,12 @@ def measured(name: str, smiles: str) -> float:
       >>> print(f"{chemistry.measured('weight', 'CCO'):.2f}")
       46.07
     """
-    checks.one_of("the property", name, PROPERTIES)
+    if name not in PROPERTIES:
+        raise ValueError(f"the property must be one of {', '.join(PROPERTIES)}, got {name!r}")
+    mol = read(smiles)
     try:
-        with _quiet():
-            mol = rdkit().MolFromSmiles(smiles)
-            return float("nan") if mol is None or not mol.GetNumAtoms() else PROPERTIES[name](mol)
+        with quiet():
+            return float("nan") if mol is None else PROPERTIES[name](mol)
     except (ValueError, RuntimeError, ZeroDivisionError, OverflowError):
         return float("nan")
 
