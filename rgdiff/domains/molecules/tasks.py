@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rgdiff import checks, rewards
-from rgdiff.domains.molecules.data import MoleculeDomain
+from rgdiff._cache import cache_path
+from rgdiff.domains.molecules.data import MoleculeDomain, located
+from rgdiff.domains.molecules.docking import docking
 from rgdiff.domains.molecules.properties import smiles_property
 from rgdiff.domains.molecules.rewards import MoleculeReward
 from rgdiff.oracles import TextOracle
@@ -68,6 +70,103 @@ def molecule_property(
     """
     _checked(domain)
     oracle = smiles_property(name, reference, workers=workers, timeout=timeout, retries=retries)
+    return molecule_oracle(domain, oracle, correct)
+
+
+def property_network(
+    domain: MoleculeDomain,
+    file: str = "mood_property_networks.npz",
+    target: str = "parp1",
+    correct: bool = True,
+    data_dir: str | None = None,
+    workers: int | None = None,
+    timeout: float = 60.0,
+    retries: int = 1,
+) -> Task:
+    """Make the task of a MOOD property network: a differentiable reward in [0, 1], evaluated by QED times SA of the molecules.
+
+    The networks predict a docking score times QED times SA, scaled; what a guide gains that QED times SA has not is the docking's,
+    or the network's error: dock the samples to know (`docking`).
+
+    Args:
+      domain: of ZINC250k's graphs.
+      file: .npz, see `rgdiff.pretrained.mood.read`.
+      target: name of the network in it.
+      correct: whether the evaluation sees graphs with impossible valences as corrected; else they are infeasible (NaN).
+      data_dir: folder of the file; the environment variable RGDIFF_DATA when None.
+      workers, timeout, retries: of the evaluation, as `molecule_property`.
+
+    Returns:
+      The task. Its reward sees graphs as they are, not their molecules.
+
+    Raises:
+      ValueError: for another domain, a file that is missing or another, or a network of other graphs.
+    """
+    from rgdiff.pretrained import mood
+
+    nodes, elements = _checked(domain).nodes, domain.elements
+    reward = mood.read(located(file, data_dir), target)
+    if reward.shape != (nodes, len(elements)):
+        raise ValueError(
+            f"the property network {target} is for graphs of {reward.shape[0]} nodes with {reward.shape[1]} features, and the "
+            f"domain's have {nodes} with {len(elements)}; choose domain=zinc250k"
+        )
+    judged = molecule_objective(
+        domain, [{"name": "qed"}, {"name": "sa"}], "product", correct, workers, timeout, retries
+    )
+    return Task(reward, judged.reward)
+
+
+def molecule_docking(
+    domain: MoleculeDomain,
+    receptor: str,
+    center: Sequence[float],
+    size: Sequence[float],
+    exhaustiveness: int = 1,
+    docking_seed: int = 1,
+    executable: str | None = None,
+    correct: bool = True,
+    data_dir: str | None = None,
+    cache_dir: str | None = None,
+    workers: int | None = None,
+    timeout: float = 300.0,
+    retries: int = 1,
+) -> Task:
+    """Make the task: minus the docking energy in kcal/mol by AutoDock Vina, evaluated on molecules alone that are valid as they came.
+
+    Args:
+      domain: of molecules.
+      receptor: a .pdbqt file, relative to `data_dir` where there is one.
+      center, size: of the box that is searched, x, y, z in Angstrom.
+      exhaustiveness, docking_seed: of the search.
+      executable: a program with Vina's options, or None for the package `vina`.
+      correct: whether the guide sees graphs with impossible valences as corrected; else they are infeasible (NaN).
+      data_dir: folder of the receptor; the environment variable RGDIFF_DATA when None.
+      cache_dir: where answers are kept, shared by runs; the run's cache when None.
+      workers: processes that dock, as many as cores by default.
+      timeout: seconds a docking may take.
+      retries: of one that hung or died.
+
+    Returns:
+      The task; its rewards have no gradient.
+
+    Raises:
+      ValueError: for another domain, and as `rgdiff.domains.molecules.docking.docking`.
+    """
+    _checked(domain)
+    kept = cache_path(cache_dir)
+    oracle = docking(
+        located(receptor, data_dir),
+        center,
+        size,
+        exhaustiveness=exhaustiveness,
+        seed=docking_seed,
+        executable=executable,
+        workers=workers,
+        timeout=timeout,
+        retries=retries,
+        folder=None if kept is None else kept / "oracles",
+    )
     return molecule_oracle(domain, oracle, correct)
 
 
