@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,8 @@ import numpy as np
 import pytest
 
 from rgdiff import rewards
-from rgdiff.domains.molecules import MoleculeJudge, chemistry, molecules, tasks
-from rgdiff.domains.molecules.properties import NAMES, smiles_property
+from rgdiff.domains.molecules import MoleculeJudge, chemistry, comparison, molecules, tasks
+from rgdiff.domains.molecules.properties import smiles_property
 from rgdiff.domains.molecules.rewards import MoleculeReward
 from rgdiff.recipes.molecules import GdssPrior
 from rgdiff.recipes.typing import Outcome
@@ -140,8 +141,7 @@ def test_properties_are_answered_by_other_processes_without_jax():
     code = "import sys; from rgdiff.domains.molecules import properties; assert 'jax' not in sys.modules"
     assert not subprocess.run([sys.executable, "-c", code]).returncode
     texts = ["CCO", "C1CC1", "CC(", "NC(=O)c1ccccc1"]
-    for name in NAMES[:2]:
-        np.testing.assert_array_equal(smiles_property(name, workers=2)(texts), smiles_property(name, workers=0)(texts))
+    np.testing.assert_array_equal(smiles_property("qed", workers=1)(texts), smiles_property("qed", workers=0)(texts))
 
 
 def test_an_objective_combines_properties_and_limits():
@@ -174,6 +174,7 @@ def test_figures_count_what_they_say():
     figures = chemistry.figures(found, frozenset({"CF"}))
     alike = chemistry.similarities(*[chemistry.fingerprints([s]) for s in ("CCO", "CF")])[0, 0]
     assert (figures["valid"], figures["corrected"], figures["unique"], figures["novel"]) == (0.5, 0.75, 2 / 3, 0.5)
+    assert figures["scaffolds"] == 1 / 3  # none has a ring
     assert figures["diversity"] == pytest.approx(1 - (1 + 2 * alike) / 3)
     assert np.isnan(chemistry.figures([found[3]])["unique"])
 
@@ -254,8 +255,37 @@ def test_no_text_makes_a_property_raise(text):
 
 def test_drawings_are_svg():
     for smiles in ("CCO", None):
-        text = chemistry.drawn(smiles)
-        assert text.startswith("<svg") and text.endswith("</svg>")
+        for options in ({}, {"lines": ["a < b"], "below": "C#N"}):
+            text = chemistry.drawn(smiles, **options)
+            assert text.startswith("<svg") and text.endswith("</svg>") and ElementTree.fromstring(text) is not None
+            assert ("a &lt; b" in text) == ("near C#N" in text) == bool(options)
+
+
+def test_known_compounds_are_compared():
+    """The Fréchet distance against SciPy's matrix square root, the nearest against all similarities."""
+    from scipy import linalg
+
+    known = frozenset(chemistry.canonical(s) for s in ("CCO", "c1ccccc1", "CC(=O)N", "NCC(=O)O", "CCCCCC", "O=C1CCCN1"))
+    smiles = ["CCCO", "Nc1ccccc1", "CC(=O)NC", "OCC(=O)O"]
+    a, b = comparison.descriptors(smiles), comparison.descriptors(sorted(known))
+    std = np.where(b.std(0) > 0, b.std(0), 1)
+    a, b = a / std, b / std
+    root = linalg.sqrtm(np.cov(a.T) @ np.cov(b.T)).real
+    expected = np.sum((a.mean(0) - b.mean(0)) ** 2) + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
+    assert comparison.descriptor_distance(smiles, known) == pytest.approx(expected, rel=1e-3)
+    alike = chemistry.similarities(*(chemistry.fingerprints(s) for s in (smiles, sorted(known))))
+    for one, row in zip(smiles, alike, strict=True):
+        assert comparison.nearest(one, known) == (sorted(known)[row.argmax()], pytest.approx(row.max()))
+    assert comparison.nearest("CCO", frozenset()) is None
+
+
+@pytest.mark.slow
+def test_the_chemnet_distance_is_the_packages_own():
+    fcd = pytest.importorskip("fcd", reason="fcd is not installed: pip install fcd")
+    some = ["CCCO", "Nc1ccccc1", "CC(=O)NC", "OCC(=O)O", "CCO", "c1ccccc1", "CC(=O)N", "NCC(=O)O"]
+    known = frozenset(chemistry.canonical(one) for one in some[3:])
+    expected = fcd.get_fcd(some, sorted(known), fcd.load_ref_model())
+    assert comparison.chemnet_distance(some, known) == pytest.approx(expected, rel=1e-2)
 
 
 def test_without_rdkit_one_line_says_what_to_install(monkeypatch):
@@ -280,6 +310,11 @@ def test_a_domain_its_task_and_its_judge_work_together(tmp_path):
     row = judge.row(Outcome(x0, 1, 0.0, 1.0, 1.0), task)
     assert (row["valid"], row["corrected"], row["infeasible"], row["novel"]) == (0.5, 0.75, 1, 2 / 3)
     assert row["reward_mean"] != row["heldout_reward_mean"]  # the held-out one leaves the corrected molecule out
+    assert row["reward_top"] == pytest.approx(row["reward_mean"])  # of three different molecules
+    assert np.isfinite(row["descriptor_frechet"]) and [
+        h[0] for h in judge.histograms({"prior": Outcome(x0, 1, 0.0, 1.0, 1.0)}, task, None)
+    ] == ["Rewards of the samples", "QED", "SA", "logP", "molecular weight"]
+    assert "nearest known (1.00)" in judge.show_each(x0)[0]
     assert judge.spread(Outcome(x0, 1, 0.0, 1.0, 1.0), task)["valid"] == pytest.approx(0.25)
     assert all(text.startswith("<svg") for text in judge.show_each(x0))
     with pytest.raises(ValueError, match="domain.dataset must be one of"):

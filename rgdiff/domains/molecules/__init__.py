@@ -15,6 +15,6 @@ if TYPE_CHECKING:
 __all__ = ["MoleculeDomain", "MoleculeJudge", "molecules"]
 __getattr__, __dir__ = submodules(
     __name__,
-    ["chemistry", "data", "judge", "rewards", "tasks"],
+    ["chemistry", "comparison", "data", "docking", "judge", "properties", "rewards", "tasks"],
     {"MoleculeDomain": "data", "MoleculeJudge": "judge", "molecules": "data"},
 )

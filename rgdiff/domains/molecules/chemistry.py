@@ -7,6 +7,7 @@ what is no molecule is None, with a reason.
 from __future__ import annotations
 
 import functools
+import html
 import importlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ PRESENT = 0.5  # the largest feature of an atom is above it
 CHARGEABLE = (7, 8)  # with one bond more than neutral ones have, they carry a charge of 1
 REASONS = ("", "not finite", "empty", "valence", "unreadable")
 LONGEST = 5_000  # characters of a SMILES that is read: RDKit reads by recursion
+LINE = 16  # pixels of a line of words under a drawing
 CACHED = 2**17  # molecules whose properties are kept, each
 
 
@@ -392,7 +394,7 @@ def figures(found: Sequence[Molecule], known: frozenset[str] = frozenset()) -> d
 
     Returns:
       valid: the share valid before correction; corrected: the share that are molecules after it; unique: different molecules over
-      molecules; diversity: as `diversity`; novel: with `known`, the share of different molecules that are not among them.
+      molecules; scaffolds: different Bemis-Murcko scaffolds over molecules; diversity: as `diversity`; novel: with `known`, the share of different molecules that are not among them.
     """
     smiles = [one.smiles for one in found if one.smiles is not None]
     different = set(smiles)
@@ -401,24 +403,41 @@ def figures(found: Sequence[Molecule], known: frozenset[str] = frozenset()) -> d
         "valid": share(sum(one.valid for one in found), len(found)),
         "corrected": share(len(smiles), len(found)),
         "unique": share(len(different), len(smiles)),
+        "scaffolds": share(len({scaffold(one) for one in different}), len(smiles)),
         "diversity": diversity(smiles),
     }
     return out | ({"novel": share(len(different - known), len(different))} if known else {})
 
 
-def drawn(smiles: str | None, size: int = 180) -> str:
+def drawn(smiles: str | None, size: int = 180, lines: Sequence[str] = (), below: str | None = None) -> str:
     """Return a drawing of a molecule as an SVG text; a blank one where there is none.
 
     Args:
       smiles: canonical, or None.
       size: of its side, in pixels.
+      lines: of words under it.
+      below: another molecule under those, smaller.
     """
+    high, parts = size, [_picture(smiles, size)]
+    for line in lines:
+        high += LINE
+        text = f'<text x="50%" y="{high - 4}" text-anchor="middle" font-size="12" fill="currentColor">{html.escape(line)}</text>'
+        parts.append(text)
+    if below is not None:
+        small = int(0.7 * size)
+        parts.append(_picture(below, small, (size - small) // 2, high))
+        high += small
+    words = html.escape(" ".join(filter(None, (smiles, below and f"near {below}"))) or "no molecule")
+    return f'<svg viewBox="0 0 {size} {high}" role="img"><title>{words}</title>{"".join(parts)}</svg>'
+
+
+def _picture(smiles: str | None, size: int, x: int = 0, y: int = 0) -> str:
     mol = None if smiles is None else rdkit().MolFromSmiles(smiles)
     if mol is None:
-        return f'<svg viewBox="0 0 {size} {size}" role="img"><text x="50%" y="50%" text-anchor="middle">no molecule</text></svg>'
+        return '<text x="50%" y="50%" text-anchor="middle" fill="currentColor">no molecule</text>'
     drawing = importlib.import_module("rdkit.Chem.Draw.rdMolDraw2D").MolDraw2DSVG(size, size)
     drawing.drawOptions().clearBackground = False
     drawing.DrawMolecule(mol)
     drawing.FinishDrawing()
     text = drawing.GetDrawingText()
-    return text[text.index("<svg") :].strip()
+    return text[text.index("<svg") :].strip().replace("<svg", f'<svg x="{x}" y="{y}"', 1)
