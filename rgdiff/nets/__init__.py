@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rgdiff.nets.conv import Conv
     from rgdiff.nets.conv1d import ConvNet1D
+    from rgdiff.nets.graph import GraphNet
     from rgdiff.nets.lora import LoRAModel, lora_init, lora_merge, lora_sum
     from rgdiff.nets.mlp import MLP, ValueMLP
     from rgdiff.nets.resnet import ValueResNet
@@ -26,6 +27,7 @@ __all__ = [
     "Conv",
     "ConvNet1D",
     "DiT",
+    "GraphNet",
     "LoRAModel",
     "Transformer",
     "UNet",
@@ -40,6 +42,7 @@ __all__ = [
 _MODULES = {
     "conv": ("Conv",),
     "conv1d": ("ConvNet1D",),
+    "graph": ("GraphNet",),
     "lora": ("LoRAModel", "lora_init", "lora_merge", "lora_sum"),
     "mlp": ("MLP", "ValueMLP"),
     "resnet": ("ValueResNet",),

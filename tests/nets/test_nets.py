@@ -13,7 +13,8 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 
-from rgdiff.nets import MLP, ConvNet1D, DiT, Transformer, UNet, ValueMLP, ValueResNet, time_features
+from rgdiff import graphs
+from rgdiff.nets import MLP, ConvNet1D, DiT, GraphNet, Transformer, UNet, ValueMLP, ValueResNet, time_features
 from rgdiff.nets.conv import conv
 from rgdiff.nets.transformer import rotary
 from rgdiff.tuners import ema_update
@@ -150,6 +151,7 @@ NETS = {
     "mlp_shape": (lambda **k: MLP((16,), out=(4, 2), **k), onehot(3, 4, 2), (3, 4, 2)),
     "value": (lambda **k: ValueMLP((16,), **k), jax.random.normal(KEY, (3, 4, 2)), (3,)),
     "value_resnet": (lambda **k: ValueResNet((8, 16), **k), normal(3, 8, 4, 2), (3,)),
+    "graph": (lambda **k: GraphNet(16, 2, **k), jnp.abs(jax.random.normal(KEY, (3, 4, 7))), (3,)),
     "conv1d": (
         lambda **k: ConvNet1D(4, width=16, dilations=(1, 4), time_conditioning=True, **k),
         onehot(3, 12, 4),
@@ -172,6 +174,7 @@ LAST = {
     "mlp_shape": ("out",),
     "value": ("mlp", "out"),
     "value_resnet": ("out",),
+    "graph": ("out",),
     "conv1d": ("out",),
     "transformer": ("trunk", "out"),
     "dit": ("trunk", "out"),
@@ -199,7 +202,9 @@ def run(net, params, x, t, cond=None):
     return jax.jit(net.apply)({"params": params}, x, t, cond)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ("unet", "dit"))) for n in NETS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ("unet", "dit", "graph"))) for n in NETS]
+)
 def test_net_contract(name):
     build, x, shape = NETS[name]
     net = build(classes=3)
@@ -387,3 +392,23 @@ def test_group_norm_is_flax_group_norm_then_film():
     np.testing.assert_allclose(GroupNorm().apply({"params": params}, x), reference, rtol=2e-5, atol=2e-5)
     modulated = reference * (1 + film[0])[:, None, None] + film[1][:, None, None]
     np.testing.assert_allclose(GroupNorm().apply({"params": params}, x, film), modulated, rtol=2e-5, atol=2e-5)
+
+
+def test_a_network_of_graphs_sees_no_order_of_nodes_no_absent_ones_and_every_form_of_a_state():
+    rng, order = np.random.default_rng(0), np.array([2, 0, 3, 1])
+    mask = np.array([[1, 1, 1, 1], [1, 1, 0, 0]], np.float32)
+    edges = np.triu(rng.normal(size=(2, 4, 4)), 1) * mask[:, :, None] * mask[:, None]
+    adjacency = edges + edges.swapaxes(1, 2)
+    nodes = rng.normal(size=(2, 4, 2)) * mask[..., None]
+    pack = lambda x, a, m: jnp.asarray(np.concatenate([x, a, m[..., None]], -1), jnp.float32)  # noqa: E731
+    whole = pack(nodes, adjacency, mask)
+    net, t = GraphNet(8, 2), jnp.full(2, 0.3)
+    params = randomised(net, whole)
+    out = net.apply({"params": params}, whole, t)
+    turned = pack(nodes[:, order], adjacency[:, order][:, :, order], mask[:, order])
+    np.testing.assert_allclose(net.apply({"params": params}, turned, t), out, rtol=1e-5)
+    state = graphs.unpacked(whole)
+    for form in (state, {"state": state, "noise": {}}):
+        np.testing.assert_array_equal(net.apply({"params": params}, form, t), out)
+    strange = pack(nodes + 9 * (1 - mask)[..., None], adjacency, mask)
+    np.testing.assert_allclose(net.apply({"params": params}, strange, t), out, rtol=1e-5)
