@@ -204,8 +204,9 @@ class _State:
                 if self.disk is not None:
                     self.disk.commit()
         self.memory |= found
-        for text in list(self.memory)[: max(len(self.memory) - REMEMBERED, 0)]:
-            del self.memory[text]
+        if len(self.memory) > REMEMBERED:
+            for text in list(self.memory)[: len(self.memory) - REMEMBERED]:
+                del self.memory[text]
         self.counts.update(asked=len(texts), known=len(texts) - len(missing), computed=len(missing))
         self.counts.update(reason for text in texts if (reason := found[text][1]))
         return np.array([found[text][0] for text in texts], np.float64)
