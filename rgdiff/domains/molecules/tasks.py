@@ -40,7 +40,8 @@ def molecule_oracle(domain: MoleculeDomain, oracle: TextOracle, correct: bool = 
       ValueError: for another domain.
     """
     elements = _checked(domain).elements
-    return Task(*(rewards.from_host(MoleculeReward(oracle, elements, kind)) for kind in (bool(correct), False)))
+    guide, judge = (rewards.from_host(MoleculeReward(oracle, elements, kind)) for kind in (bool(correct), False))
+    return Task(guide, judge)
 
 
 def molecule_function(
