@@ -16,6 +16,7 @@ import pytest
 from rgdiff import denoisers, guides, policies, processes, samplers, schedules, seiko, surrogates, tuners, values
 from rgdiff.runtime.mesh import data_mesh
 from rgdiff.samplers._loop import _whole, roll
+from rgdiff.shards import on_mesh, shards_of
 from rgdiff.typing import Function, pytree, static
 from tests.worlds.worlds import GaussianWorld, factorised
 
@@ -288,9 +289,11 @@ def test_sampler_on_eight_devices_gives_the_numbers_of_one_without_collectives(m
     """Examples do not interact: each device works on its own rows, and the numbers are those of one device."""
     assert len(jax.devices()) == 8
     sampler, mesh = make(), data_mesh()
+    parts = shards_of(mesh)
     key, times, cond = jax.random.key(0), sampler.process.times(STEPS), jnp.linspace(-1, 1, 16)
     one = samplers.sample(sampler, key, 16, times, cond, keep=keep_state)
-    program = _whole.lower(sampler, key, times, cond, 16, keep_state, mesh).compile()
+    sampler = on_mesh(sampler, parts)
+    program = _whole.lower(sampler, key, times, cond, 16, keep_state, parts).compile()
     eight = program(sampler, key, times, cond)
     assert len(eight[0].sharding.device_set) == 8 and len(one.x0.sharding.device_set) == 1
     close(samplers.Samples(*eight), one)
