@@ -245,7 +245,8 @@ def train(
     if count == 1:  # see samplers._loop.roll
         state, info = one(state, None)
         return state, jax.tree.map(lambda i: i[None], info)
-    return jax.lax.scan(one, state, None, length=count)
+    state, infos = jax.lax.scan(one, state, None, length=count)
+    return laid_out(state, layout), infos
 
 
 _advance = jax.jit(train, static_argnames=("count", "batch", "shards", "layout"), donate_argnames=("state",))
