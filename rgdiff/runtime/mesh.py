@@ -69,8 +69,8 @@ def device_mesh(
     Example:
       >>> import jax
       >>> from rgdiff.runtime.mesh import device_mesh
-      >>> print(device_mesh(devices=jax.devices()[:1]).shape)
-      OrderedDict({'dcn_data': 1, 'data': 1, 'fsdp': 1, 'tensor': 1})
+      >>> print(dict(device_mesh(devices=jax.devices()[:1]).shape))
+      {'dcn_data': 1, 'data': 1, 'fsdp': 1, 'tensor': 1}
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = {"dcn_data": dcn_data, "data": data, "fsdp": fsdp, "tensor": tensor}
@@ -108,8 +108,8 @@ def shard_params(params: Any, mesh: Mesh, rules: Callable[[str, tuple[int, ...]]
       >>> import jax, jax.numpy as jnp
       >>> from rgdiff.runtime.mesh import device_mesh, shard_params
       >>> mesh = device_mesh(fsdp=1, devices=jax.devices()[:1])
-      >>> print(shard_params({"kernel": jnp.zeros((128, 256))}, mesh)["kernel"].sharding.spec)
-      PartitionSpec('tensor', 'fsdp')
+      >>> print(*shard_params({"kernel": jnp.zeros((128, 256))}, mesh)["kernel"].sharding.spec)
+      tensor fsdp
     """
 
     def place(path: Any, leaf: Any) -> Any:
