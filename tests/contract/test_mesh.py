@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 
@@ -212,7 +213,7 @@ def test_parameters_and_batches_split_over_axes_of_any_names():
 
 def test_what_is_wrong_with_a_mesh_is_one_line():
     tuner, params = wide_tuner()
-    fit = lambda mesh, **data: tuners.fit(tuner, jax.random.key(1), tuner.init(params), 1, mesh=mesh, **data)  # noqa: E731
+    fit = lambda mesh: tuners.fit(tuner, jax.random.key(1), tuner.init(params), 1, mesh=mesh)  # noqa: E731
     auto = (AxisType.Auto,) * 2
     two = jax.make_mesh((4, 2), ("x", "y"), axis_types=auto)
     explicit = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
@@ -224,8 +225,13 @@ def test_what_is_wrong_with_a_mesh_is_one_line():
     ):
         with pytest.raises(ValueError, match=said):
             fit(mesh)
+    with pytest.raises(ValueError, match="the tuner's batch must be a multiple of the 8 devices that split it, got 12"):
+        odd = dataclasses.replace(tuner, batch=12)
+        tuners.fit(odd, jax.random.key(1), odd.init(params), 1, mesh=data_mesh())
+    training = tuners.pretraining(linear, tuner.process, optax.sgd(1e-4))
     with pytest.raises(ValueError, match="batch must be a multiple of the 8 devices that split it, got 12"):
-        fit(data_mesh(), data={"x0": jnp.ones((16, 4))}, batch=12)
+        data = {"x0": jnp.ones((16, 4))}
+        tuners.fit(training, jax.random.key(1), training.init(params), 1, data=data, batch=12, mesh=data_mesh())
     process, sampler = tuner.process, samplers.ancestral(tuner.process, linear(params))
     with pytest.raises(ValueError, match="batch must be a multiple of the 8 devices that split it, got 6"):
         samplers.sample(sampler, jax.random.key(0), 6, process.times(3), mesh=data_mesh())
