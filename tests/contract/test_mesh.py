@@ -96,6 +96,7 @@ MOVES = {"all-gather in a loop": 3, "all-gather in a loop in a branch": 5}
 EXCHANGES = {
     "smc_gaussian": {"all-gather in a loop": 2, "all-gather in a loop in a branch": 6, "all-gather": 2},
     "smc_masked": MOVES,
+    "smc_islands": {"all-reduce in a loop": 5, "all-reduce": 12},  # sums of weights; no state leaves its island
     "fk_steering_smc": MOVES | {"all-gather in a loop": 2},
     "tds_smc": MOVES,
     "das_smc": MOVES,
