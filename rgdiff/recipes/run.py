@@ -77,12 +77,14 @@ def prepare(name: str, overrides: Sequence[str], dry: bool = False) -> Prepared:
     Raises:
       ValueError: for whatever is wrong with it, naming the key.
     """
+    from rgdiff.checks import divided
     from rgdiff.recipes import compose as recipe
     from rgdiff.runtime import distributed
     from rgdiff.runtime.cache import cache_path, open_cache
     from rgdiff.runtime.folder import RunFolder, next_free
     from rgdiff.runtime.progress import announce
     from rgdiff.runtime.run import use_compilation_cache, use_quick_compilation
+    from rgdiff.shards import shards_of
 
     use_quick_compilation()
     distributed.join(recipe.distributed(overrides))
@@ -103,7 +105,10 @@ def prepare(name: str, overrides: Sequence[str], dry: bool = False) -> Prepared:
     distributed.on_first(lambda: RunFolder.check(out, config, config["resume"]))
 
     check_devices()
-    mesh_of(config)
+    shards = shards_of(mesh_of(config))
+    divided("prior.train.batch", (config["prior"].get("train") or {}).get("batch"), shards)
+    for key, settings in methods.items():
+        divided(f"{key}: batch", settings.get("batch"), shards)
     cache = cache_path(config.get("cache_dir"))
     if not dry:
         cache = open_cache(config.get("cache_dir"))

@@ -196,7 +196,7 @@ def spread_out(method: Any, state: Any, data: Any, batch: int | None, shards: Sh
     if shards is None:
         return method, state, data
     own = getattr(method, "batch", None)  # of chains; the rows of data are then their conditions, or data beside them
-    checks.divided(*(("batch", batch or 0) if own is None else ("the tuner's batch", own)), shards)
+    checks.divided(*(("batch", batch) if own is None else ("the tuner's batch", own)), shards)
     method, state = on_mesh(method, shards), placed(state, shards)
     if hasattr(method, "over_devices"):  # of a state that holds rows
         state = jax.jit(method.over_devices)(state)

@@ -144,7 +144,7 @@ def test_the_tables_name_rows():
 
 
 @pytest.mark.usefixtures("wide")
-@contract.table_of(contract.SAMPLERS, contract.svdd_distinct, contract.smc_masked)
+@contract.table_of(contract.SAMPLERS, contract.smc_masked)
 def test_sampler_on_eight_devices(make):
     sampler, parts = make(), shards.shards_of(data_mesh())
     key, times = jax.random.key(0), sampler.process.times(contract.STEPS)
@@ -161,7 +161,7 @@ def test_sampler_on_eight_devices(make):
 
 
 @pytest.mark.usefixtures("wide")
-@contract.table_of(contract.TUNERS, contract.draft_k, contract.ddpo, contract.pretraining_masked)
+@contract.table_of(contract.TUNERS, contract.draft_k, contract.ddpo)
 def test_tuner_on_eight_devices(make):
     parts, (tuner, params) = shards.shards_of(data_mesh()), make()
     data = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf])[:96], contract.data_of(make))

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from rgdiff.recipes import compose
+from rgdiff.recipes.run import prepare
 from rgdiff.runtime import distributed
 
 TINY = [
@@ -133,7 +134,27 @@ def test_what_is_wrong_with_processes_is_one_line(monkeypatch):
     assert distributed.gathered({"x": np.ones(2)})["x"].shape == (2,)
 
 
-def test_meshes_in_a_config(tmp_path):
+def test_a_batch_that_cannot_be_split_is_refused_before_anything_is_made(tmp_path):
+    options = [
+        "mesh.data=8",
+        f"out={tmp_path / 'run'}",
+        "domain=planar",
+        "prior=planar_mlp",
+        "reward=log_density",
+        "method=draft_k",
+    ]
+    with pytest.raises(ValueError, match="draft_k: batch must be a multiple of the 8 devices that split it, got 6"):
+        prepare("steer", [*options, "method.batch=6"], dry=True)
+    with pytest.raises(
+        ValueError, match="prior.train.batch must be a multiple of the 8 devices that split it, got 100"
+    ):
+        prepare("steer", [*options, "prior.train.batch=100"], dry=True)
+    with pytest.raises(ValueError, match="mesh.data=3 x .* is not of the 8 devices"):
+        prepare("steer", [*options[1:], "mesh.data=3"], dry=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_meshes_in_a_config():
     assert compose.distributed(["distributed=False"]) is False and compose.distributed(["seed=1"]) == "auto"
     config = compose.compose("steer", ["mesh.data=-1", "mesh.fsdp=2", "distributed=false"])
     assert config["mesh"] == {"data": -1, "fsdp": 2} and config["distributed"] is False
