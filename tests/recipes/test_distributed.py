@@ -62,7 +62,10 @@ def same(a, b):
     one, other = figures(a), figures(b)
     assert one.keys() == other.keys()
     for name, value in one.items():
-        np.testing.assert_allclose(other[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+        if value is None:  # no number, in both
+            assert other[name] is None, name
+        else:
+            np.testing.assert_allclose(other[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
     one, other = (np.load(out / "samples.npz") for out in (a, b))
     for name in one.files:
         np.testing.assert_allclose(other[name], one[name], rtol=1e-4, atol=1e-5, err_msg=name)
