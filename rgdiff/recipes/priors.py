@@ -171,7 +171,7 @@ class TrainedPrior(Prior):
             raise ValueError(
                 f"prior.network returns {list(found)} for a state of shape {list(shape)}, expected {list(domain.shape)}{out}"
             )
-        like = jax.eval_shape(lambda key: initial(self.network, key, shape), jax.random.key(0))
+        like = self.like(domain)
         self.model()(like)
         if self.checkpoint is not None:
             check_params(assets.resolved(self.checkpoint), like)
@@ -182,6 +182,20 @@ class TrainedPrior(Prior):
     def model(self) -> Model:
         """Return what the parameters are of: a map from them to a denoiser."""
         return denoisers.LinenModel(self.network)
+
+    def like(self, domain: Any) -> Params:
+        """Return the shapes of the parameters."""
+        shape = state_shape(self.process(domain.shape))  # type: ignore[attr-defined]
+        return jax.eval_shape(lambda key: initial(self.network, key, shape), jax.random.key(0))
+
+    def ready(self, domain: Any, params: Params, fresh: Any = None) -> ReadyPrior:
+        """Return the prior with its parameters, which may be shapes; `fresh` are data that it was not trained on."""
+        process = self.process(domain.shape)  # type: ignore[attr-defined]
+        return ReadyPrior(process, process.times(self.steps), self.model(), params, self, domain.shape)  # type: ignore[arg-type]
+
+    def shapes(self, domain: Any) -> ReadyPrior:
+        """Return the prior with the shapes of its parameters; nothing is trained or read."""
+        return self.ready(domain, self.like(domain))
 
     def kept(self, cache: Path, identity: Any, domain: Any) -> Path:
         """Return where the parameters are kept in the cache once they are trained."""
@@ -306,15 +320,18 @@ class GaussianPrior(TrainedPrior):
 
     def obtain(self, run: Run, domain: Domain, identity: Mapping[str, Any]) -> ReadyPrior:
         """Make the prior ready; `identity` as in `parameters`."""
-        model = self.model()
-        process = self.process(domain.shape)
-        classes = self.conditional(domain)
-        params = self.conditioned(classes).parameters(run, model, process, domain, identity)
+        conditioned = self.conditioned(self.conditional(domain))
+        params = conditioned.parameters(run, self.model(), self.process(domain.shape), domain, identity)
+        drawn: Any = domain
+        fresh = drawn.data(run.key("fresh"), FRESH) if hasattr(domain, "data") else getattr(domain, "heldout_x", None)
+        return self.ready(domain, params, fresh)
+
+    def ready(self, domain: Domain, params: Params, fresh: Any = None) -> ReadyPrior:
+        """Return the prior with its parameters, clipped and under its guidance."""
+        model, process, classes = self.model(), self.process(domain.shape), self.conditional(domain)
         clipped = dataclasses.replace(model, value_range=domain.value_range) if self.clip else model
         if classes is not None:
             clipped = dataclasses.replace(clipped, classes=classes, guidance=self.guidance)
-        drawn: Any = domain
-        fresh = drawn.data(run.key("fresh"), FRESH) if hasattr(domain, "data") else getattr(domain, "heldout_x", None)
         return ReadyPrior(
             process=process,
             times=process.times(self.steps),
@@ -349,10 +366,8 @@ class MaskedPrior(TrainedPrior):
 
     def obtain(self, run: Run, domain: Domain, identity: Mapping[str, Any]) -> ReadyPrior:
         """Make the prior ready; `identity` as in `parameters`."""
-        process = self.process(domain.shape)
-        model = self.model()
-        params = self.parameters(run, model, process, domain, identity)
-        return ReadyPrior(process, process.times(self.steps), model, params, self, domain.shape)
+        params = self.parameters(run, self.model(), self.process(domain.shape), domain, identity)
+        return self.ready(domain, params)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
