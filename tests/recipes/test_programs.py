@@ -78,6 +78,19 @@ def test_planned_programs_are_those_that_run():
     assert tuners.fit(tuner, key, tuner.init(params), 1).step == 1
 
 
+def test_a_prior_in_bfloat16_keeps_its_parameters_and_moments():
+    """Its products are of bfloat16; parameters, moments, states and what is made of predictions are float32."""
+    tuned = [*SMALL, "method=draft_k", "method.batch=8"]
+    plain, half = (planned("steer", *tuned, *more)[0]["draft_k"].call(8) for more in ([], ["prior.dtype=bfloat16"]))
+    products = [line for line in text(half).splitlines() if "dot_general" in line]
+    assert products and all("bf16" in line for line in products) and "bf16" not in text(plain)
+    assert {leaf.dtype for leaf in jax.tree.leaves(half.arguments[2].params)} == {np.dtype("float32")}
+    floats = [leaf for leaf in jax.tree.leaves(half.arguments[2]) if np.issubdtype(leaf.dtype, np.inexact)]
+    assert {leaf.dtype for leaf in floats} == {np.dtype("float32")}
+    with pytest.raises(ValueError, match="prior.dtype must be one of"):
+        planned("steer", *tuned, "prior.dtype=float16")
+
+
 @pytest.mark.slow
 def test_a_network_of_860_million_parameters_by_shapes_alone():
     """No weights come with the package's shapes of Stable Diffusion 1.5; a run of them says so."""
