@@ -138,8 +138,9 @@ def _tpu(name: str) -> list[Any]:
         ) from None
     from jax.experimental import topologies
 
-    # libtpu looks for the TPU that it is on: it is on none, and there is nobody to ask.
+    # libtpu looks for the TPU that it is on: it is on none, there is nobody to ask, and no chip that one process alone may hold.
     quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_MIN_LOG_LEVEL": "3"}
+    quiet |= {"TPU_ACCELERATOR_TYPE": "v5litepod-8", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     for key, value in quiet.items():
         os.environ.setdefault(key, value)
     try:
