@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
-from rgdiff import assets, samplers, tuners
+from rgdiff import assets, checks, samplers, tuners
 from rgdiff.cli import main
 from rgdiff.recipes import compose, programs
 from rgdiff.recipes.run import prepare
+from rgdiff.runtime import planning
 from rgdiff.samplers import _loop as sampling
 from rgdiff.tuners import _loop as tuning
 
@@ -103,6 +105,21 @@ def test_a_network_of_860_million_parameters_by_shapes_alone():
     assert programs.count(state.params) == found["draft_1"].parameters < 1e7  # the adapter
     weights = found["prior"].call(2).arguments[0].denoiser
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(weights) if np.ndim(leaf) > 1} <= {"bfloat16", "float32"}
+
+
+@pytest.mark.parametrize("parts, largest", [(1, 776), (24, 768)])
+def test_the_largest_batch_is_a_multiple_of_what_the_method_takes(monkeypatch, parts, largest):
+    """777 rows fit; eight devices take eights, and minibatches what they divide."""
+
+    def call(batch):
+        checks.divides("minibatches", parts, batch)
+        return batch
+
+    monkeypatch.setattr(planning, "figures", lambda batch, target, cache: planning.Figures(arguments=100 * batch))
+    pod = SimpleNamespace(devices=8, memory=77_700)
+    program = programs.Program("ddpo", "a step", 96 if parts > 1 else 8, call, 0)
+    found, each = programs.largest_batch(program, pod, None)
+    assert found == largest and found % each == 0 and each == program.batch
 
 
 @libtpu
