@@ -58,7 +58,7 @@ ROWS = (
 
 def line(row: Row, program: programs.Program, figures: planning.Figures, target: planning.Target) -> str:
     """Return a row of the table."""
-    split = "split" if "mesh" in program.call(program.batch).static else "on each"
+    split = "split" if program.call(program.batch).spread else "on each"
     kinds = ", ".join(f"{kind} {out} + {inside}" for kind, (out, inside) in figures.collectives.items()) or "none"
     fits = figures.refused or {True: "yes", False: "no", None: "?"}[figures.fits(target.memory)]
     seconds = "" if figures.seconds is None else f"{figures.seconds:.2g}"

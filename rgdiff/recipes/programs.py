@@ -102,7 +102,7 @@ def chain(name: str, sampler: Any, times: Array, rows: int, cond: Callable[[int]
 
     def call(batch: int) -> Call:
         given = (sampler, KEY, times, cond(batch))
-        static = {"batch": batch, "keep": None, "mesh": None}
+        static = {"batch": batch, "keep": None, "shards": None}
         return Call(sampling._whole, given, static, frozenset({3}))
 
     return Program(name, f"a chain of {len(times) - 1} moves", rows, call, count(params), calls)
@@ -123,8 +123,8 @@ def step(name: str, tuner: Callable[[int], Any], params: Params, batch: int, dat
     def call(batch: int) -> Call:
         made = tuner(batch)
         state = jax.eval_shape(lambda made, params: made.init(params), made, params)
-        static = {"count": 1, "batch": rows(batch)}
-        return Call(tuning._advance, (made, KEY, state, data), static)
+        static = {"count": 1, "batch": rows(batch), "shards": None, "layout": None}
+        return Call(tuning._advance, (made, KEY, state, data), static, frozenset({3}), 2)
 
     made = tuner(batch)
     calls = made.network_calls() if hasattr(made, "network_calls") else None
@@ -138,18 +138,20 @@ def halves(name: str, tuner: Callable[[int], Any], params: Params, batch: int, d
         method = tuner(batch).online
         state = jax.eval_shape(lambda method, params: method.init(params), method, params)
         experience = jax.eval_shape(
-            lambda *given: online._roll_out(*given, batch=rows(batch)), method, KEY, state, data
+            lambda *given: online._roll_out(*given, batch=rows(batch), shards=None), method, KEY, state, data
         )
         return method, state, experience
 
     def rollout(batch: int) -> Call:
         method, state, _ = made(batch)
-        return Call(online._rollout, (method, KEY, state, data), {"batch": rows(batch)})
+        return Call(
+            online._rollout, (method, KEY, state, data), {"batch": rows(batch), "shards": None}, frozenset({3}), 2
+        )
 
     def update(batch: int) -> Call:
         method, state, experience = made(batch)
         rewards = jax.ShapeDtypeStruct((batch,), jnp.float32)
-        return Call(online._update, (method, KEY, state, experience, rewards, None))
+        return Call(online._update, (method, KEY, state, experience, rewards, None), {"layout": None}, frozenset(), 2)
 
     size = count(params)
     return [
@@ -282,7 +284,7 @@ def plan(name: str, overrides: Sequence[str]) -> dict[str, planning.Figures]:
         try:
             out[program.name] = figures = planning.figures(program.call(program.batch), target, prepared.cache)
             lines = told(program, figures, target)
-            if target.devices > 1 and "mesh" not in program.call(program.batch).static:
+            if target.devices > 1 and not program.call(program.batch).spread:
                 lines.append("every device repeats all of this: its batch is that of one device")
             if largest and target.memory is not None:
                 most, each = largest_batch(program, target, prepared.cache)

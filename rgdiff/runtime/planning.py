@@ -22,6 +22,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rgdiff import checks
+from rgdiff.shards import on_mesh, shards_of
+from rgdiff.tuners._loop import layout_of
 
 
 class Chip(NamedTuple):
@@ -155,19 +157,32 @@ class Call(NamedTuple):
     Args:
       function: jitted.
       arguments: pytrees of arrays or shapes.
-      static: static arguments, by name; a `mesh` among them is the target's.
+      static: static arguments, by name. `shards` and `layout` among them are those of the target's mesh, which the first argument, a sampler
+        or a tuner, then knows as well; the second one's layout is that of argument `state`.
       split: indices of the arguments whose leading axes are spread over devices; the others are on every one.
+      state: index of a state that comes back.
     """
 
     function: Any
     arguments: tuple[Any, ...]
     static: Mapping[str, Any] = {}
     split: frozenset[int] = frozenset()
+    state: int = 0
+
+    @property
+    def spread(self) -> bool:
+        """Whether devices share the work."""
+        return bool({"shards", "layout"} & set(self.static))
 
     def traced(self, target: Target) -> Any:
         """Trace the call on a target's devices."""
-        placed = [target.shapes(one, index in self.split) for index, one in enumerate(self.arguments)]
-        meshes = {"mesh": target.mesh if target.devices > 1 else None} if "mesh" in self.static else {}
+        shards = shards_of(target.mesh) if target.devices > 1 and self.spread else None
+        first, *others = self.arguments
+        given = [on_mesh(first, shards), *others]
+        placed = [target.shapes(one, index in self.split) for index, one in enumerate(given)]
+        meshes: dict[str, Any] = {"shards": shards} if "shards" in self.static else {}
+        if "layout" in self.static:
+            meshes["layout"] = layout_of(placed[self.state], shards)
         return self.function.trace(*placed, **{**self.static, **meshes})
 
     def repeated(self) -> int:

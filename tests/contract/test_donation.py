@@ -39,5 +39,5 @@ def test_fit_online_donates_its_state():
     state, key = method.init(contract.net(2, 2)), jax.random.key(0)
     experience = jax.eval_shape(lambda state: method.rollout(key, state), state)
     rewards = jax.ShapeDtypeStruct((B,), "float32")
-    update = online._update.lower(method, key, state, experience, rewards, None)
+    update = online._update.lower(method, key, state, experience, rewards, None, layout=None)
     assert aliased(update) >= size((state.params, state.opt_state))

@@ -69,7 +69,7 @@ def test_planned_programs_are_those_that_run():
     prior = settings.ready(domain, params)
     sampler = samplers.ancestral(prior.process, prior.denoiser)
     key = jax.random.key(0)
-    ran = sampling._whole.lower(sampler, key, prior.times, None, 16, None, None).as_text()
+    ran = sampling._whole.lower(sampler, key, prior.times, None, 16, None, shards=None).as_text()
     assert text(found["prior"].call(16)) == ran
     method = prepared.built["draft_k"]
     task = compose.build(prepared.config["reward"], domain=domain)
