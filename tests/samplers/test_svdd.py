@@ -179,6 +179,7 @@ def test_the_running_winner_is_the_winner(options):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), run.kept, runs[0].kept)
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_chunk_does_not_depend_on_the_candidates():
     """The exponent of temporaries in M, fitted: 1 at once, 0 in pieces."""
     world = GaussianWorld(np.zeros(256), np.eye(256), steps=3)

@@ -797,6 +797,7 @@ def test_chains_drawn_again_give_the_same_update(options):
     np.testing.assert_allclose(ends[1], ends[0], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_memory_of_chains_drawn_again_does_not_depend_on_their_length():
     """The exponent of temporaries in T, fitted: 1 of kept paths, 0 of those drawn again."""
     process = processes.gaussian(schedules.cosine_vp(), (512,))
