@@ -52,7 +52,7 @@ ROWS = (
     Row("plane, SEIKO", "seiko_toy", (), ("seiko",)),
     Row("R^64, gradient guidance", "ggdm_linear", (), ("g",)),
     Row("SD 1.5, a chain under guidance", "sd_draft", SD, ("prior",)),
-    Row("SD 1.5, DRaFT-1, LoRA 8, batch 1", "sd_draft", (*SD, "batch=1"), ("draft_1",)),
+    Row("SD 1.5, DRaFT-1, LoRA 8", "sd_draft", (*SD, "batch=16"), ("draft_1",)),
 )  # fmt: skip
 
 

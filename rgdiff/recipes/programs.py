@@ -281,16 +281,16 @@ def plan(name: str, overrides: Sequence[str]) -> dict[str, planning.Figures]:
     out = {}
     for program in found:
         announce(f"compiling {program.name}…")
-        try:
-            out[program.name] = figures = planning.figures(program.call(program.batch), target, prepared.cache)
-            lines = told(program, figures, target)
-            if target.devices > 1 and not program.call(program.batch).spread:
-                lines.append("every device repeats all of this: its batch is that of one device")
-            if largest and target.memory is not None:
-                most, each = largest_batch(program, target, prepared.cache)
-                lines.append(f"largest batch that fits: {most or f'below {each}'}")
-        except NotImplementedError as error:  # a callback to the host, on a device that is not here
-            lines = [f"does not compile for {target.name}: {' '.join(str(error).split())[:160]}"]
+        call = program.call(program.batch)
+        out[program.name] = figures = planning.figures(call, target, prepared.cache)
+        lines = told(program, figures, target)
+        if target.devices > 1 and not call.spread:
+            lines.append("every device repeats all of this: its batch is that of one device")
+        elif program.batch % target.devices:
+            lines.append(f"a run on a mesh refuses this batch, which is no multiple of {target.devices} devices")
+        if largest and target.memory is not None:
+            most, each = largest_batch(program, target, prepared.cache)
+            lines.append(f"largest batch that fits: {most or f'below {each}'}")
         announce(None)
         say("\n  ".join([head(program), *lines]))
     for note in notes:
