@@ -67,7 +67,7 @@ def masked() -> Iterator[Row]:
         x0 = samplers.sample(sampler, jax.random.key(1), DRAWS // 4, times).x0
         means[name] = float(np.mean(reward(np.asarray(x0))))
     f32, bf16 = laws.values()
-    tilted = [enumeration.tilted(law, rewards, 0.5).law for law in (f32, bf16)]
+    tilted = [enumeration.tilted(law, rewards, 0.5).probabilities for law in (f32, bf16)]
     world = "tokens [4, 3], CNN of 32 channels, 8 moves"
     yield Row(world, "total variation of the prior's law, enumerated", "0", "0", f"{np.abs(f32 - bf16).sum() / 2:.1e}")
     yield Row(

@@ -42,6 +42,7 @@ CHIPS = {  # https://cloud.google.com/tpu/docs/system-architecture-tpu-vm
 }
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 GIB = 2**30
+FORMAT = "2"  # of what the cache holds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,11 +186,19 @@ class Call(NamedTuple):
             meshes["layout"] = layout_of(placed[self.state], shards)
         return self.function.trace(*placed, **{**self.static, **meshes})
 
-    def repeated(self) -> int:
-        """Return the bytes of arguments that stand in several places, but for the first: they are one buffer, as they are one object."""
-        leaves = [leaf for one in self.arguments for leaf in jax.tree.leaves(one) if hasattr(leaf, "dtype")]
-        sizes = {id(leaf): math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves}
-        return sum(sizes[id(leaf)] for leaf in leaves) - sum(sizes.values())
+    def once(self, lowered: Any) -> float:
+        """Return the share of the arguments' bytes that is left where a leaf in several places counts once: it is one buffer.
+
+        Args:
+          lowered: the call; arguments that its program does not read are not counted at all.
+        """
+        leaves = [leaf for one in self.arguments for leaf in jax.tree.leaves(one)]
+        compiling = getattr(getattr(lowered, "_lowering", None), "compile_args", {})  # not public: without it all count
+        kept = compiling.get("kept_var_idx", range(len(leaves)))
+        read = [leaves[index] for index in sorted(kept) if hasattr(leaves[index], "dtype")]
+        sizes = {id(leaf): math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in read}
+        total = sum(sizes[id(leaf)] for leaf in read)
+        return sum(sizes.values()) / total if total else 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,11 +259,13 @@ def figures(call: Call, target: Target, cache: Path | None = None) -> Figures:
     lowered = traced.lower()
     file = None
     if cache is not None:
-        told = "\n".join([lowered.as_text(), target.name, target.kind, *_versions(), os.environ.get("XLA_FLAGS", "")])
+        told = "\n".join(
+            [FORMAT, lowered.as_text(), target.name, target.kind, *_versions(), os.environ.get("XLA_FLAGS", "")]
+        )
         file = cache / "plans" / f"{hashlib.sha256(told.encode()).hexdigest()[:24]}.json"
         if (kept := _read(file)) is not None:
             return kept
-    found = _compiled(lowered, flops, call.repeated())
+    found = _compiled(lowered, flops, call.once(lowered))
     if file is not None:
         _write(file, found)
     return found
@@ -287,7 +298,7 @@ def _write(file: Path, found: Figures) -> None:
         pass
 
 
-def _compiled(lowered: Any, flops: float, repeated: int) -> Figures:
+def _compiled(lowered: Any, flops: float, once: float) -> Figures:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -300,7 +311,7 @@ def _compiled(lowered: Any, flops: float, repeated: int) -> Figures:
     found, loops = collectives(text)
     estimate = cost.get("optimal_seconds")
     return Figures(
-        arguments=memory.argument_size_in_bytes - repeated,
+        arguments=round(memory.argument_size_in_bytes * once),
         outputs=memory.output_size_in_bytes,
         aliased=memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,

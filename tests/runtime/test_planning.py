@@ -49,6 +49,8 @@ def test_a_plan_on_the_cpu(tmp_path, monkeypatch):
     assert found.collectives == {}
     # One object in two places is one buffer.
     assert planning.figures(Call(program, (SQUARE, SQUARE)), here).arguments == 4 * 64 * 64
+    first = jax.jit(lambda a, b: a @ a)  # and one that is not read is none
+    assert planning.figures(Call(first, (SQUARE, SQUARE)), here).arguments == 4 * 64 * 64
 
     def refuse(*_):
         raise AssertionError("compiled again")
