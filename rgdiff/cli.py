@@ -1,4 +1,4 @@
-"""The command line: parse, build, run, write. `rgdiff run RECIPE [key=value …]`, `rgdiff list`, `rgdiff explain NAME`, `rgdiff show RECIPE`.
+"""The command line: parse, build, run, write. `rgdiff run RECIPE [key=value …]`, `rgdiff plan RECIPE`, `rgdiff list`, `rgdiff explain NAME`, ….
 
 Whatever is wrong with the input ends in one line on standard error and exit code 2, before anything is overwritten.
 """
@@ -34,8 +34,13 @@ def command_parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run a recipe", description=(
         "Run a recipe. Common to all: out=DIR seed=N data_dir=DIR resume=true; groups: domain= prior= reward= method=."
     ))  # fmt: skip
+    plan = commands.add_parser("plan", help="compile a recipe's programs for any device and run none", description=(
+        "Compile a recipe's programs for a device and print what each needs of it: bytes, operations, collectives. Nothing is run. "
+        "target=v5e:4x4 (v4, v5e, v5p, v6e with a topology, or alone for one chip), cpu, or here (the default); "
+        "largest=true finds the largest batch that fits."
+    ))  # fmt: skip
     show = commands.add_parser("show", help="print the resolved config of a recipe")
-    for command in (run, show):
+    for command in (run, plan, show):
         recipe = command.add_argument("recipe", help="a name from `rgdiff list`, or a YAML file")
         recipe.completer = completion.recipes  # type: ignore[attr-defined]
         overrides = command.add_argument("overrides", nargs="*", metavar="key=value")
@@ -76,6 +81,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(explained(arguments.name))
         elif arguments.command == "show":
             print(shown(arguments.recipe, arguments.overrides), end="")
+        elif arguments.command == "plan":
+            announce("loading JAX and the recipe…")
+            from rgdiff.recipes.programs import plan
+
+            plan(arguments.recipe, arguments.overrides)
         else:
             announce("loading JAX and the recipe…")
             from rgdiff.recipes.run import run_recipe

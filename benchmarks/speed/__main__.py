@@ -41,11 +41,12 @@ def lines(measured: harness.Measured) -> list[str]:
     out = []
     for side in measured.wall:
         cpu, wall = measured.cpu[side], measured.wall[side]
-        cells = [case.name, "rgdiff" if side == "ours" else f"PyTorch {side}", spread(cpu), spread(wall)]
+        pair = lambda of: of if on_cpu(measured) else of[::-1]  # noqa: E731
+        cells = [case.name, "rgdiff" if side == "ours" else f"PyTorch {side}", *pair([spread(cpu), spread(wall)])]
         if side == "ours":
             cells += ["", "", speed, ""]
         else:
-            cells += [ratio(cpu, ours), ratio(wall, measured.wall["ours"]), "", f"{measured.errors[side]:.0e}"]
+            cells += [*pair([ratio(cpu, ours), ratio(wall, measured.wall["ours"])]), "", f"{measured.errors[side]:.0e}"]
         cells.append(megabytes(measured.memory.get(side, {})))
         out.append("| " + " | ".join(cells) + " |")
     return out
@@ -55,6 +56,21 @@ HEAD = (
     "| case | side | CPU s (min-max) | wall s | CPU ratio | wall ratio | our rate | difference | extra MB |",
     "|---|---|---|---|---|---|---|---|---|",
 )
+WALL_FIRST = (
+    HEAD[0].replace(
+        "CPU s (min-max) | wall s | CPU ratio | wall ratio", "wall s (min-max) | CPU s | wall ratio | CPU ratio"
+    ),
+    HEAD[1],
+)
+
+
+def head(measured: harness.Measured) -> tuple[str, ...]:
+    """The table's head: CPU time leads on a CPU, wall time beside an accelerator, where CPU time counts spinning."""
+    return HEAD if on_cpu(measured) else WALL_FIRST
+
+
+def on_cpu(measured: harness.Measured) -> bool:
+    return measured.about["ours"]["device"].lower() == "cpu"
 
 
 def facts(measured: harness.Measured, options: argparse.Namespace) -> dict[str, str]:
@@ -72,8 +88,8 @@ def file_name(row: str, measured: harness.Measured, threads: int) -> str:
     return f"{row}-{device}-{threads}threads.md"
 
 
-def table(row: str, about: dict[str, str], body: list[str], problems: list[str]) -> str:
-    text = [f"# {row}", "", *(f"- {name}: {value}" for name, value in about.items()), "", *HEAD, *body]
+def table(row: str, about: dict[str, str], first: tuple[str, ...], body: list[str], problems: list[str]) -> str:
+    text = [f"# {row}", "", *(f"- {name}: {value}" for name, value in about.items()), "", *first, *body]
     text += ["", *(f"- not measured: {problem}" for problem in problems)] if problems else []
     return "\n".join(text) + "\n"
 
@@ -122,10 +138,10 @@ def main() -> None:
             else:
                 problems += [f"{case.name}: {problem}" for problem in last.problems]
                 body += lines(last)
-                print("\n".join([*HEAD, *lines(last)]), flush=True)
+                print("\n".join([*head(last), *lines(last)]), flush=True)
             if last is not None:  # after every case: a row can take an hour
                 where = options.out / file_name(row, last, options.threads)
-                where.write_text(table(row, about | facts(last, options), body, problems))
+                where.write_text(table(row, about | facts(last, options), head(last), body, problems))
         if last is not None:
             print(f"wrote {options.out / file_name(row, last, options.threads)}", flush=True)
     sys.exit(failed)

@@ -88,7 +88,7 @@ class Ours:
         jax.block_until_ready((self.state, info))
 
     def memory(self) -> dict[str, float]:
-        return planned_memory(self.program)
+        return planned_memory(self.program, lambda: self.block(0))
 
     def export(self) -> dict[str, Any]:
         import jax

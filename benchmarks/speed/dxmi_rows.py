@@ -69,7 +69,7 @@ class Ours:
         self.jax.block_until_ready(self.program(self.jax.random.key(seed), self.state, self.data))
 
     def memory(self) -> dict[str, float]:
-        return planned_memory(self.program)
+        return planned_memory(self.program, lambda: self.block(0))
 
     def export(self) -> dict[str, Any]:
         """Weights, data and noise of COMPARED iterations, and their figures."""

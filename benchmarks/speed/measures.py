@@ -22,10 +22,12 @@ def forward_flops(function: Any, *args: Any) -> float:
     return float((cost or {}).get("flops", float("nan")))
 
 
-def planned_memory(program: Any) -> dict[str, float]:
-    """Bytes beyond the arguments: XLA's plan for temporaries, and on an accelerator its peak."""
+def planned_memory(program: Any, run: Callable[[], None]) -> dict[str, float]:
+    """Bytes beyond the arguments: XLA's plan for temporaries, and on an accelerator its peak, which is read after the program has run."""
     import jax
 
+    if jax.devices()[0].memory_stats():
+        run()
     out = {"temporaries": float(program.memory_analysis().temp_size_in_bytes)}
     stats = jax.devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
@@ -66,6 +68,22 @@ def nested(given: dict[str, Any], name: str = "params") -> dict[str, Any]:
                 node = node.setdefault(part, {})
             node[path[-1]] = value
     return params
+
+
+def in_mode(function: Callable[..., Any], mode: str | None, **options: Any) -> Callable[..., Any]:
+    """torch.compile in a mode. Where it captures CUDA graphs their outputs are cloned: the next call writes over them."""
+    import torch
+
+    made = torch.compile(function, mode=mode, **options)
+    if mode not in ("reduce-overhead", "max-autotune"):
+        return made
+
+    def run(*args: Any) -> Any:
+        if not torch.is_grad_enabled():  # a pending backward pass still reads what its forward passes have written
+            torch.compiler.cudagraph_mark_step_begin()
+        return torch.utils._pytree.tree_map(lambda leaf: leaf.clone() if torch.is_tensor(leaf) else leaf, made(*args))
+
+    return run
 
 
 def ready_torch(threads: int) -> Any:

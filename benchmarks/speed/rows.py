@@ -237,7 +237,7 @@ class Ours:
             self.jax.block_until_ready(self.program(self.sampler, key, self.times))
 
     def memory(self) -> dict[str, float]:
-        return planned_memory(self.program)
+        return planned_memory(self.program, lambda: self.block(0))
 
     def export(self) -> dict[str, Any]:
         """Everything the other side needs to repeat one run: see the module."""

@@ -201,7 +201,7 @@ class Ours:
         self.jax.block_until_ready(self.program(self.tuner, self.jax.random.key(seed), self.state))
 
     def memory(self) -> dict[str, float]:
-        return planned_memory(self.program)
+        return planned_memory(self.program, lambda: self.block(0))
 
     def export(self) -> dict[str, Any]:
         """Parameters, the answers so far, and of every stage its random numbers and what came out."""

@@ -117,7 +117,7 @@ class Ours:
         jax.block_until_ready(self.program(self.sampler, jax.random.key(seed), self.times))
 
     def memory(self) -> dict[str, float]:
-        return planned_memory(self.program)
+        return planned_memory(self.program, lambda: self.block(0))
 
     def export(self) -> dict[str, Any]:
         """Parameters, the chances to move, the tokens of one run and the uniform and Gumbel numbers behind every candidate."""

@@ -125,7 +125,7 @@ class Ours:
             self.jax.block_until_ready(self.refit(key, STEPS))
 
     def memory(self) -> dict[str, float]:
-        return planned_memory(self.program)
+        return planned_memory(self.program, lambda: self.block(0))
 
     def export(self) -> dict[str, Any]:
         """Data, first parameters, the rows of CHECKED steps of every head, and the heads' standardised predictions after them."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.speed.measures import in_mode
 from benchmarks.speed.torch_twins import device
 
 
@@ -45,7 +46,7 @@ class Drakes:
         compiled: bool = False,
         mode: str | None = None,
     ):
-        wrap: Callable = (lambda f: torch.compile(f, mode=mode, dynamic=False)) if compiled else (lambda f: f)
+        wrap: Callable = (lambda f: in_mode(f, mode, dynamic=False)) if compiled else (lambda f: f)
         self.denoiser, self.reference = denoiser, reference.requires_grad_(False)
         self.scorer = scorer.requires_grad_(False)
         self.moves = [row.unbind() for row in torch.stack([rate[:-1], (rate[1:] / rate[:-1]).log()], 1)]

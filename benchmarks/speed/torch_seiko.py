@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.speed.measures import in_mode
 from benchmarks.speed.torch_twins import Chain, device
 
 Reward = Callable[[Tensor], Tensor]
@@ -54,7 +55,7 @@ class Ensemble:
         compiled: bool = False,
         mode: str | None = None,
     ):
-        wrap: Callable = (lambda f: torch.compile(f, mode=mode)) if compiled else (lambda f: f)
+        wrap: Callable = (lambda f: in_mode(f, mode)) if compiled else (lambda f: f)
         self.first, self.fixed, self.prior, self.rate, self.clip = first, fixed, prior, rate, clip
         self.heads = wrap(heads)
         self.params, self.offset, self.scale = first, torch.zeros(()), torch.ones(())
@@ -194,7 +195,7 @@ class Sequences(Tuning):
 
     def __init__(self, *shared: Any, length: int, classes: int, compiled: bool = False, mode: str | None = None):
         super().__init__(*shared)
-        wrap: Callable = (lambda f: torch.compile(f, mode=mode, dynamic=False)) if compiled else (lambda f: f)
+        wrap: Callable = (lambda f: in_mode(f, mode, dynamic=False)) if compiled else (lambda f: f)
         self.length, self.classes = length, classes
         self.predict, *self.others = (wrap(one) for one in (self.net, *self.anchors))
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.speed.measures import in_mode
 from benchmarks.speed.torch_twins import device
 
 
@@ -100,7 +101,7 @@ class Decoder:
         compiled: bool = False,
         mode: str | None = None,
     ):
-        wrap: Callable = (lambda f: torch.compile(f, mode=mode, dynamic=False)) if compiled else (lambda f: f)
+        wrap: Callable = (lambda f: in_mode(f, mode, dynamic=False)) if compiled else (lambda f: f)
         self.denoiser, self.scorer = wrap(denoiser), wrap(scorer)
         self.moving, self.mask, self.plug_in = [float(p) for p in moving], classes, plug_in
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from benchmarks.speed.measures import in_mode
 from benchmarks.speed.torch_twins import Chain
 
 Reward = Callable[[Tensor], Tensor]
@@ -46,7 +47,7 @@ class Ddpo:
 
     def __init__(self, chain: Chain, compiled: bool = False, mode: str | None = None):
         self.chain = chain
-        self.surrogate = torch.compile(self._surrogate, mode=mode, dynamic=False) if compiled else self._surrogate
+        self.surrogate = in_mode(self._surrogate, mode, dynamic=False) if compiled else self._surrogate
 
     def _surrogate(self, x: Tensor, y: Tensor, advantage: Tensor, *row: Tensor) -> Tensor:
         chain = self.chain

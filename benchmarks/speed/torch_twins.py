@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.speed.measures import in_mode
+
 GROUPS = 8
 
 
@@ -185,7 +187,7 @@ class Chain:
     ):
         self.net, self.prediction = net, prediction
         self.rows = [row.unbind() for row in torch.tensor(table, dtype=torch.float32, device=device())]
-        wrap = (lambda f: torch.compile(f, mode=mode, dynamic=False)) if compiled else (lambda f: f)
+        wrap = (lambda f: in_mode(f, mode, dynamic=False)) if compiled else (lambda f: f)
         self.predict, self.move, self.move_ode = wrap(self._predict), wrap(self._move), wrap(self._move_ode)
         self.kernel = self._kernel  # a dozen elementwise operations on one state
 

@@ -47,6 +47,7 @@ def from_diffusers(
     size: tuple[int, int] | None = None,
     scheduler: Mapping[str, Any] | None = None,
     text: bool = True,
+    weights: bool = True,
 ) -> Pretrained:
     """Read a pipeline's folder, or a denoising network's own, as a prior.
 
@@ -64,6 +65,7 @@ def from_diffusers(
       size: (h, w) of states, in latents; the network's own by default.
       scheduler: settings in place of the folder's scheduler_config.json.
       text: read the text encoders; False where conditions are embedded elsewhere.
+      weights: False has shapes (`jax.ShapeDtypeStruct`) in place of every parameter: files of weights are not read and need not be there.
 
     Returns:
       The prior.
@@ -87,16 +89,17 @@ def from_diffusers(
     shape = _shape(config, size)
     read = _scheduler(opened, shape, scheduler)
     process, channels = read.process(shape, eta), shape[-1]
-    params = _params(network, _inputs(name, config, shape), opened.place, root, dtype, sharding)
+    read_params = _params if weights else _shapes
+    params = read_params(network, _inputs(name, config, shape), opened.place, root, dtype, sharding)
     frozen = getattr(importlib.import_module(type(network).__module__), "FROZEN", ())
     params, held = _split(params, frozen)
     model = PretrainedModel(process.schedule, network, read.prediction, read.levels, channels, read.clip_x0, held)
     classes, null_class = _classes(name, config)
     more: dict[str, Any] = {}
     if "vae" in parts:
-        more |= _autoencoder(parts["vae"], root, dtype)
+        more |= _autoencoder(parts["vae"], root, dtype, read_params)
     if text:
-        more["text"] = _text(opened, dtype)
+        more["text"] = _text(opened, dtype, read_params)
     return Pretrained(
         folder=root,
         scheduler=read,
@@ -258,29 +261,33 @@ def _inputs(name: str, config: Config, shape: tuple[int, ...]) -> tuple[Any, ...
     return x, t, context, pooled, of() if config.get("guidance_embeds") else None
 
 
-def _params(network: Any, inputs: Any, place: Path, root: Path, dtype: Any, sharding: Any = None) -> Params:
-    def shapes(key: Any, *inputs: Any) -> Any:
-        return network.init(key, *inputs)["params"]
+def _shapes(network: Any, inputs: Any, place: Path, root: Path, dtype: Any, sharding: Any = None) -> Params:
+    """The shapes of a network's parameters, with the dtype that they are read in."""
+    init = lambda key, *inputs: network.init(key, *inputs)["params"]  # noqa: E731
+    like = jax.eval_shape(init, jax.random.key(0), *inputs)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), like)
 
-    like = jax.eval_shape(shapes, jax.random.key(0), *inputs)
+
+def _params(network: Any, inputs: Any, place: Path, root: Path, dtype: Any, sharding: Any = None) -> Params:
+    like = _shapes(network, inputs, place, root, jnp.float32)
     rename = getattr(importlib.import_module(type(network).__module__), "rename", None)
     tensors = weights.find(place, root)
     return weights.read(tensors, like, dtype=dtype, sharding=sharding, rename=rename, source=place)
 
 
-def _autoencoder(place: Path, root: Path, dtype: Any) -> dict[str, Any]:
+def _autoencoder(place: Path, root: Path, dtype: Any, read_params: Any = _params) -> dict[str, Any]:
     config = read_config(weights.inside(place / "config.json", root))
     name = checks.one_of(f"_class_name in {place / 'config.json'}", config.get("_class_name"), ("AutoencoderKL",))
     kept = jnp.float32 if config.get("force_upcast", False) else dtype
     network = _network(name)(config, dtype=_compute(kept))
     size = config.get("sample_size", 64)
     x = jax.ShapeDtypeStruct((1, size, size, config.get("in_channels", 3)), jnp.float32)
-    params = _params(network, (x,), place, root, kept)
+    params = read_params(network, (x,), place, root, kept)
     scale, shift = float(config.get("scaling_factor", 0.18215)), float(config.get("shift_factor", 0.0))
     return {kind: make(params, network, scale, shift) for kind, make in (("decode", Decoder), ("encode", Encoder))}
 
 
-def _text(opened: _Opened, dtype: Any) -> dict[str, TextEncoder]:
+def _text(opened: _Opened, dtype: Any, read_params: Any = _params) -> dict[str, TextEncoder]:
     parts, root, out = opened.parts, opened.root, {}
     t5_length = (
         512 if opened.config["_class_name"] == "FluxTransformer2DModel" else 256
@@ -294,7 +301,7 @@ def _text(opened: _Opened, dtype: Any) -> dict[str, TextEncoder]:
         network = _network(kind)(config, dtype=_compute(dtype))
         length = config.get("max_position_embeddings", t5_length)
         ids = jax.ShapeDtypeStruct((1, min(length, 77)), jnp.int32)
-        params = _params(network, (ids,), parts[name], root, dtype)
+        params = read_params(network, (ids,), parts[name], root, dtype)
         tokenizer = parts.get(name.replace("text_encoder", "tokenizer"))
         out[name] = TextEncoder(network, params, length, None if tokenizer is None else _Tokenizer(tokenizer, length))
     return out

@@ -8,9 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rgdiff import assets, checks, denoisers
-from rgdiff.domains.pipelines import PipelineDomain, opened
+from rgdiff.domains.pipelines import PipelineDomain, opened, shaped
 from rgdiff.pretrained import folders, text
 from rgdiff.recipes.typing import Domain, Prior, ReadyPrior, Shape
 from rgdiff.runtime.run import Run
@@ -104,15 +105,43 @@ class PipelinePrior(Prior):
         """Read the folder, and embed the prompts."""
         run.say(f"prior: the pipeline in {self.folder}")
         own = opened(str(assets.resolved(self.folder)), self.dtype, self.remat, getattr(domain, "size", None))
-        process = self.process(domain.shape)
-        model: Any = own.guided(float(self.guidance or 1), self.negative) if self.guided else own.model
+        return self._ready(
+            domain, own, *self._conditioned(own, self.names, self.negative), getattr(domain, "decoder", None)
+        )
+
+    def shapes(self, domain: Domain) -> ReadyPrior:
+        """Return the prior with shapes in place of its parameters and embeddings; no weights are read, and they need not be there."""
+        own = shaped(str(assets.resolved(self.folder)), self.dtype, self.remat, getattr(domain, "size", None))
+        blank = {name: np.zeros((len(self.names), encoder.length), np.int32) for name, encoder in own.text.items()}
+        negative = np.zeros(max((encoder.length for encoder in own.text.values()), default=0), np.int32)
+
+        def embedded(params: Any) -> Any:
+            text = {name: dataclasses.replace(encoder, params=params[name]) for name, encoder in own.text.items()}
+            return self._conditioned(dataclasses.replace(own, text=text), blank, negative)
+
+        model, conds = jax.eval_shape(embedded, {name: encoder.params for name, encoder in own.text.items()})
+        plain = model.model if isinstance(model, OneConditionModel) else model
+        if self.guided:  # embeddings are shapes; numbers are numbers
+            plain = dataclasses.replace(plain, model=own.model, scale=jnp.float32(self.guidance))
+        else:
+            plain = own.model
+        model = dataclasses.replace(model, model=plain) if isinstance(model, OneConditionModel) else plain
+        return self._ready(domain, own, model, conds, own.decode)
+
+    def _conditioned(self, own: Any, names: Any, negative: Any) -> tuple[Any, Any]:
+        """Return the model under guidance, and the conditions of prompts or labels; or the model under the only one, and None."""
+        model: Any = own.guided(float(self.guidance or 1), negative) if self.guided else own.model
         conds = None
         if self.classes is not None:
             conds = {"prompt": jnp.arange(len(self.classes)), **own.labelled(self.classes)}
         elif self.names:
-            conds = own.embed(self.names)
+            conds = own.embed(names)
         if conds is not None and not self.several:
             model, conds = OneConditionModel(model, jax.tree.map(lambda leaf: leaf[0], conds)), None
+        return model, conds
+
+    def _ready(self, domain: Domain, own: Any, model: Any, conds: Any, decode: Any) -> ReadyPrior:
+        process = self.process(domain.shape)
         data, fresh = getattr(domain, "train_x", None), getattr(domain, "heldout_x", None)
         return ReadyPrior(
             process,
@@ -124,5 +153,5 @@ class PipelinePrior(Prior):
             conds=conds,
             data=data,
             fresh=fresh,
-            decode=getattr(domain, "decoder", None),
+            decode=decode,
         )

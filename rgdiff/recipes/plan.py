@@ -9,7 +9,7 @@ import inspect
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from rgdiff import guides, samplers
 from rgdiff.recipes.compose import COUNTS
 from rgdiff.recipes.outcome import nothing
-from rgdiff.recipes.priors import TrainedPrior, initial, state_shape
+from rgdiff.recipes.priors import TrainedPrior
 from rgdiff.recipes.typing import ReadyPrior
 from rgdiff.recipes.values import LikelihoodValue, PosteriorMeanValue
 from rgdiff.rewards import Task
@@ -40,8 +40,8 @@ def described(
       domain, settings, methods: built, of the latter two the settings.
       plain: the settings of the methods as plain values, by name.
     """
-    process, stand_in = settings.process(domain.shape), cast(Any, nothing)
-    calls = samplers.ancestral(process, stand_in).network_calls(len(process.times(settings.steps)) - 1)
+    process = settings.process(domain.shape)
+    calls = samplers.ancestral(process, nothing).network_calls(len(process.times(settings.steps)) - 1)
     examples = f", {len(domain.train_x):,} to train on" if hasattr(domain, "train_x") else ""
     rows = [
         ("folder", f"{out}{', which holds a run to go on with' if (out / 'config.yaml').exists() else ''}"),
@@ -71,9 +71,7 @@ def _trained(plain: dict[str, Any], cache: Path | None, domain: Any, settings: A
     """How the prior comes by its parameters."""
     if not isinstance(settings, TrainedPrior):
         return "nothing is trained"
-    shape = state_shape(settings.process(domain.shape))  # type: ignore[attr-defined]
-    like = jax.eval_shape(lambda key: initial(settings.network, key, shape), jax.random.key(0))
-    count = f"{sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(like)):,} parameters"
+    count = f"{sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(settings.like(domain))):,} parameters"
     if settings.checkpoint is not None:
         return f"{count} from {settings.checkpoint}"
     if cache is not None and settings.kept(cache, plain, domain).exists():
@@ -90,29 +88,43 @@ def _counts(settings: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
             yield f"{prefix}{key}", value
 
 
-def parts(method: Any, settings: Any, shape: tuple[int, ...], task: Task) -> dict[str, Any]:
-    """Build a method's `tuner` and `sampler` for a reward, of stand-ins for what is trained.
+def stand_in(settings: Any, shape: tuple[int, ...]) -> ReadyPrior:
+    """Return a prior of stand-ins for what is trained.
+
+    Args:
+      settings: of the prior.
+      shape: of an example.
+    """
+    process = settings.process(shape)
+    return ReadyPrior(process, process.times(settings.steps), nothing, None, settings, shape)
+
+
+def parts(
+    method: Any, prior: ReadyPrior, task: Task, *, model: Any = nothing, denoiser: Any = nothing, **more: Any
+) -> dict[str, Any]:
+    """Build a method's `tuner` and `sampler` for a reward; nothing is run, so that parameters may be shapes or missing.
 
     Their constructors refuse a reward that they cannot use, e.g. a black box where its gradient is needed.
 
     Args:
       method: of a recipe. What its `tuner(...)` and `sampler(...)` ask for is given by name; one that asks for something
         else is left out. A method that has the reward tuned by another's settings names them `tunes`.
-      settings: of the prior.
-      shape: of an example.
+      prior: of shapes, or of stand-ins (`stand_in`).
       task: with the reward.
+      model: of the tuned parameters.
+      denoiser: of the prior.
+      more: further parts, by name.
     """
     method = getattr(method, "tunes", method)
-    process = settings.process(shape, *([method.eta] if hasattr(method, "eta") else []))
-    times = process.times(settings.steps)
-    given = {"process": process, "times": times, "task": task, "reward": task.reward, "key": jax.random.key(0)}
-    given |= dict.fromkeys(("model", "denoiser", "reference"), nothing)
+    process = prior.with_eta(method.eta) if hasattr(method, "eta") else prior.process
+    given = {"process": process, "times": prior.times, "task": task, "reward": task.reward, "key": jax.random.key(0)}
+    given |= {"model": model, "denoiser": denoiser, "reference": denoiser, **more}
     if isinstance(
         getattr(method, "value", None), PosteriorMeanValue | LikelihoodValue
     ):  # the others are trained or enumerated
-        stand_in: Any = nothing
-        prior = ReadyPrior(process, times, stand_in, None, settings, shape)
-        given["value"] = method.value.obtain(None, "", prior, task, stand_in, method.temperature)[0]
+        given["value"] = method.value.obtain(None, "", prior, task, denoiser, method.temperature)[0]
+    elif hasattr(getattr(method, "value", None), "shapes") and prior.params is not None:
+        given["value"] = method.value.shapes(prior, task)
     built = {}
     for kind in ("tuner", "sampler"):
         if build := getattr(method, kind, None):
@@ -124,8 +136,8 @@ def parts(method: Any, settings: Any, shape: tuple[int, ...], task: Task) -> dic
 
 def _network_calls(method: Any, settings: Any, shape: tuple[int, ...], count: int) -> Iterator[str]:
     """Network calls of tuning and sampling, where a method's parts tell them."""
-    stand_in = guides.inpainting(jnp.ones(shape), jnp.zeros(shape), 1.0)  # a reward for methods of measurements too
-    built = parts(method, settings, shape, Task(stand_in, stand_in))
+    reward = guides.inpainting(jnp.ones(shape), jnp.zeros(shape), 1.0)  # for methods of measurements too
+    built = parts(method, stand_in(settings, shape), Task(reward, reward))
     if "tuner" in built:
         one = getattr(method, "tunes", method)
         yield f"{built['tuner'].network_calls() * one.batch * one.steps:,} network calls to tune"

@@ -156,6 +156,8 @@ class TrainedPrior(Prior):
       checkpoint: parameters in place of training: an Orbax folder or a .safetensors file of your own, or `package:NAME`, a file
         that comes with rgdiff.
       seed: of training, apart from the run's: runs of several seeds share one prior.
+      dtype: that the trained network computes in, float32 or bfloat16, when it is sampled, steered and tuned. Its parameters, their
+        gradients and moments, and all that is made of its predictions (kernels, weights, rewards, log-probabilities) are float32.
     """
 
     network: Any
@@ -164,8 +166,13 @@ class TrainedPrior(Prior):
     steps: int
     checkpoint: str | None = None
     seed: int = 0
+    dtype: str = "float32"
 
-    unseen = ("steps", "checkpoint")  # settings that training does not see: priors that differ in them alone are one
+    unseen = (
+        "steps",
+        "checkpoint",
+        "dtype",
+    )  # settings that training does not see: priors that differ in them alone are one
 
     def check(self, domain: Any) -> None:
         """Refuse what does not fit each other or the domain, before anything is trained: steps, network, checkpoint, training."""
@@ -177,8 +184,8 @@ class TrainedPrior(Prior):
             raise ValueError(
                 f"prior.network returns {list(found)} for a state of shape {list(shape)}, expected {list(domain.shape)}{out}"
             )
-        like = jax.eval_shape(lambda key: initial(self.network, key, shape), jax.random.key(0))
-        self.model()(like)
+        like = self.like(domain)
+        self.computing()(like)
         if self.checkpoint is not None:
             check_params(assets.resolved(self.checkpoint), like)
         else:
@@ -188,6 +195,34 @@ class TrainedPrior(Prior):
     def model(self) -> Model:
         """Return what the parameters are of: a map from them to a denoiser."""
         return denoisers.LinenModel(self.network)
+
+    def computing(self) -> Model:
+        """Return the model with a network that computes in `dtype`.
+
+        Raises:
+          ValueError: for an unknown dtype, or a network that has no choice.
+        """
+        model: Any = self.model()
+        if checks.one_of("prior.dtype", self.dtype, ("float32", "bfloat16")) == "float32":
+            return model
+        if not hasattr(self.network, "dtype"):
+            raise ValueError("prior.network has no field dtype; leave prior.dtype=float32")
+        name = next(field for field in ("network", "module") if hasattr(model, field))
+        return dataclasses.replace(model, **{name: self.network.clone(dtype=jnp.dtype(self.dtype))})
+
+    def like(self, domain: Any) -> Params:
+        """Return the shapes of the parameters."""
+        shape = state_shape(self.process(domain.shape))  # type: ignore[attr-defined]
+        return jax.eval_shape(lambda key: initial(self.network, key, shape), jax.random.key(0))
+
+    def ready(self, domain: Any, params: Params, fresh: Any = None) -> ReadyPrior:
+        """Return the prior with its parameters, which may be shapes; `fresh` are data that it was not trained on."""
+        process = self.process(domain.shape)  # type: ignore[attr-defined]
+        return ReadyPrior(process, process.times(self.steps), self.computing(), params, self, domain.shape)  # type: ignore[arg-type]
+
+    def shapes(self, domain: Any) -> ReadyPrior:
+        """Return the prior with the shapes of its parameters; nothing is trained or read."""
+        return self.ready(domain, self.like(domain))
 
     def kept(self, cache: Path, identity: Any, domain: Any) -> Path:
         """Return where the parameters are kept in the cache once they are trained."""
@@ -312,15 +347,19 @@ class GaussianPrior(TrainedPrior):
 
     def obtain(self, run: Run, domain: Domain, identity: Mapping[str, Any]) -> ReadyPrior:
         """Make the prior ready; `identity` as in `parameters`."""
-        model = self.model()
-        process = self.process(domain.shape)
-        classes = self.conditional(domain)
-        params = self.conditioned(classes).parameters(run, model, process, domain, identity)
+        conditioned = self.conditioned(self.conditional(domain))
+        params = conditioned.parameters(run, self.model(), self.process(domain.shape), domain, identity)
+        drawn: Any = domain
+        fresh = drawn.data(run.key("fresh"), FRESH) if hasattr(domain, "data") else getattr(domain, "heldout_x", None)
+        return self.ready(domain, params, fresh)
+
+    def ready(self, domain: Domain, params: Params, fresh: Any = None) -> ReadyPrior:
+        """Return the prior with its parameters, clipped and under its guidance."""
+        model: Any = self.computing()
+        process, classes = self.process(domain.shape), self.conditional(domain)
         clipped = dataclasses.replace(model, value_range=domain.value_range) if self.clip else model
         if classes is not None:
             clipped = dataclasses.replace(clipped, classes=classes, guidance=self.guidance)
-        drawn: Any = domain
-        fresh = drawn.data(run.key("fresh"), FRESH) if hasattr(domain, "data") else getattr(domain, "heldout_x", None)
         return ReadyPrior(
             process=process,
             times=process.times(self.steps),
@@ -355,10 +394,8 @@ class MaskedPrior(TrainedPrior):
 
     def obtain(self, run: Run, domain: Domain, identity: Mapping[str, Any]) -> ReadyPrior:
         """Make the prior ready; `identity` as in `parameters`."""
-        process = self.process(domain.shape)
-        model = self.model()
-        params = self.parameters(run, model, process, domain, identity)
-        return ReadyPrior(process, process.times(self.steps), model, params, self, domain.shape)
+        params = self.parameters(run, self.model(), self.process(domain.shape), domain, identity)
+        return self.ready(domain, params)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -173,7 +173,7 @@ def tasks_of(prepared: Prepared, make: Callable[[str, Any], Any]) -> tuple[Any, 
     Returns:
       The task of the recipe, and that of every method.
     """
-    from rgdiff.recipes.plan import parts
+    from rgdiff.recipes.plan import parts, stand_in
     from rgdiff.rewards import Task
 
     def made(phase: str, settings: Any) -> Any:
@@ -200,7 +200,7 @@ def tasks_of(prepared: Prepared, make: Callable[[str, Any], Any]) -> tuple[Any, 
         if (own := tasks[key]) is not None:
             try:
                 method.suits(own)
-                parts(method, prepared.settings, prepared.domain.shape, own)
+                parts(method, stand_in(prepared.settings, prepared.domain.shape), own)
             except ValueError as error:
                 raise ValueError(f"{key}: {error}") from error
     if task is not None and task.conditional and getattr(prepared.settings, "guidance", None) is None:

@@ -213,7 +213,11 @@ class Outcome:
 
 
 class Method(Protocol):
-    """What is done with a prior and a reward: steering, fine-tuning, or training another sampler."""
+    """What is done with a prior and a reward: steering, fine-tuning, or training another sampler.
+
+    `rgdiff plan` builds a method's `tuner(...)` and `sampler(...)` where their parameters are parts of a prior and a task, by name; a
+    method that builds others has `programs(name, prior, task, count)`, see `rgdiff.recipes.programs`.
+    """
 
     def check(self, prior: Prior, shape: Shape) -> None:
         """Refuse settings that do not fit each other or the prior, before anything is trained."""

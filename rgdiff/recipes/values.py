@@ -155,8 +155,18 @@ class LearnedValue(ValueSource):
         error = values.error_over_time(model(state.best), times, heldout, temperature=tuner.temperature)
         grid, explained, bias = (np.asarray(a).tolist() for a in (times, error.explained, error.bias))
         curves = {"held-out variance of the reward explained, by t": (grid, explained), "bias, by t": (grid, bias)}
+        return Obtained(self.trained(prior, task, state.best), curves)
+
+    def trained(self, prior: ReadyPrior, task: Task, params: Params) -> Any:
+        """Return the value with its parameters, which may be shapes."""
+        process = prior.process
         ends = {} if process.projects else {"reward": task.reward, "process": process}
-        return Obtained(LearnedModel(self.network, **ends)(state.best), curves)
+        return LearnedModel(self.network, **ends)(params)
+
+    def shapes(self, prior: ReadyPrior, task: Task) -> Any:
+        """Return the value with shapes in place of its parameters."""
+        shape = state_shape(prior.process)
+        return self.trained(prior, task, jax.eval_shape(lambda: initial(self.network, jax.random.key(0), shape)))
 
     def _rollouts(
         self, run: Run, phase: str, prior: ReadyPrior, task: Task, denoiser: Denoiser, count: int

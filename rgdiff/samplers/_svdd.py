@@ -7,6 +7,7 @@ draw is selected too (a masked chain begins at one state, and needs no selection
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -83,7 +84,7 @@ class Svdd:
         key_draw, key_select = jax.random.split(key)
         prior = self.process.prior(batch)
         if self.select_initial:
-            return self._choose(key_select, self._draw(key_draw, prior), None, t, cond)
+            return self._choose(key_select, self._keys(key_draw), prior, None, t, cond)
         x = prior.sample(key_draw)
         lineages = self._lineages(batch)
         if not self.timeless:
@@ -102,11 +103,9 @@ class Svdd:
         carry = carry._replace(prediction=prediction)
         kernel = self.process.reverse(carry.x, t, s, prediction)
         if self.proposal is None:
-            return self._choose(key_select, self._draw(key_draw, kernel), carry, s, cond)
+            return self._choose(key_select, self._keys(key_draw), kernel, carry, s, cond)
         proposal = self.proposal(kernel, Move(carry.x, t, s, cond, prediction))
-        candidates = self._draw(key_draw, proposal)
-        log_ratio = jax.vmap(kernel.log_prob)(candidates) - jax.vmap(proposal.log_prob)(candidates)
-        return self._choose(key_select, candidates, carry, s, cond, log_ratio)
+        return self._choose(key_select, self._keys(key_draw), proposal, carry, s, cond, kernel)
 
     def final(self, carry: SvddCarry, t: Array, cond: Cond = None) -> tuple[State, Info]:
         prediction = carry.prediction
@@ -137,40 +136,41 @@ class Svdd:
         again = by_rows(refresh, self.shards, (None, 0, 0, None, 0, 0))
         return again(self.denoiser, carry.prediction, carry.x, t, cond, carry.stale)
 
-    def _draw(self, key: Key, kernel: Any) -> State:
-        return jax.vmap(without_gradient(kernel).sample)(jax.random.split(key, self.candidates))
+    def _keys(self, key: Key) -> Array:
+        """The keys of M candidates."""
+        return jax.random.split(key, self.candidates)
 
     def _choose(
         self,
         key: Key,
-        candidates: State,
+        keys: Array,
+        law: Any,
         parent: SvddCarry | None,
         t: Array,
         cond: Cond,
-        log_ratio: Array | None = None,
+        kernel: Any = None,
     ) -> tuple[SvddCarry, Info]:
-        """Weigh candidates [M, B, ...] at time t by exp(v/tau) kernel/proposal, and keep one per example."""
-        values, predictions, evaluations = self._evaluate(candidates, parent, t, cond)
-        log_weights = log_soft_weights(values, self.temperature)
-        if log_ratio is not None:
-            log_weights += log_ratio
-        if self.selection == "soft":
-            index = jax.random.categorical(key, log_weights, axis=0)
+        """Draw M candidates of `law` at time t, weigh them by exp(v/tau) kernel/law, and keep one per example."""
+        more: Info = {}
+        if self.distinct or self.chunk == self.candidates:
+            candidates, log_ratio = _drawn(law, kernel, keys)
+            values, predictions, evaluations = self._evaluate(candidates, parent, t, cond)
+            noise = self._noise(key, values.shape[1])
+            index = jnp.argmax(self._log_weights(values, log_ratio) + noise, axis=0)
+            x, prediction = jax.tree.map(functools.partial(_pick, index=index), (candidates, predictions))
+            more = {"candidates": candidates} | ({"evaluations": evaluations} if self.distinct else {})
         else:
-            index = jnp.argmax(log_weights, axis=0)
-        # Indexed per example, not by (index, arange): a batch split over devices stays where it is.
-        pick = lambda leaf: jax.vmap(lambda column, i: column[i], in_axes=(1, 0))(leaf, index)  # noqa: E731
+            index, (x, prediction), values, log_ratio = self._running(key, keys, law, kernel, t, cond)
+        log_weights = self._log_weights(values, log_ratio)
+        won = _pick(log_weights, index)
         info = {
-            "value": pick(values),
+            "value": _pick(values, index),
             "values": values,
-            "candidates": candidates,
             "log_weights": log_weights,
-            "kl": self._selection_kl(log_weights, pick(log_weights)) - (0.0 if log_ratio is None else pick(log_ratio)),
+            "kl": self._selection_kl(log_weights, won) - (0.0 if log_ratio is None else _pick(log_ratio, index)),
             "infeasible": jnp.sum(jnp.isnan(values), axis=0),
+            **more,
         }
-        if self.distinct:
-            info["evaluations"] = evaluations
-        x, prediction = jax.tree.map(pick, (candidates, predictions))
         lineages = self._lineages(values.shape[1]) if parent is None else parent.lineages
         carry = SvddCarry(x, prediction, info["value"] if self.timeless else None, None, lineages)
         if self.timeless and not self.shared:
@@ -180,6 +180,61 @@ class Svdd:
                 raise ValueError("replace moves samples within the batch, away from their conditions; give replace=0")
             carry, info["value"] = self._resample(jax.random.fold_in(key, 1), carry, info["value"])
         return carry, info
+
+    def _noise(self, key: Key, batch: int) -> Array:
+        """Gumbel noise [M, B], whose sum with log-weights has its maximum at a draw in proportion to the weights; 0 for argmax."""
+        if self.selection == "soft":
+            return jax.random.gumbel(key, (self.candidates, batch), jnp.float32)
+        return jnp.zeros((self.candidates, batch), jnp.float32)
+
+    def _log_weights(self, values: Array, log_ratio: Array | None) -> Array:
+        log_weights = log_soft_weights(values, self.temperature)
+        return log_weights if log_ratio is None else log_weights + log_ratio
+
+    def _running(
+        self, key: Key, keys: Array, law: Any, kernel: Any, t: Array, cond: Cond
+    ) -> tuple[Array, tuple[State, Any], Array, Array | None]:
+        """The same draw, `chunk` candidates at a time, each beside the winner so far: of M, numbers alone are kept.
+
+        By Gumbel-max: a draw in proportion to weights is where log-weight plus noise is largest, and the largest of some is the only one
+        of them that may be the largest of all. The law, and with it the sample, is that of all M at once.
+
+        Returns:
+          The winner's index [B], its state and prediction, values [M, B], log-ratios [M, B] or None.
+        """
+        shapes = jax.eval_shape(lambda: _drawn(law, kernel, keys[:1]))[0]
+        batch = jax.tree.leaves(shapes)[0].shape[1]
+        conds = jax.tree.map(lambda c: jnp.repeat(c, self.chunk, axis=0), cond)
+        cut = lambda leaf: leaf.reshape(-1, self.chunk, *leaf.shape[1:])  # noqa: E731
+        noise = self._noise(key, batch)
+        numbers = jnp.broadcast_to(jnp.arange(self.candidates)[:, None], (self.candidates, batch))
+
+        def evaluated(keys: Array) -> tuple[Any, Array | None, Array]:
+            drawn, log_ratio = _drawn(law, kernel, keys)
+            rows = jax.tree.map(_by_example, drawn)
+            out = evaluate(self.process, self.value, self.shared, rows, t, conds)
+            values, predictions = jax.tree.map(lambda leaf: _by_candidate(leaf, self.chunk), out)
+            return (drawn, predictions), log_ratio, values
+
+        def better(best: Any, new: Any) -> tuple[Any, Any]:
+            keys, noise, numbers = new
+            held, log_ratio, values = evaluated(keys)
+            ratio = jnp.zeros_like(values) if log_ratio is None else log_ratio
+            ahead = jax.tree.map(
+                lambda one, more: jnp.concatenate([one[None], more]), best, (held, ratio, values, noise, numbers)
+            )
+            _, ratios, all_values, gumbel, _ = ahead
+            index = jnp.argmax(log_soft_weights(all_values, self.temperature) + ratios + gumbel, axis=0)
+            return jax.tree.map(functools.partial(_pick, index=index), ahead), (values, log_ratio)
+
+        # Nobody at first: its noise is -inf, and its value no number.
+        blank = jax.eval_shape(lambda: evaluated(keys[: self.chunk])[0])
+        held = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), blank)
+        nobody = (jnp.full(batch, of, jnp.float32) for of in (0.0, jnp.nan, -jnp.inf))
+        none = (held, *nobody, jnp.zeros(batch, numbers.dtype))
+        best, kept = jax.lax.scan(better, none, (cut(keys), cut(noise), cut(numbers)))
+        values, log_ratio = jax.tree.map(lambda leaf: leaf.reshape(self.candidates, batch), kept)
+        return best[4], best[0], values, log_ratio
 
     def _keep_prediction(self, carry: SvddCarry, parent: SvddCarry | None, t: Array, cond: Cond) -> SvddCarry:
         """Hand the parent's prediction on, marked where the state has changed."""
@@ -204,30 +259,16 @@ class Svdd:
 
     def _evaluate(self, candidates: State, parent: SvddCarry | None, t: Array, cond: Cond) -> tuple[Array, Any, Array]:
         """Values [M, B], predictions [M, B, ...] where the value shares the denoiser, and states evaluated per example [B]."""
-        pieces = self.candidates // self.chunk
         batch = jax.tree.leaves(candidates)[0].shape[1]
         if self.distinct:
             each = by_rows(type(self)._evaluate_distinct, self.shards, (None, 1, 0, None, 0), (1, 1, 0))
             return each(self, candidates, parent, t, cond)
         run = lambda x, conds: evaluate(self.process, self.value, self.shared, x, t, conds)  # noqa: E731
 
-        # Rows of one example stay together, so that a batch split over devices is evaluated where it lies.
-        def fold(leaf: Array) -> Array:
-            leaf = jnp.moveaxis(leaf.reshape(pieces, self.chunk, *leaf.shape[1:]), 1, 2)
-            return leaf.reshape(pieces, batch * self.chunk, *leaf.shape[3:])
-
-        def unfold(leaf: Array) -> Array:
-            leaf = jnp.moveaxis(leaf.reshape(pieces, batch, self.chunk, *leaf.shape[2:]), 2, 1)
-            return leaf.reshape(self.candidates, batch, *leaf.shape[3:])
-
-        conds = jax.tree.map(lambda c: jnp.repeat(c, self.chunk, axis=0), cond)
-        folded = jax.tree.map(fold, candidates)
-        if pieces == 1:
-            out = run(jax.tree.map(lambda leaf: leaf[0], folded), conds)
-            out = jax.tree.map(lambda leaf: leaf[None], out)
-        else:
-            out = jax.lax.map(lambda x: run(x, conds), folded)
-        return *jax.tree.map(unfold, out), jnp.full(batch, self.candidates)
+        conds = jax.tree.map(lambda c: jnp.repeat(c, self.candidates, axis=0), cond)
+        out = run(jax.tree.map(_by_example, candidates), conds)
+        values, predictions = jax.tree.map(lambda leaf: _by_candidate(leaf, self.candidates), out)
+        return values, predictions, jnp.full(batch, self.candidates)
 
     def _evaluate_distinct(
         self, candidates: Array, parent: SvddCarry | None, t: Array, cond: Cond
@@ -251,6 +292,29 @@ class Svdd:
             reuse = lambda new, old: jnp.where(known.reshape(many, batch, *(1,) * (new.ndim - 2)), old[None], new)  # noqa: E731
             out = jax.tree.map(reuse, out, (parent.value, parent.prediction if self.shared else None))
         return *out, jnp.sum(needed & ~known, axis=0)
+
+
+def _drawn(law: Any, kernel: Any, keys: Array) -> tuple[State, Array | None]:
+    """Draw one candidate a key from a law, [M, B, ...], and return log kernel/law of each, [M, B]; None where they are one."""
+    candidates = jax.vmap(without_gradient(law).sample)(keys)
+    if kernel is None:
+        return candidates, None
+    return candidates, jax.vmap(kernel.log_prob)(candidates) - jax.vmap(law.log_prob)(candidates)
+
+
+def _pick(leaf: Array, index: Array) -> Array:
+    """Pick from [M, B, ...] one a column, [B, ...]: per example, so that a batch split over devices stays where it is."""
+    return jax.vmap(lambda column, i: column[i], in_axes=(1, 0))(leaf, index)
+
+
+def _by_example(leaf: Array) -> Array:
+    """[M, B, ...] -> [B M, ...]: rows of one example stay together, so that a batch split over devices is evaluated where it lies."""
+    return jnp.moveaxis(leaf, 1, 0).reshape(-1, *leaf.shape[2:])
+
+
+def _by_candidate(leaf: Array, count: int) -> Array:
+    """Invert `_by_example`: [B M, ...] -> [M, B, ...]."""
+    return jnp.moveaxis(leaf.reshape(-1, count, *leaf.shape[1:]), 1, 0)
 
 
 def log_soft_weights(values: Array, temperature: Array) -> Array:
@@ -300,7 +364,9 @@ def svdd(
       temperature: tau in the reward's unit; the target is p_pre(x) exp(r(x)/tau)/Z, up to the distribution of x_T
         (`select_initial`).
       candidates: M.
-      chunk: candidates evaluated at once (a divisor of M; all by default, one with `distinct`), to bound memory.
+      chunk: candidates drawn and evaluated at once (a divisor of M; all by default, one with `distinct`). The samples are the same; the
+        memory of their states and predictions is that of `chunk` of them whatever M is, and info has no `candidates`. With
+        `distinct` only evaluations are so bounded.
       selection: `soft`, or `argmax`: the best candidate, whatever the temperature.
       select_initial: also select x_T among M draws of the prior. Without it a Gaussian chain tends to prior(x_T) times tilted
         moves, which is the target only where x_T is independent of x0.

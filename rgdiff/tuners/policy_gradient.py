@@ -6,9 +6,11 @@ chain are independent given its states, so their gradients are summed in a scan 
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -43,12 +45,14 @@ from rgdiff.typing import (
 )
 
 KL_GRADIENTS = ("full", "direct")
+PATHS = ("kept", "again")
 
 
 class Experience(NamedTuple):
     """Chains as the policy drew them: x0 and cond [B, ...], the states path [T + 1, B, ...] and log_prob [T, B] in nats.
 
     penalty [T + 1, n, B]: the KL of every move, and of the projection, to each of n references, nats; None without.
+    key: that the chains are drawn with again, of which the path [1, B, ...] has the first state alone; None where all are kept.
     """
 
     x0: State
@@ -56,6 +60,7 @@ class Experience(NamedTuple):
     path: State
     log_prob: Array
     penalty: Array | None
+    key: Key | None = None
 
 
 class Rows(NamedTuple):
@@ -75,6 +80,14 @@ class Rows(NamedTuple):
     def take(self, index: Array, shards: Shards | None) -> Rows:
         moves = take((self.path, self.log_prob, self.advantage), index, shards, axis=1)
         return Rows(*moves, *take((self.weight, self.scale, self.cond), index, shards), self.temperature)
+
+
+class Replay(NamedTuple):
+    """What draws chains again: the parameters that they were drawn with, the experience, and the rows [b] that count; None for all."""
+
+    params: Params
+    experience: Experience
+    index: Array | None = None
 
 
 class PolicyGradientExtra(NamedTuple):
@@ -105,6 +118,7 @@ class PolicyGradient:
     minibatches: int = static(default=1)
     per_dim: bool = static(default=False)
     kl_gradient: str = static(default="full")
+    path: str = static(default="kept")
     shards: Shards | None = static(default=None)
     fine_clip: bool = static(default=False)  # below what a network in half precision resolves
 
@@ -130,21 +144,27 @@ class PolicyGradient:
                 "rounding; compute in float32, or give a larger clip (info['clipped'] says how many are cut)",
                 stacklevel=2,
             )
-        last, (later, info) = roll(chain, key, first, self.times, cond, keep=lambda carry, info: (carry.x, info))
+        kept = self.path == "kept"
+        keep = lambda carry, info: (carry.x if kept else None, info)  # noqa: E731
+        last, (later, info) = roll(chain, key, first, self.times, cond, keep=keep)
         x0, end = chain.final(last, self.times[-1], cond)
-        path = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first.x, later)
+        path = jax.tree.map(lambda leaf: leaf[None], first.x)
+        if kept:
+            path = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), path, later)
         penalty = jnp.concatenate([info["penalty"], end["penalty"][None]]) if self.references else None
-        return Experience(x0, cond, path, info["log_prob"], penalty)
+        return Experience(x0, cond, path, info["log_prob"], penalty, None if kept else key)
 
     def update(
         self, key: Key, state: TrainState, experience: Experience, rewards: Array, terminal: Reward | None = None
     ) -> tuple[TrainState, Info]:
         """Take epochs * minibatches optimiser steps. `terminal`: the reward as a function, see `gradients`."""
         rows, extra, info = self._weigh(state.extra, experience, rewards)
+        old = state.params
 
         def one(state: TrainState, index: Array) -> tuple[TrainState, Info]:
             part = rows if self.minibatches == 1 else rows.take(index, self.shards)
-            gradients, sums = self._gradients(state.params, part, terminal)
+            replay = None if self.path == "kept" else Replay(old, experience, None if part is rows else index)
+            gradients, sums = self._gradients(state.params, part, terminal, replay)
             scaled = jax.tree.map(lambda g: g * self.minibatches, gradients)
             new, more = update(state, scaled, self.optimizer, self.ema_decay)
             return new._replace(step=state.step), sums | {"gradient_norm": more["gradient_norm"]}
@@ -171,13 +191,15 @@ class PolicyGradient:
         the reward as a differentiable function (x0, cond) -> [B], its gradient through the projection is added.
         """
         rows, _, info = self._weigh(state.extra, experience, rewards)
-        gradients, sums = self._gradients(state.params, rows, terminal)
+        replay = None if self.path == "kept" else Replay(state.params, experience)
+        gradients, sums = self._gradients(state.params, rows, terminal, replay)
         return gradients, info | sums
 
     def network_calls(self) -> int:
         """Calls of the tuned denoiser per sample and step, forward passes only: of the rollout and of every epoch."""
         moves = self.times.shape[0] - 1
-        return moves * (1 + self.epochs) + self.process.projects * (1 + bool(self.references) * self.epochs)
+        again = self.epochs * self.minibatches if self.path == "again" else 0
+        return moves * (1 + self.epochs + again) + self.process.projects * (1 + bool(self.references) * self.epochs)
 
     def _chain(self, params: Params) -> Chain:
         return Chain(self.process, bound(self.model, params, "a denoiser"), self.references, pathwise=False)
@@ -205,22 +227,45 @@ class PolicyGradient:
         rows = Rows(*moves, weight, estimate.scale, experience.cond, temperature)
         return rows, extra._replace(advantage=own), info | more
 
-    def _gradients(self, params: Params, rows: Rows, terminal: Reward | None) -> tuple[Params, Info]:
+    def _gradients(
+        self, params: Params, rows: Rows, terminal: Reward | None, replay: Replay | None = None
+    ) -> tuple[Params, Info]:
         """Gradient of minus the weighted sum of surrogates, less KL costs: summed over moves, one at a time."""
         ahead = lambda leaf: (leaf[:-1], leaf[1:])  # noqa: E731
-        x = jax.tree.map(lambda leaf: ahead(leaf)[0], rows.path)
-        y = jax.tree.map(lambda leaf: ahead(leaf)[1], rows.path)
-        where = (x, y, *ahead(self.times), rows.log_prob, rows.advantage)
 
         def every(params: Params) -> tuple[Params, Array]:
-            grad = jax.grad(self._move, has_aux=True)
-            gradients, outside = summed(lambda *move: grad(params, rows, *move), where)
+            grad = functools.partial(jax.grad(self._move, has_aux=True), params, rows)
+            if replay is None:
+                x = jax.tree.map(lambda leaf: ahead(leaf)[0], rows.path)
+                y = jax.tree.map(lambda leaf: ahead(leaf)[1], rows.path)
+                gradients, outside = summed(grad, (x, y, *ahead(self.times), rows.log_prob, rows.advantage))
+                last = jax.tree.map(lambda leaf: leaf[-1], rows.path)
+            else:
+                (gradients, outside), last = self._replayed(grad, params, rows, replay)
             if self.process.projects and (self.references or terminal is not None):
-                gradients = jax.tree.map(jnp.add, gradients, jax.grad(self._end)(params, rows, terminal))
+                gradients = jax.tree.map(jnp.add, gradients, jax.grad(self._end)(params, rows, last, terminal))
             return gradients, outside
 
         gradients, outside = spread(every, self.shards)(params)
         return gradients, {} if self.clip is None else {"clipped": outside.sum() / rows.log_prob.size}
+
+    def _replayed(self, grad: Any, params: Params, rows: Rows, replay: Replay) -> tuple[tuple[Params, Array], State]:
+        """The sum of grad(x, y, t, s, old, advantage) over moves that are drawn again with their keys, and the last state."""
+        chain = Chain(self.process, bound(self.model, replay.params, "a denoiser"), pathwise=False)
+        index, experience = replay.index, replay.experience
+        part = lambda x: x if index is None else take(x, index, self.shards)  # noqa: E731
+
+        def step(key: Key, carry: Any, t: Array, s: Array, cond: Cond = None) -> tuple[Any, Info]:
+            at, total = carry
+            later, _ = chain.step(key, at, t, s, cond)
+            one = grad(part(at.x), part(later.x), t, s, rows.log_prob[at.call], rows.advantage[at.call])
+            return (later, jax.tree.map(jnp.add, total, one)), {}
+
+        first = ChainCarry(jax.tree.map(lambda leaf: leaf[0], experience.path), jnp.int32(0))
+        zero = (jax.tree.map(jnp.zeros_like, params), jnp.zeros_like(rows.weight))
+        carry = (first, zero)
+        (last, total), _ = roll(SimpleNamespace(step=step), experience.key, carry, self.times, experience.cond)  # type: ignore[arg-type]
+        return total, part(last.x)
 
     def _move(
         self, params: Params, rows: Rows, x: State, y: State, t: Array, s: Array, old: Array, advantage: Array
@@ -244,9 +289,8 @@ class PolicyGradient:
             )
         return -jnp.sum(rows.weight * gain), outside
 
-    def _end(self, params: Params, rows: Rows, terminal: Reward | None) -> Array:
+    def _end(self, params: Params, rows: Rows, last: State, terminal: Reward | None) -> Array:
         """Loss of the projection: its KL costs, and the reward through it where it is given as a function."""
-        last = jax.tree.map(lambda leaf: leaf[-1], rows.path)
         x0, info = self._chain(params).final(ChainCarry(last, jnp.int32(0)), self.times[-1], rows.cond)
         gain = jnp.float32(0) if terminal is None else terminal(x0, rows.cond)
         if self.references:
@@ -309,6 +353,7 @@ def ddpo(
     kl_budget: float | None = None,
     kl_rate: float = 0.1,
     kl_gradient: str = "full",
+    path: str = "kept",
     ema_decay: float | None = None,
 ) -> PolicyGradient:
     """DDPO: the policy gradient of E[r(x0)] over the moves of the chain (arXiv 2305.13301).
@@ -339,6 +384,8 @@ def ddpo(
         in `reward_backprop`, once a batch.
       kl_gradient: `full`: each draw's return contains the KL of later moves, so that the optimum is the regularised one;
         or `direct`: only each move's own KL is differentiated.
+      path: `kept`: the T + 1 states of every chain stay on the device until the update; `again`: the update draws them again with the
+        same keys, so that memory does not depend on T, for T more network calls of the whole batch an optimiser step.
       ema_decay: decay of an average of the parameters, `state.best`; None keeps no average.
 
     Returns:
@@ -382,6 +429,8 @@ def ddpo(
         raise ValueError(
             f"advantage must come from rgdiff.tuners.advantages, e.g. batch_normalised(), got {advantage!r}"
         )
+    if checks.one_of("path", path, PATHS) == "again" and isinstance(advantage, advantages.LearntBaseline):
+        raise ValueError("a learnt baseline is fitted to the states of whole chains; leave path='kept'")
     group = getattr(advantage, "size", 0) or 1
     for name, parts in (("minibatches", minibatches), ("repeats", repeats), ("the advantage's groups", group)):
         checks.divides(name, parts, batch)
@@ -408,6 +457,7 @@ def ddpo(
         minibatches=minibatches,
         per_dim=bool(per_dim),
         kl_gradient=checks.one_of("kl_gradient", kl_gradient, KL_GRADIENTS),
+        path=path,
         fine_clip=not _resolves(clip, process, per_dim),
     )
 

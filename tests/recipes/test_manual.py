@@ -157,7 +157,7 @@ def test_a_method_needs_what_it_says(name):
     refused = False
     try:
         getattr(method, "suits", lambda task: None)(black_box)
-        plan.parts(method, settings, (8, 8, 1), black_box)
+        plan.parts(method, plan.stand_in(settings, (8, 8, 1)), black_box)
     except ValueError as error:
         refused = "gradient" in str(error) or "measurement" in str(error)
         assert refused, error

@@ -155,29 +155,48 @@ def test_the_initial_selection_can_be_looked_at():
     np.testing.assert_allclose(out.x0, sampler.final(carry, world.times[0])[0], rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"selection": "argmax"}, {"select_initial": True}, {"replace": 0.25}, {"learned": True}, {"proposal": True}],
+    ids=lambda options: "".join(options) or "soft",
+)
+@pytest.mark.first(1)
+def test_the_running_winner_is_the_winner(options):
+    """Candidates in pieces: the same samples, values and selection's KL as of all at once, so that the law is the same."""
+    world, options = world_of_copies(), dict(options)
+    value = None
+    if options.pop("learned", False):
+        value = values.learned(lambda x, t, cond=None: jnp.sin(x.reshape(x.shape[0], -1) @ jnp.arange(12.0)))
+    if options.get("proposal"):
+        options["proposal"] = guides.gradient_guide(lambda x, t, cond=None: -x.reshape(x.shape[0], -1)[:, 0], 1.0)
+    keep = lambda carry, info: {name: info[name] for name in ("values", "value", "log_weights", "kl", "infeasible")}  # noqa: E731
+    runs = [
+        samplers.sample(build(world, value, **options, chunk=chunk), jax.random.key(3), 500, world.times, keep=keep)
+        for chunk in (None, 1, 3)
+    ]
+    for run in runs[1:]:
+        np.testing.assert_array_equal(run.x0, runs[0].x0)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), run.kept, runs[0].kept)
+
+
 @pytest.mark.slow
-def test_chunks_bound_memory_and_change_nothing():
-    """Same keys, same samples; what a step holds at once falls with the candidates evaluated at once."""
-    world, wide = world_of_copies(), 4096
-    rise = jax.random.normal(jax.random.key(1), (12, wide))
-    fall = jax.random.normal(jax.random.key(2), (wide, 9)) / wide
+def test_the_memory_of_a_chunk_does_not_depend_on_the_candidates():
+    """The exponent of temporaries in M, fitted: 1 at once, 0 in pieces."""
+    world = GaussianWorld(np.zeros(256), np.eye(256), steps=3)
 
-    def denoiser(x, t, cond=None):  # with a wide layer
-        return world.denoiser(x, t) + (jnp.tanh(x.reshape(-1, 12) @ rise) @ fall).reshape(-1, 3, 3)
+    def temporaries(many, chunk):
+        value = values.posterior_mean(lambda x0, cond=None: x0.sum(-1), world.process, world.denoiser)
+        sampler = samplers.svdd(world.process, world.denoiser, value, candidates=many, chunk=chunk)
+        run = jax.jit(lambda key: samplers.sample(sampler, key, 64, world.times).x0)
+        return run.lower(jax.random.key(0)).compile().memory_analysis().temp_size_in_bytes
 
-    def program(chunk):
-        value = values.posterior_mean(world.reward, world.process, denoiser)
-        sampler = samplers.svdd(world.process, denoiser, value, temperature=0.7, candidates=8, chunk=chunk)
-        return jax.jit(lambda key: samplers.sample(sampler, key, 64, world.times).x0).lower(jax.random.key(0)).compile()
-
-    whole, pieces = program(None), program(2)
-    np.testing.assert_array_equal(whole(jax.random.key(0)), pieces(jax.random.key(0)))
-    held = [p.memory_analysis().temp_size_in_bytes for p in (whole, pieces)]
-    assert held[0] > 8 * 64 * wide * 4 > 3 * held[1], held
+    counts = [8, 64]
+    assert abs(slope(counts, [temporaries(many, 2) for many in counts])) < 0.1
+    assert slope(counts, [temporaries(many, None) for many in counts]) > 0.8
 
 
 @pytest.mark.parametrize("reward", BAD)
-@pytest.mark.parametrize("options", [{}, {"selection": "argmax"}, {"replace": 0.1}])
+@pytest.mark.parametrize("options", [{}, {"selection": "argmax"}, {"replace": 0.1}, {"chunk": 2}])
 @pytest.mark.first(2)
 def test_bad_rewards_end_in_finite_samples(reward, options):
     world = GaussianWorld([0.5], [[0.8]], schedule="flow", steps=5, eta=0.8)
@@ -185,7 +204,7 @@ def test_bad_rewards_end_in_finite_samples(reward, options):
     sampler = samplers.svdd(world.process, world.denoiser, value, temperature=0.5, candidates=8, **options)
     out = samplers.sample(sampler, jax.random.key(0), 32, world.times, keep=lambda carry, info: info["infeasible"])
     assert np.isfinite(out.x0).all()
-    if reward == "some infeasible" and not options:
+    if reward == "some infeasible" and set(options) <= {"chunk"}:
         assert int(out.kept.sum()) > 0 and float((np.asarray(out.x0) <= 0.5).mean()) > 0.9
 
 

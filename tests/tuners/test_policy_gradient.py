@@ -17,7 +17,7 @@ from rgdiff import processes, schedules, tuners
 from rgdiff.tuners import advantages
 from rgdiff.tuners.policy_gradient import dimensions
 from rgdiff.typing import pytree
-from tests.worlds.worlds import CategoricalWorld, GaussianWorld, TableDenoiser, codes
+from tests.worlds.worlds import CategoricalWorld, GaussianWorld, TableDenoiser, codes, slope
 
 SGD = optax.sgd(1e-3)
 THETA = np.array([0.2, 0.9])  # shift and scale of the denoiser
@@ -773,3 +773,49 @@ def test_sft_pg_continues_and_does_not_trace_again():
     assert (
         int(whole.extra[1].step) == 4 * 5 and int(whole.extra[0].advantage[0].step) == 4
     )  # critic's and value's own steps
+
+
+# ---------------------------------------------------------------- the path drawn again
+
+
+@pytest.mark.parametrize(
+    "options",
+    [slow({}), {"clip": 0.2, "epochs": 2, "minibatches": 2}, slow({"clip": 0.2, "reference": 0.5, "kl_budget": 1.0})],
+    ids=["score function", "minibatches", "reference"],
+)
+def test_chains_drawn_again_give_the_same_update(options):
+    """After two steps, to rounding: the moves are the same draws."""
+    w, options = world(), dict(options)
+    if "reference" in options:
+        options |= {"reference": prior_world().denoiser, "temperature": options["reference"]}
+    ends = []
+    for path in ("kept", "again"):
+        online = tuners.ddpo(w.model, w.process, w.times, optax.adam(0.05), batch=64, path=path, **options)
+        tuner = tuners.as_tuner(online, w.reward)
+        ends.append(tuners.fit(tuner, jax.random.key(1), tuner.init(f32(THETA)), 2, chunk=2).params)
+    assert np.abs(ends[0] - THETA).max() > 0.05
+    np.testing.assert_allclose(ends[1], ends[0], rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_memory_of_chains_drawn_again_does_not_depend_on_their_length():
+    """The exponent of temporaries in T, fitted: 1 of kept paths, 0 of those drawn again."""
+    process = processes.gaussian(schedules.cosine_vp(), (512,))
+    model = lambda w: lambda x, t, cond=None: w * x  # noqa: E731
+
+    def temporaries(moves, path):
+        online = tuners.ddpo(model, process, process.times(moves), SGD, batch=64, path=path)
+        tuner = tuners.as_tuner(online, lambda x0, cond=None: x0.sum(-1))
+        step = jax.jit(lambda key, state: tuner.step(key, state))
+        given = jax.random.key(0), jax.eval_shape(tuner.init, f32(1.0))
+        return step.lower(*given).compile().memory_analysis().temp_size_in_bytes
+
+    lengths = [8, 64]
+    assert slope(lengths, [temporaries(moves, "kept") for moves in lengths]) > 0.8
+    assert abs(slope(lengths, [temporaries(moves, "again") for moves in lengths])) < 0.1
+
+
+def test_a_learnt_baseline_needs_the_path():
+    w = world()
+    with pytest.raises(ValueError, match="leave path='kept'"):
+        tuners.ddpo(w.model, w.process, w.times, SGD, batch=8, path="again", advantage=wrong_value())

@@ -33,6 +33,15 @@ def opened(folder: str, dtype: str, remat: str | None, size: tuple[int, int] | N
     return folders.from_diffusers(folder, dtype=jnp.dtype(dtype), remat=remat, size=size)
 
 
+def shaped(folder: str, dtype: str, remat: str | None, size: tuple[int, int] | None) -> Pretrained:
+    """Return what `opened` does, with shapes in place of weights, which need not be there.
+
+    Args:
+      folder, dtype, remat, size: as `pipeline` has them.
+    """
+    return folders.from_diffusers(folder, dtype=jnp.dtype(dtype), remat=remat, size=size, weights=False)
+
+
 @dataclasses.dataclass(frozen=True)
 class PipelineDomain:
     """States of a pipeline and their pictures. Build it with `pipeline`.

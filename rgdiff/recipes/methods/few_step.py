@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -84,12 +84,8 @@ class FewSteps(Method):
 
     def policy(self, run: Run, phase: str, prior: ReadyPrior) -> tuple[policies.Policy, Params]:
         """Build the policy and its first parameters; train them as a denoiser where asked."""
-        process = self.process(prior.settings, prior.shape)
-        if self.start == "prior":
-            policy = policies.policy(process, prior.model, form="denoiser", reach=self.reach)
-            return policy, policy.init(prior.params)
-        policy = policies.policy(process, denoisers.LinenModel(self.network), reach=self.reach)
-        params = initial(self.network, run.key(f"{phase}_start"), prior.shape)
+        policy, params = self.untrained(prior, run.key(f"{phase}_start"))
+        process = policy.process
         if self.start == "denoiser":
             options = dict(self.pretraining)
             steps, batch, rate = options["steps"], options["batch"], options["learning_rate"]
@@ -98,6 +94,24 @@ class FewSteps(Method):
             data, name = {"x0": jnp.asarray(prior.data)}, f"{phase}_start"
             params = run.fit(name, tuner, run.key(name), params, steps, data=data, batch=batch, chunk=500).best
         return policy, policy.init(params)
+
+    def untrained(self, prior: ReadyPrior, key: Any) -> tuple[Any, Params]:
+        """Return the policy, and the parameters of its network as it begins; those of the prior may be shapes."""
+        process = self.process(prior.settings, prior.shape)
+        if self.start == "prior":
+            return policies.policy(process, prior.model, form="denoiser", reach=self.reach), prior.params
+        policy = policies.policy(process, denoisers.LinenModel(self.network), reach=self.reach)
+        return policy, initial(self.network, key, prior.shape)
+
+    def programs(self, name: str, prior: ReadyPrior, task: Task, count: int) -> Iterator[Any]:
+        """Yield the programs, of shapes (`rgdiff.recipes.programs`)."""
+        from rgdiff.recipes.programs import chain
+
+        policy, params = self.untrained(prior, jax.random.key(0))
+        params = jax.eval_shape(policy.init, params)
+        denoiser = jax.eval_shape(lambda policy, params: policy(params), policy, params)
+        sampler = samplers.ancestral(policy.process, denoiser)  # type: ignore[arg-type]
+        yield chain(f"{name}, sampled", sampler, policy.process.times(), count, lambda batch: None, params)
 
     def draw(
         self, run: Run, phase: str, policy: policies.Policy, params: Params, count: int, guide: Any = None
@@ -163,6 +177,18 @@ class FewStepTraining(FewSteps):
         if self.setting == "dxdp":
             return setting(policy, process, task.reward, value, **options)
         return setting(policy, process, value, **options)
+
+    def programs(self, name: str, prior: ReadyPrior, task: Task, count: int) -> Iterator[Any]:
+        """Yield the programs, of shapes (`rgdiff.recipes.programs`)."""
+        from rgdiff.recipes.programs import step
+
+        policy, params = self.untrained(prior, jax.random.key(0))
+        value = jax.eval_shape(lambda: initial(self.value, jax.random.key(0), prior.shape))
+        start = {"policy": jax.eval_shape(policy.init, params), "value": value}
+        data = None if self.setting == "dxdp" else {"x0": jax.eval_shape(jnp.asarray, prior.data)}
+        make = lambda batch: dataclasses.replace(self, batch=batch).tuner(policy, policy.process, task)  # noqa: E731
+        yield step(name, make, start, self.batch, data, lambda batch: None if data is None else batch)
+        yield from super().programs(name, prior, task, count)
 
     def learn(self, run: Run, phase: str, prior: ReadyPrior, task: Task) -> tuple[Any, Any, Any]:
         """Train; return the policy, the tuner and its last state."""

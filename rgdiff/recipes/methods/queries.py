@@ -7,7 +7,7 @@ Its noiseless values evaluate every round's model, outside the budget.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -120,6 +120,31 @@ class QueryRounds(Method):
             "steps": tuning.steps,
         }
         return seiko.seiko(model, process, times, surrogate, inner, **shared, **anchors)
+
+    def programs(self, name: str, prior: ReadyPrior, task: Task, count: int) -> Iterator[Any]:
+        """Yield the programs of a round, of shapes (`rgdiff.recipes.programs`): a refit, a tuning step, and the chain of its model."""
+        from rgdiff.recipes.programs import KEY, Program, chain, step
+        from rgdiff.runtime import campaign
+        from rgdiff.runtime.planning import Call
+
+        process, model, params = prior.process, prior.model, prior.params
+        if (tuning := self.tuning) is not None:
+            process, model = prior.with_eta(tuning.eta), tuning.model(prior)
+            params = jax.eval_shape(lambda: tuning.first(prior, jax.random.key(0)))
+        method = self.rounds(process, prior.times, model, prior.denoiser)
+        state = jax.eval_shape(lambda method, params: method.init(params), method, params)
+        refit = Call(campaign._refit, (method, KEY, state))
+        yield Program(f"{name}, refit", "a round's surrogate", sum(self.queries), lambda _: refit, 0)
+        if tuning is not None:
+
+            def tuner(batch: int) -> Any:
+                sized = dataclasses.replace(self, tuning=dataclasses.replace(tuning, batch=batch))
+                made = sized.rounds(process, prior.times, model, prior.denoiser)
+                return jax.eval_shape(lambda made, state: made.tuner(state), made, state)
+
+            yield step(name, tuner, params, tuning.batch, None, lambda _: None)
+        sampler = jax.eval_shape(lambda method, state: method.sampler(state), method, state)
+        yield chain(f"{name}, sampled", sampler, prior.times, max(self.queries), lambda _: None, prior.params)
 
     def run(self, run: Run, phase: str, prior: ReadyPrior, task: Task, count: int) -> Outcome:
         process, model, params = prior.process, prior.model, prior.params

@@ -7,7 +7,7 @@ recipe are drawn beside ours, under the same title.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,6 +72,14 @@ class GuidanceRounds(Method):
             options["refit"] = tuners.pretraining(model, process, self.refit, ema_decay=0.0, grid=times.shape[0])
         shared = {"batch": self.batch, "target": increment(delta), "measure": measure}
         return tuners.gradient_guidance(model, process, reward, times, **shared, **options)
+
+    def programs(self, name: str, prior: ReadyPrior, task: Task, count: int) -> Iterator[Any]:
+        """Yield the program of a round, of shapes (`rgdiff.recipes.programs`)."""
+        from rgdiff.recipes.programs import step
+
+        parts = (prior.model, prior.process, task.reward, prior.times, self.increments[0], task.measure)
+        make = lambda batch: dataclasses.replace(self, batch=batch).tuner(*parts)  # noqa: E731
+        yield step(name, make, prior.params, self.batch, None, lambda _: None)
 
     def run(self, run: Run, phase: str, prior: ReadyPrior, task: Task, count: int) -> Outcome:
         """Run every increment and seed; the samples are the last round's of the last increment, all seeds together."""

@@ -24,8 +24,12 @@ from rgdiff.typing import Array, Info, Process
 class PriorSampling(Method):
     """The prior itself."""
 
+    def sampler(self, process: Process, denoiser: Any) -> Any:
+        """Build the sampler."""
+        return samplers.ancestral(process, denoiser)
+
     def run(self, run: Run, phase: str, prior: ReadyPrior, task: Task, count: int) -> Outcome:
-        sampler = samplers.ancestral(prior.process, prior.denoiser)
+        sampler = self.sampler(prior.process, prior.denoiser)
         with run.clock() as clock:
             out = draw(run, phase, sampler, prior, count)
         return outcome(out, prior.calls(sampler), clock, 0.0)
@@ -172,9 +176,12 @@ class BestOfNSampling(Method):
     def check(self, prior: Prior, shape: Shape) -> None:
         checks.at_least("candidates", self.candidates, 1)
 
+    def sampler(self, process: Process, denoiser: Any, reward: Any) -> Any:
+        """Build the sampler."""
+        return samplers.best_of_n(samplers.ancestral(process, denoiser), reward, self.candidates)
+
     def run(self, run: Run, phase: str, prior: ReadyPrior, task: Task, count: int) -> Outcome:
-        plain = samplers.ancestral(prior.process, prior.denoiser)
-        sampler = samplers.best_of_n(plain, task.reward, self.candidates)
+        sampler = self.sampler(prior.process, prior.denoiser, task.reward)
         with run.clock() as clock:
             out = draw(run, phase, sampler, prior, count)
         kl = float(np.log(self.candidates) - (self.candidates - 1) / self.candidates)

@@ -178,11 +178,9 @@ class FineTuning(Method):
         process, key = prior.with_eta(self.eta), run.key(phase)
         model = self.model(prior)
         tuner = self.tuner(model, process, task, prior.times, prior.denoiser, jax.random.fold_in(key, 2))
-        batch = None
-        if (labels := prior.every_condition) is not None:
-            batch = self.batch // self.options.get("repeats", 1)
-        params = self.start(run, phase, prior)
-        params = run.fit(phase, tuner, key, params, self.steps, data=labels, batch=batch, chunk=self.chunk).best
+        params, labels = self.start(run, phase, prior), prior.every_condition
+        rows = self.rows(prior, self.batch)
+        params = run.fit(phase, tuner, key, params, self.steps, data=labels, batch=rows, chunk=self.chunk).best
         if self.adapter is not None:
             save_peft(run.folder.path / "adapters" / phase, params, prior.params)
         else:
@@ -234,6 +232,14 @@ class FineTuning(Method):
 
     def start(self, run: Run, phase: str, prior: ReadyPrior) -> Params:
         """Return the parameters that tuning begins with."""
+        return self.first(prior, run.key(phase))
+
+    def first(self, prior: ReadyPrior, key: Any) -> Params:
+        """Return the parameters that tuning begins with; those of the prior may be shapes."""
         if self.adapter is None:
             return prior.params
-        return lora_init(jax.random.fold_in(run.key(phase), 1), prior.params, self.adapter, target=self.target)
+        return lora_init(jax.random.fold_in(key, 1), prior.params, self.adapter, target=self.target)
+
+    def rows(self, prior: ReadyPrior, batch: int) -> int | None:
+        """Return the conditions that a step of `batch` chains draws; None for an unconditional prior."""
+        return None if prior.every_condition is None else batch // self.options.get("repeats", 1)
