@@ -44,16 +44,16 @@ BOTH_AXES = np.kron(KERNEL, KERNEL)  # [36, 9]
 def pays(
     x: tuple[int, ...], kernel: tuple[int, ...], strides: tuple[int, ...], dilations: tuple[int, ...], pads: tuple
 ) -> bool:
-    """Whether a convolution of these shapes is one that this module computes, and faster than XLA does on a CPU.
+    """Whether a convolution of these shapes is one that this module computes, and computes faster than XLA does on a CPU.
 
-    Transformed kernels have four times the numbers, and reading them takes the time of the multiplications of some 20 tiles that
-    are saved; kernels that leave the cache take more. Measured in benchmarks/results/cpu-winograd.md.
+    Below 40 million floating-point operations the time saved is less than what compiling takes. Transformed kernels have four
+    times the numbers: large ones leave the cache, and need more tiles to be worth reading (benchmarks/results/cpu-winograd.md).
     """
     if len(x) != 4 or kernel[:2] != (TAPS, TAPS) or x[1] % SIDE or x[2] % SIDE or min(kernel[2:]) < 16:
         return False
     tiles, size = x[0] * x[1] * x[2] // SIDE**2, kernel[2] * kernel[3]
     fit = strides == dilations == (1, 1) and pads == ((1, 1), (1, 1))
-    return fit and tiles >= min(max(32, size // 128), 128)
+    return fit and tiles >= max(2**17 / size, min(size / 128, 128))
 
 
 def convolve(x: Array, kernel: Array) -> Array:

@@ -12,7 +12,7 @@ from rgdiff.nets import winograd
 from rgdiff.nets.conv import conv
 
 PADS = ((1, 1), (1, 1))
-SHAPE, KERNEL = (8, 8, 12, 20), (3, 3, 20, 32)  # 48 tiles
+SHAPE, KERNEL = (8, 16, 20, 20), (3, 3, 20, 48)  # 160 tiles
 
 
 def normal(*shape, seed=0):
@@ -62,12 +62,12 @@ def test_sides_of_one_tile_and_of_many(side):
         assert relative(winograd.convolve(flipped, kernel), direct(flipped, kernel)) < 1e-13
 
 
-def test_float32_rounds_to_a_millionth(exact):
+def test_float32_rounds_to_some_millionths(exact):
     given, want = exact
     got = jax.jit(lambda *given: three(padded, *given))(*(jnp.asarray(one, jnp.float32) for one in given))
     assert all(one.dtype == jnp.float32 for one in got)
     errors = [relative(one, other) for one, other in zip(got, want, strict=True)]
-    assert max(errors) < 1e-6
+    assert max(errors) < 2e-6
     if jax.default_backend() == "cpu":  # more than the direct one has, or it was not this algorithm
         assert min(errors) > 3e-7
 
@@ -115,9 +115,9 @@ def test_other_platforms_and_types_keep_the_direct_convolution():
 @pytest.mark.parametrize(
     "shape, kernel",
     [
-        ((1, 16, 16, 32), (3, 3, 32, 32)),  # too few tiles
+        ((2, 16, 16, 32), (3, 3, 32, 32)),  # too little to do
         ((4, 32, 32, 128), (3, 3, 128, 8)),  # too few channels
-        ((8, 10, 12, 20), KERNEL),  # no whole tiles
+        ((8, 18, 20, 20), KERNEL),  # no whole tiles
         ((1, 32, 32, 256), (3, 3, 256, 256)),  # a kernel that needs more tiles
     ],
 )
