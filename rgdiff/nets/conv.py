@@ -25,7 +25,7 @@ from rgdiff.typing import Array
 Ints = tuple[int, ...]
 Pads = tuple[tuple[int, int], ...]
 Shapes = tuple[Ints, Ints]  # of x and of the kernel
-LARGE = 2**16  # numbers of a kernel
+LARGE, HUGE = 2**16, 2**22  # numbers of a kernel
 Padding = str | Sequence[tuple[int, int]]
 
 
@@ -107,11 +107,27 @@ def _plain(x: Array, kernel: Array, strides: Ints, dilations: Ints, pads: Pads) 
 
 
 def _fast(x: Array, kernel: Array, strides: Ints, dilations: Ints, pads: Pads) -> Array:
-    """The same, by Winograd's algorithm where a CPU gains by it."""
+    """The same, on a CPU in the way that is fastest for the shapes."""
     plain = functools.partial(_plain, strides=strides, dilations=dilations, pads=pads)
-    if not _winograd(x.shape, kernel.shape, x.dtype, strides, dilations, pads):
+    if _winograd(x.shape, kernel.shape, x.dtype, strides, dilations, pads):
+        other = winograd.convolve
+    elif kernel.size >= HUGE and 4 * x.size <= x.shape[-1] * kernel.shape[-1]:
+        other = functools.partial(_by_patches, strides=strides, dilations=dilations, pads=pads)
+    else:
         return plain(x, kernel)
-    return lax.platform_dependent(x, kernel, cpu=winograd.convolve, default=plain)
+    return lax.platform_dependent(x, kernel, cpu=other, default=plain)
+
+
+def _by_patches(x: Array, kernel: Array, strides: Ints, dilations: Ints, pads: Pads) -> Array:
+    """The same by one product with the kernel as it lies: for few pixels most of the time goes into reading a huge kernel."""
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0)])
+    window, taps = kernel.shape[:-2], []
+    for tap in np.ndindex(window):
+        first = [k * d for k, d in zip(tap, dilations, strict=True)]
+        last = [size - (n - 1 - k) * d for k, n, d, size in zip(tap, window, dilations, x.shape[1:-1], strict=True)]
+        taps.append(lax.slice(x, (0, *first, 0), (len(x), *last, x.shape[-1]), (1, *strides, 1)))
+    patches = jnp.stack(taps, -2)
+    return patches.reshape(*patches.shape[:-2], -1) @ kernel.reshape(-1, kernel.shape[-1])
 
 
 def _winograd(x: Ints, kernel: Ints, dtype: Any, strides: Ints, dilations: Ints, pads: Pads) -> bool:

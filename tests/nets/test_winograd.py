@@ -134,8 +134,9 @@ def test_small_work_keeps_the_direct_convolution(shape, kernel):
         ((7,), (3,), (3,), (2,), ((-1, 4),)),
     ],
 )
-def test_the_input_gradient_of_large_kernels_on_few_pixels(spatial, window, stride, dilation, padding):
-    x, kernel = normal(2, *spatial, 512), normal(*window, 512, 64)
+def test_large_kernels_on_few_pixels(monkeypatch, spatial, window, stride, dilation, padding):
+    monkeypatch.setattr("rgdiff.nets.conv.HUGE", 2**16)
+    x, kernel = normal(2, *spatial, 200), normal(*window, 200, 160)
     axes = "HW"[: len(spatial)]
     labels = (f"N{axes}C", f"{axes}IO", f"N{axes}C")
 
@@ -147,10 +148,10 @@ def test_the_input_gradient_of_large_kernels_on_few_pixels(spatial, window, stri
     with jax.enable_x64(True):
         y, pull = jax.vjp(reference, jnp.asarray(x))
         dy = normal(*y.shape)
-        (want,) = pull(jnp.asarray(dy))
+        want = y, *pull(jnp.asarray(dy))
     small = [jnp.asarray(one, jnp.float32) for one in (x, kernel, dy)]
     ours = lambda x: conv(x, small[1], stride=stride, dilation=dilation, padding=padding)  # noqa: E731
-    program = jax.jit(lambda x, dy: jax.vjp(ours, x)[1](dy)[0])
-    assert relative(program(small[0], small[2]), want) < 1e-6
+    program = jax.jit(lambda x, dy: (ours(x), *jax.vjp(ours, x)[1](dy)))
+    assert max(map(relative, program(small[0], small[2]), want)) < 1e-6
     if jax.default_backend() == "cpu":
-        assert "dot_general" in program.lower(small[0], small[2]).as_text()
+        assert "stablehlo.convolution" not in program.lower(small[0], small[2]).as_text()
