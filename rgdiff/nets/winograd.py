@@ -48,14 +48,14 @@ def pays(
 ) -> bool:
     """Whether a convolution of these shapes is one that this module computes, and computes faster than XLA does on a CPU.
 
-    Below 40 million floating-point operations the time saved is less than what compiling takes. Transformed kernels have four
+    Below 75 million floating-point operations a call saves too little to pay for compiling. Transformed kernels have four
     times the numbers: large ones leave the cache, and need more tiles to be worth reading (benchmarks/results/cpu-winograd.md).
     """
     if len(x) != 4 or kernel[:2] != (TAPS, TAPS) or x[1] % SIDE or x[2] % SIDE or min(kernel[2:]) < 16:
         return False
     tiles, size = x[0] * x[1] * x[2] // SIDE**2, kernel[2] * kernel[3]
     fit = strides == dilations == (1, 1) and pads == ((1, 1), (1, 1))
-    return fit and tiles >= max(2**17 / size, min(size / 128, 128))
+    return fit and tiles >= max(2**18 / size, min(size / 128, 128))
 
 
 def convolve(x: Array, kernel: Array) -> Array:

@@ -12,7 +12,7 @@ from rgdiff.nets import winograd
 from rgdiff.nets.conv import conv
 
 PADS = ((1, 1), (1, 1))
-SHAPE, KERNEL = (8, 16, 20, 20), (3, 3, 20, 48)  # 160 tiles
+SHAPE, KERNEL = (8, 16, 20, 20), (3, 3, 20, 84)  # 160 tiles
 
 
 def normal(*shape, seed=0):
