@@ -60,23 +60,22 @@ def pays(
 
 def convolve(x: Array, kernel: Array) -> Array:
     """Convolve [B, H, W, I] with [3, 3, I, O], padded by one pixel: [B, H, W, O]; H and W are multiples of 4."""
-    both = jnp.matmul(BOTH_AXES.astype(x.dtype), kernel.reshape(TAPS**2, -1))
-    products = jnp.einsum("fni,fio->fno", _inputs(x), both.reshape(-1, *kernel.shape[2:]))
+    both = jnp.tensordot(BOTH_AXES.astype(x.dtype), kernel.reshape(TAPS**2, *kernel.shape[2:]), 1)
+    products = jnp.einsum("fni,fio->fno", _inputs(x), both)
     return _outputs(products, x.shape)
 
 
 def input_gradient(kernel: Array, dy: Array) -> Array:
     """Return the gradient in the input, [B, H, W, I]: dy convolved with the kernel turned round, which is not written out."""
-    both = jnp.matmul(BOTH_AXES[:, ::-1].astype(dy.dtype), kernel.reshape(TAPS**2, -1))
-    products = jnp.einsum("fno,fio->fni", _inputs(dy), both.reshape(-1, *kernel.shape[2:]))
+    both = jnp.tensordot(BOTH_AXES[:, ::-1].astype(dy.dtype), kernel.reshape(TAPS**2, *kernel.shape[2:]), 1)
+    products = jnp.einsum("fno,fio->fni", _inputs(dy), both)
     return _outputs(products, dy.shape)
 
 
 def kernel_gradient(x: Array, dy: Array) -> Array:
     """Return the gradient in the kernel, [3, 3, I, O], from the input and the output's cotangent."""
     products = jnp.einsum("fni,fno->fio", _inputs(x), _cotangents(dy))
-    both = jnp.matmul(BOTH_AXES.T.astype(x.dtype), products.reshape(FREQUENCIES**2, -1))
-    return both.reshape(TAPS, TAPS, *products.shape[1:])
+    return jnp.tensordot(BOTH_AXES.T.astype(x.dtype), products, 1).reshape(TAPS, TAPS, *products.shape[1:])
 
 
 def _inputs(x: Array) -> Array:
@@ -104,9 +103,8 @@ def _outputs(products: Array, shape: tuple[int, ...]) -> Array:
     """Return [B, H, W, C], whose B, H and W are those of `shape`, from the products [36, tiles, C]."""
     batch, height, width, _ = shape
     outputs = OUTPUTS.astype(products.dtype)
-    rows = jnp.matmul(outputs, products.reshape(FREQUENCIES, -1)).reshape(
-        SIDE, FREQUENCIES, batch, height // SIDE, width // SIDE, -1
-    )
+    rows = jnp.tensordot(outputs, products.reshape(FREQUENCIES, FREQUENCIES, *products.shape[1:]), 1)
+    rows = rows.reshape(SIDE, FREQUENCIES, batch, height // SIDE, width // SIDE, -1)
     each = (jnp.transpose(rows[:, i], (1, 2, 0, 3, 4))[:, :, :, :, None] for i in range(FREQUENCIES))
     y: Any = sum(row * outputs[:, i, None] for i, row in enumerate(each))
     return y.reshape(batch, height, width, -1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -110,6 +112,17 @@ def test_other_platforms_and_types_keep_the_direct_convolution():
     assert count(jnp.bfloat16, "cpu") == (3, 0)
     with jax.enable_x64(True):
         assert count(jnp.float64, "cpu") == (3, 0)
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+def test_images_on_eight_devices_need_one_sum_of_kernel_gradients():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    over, whole = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in (("data",), ()))
+    make = lambda shape, sharding: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)  # noqa: E731
+    given = make(SHAPE, over), make(KERNEL, whole), make((*SHAPE[:-1], KERNEL[-1]), over)
+    text = jax.jit(lambda *given: three(padded, *given)).lower(*given).compile().as_text() or ""
+    collectives = re.findall(r"= \S+ (all-\w+|collective-\w+|reduce-scatter)\(", text)
+    assert collectives == ["all-reduce"]
 
 
 @pytest.mark.parametrize(
