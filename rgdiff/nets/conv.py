@@ -1,4 +1,4 @@
-"""Convolutions whose gradients stay fast inside `lax.scan` on a CPU.
+"""Convolutions that are fast on a CPU, and whose gradients stay fast inside `lax.scan`.
 
 It holds one convolution of channel-last arrays in any number of spatial dimensions, with a hand-written
 reverse rule, and the Flax layer that uses it. It assumes [B, *spatial, I] inputs, [*window, I, O] kernels and
@@ -15,14 +15,17 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from rgdiff.nets import winograd
 from rgdiff.nets.init import lecun_normal
 from rgdiff.typing import Array
 
 Ints = tuple[int, ...]
 Pads = tuple[tuple[int, int], ...]
 Shapes = tuple[Ints, Ints]  # of x and of the kernel
+LARGE, HUGE = 2**16, 2**22  # numbers of a kernel
 Padding = str | Sequence[tuple[int, int]]
 
 
@@ -31,7 +34,8 @@ def conv(
 ) -> Array:
     """Convolve channel-last arrays: y[b, p] = sum_k x[b, p * stride + k * dilation - low] kernel[k].
 
-    The values are those of `lax.conv_general_dilated`. XLA:CPU rewrites only convolutions of the canonical
+    The values are those of `lax.conv_general_dilated`. On a CPU, float32 images and kernels of 3x3 taps take Winograd's algorithm
+    where it pays (`rgdiff.nets.winograd`; relative errors about 1e-6). XLA:CPU rewrites only convolutions of the canonical
     layout b01f_01io->b01f to its fast routine when they stand in a loop, and JAX's own gradients of a
     convolution are not of that layout; here both gradients are written as canonical convolutions with
     explicit transposes. On other platforms the gradients are JAX's own: the branch is taken when the program
@@ -103,15 +107,43 @@ def _plain(x: Array, kernel: Array, strides: Ints, dilations: Ints, pads: Pads) 
     return lax.conv_general_dilated(x, kernel, strides, pads, rhs_dilation=dilations, dimension_numbers=labels)
 
 
+def _fast(x: Array, kernel: Array, strides: Ints, dilations: Ints, pads: Pads) -> Array:
+    """The same, on a CPU in the way that is fastest for the shapes."""
+    plain = functools.partial(_plain, strides=strides, dilations=dilations, pads=pads)
+    if _winograd(x.shape, kernel.shape, x.dtype, strides, dilations, pads):
+        other = winograd.convolve
+    elif kernel.size >= HUGE and 4 * x.size <= x.shape[-1] * kernel.shape[-1]:
+        other = functools.partial(_by_patches, strides=strides, dilations=dilations, pads=pads)
+    else:
+        return plain(x, kernel)
+    return lax.platform_dependent(x, kernel, cpu=other, default=plain)
+
+
+def _by_patches(x: Array, kernel: Array, strides: Ints, dilations: Ints, pads: Pads) -> Array:
+    """The same by one product with the kernel as it lies: for few pixels most of the time goes into reading a huge kernel."""
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0)])
+    window, taps = kernel.shape[:-2], []
+    for tap in np.ndindex(window):
+        first = [k * d for k, d in zip(tap, dilations, strict=True)]
+        last = [size - (n - 1 - k) * d for k, n, d, size in zip(tap, window, dilations, x.shape[1:-1], strict=True)]
+        taps.append(lax.slice(x, (0, *first, 0), (len(x), *last, x.shape[-1]), (1, *strides, 1)))
+    patches = jnp.stack(taps, -2)
+    return patches.reshape(*patches.shape[:-2], -1) @ kernel.reshape(-1, kernel.shape[-1])
+
+
+def _winograd(x: Ints, kernel: Ints, dtype: Any, strides: Ints, dilations: Ints, pads: Pads) -> bool:
+    return dtype == jnp.float32 and winograd.pays(x, kernel, strides, dilations, pads)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
 def _convolve(x: Array, kernel: Array, strides: Ints, dilations: Ints, pads: Pads, shapes: Shapes) -> Array:
-    return _plain(x, kernel, strides, dilations, pads)
+    return _fast(x, kernel, strides, dilations, pads)
 
 
 def _forward(x: Any, kernel: Any, strides: Ints, dilations: Ints, pads: Pads, shapes: Shapes):
     """Keep what the gradients that are asked for need: no x where the kernel is frozen (LoRA, a gradient in x)."""
     kept = x.value if kernel.perturbed else None, kernel.value if x.perturbed else None
-    return _plain(x.value, kernel.value, strides, dilations, pads), kept
+    return _fast(x.value, kernel.value, strides, dilations, pads), kept
 
 
 def _backward(
@@ -122,11 +154,13 @@ def _backward(
     x, kernel = kept
     like = [jax.ShapeDtypeStruct(shape, dy.dtype) for shape in shapes]
     dx = dkernel = None
+    fast = _winograd(*shapes, dy.dtype, strides, dilations, pads)
     if kernel is not None:
+        slow = functools.partial(_input_gradient, shapes[0], strides=strides, dilations=dilations, pads=pads)
         dx = lax.platform_dependent(
             kernel,
             dy,
-            cpu=lambda kernel, dy: _input_gradient(shapes[0], kernel, dy, strides, dilations, pads),
+            cpu=winograd.input_gradient if fast else slow,
             default=lambda kernel, dy: jax.linear_transpose(
                 lambda x: _plain(x, kernel, strides, dilations, pads), like[0]
             )(dy)[0],
@@ -135,7 +169,9 @@ def _backward(
         dkernel = lax.platform_dependent(
             x,
             dy,
-            cpu=lambda x, dy: _kernel_gradient(x, shapes[1], dy, strides, dilations, pads),
+            cpu=winograd.kernel_gradient
+            if fast
+            else lambda x, dy: _kernel_gradient(x, shapes[1], dy, strides, dilations, pads),
             default=lambda x, dy: jax.linear_transpose(
                 lambda kernel: _plain(x, kernel, strides, dilations, pads), like[1]
             )(dy)[0],
@@ -157,12 +193,31 @@ def _conv(x: Array, kernel: Array, strides: Ints, dilations: Ints, pads: Pads) -
 def _input_gradient(shape: Ints, kernel: Array, dy: Array, strides: Ints, dilations: Ints, pads: Pads) -> Array:
     """dx[n] = sum_k spread[n + low - k * dilation] kernel[k]^T; spread is dy, stride - 1 zeros between."""
     spatial = range(dy.ndim - 2)
+    if kernel.size >= LARGE and dy.size <= 2 * dy.shape[-1] ** 2:
+        return _input_gradient_by_taps(shape, kernel, dy, strides, dilations, pads)
     taps = jnp.swapaxes(jnp.flip(kernel, tuple(spatial)), -1, -2)
     if max(strides) > 1:
         dy = lax.pad(dy, jnp.zeros((), dy.dtype), [(0, 0, 0), *((0, 0, s - 1) for s in strides), (0, 0, 0)])
     reach = [(kernel.shape[i] - 1) * dilations[i] for i in spatial]
     back = tuple((reach[i] - pads[i][0], shape[i + 1] - dy.shape[i + 1] + pads[i][0]) for i in spatial)
     return _conv(dy, taps, (1,) * len(strides), dilations, back)
+
+
+def _input_gradient_by_taps(shape: Ints, kernel: Array, dy: Array, strides: Ints, dilations: Ints, pads: Pads) -> Array:
+    """The same by one product for every tap: for few pixels, turning a large kernel round takes longer than the convolution."""
+    flat, rows = kernel.reshape(-1, *kernel.shape[-2:]), dy.reshape(-1, dy.shape[-1])
+    products = jnp.einsum("kno,kio->kni", jnp.broadcast_to(rows, (len(flat), *rows.shape)), flat)
+    dx: Any = 0.0
+    for tap, product in zip(np.ndindex(kernel.shape[:-2]), products, strict=True):
+        inner = []
+        for k, size, out, stride, dilation, (low, _) in zip(
+            tap, shape[1:-1], dy.shape[1:-1], strides, dilations, pads, strict=True
+        ):
+            first = k * dilation - low  # the input under the first output
+            inner.append((first, size - first - (out - 1) * stride - 1, stride - 1))
+        product = product.reshape(*dy.shape[:-1], -1)
+        dx = dx + lax.pad(product, jnp.zeros((), dy.dtype), [(0, 0, 0), *inner, (0, 0, 0)])
+    return dx
 
 
 def _kernel_gradient(x: Array, shape: Ints, dy: Array, strides: Ints, dilations: Ints, pads: Pads) -> Array:

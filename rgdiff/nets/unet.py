@@ -60,11 +60,10 @@ class GroupNorm(nn.Module):
         moments = jnp.stack([flat.sum(1), (flat * flat).sum(1)])  # [2, B, C]
         grouped = moments.reshape(2, batch, GROUPS, -1).sum(-1) * (GROUPS / flat[0].size)
         mean, square = jnp.repeat(grouped, channels // GROUPS, axis=-1)
-        a = scale * jax.lax.rsqrt(square - mean * mean + 1e-5)
-        c = bias - mean * a
         if film is not None:
-            a, c = a * (1 + film[0]), c * (1 + film[0]) + film[1]
-        return jax.lax.optimization_barrier((a, c))
+            scale, bias = scale * (1 + film[0]), bias * (1 + film[0]) + film[1]
+        deviation = jnp.sqrt(square - mean * mean + 1e-5)
+        return scale / deviation, (bias * deviation - mean * scale) / deviation
 
 
 def _affine(x: Array, a: Array, c: Array) -> Array:
