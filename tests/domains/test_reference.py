@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -15,7 +16,7 @@ from safetensors import safe_open
 from rgdiff import assets, nets
 from rgdiff.cli import main
 from rgdiff.domains import images
-from rgdiff.domains.images import judge as image_judge
+from rgdiff.domains.images import data as image_data
 from rgdiff.domains.images import tasks
 from rgdiff.domains.images.judge import ImageJudge
 from rgdiff.nets.unet import _depth_to_space, _space_to_depth
@@ -108,9 +109,7 @@ def test_the_judge_is_as_good_on_unseen_images_as_its_file_says():
 
 @pytest.mark.slow
 def test_the_recipe_makes_files_that_a_run_can_use(tmp_path, monkeypatch):
-    for module in (image_judge, tasks):
-        train = module.train_classifier
-        monkeypatch.setattr(module, "train_classifier", lambda *parts, train=train: train(*parts, steps=20))
+    monkeypatch.setattr(image_data, "train_classifier", partial(image_data.train_classifier, steps=20))
     shared = [f"cache_dir={tmp_path / 'cache'}", "samples=8", "prior.steps=3"]
     shared += ["prior.network.channels=[8,8]"]
     few = ["prior.train.steps=4", "prior.train.optimizer.warmup=1", "prior.train.optimizer.decay_steps=4"]

@@ -13,9 +13,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from rgdiff.cli import main, options_first
-from rgdiff.domains.images import judge as image_judge
+from rgdiff.domains.images import data as image_data
 from rgdiff.domains.images import rewards as image_rewards
-from rgdiff.domains.images import tasks as image_tasks
 from rgdiff.recipes import compose as recipe
 from rgdiff.recipes.sweep import expand
 
@@ -81,8 +80,7 @@ MORE = {
 @pytest.fixture(autouse=True)
 def rough_classifiers(monkeypatch):
     """Rewards and judges that are quickly trained: what they think of images matters to no test here."""
-    for module in (image_judge, image_tasks):
-        monkeypatch.setattr(module, "train_classifier", partial(image_judge.train_classifier, steps=20))
+    monkeypatch.setattr(image_data, "train_classifier", partial(image_data.train_classifier, steps=20))
 
 
 @pytest.fixture(scope="module")
