@@ -171,7 +171,8 @@ def cards(
             more.append([*_whole(title, wholes.get((key, what))), *_each(judge, title, _take(x0, slice(FOLDED)))])
         sets, more = [one for one in sets if one], [one for one in more if one]
         if sets:
-            out.append(Card(key, sets, more, rows[key].get("over_optimised", "")))
+            title = f"{key}: {outcome.of}" if outcome.of else key
+            out.append(Card(title, sets, more, rows[key].get("over_optimised", "")))
     return out or ([Card("The data", known)] if any(known) else [])
 
 

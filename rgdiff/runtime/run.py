@@ -74,10 +74,11 @@ def phase_key(seed: int, phase: str) -> jax.Array:
 
 
 class Run:
-    """What the phases of a recipe share. `cache` holds trained priors and compiled programs between runs."""
+    """What the phases of a recipe share. `cache` holds trained priors and compiled programs between runs; `recipe` is its name."""
 
-    def __init__(self, folder: RunFolder, seed: int, cache: Path):
+    def __init__(self, folder: RunFolder, seed: int, cache: Path, recipe: str = ""):
         self.folder = folder
+        self.recipe = recipe
         self.cache = cache
         self.log = MetricsLog(folder.path)
         self._seed = seed

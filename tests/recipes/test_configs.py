@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from rgdiff.recipes import compose as recipe
+from rgdiff.recipes import manual
 from rgdiff.recipes.run import run_recipe
 from rgdiff.recipes.sweep import expand
 
@@ -108,3 +109,33 @@ def own(path, itself):
         ("prior", "custom"): ["prior.network._target_=tests.user_module.Net"],
         ("reward", "custom"): ["reward.fn=tests.user_module.score"],
     }.get((path.parent.name, path.stem) if itself else ("", ""), [])
+
+
+def test_every_recipe_has_a_prior_and_a_reward_that_its_domain_names():
+    for domain in recipe.names("domain"):
+        told = recipe.header(domain, "domain")
+        for group in ("prior", "reward"):
+            assert set(told[f"{group}s"].split(", ")) <= set(recipe.names(group)), (domain, group)
+    for name in recipe.names():
+        told = recipe.header(manual.chosen(name)["domain"], "domain")
+        for group in ("prior", "reward"):
+            assert manual.chosen(name)[group] in told[f"{group}s"].split(", "), (name, group)
+
+
+WITHOUT_DATA = {"anomaly", "curve", "digits", "mixture", "mnist16", "planar"}
+
+
+@pytest.mark.parametrize("domain", sorted(WITHOUT_DATA))
+def test_the_priors_that_a_domain_names_fit_it(domain):
+    built = recipe.build(recipe.compose("steer", [f"domain={domain}"])["domain"])
+    for prior in recipe.header(domain, "domain")["priors"].split(", "):
+        recipe.build(recipe.compose("steer", [f"domain={domain}", f"prior={prior}"])["prior"]).check(built)
+
+
+def test_another_domain_brings_a_prior_and_a_reward_that_fit():
+    took = lambda *overrides: recipe.composed("steer", overrides)[1]  # noqa: E731
+    assert (took("domain=planar")["prior"], took("domain=planar")["reward"]) == ("planar_mlp", "direction")
+    assert (took("domain=planar", "prior=mlp")["prior"], took()["prior"]) == ("mlp", "unet")  # what is said is taken
+    assert took("domain=mnist")["prior"] == "unet" and took("domain=mnist", "reward=ink")["reward"] == "ink"
+    assert recipe.composed("digits_conditional", ["domain=mnist"])[1]["prior"] == "unet_conditional"  # it fits
+    assert any("planar_mlp" in path.name for path, _ in recipe.sources("steer", ["domain=planar"]))

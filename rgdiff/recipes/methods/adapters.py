@@ -49,13 +49,14 @@ class MixedAdapters(Method):
             second = self.tuning.tune(run, f"{phase}_second", prior, other)
             tuner, model, process = first[0], first[1], first[3]
             mixed = [lora_sum([(first[2], 1 - w), (second[2], w)]) for w in self.weights]
+            weight = self.weights[len(mixed) // 2]
             middle = model(mixed[len(mixed) // 2])
             sampler = samplers.ancestral(process, middle)
             out = draw(run, phase, sampler, prior, count)
         rewards = {"reward": task.reward, "held-out reward": task.heldout, "second reward": other.reward}
         rows = [
-            measured(run, f"{phase}_weight_{weight}", prior, rewards, model(adapter), process, count)
-            for weight, adapter in zip(self.weights, mixed, strict=True)
+            measured(run, f"{phase}_weight_{w}", prior, rewards, model(adapter), process, count)
+            for w, adapter in zip(self.weights, mixed, strict=True)
         ]
         curves: Curves = {
             f"{name}, by the weight of the second adapter": (list(self.weights), [row[name] for row in rows])
@@ -69,6 +70,7 @@ class MixedAdapters(Method):
             tuning_network_calls=2 * self.tuning.steps * self.tuning.batch * tuner.network_calls(),
             curves=curves,
             figures={"second_reward": rows[len(rows) // 2]["second reward"]},
+            of=f"{1 - weight:g} times the adapter of the reward, {weight:g} times that of the second",
         )
 
 
@@ -99,4 +101,5 @@ class SavedAdapters(Method):
         sampler = samplers.ancestral(prior.process, denoiser)
         with run.clock() as clock:
             out = draw(run, phase, sampler, prior, count)
-        return outcome(out, prior.calls(sampler), clock, path_kl(run, phase, prior, denoiser, count))
+        named = ", ".join(f"{weight:g} times {Path(place).name}" for place, weight in (self.adapters or {}).items())
+        return outcome(out, prior.calls(sampler), clock, path_kl(run, phase, prior, denoiser, count), of=named)

@@ -230,6 +230,7 @@ class FineTuning(Method):
             curves=curves,
             figures=figures,
             temperature=self.temperature,
+            of="the adapter at scale 1" if self.scales else "",
         )
 
     def start(self, run: Run, phase: str, prior: ReadyPrior) -> Params:
