@@ -59,9 +59,8 @@ def dps(denoiser: Denoiser, process: Process, measurement: Measurement | Reward,
       ValueError: for a process that is not Gaussian, or a black box.
 
     Note:
-      A network that predicts eps says little of x0 near t = 1, where its error is divided by alpha: with DDPM's betas by .006. A
-      quadratic reward then can diverge (on a mixture in the plane it did, in 50 steps at scale 2, and did not behind a clip): guide
-      `denoisers.clip_x0(denoiser, low, high)`, the range of the data.
+      A network that predicts eps or the score says little of x0 near t = 1, where its error is divided by alpha, with DDPM's betas by
+      .006: a quadratic reward then diverged. There nothing is guided (`denoisers.says_enough`); so it is for every guide.
 
     Example:
       >>> import jax.numpy as jnp, rgdiff

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from rgdiff import checks
+from rgdiff.denoisers import says_enough
 from rgdiff.guides.tilt import value_gradient
 from rgdiff.processes import GaussianProcess, along
 from rgdiff.rewards import differentiable, evaluate
@@ -48,7 +49,8 @@ class Guided:
     """E[x0 | x_t] + (sigma_t^2 / alpha_t) scale g(x_t), g = term(point). Build it with a guide of this module.
 
     An example whose g is not finite (an infeasible reward) is not guided at this step. No example is guided where alpha_t = 0
-    (the flow schedule at t = 1), where x_t does not depend on x0.
+    (the flow schedule at t = 1), where x_t does not depend on x0, nor where x_t says too little of it
+    (`rgdiff.denoisers.says_enough`).
     """
 
     denoiser: Denoiser
@@ -60,7 +62,9 @@ class Guided:
         prediction, pull = jax.vjp(lambda x: checks.prediction(self.denoiser(x, t, cond), x), x)
         g = self.term(Point(x, t, cond, prediction, lambda u: pull(u.astype(x.dtype))[0]))
         finite = jnp.all(jnp.isfinite(g), axis=tuple(range(1, g.ndim)), keepdims=True)
-        return prediction + self.scale * along(score_weight(self.process, t), x) * jnp.where(finite, g, 0.0)
+        told = says_enough((self.denoiser, self.term), self.process, t)
+        weight = jnp.where(told, self.scale * score_weight(self.process, t), 0.0)
+        return prediction + along(weight, x) * jnp.where(finite, g, 0.0)
 
 
 def score_weight(process: GaussianProcess, t: Array) -> Array:

@@ -15,6 +15,7 @@ from jax.core import Tracer
 
 from rgdiff import checks, rewards
 from rgdiff._settings import setting_of
+from rgdiff.denoisers import says_enough
 from rgdiff.guides.inverse import Likelihood, likelihood
 from rgdiff.guides.measurements import is_measurement
 from rgdiff.guides.tilt import TILTS, scaled, tilt
@@ -113,7 +114,7 @@ class Smc:
             move=jnp.int32(0),
             gains=zeros,
         )
-        return self._weigh(particles, zeros, evaluation)
+        return self._weigh(particles, zeros, evaluation, says_enough(self.value, self.process, t))
 
     def step(self, key: Key, carry: Particles, t: Array, s: Array, cond: Cond = None) -> tuple[Particles, Info]:
         key_draw, key_resample = jax.random.split(key)
@@ -124,13 +125,15 @@ class Smc:
         if self.proposal is not None:
             proposal = self.proposal(kernel, Move(carry.x, t, s, cond, prediction))
         if self.twist is not None:
-            proposal = tilt(proposal, scaled(carry.evaluation.gradient, self.twist * carry.strength), self.tilts)
+            strength = jnp.where(says_enough(self.value, self.process, t), self.twist * carry.strength, 0.0)
+            proposal = tilt(proposal, scaled(carry.evaluation.gradient, strength), self.tilts)
         y = proposal.sample(key_draw)
         log_ratio = jnp.zeros_like(carry.log_weights)
         if proposal is not kernel:
             log_ratio = (kernel.log_prob(y) - proposal.log_prob(y)).astype(jnp.float32)
         evaluation = self._evaluate(y, s, cond)
-        moved = self._weigh(carry._replace(x=y, move=carry.move + 1), log_ratio, evaluation, 1 - s / t)
+        told = says_enough(self.value, self.process, s)
+        moved = self._weigh(carry._replace(x=y, move=carry.move + 1), log_ratio, evaluation, told, 1 - s / t)
         info = {
             "ess": ess(moved.log_weights),
             "log_weights": moved.log_weights,
@@ -193,15 +196,16 @@ class Smc:
         return Evaluation(self._scale(values), gradient, prediction)
 
     def _weigh(
-        self, particles: Particles, log_ratio: Array, evaluation: Evaluation, progress: Array | None = None
+        self, particles: Particles, log_ratio: Array, evaluation: Evaluation, told: Array, progress: Array | None = None
     ) -> Particles:
         """Multiply the weights by the proposal's ratio and by the potential, by which exp(strength * reached) has grown.
 
+        The potential is 1 unless `told`: where the state says too little of x0 for the value to be more than error.
         `progress` is (t - s) / t of a move, the part of what was left of the chain; at the beginning it is None.
         """
         index = particles.move
-        evaluates = jnp.bool_(True) if progress is None else index % self.interval == 0
-        value = _imputed(evaluation.value, particles.value, particles.log_weights)
+        evaluates = told if progress is None else told & (index % self.interval == 0)
+        value = jnp.where(told, _imputed(evaluation.value, particles.value, particles.log_weights), particles.value)
         running = particles.running
         if self.potential == "max":
             running = jnp.where(evaluates, jnp.maximum(running, value), running)
@@ -350,8 +354,9 @@ def smc(
       FK steering's released code drops the weights of moves at which it does not resample, and DAS's does not permute the twist
       when it resamples; both bias the result. Here weights accumulate and every field is resampled with its particle.
       Where the value is noise, potentials kill particles by chance, and log Z comes out too low by more than log_z_se says. So it is
-      with `posterior_mean` of a network that predicts eps near t = 1, where its error is divided by alpha: take adaptive=0.5, as
-      `rgdiff.examples.own_network` does, or `tempering`.
+      with `posterior_mean` of a network that predicts eps or the score near t = 1, where its error is divided by alpha: there
+      potentials are 1 and the twist is 0 (`denoisers.says_enough`). Where log Z still changes with the number of particles, take
+      adaptive=0.5 or `tempering`.
 
       If all x0 are infeasible, their weights are equal and log_z = -inf. Do not mark infeasible samples by a large negative
       reward: potentials of e^-1000 end lineages that might have become feasible, at any number of particles.
