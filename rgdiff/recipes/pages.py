@@ -259,8 +259,8 @@ def figures(
         first.append(Plot(title, [Series(key, *c, color=colors[key]) for key, c in curves.items()], xlabel, ylabel))
     if not first:
         first = rewards_of_samples(judge, task, prior, outcomes, scores, colors)
-    curves = [Plot(title, series, *axes(title)) for title, series in shared(outcomes, colors).items()]
-    curves.sort(key=lambda plot: (-len({s.color for s in plot.series}), "reward" not in plot.title))
+    curves = [Plot(title[:1].upper() + title[1:], of, *axes(title)) for title, of in shared(outcomes, colors).items()]
+    curves.sort(key=lambda plot: (-len({s.color for s in plot.series}), "reward" not in plot.title.lower()))
     trade = trade_offs(rows, colors)
     main, rest = [*first[:2], *trade[:1]], [*first[2:], *trade[1:]]
     room = max(FIGURES - len(main), 0)

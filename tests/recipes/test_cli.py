@@ -142,7 +142,10 @@ def test_methods_run(method, tmp_path, cache):
     for name in ("config.yaml", "versions.json", "metrics.jsonl", "report.html"):
         assert (folder / name).stat().st_size > 0
     page = (folder / "report.html").read_text()
-    assert re.findall(r"<article class=card><h3>(.*?)</h3>", page) == ["prior", method]
+    titles = [title.partition(": ") for title in re.findall(r"<article class=card><h3>(.*?)</h3>", page)]
+    assert [title[0] for title in titles] == ["prior", method]
+    if method == "mixed_adapters":
+        assert titles[1][2] == "0.5 times the adapter of the reward, 0.5 times that of the second"
     assert (
         "<img" in page
         and "reward_mean" not in page

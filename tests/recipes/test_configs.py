@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from rgdiff.domains.images.rewards import symmetry
 from rgdiff.recipes import compose as recipe
 from rgdiff.recipes import manual
+from rgdiff.recipes.plan import parts
 from rgdiff.recipes.run import run_recipe
 from rgdiff.recipes.sweep import expand
+from rgdiff.rewards import Task
 
 FOLDER = recipe.config_dir()
 PAIR = r"[a-z_0-9+@]+(?:\.[a-z_0-9@]+)*=[^\s;,)]+"  # key=value
@@ -139,3 +142,17 @@ def test_another_domain_brings_a_prior_and_a_reward_that_fit():
     assert took("domain=mnist")["prior"] == "unet" and took("domain=mnist", "reward=ink")["reward"] == "ink"
     assert recipe.composed("digits_conditional", ["domain=mnist"])[1]["prior"] == "unet_conditional"  # it fits
     assert any("planar_mlp" in path.name for path, _ in recipe.sources("steer", ["domain=planar"]))
+
+
+def test_a_chain_is_tuned_on_as_many_calls_as_are_asked_for():
+    for calls, expected in (("null", 15), (4, 4)):
+        config = recipe.compose("quickstart", [f"methods.draft.calls={calls}"])
+        domain, prior, method = (recipe.build(config[key]) for key in ("domain", "prior", "methods"))
+        assert (
+            parts(method["draft"], prior, domain.shape, Task(symmetry(), symmetry()))["tuner"].network_calls()
+            == expected
+        )
+    with pytest.raises(ValueError, match="calls"):
+        recipe.build(recipe.compose("quickstart", ["methods.draft.calls=0"])["methods"])["draft"].check(
+            prior, domain.shape
+        )
