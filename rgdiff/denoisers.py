@@ -24,7 +24,7 @@ from jax.core import Tracer
 from rgdiff import checks
 from rgdiff.processes import GaussianProcess, along
 from rgdiff.schedules import GaussianSchedule, level
-from rgdiff.typing import Array, Cond, Denoiser, Params, Process, State, callable_pytree, pytree, static
+from rgdiff.typing import Array, Cond, Denoiser, DenoiserLike, Params, Process, State, callable_pytree, pytree, static
 
 SIGNAL = 0.1  # the least alpha / sigma at which E[x0 | x_t] of a network that predicts eps or the score steers
 PREDICTIONS = ("x0", "eps", "v", "score", "velocity", "logits", "probabilities")
@@ -354,7 +354,7 @@ class LogOf:
         return jax.tree.map(safe_log, self.network(x, t, cond))
 
 
-def predicts(prediction: str, network: Denoiser, schedule: GaussianSchedule | None = None) -> Denoiser:
+def predicts(prediction: str, network: DenoiserLike, schedule: GaussianSchedule | None = None) -> Denoiser:
     """Make a denoiser of a network that predicts x0, eps, v, score, velocity, logits or probabilities.
 
     Args:
@@ -471,7 +471,7 @@ class DiscreteTime:
         return self.network(x, level(per_row(t, x), self.steps), cond)
 
 
-def discrete_time(network: Denoiser, steps: int) -> Denoiser:
+def discrete_time(network: DenoiserLike, steps: int) -> Denoiser:
     """Let a network of integer steps 0 ... T - 1 be called at times t in [0, 1]: it gets round(t T) - 1, int32 [B].
 
     t = (i + 1)/T is step i, as in `schedules.tabulated(alpha_bar)`: on each of its grids the network gets the step whose
@@ -511,7 +511,7 @@ class EdmPreconditioned:
         return self.sigma_data**2 / total * x + sigma * self.sigma_data * jax.lax.rsqrt(total) * out
 
 
-def edm_preconditioned(network: Denoiser, schedule: GaussianSchedule, *, sigma_data: float = 0.5) -> Denoiser:
+def edm_preconditioned(network: DenoiserLike, schedule: GaussianSchedule, *, sigma_data: float = 0.5) -> Denoiser:
     """Precondition a network F for a variance-exploding schedule: x0 = c_skip x + c_out F(c_in x, t) (EDM, arXiv 2206.00364, table 1).
 
     c_skip = s^2 / (sigma^2 + s^2),  c_out = sigma s / sqrt(sigma^2 + s^2),  c_in = 1 / sqrt(sigma^2 + s^2),  s = sigma_data.
@@ -564,7 +564,7 @@ def _between(a: Array, b: Array, weight: Array) -> Array:
     return jnp.where(forbidden, -jnp.inf, a + weight * (b - a))
 
 
-def classifier_free(denoiser: Denoiser, scale: float, null: Any) -> Denoiser:
+def classifier_free(denoiser: DenoiserLike, scale: float, null: Any) -> Denoiser:
     """Guide a conditional denoiser: d(x, null) + scale (d(x, cond) - d(x, null)) (arXiv 2207.12598).
 
     Scale 1 is the conditional model, 0 the unconditional one. Both predictions come from one network call of 2B rows. On
@@ -608,7 +608,7 @@ class Conditioned:
         return self.denoiser(x, t, jax.tree.map(repeat, self.condition))
 
 
-def conditioned(denoiser: Denoiser, condition: Any) -> Denoiser:
+def conditioned(denoiser: DenoiserLike, condition: Any) -> Denoiser:
     """Give every example the same condition, so that a conditional denoiser is one of a single distribution.
 
     Methods on one problem (weighted particles, campaigns, learned values) take it as they take an unconditional prior.
@@ -644,7 +644,7 @@ class Annealed:
         return jax.tree.map(lambda d, b: _between(d, b, along(weight, d)), out, base)
 
 
-def annealed(denoiser: Denoiser, base: Denoiser, power: float = 1.0) -> Denoiser:
+def annealed(denoiser: DenoiserLike, base: DenoiserLike, power: float = 1.0) -> Denoiser:
     """Sample with the prior at high noise and with the tuned denoiser at the end: d + t^power (base - d).
 
     This is annealed guidance (DRaFT+). The weight of the prior is t^power, 1 at t = 1; power 0 is the prior throughout, a large
@@ -684,7 +684,7 @@ class ClipX0:
         return jnp.clip(self.denoiser(x, t, cond), self.low, self.high)
 
 
-def clip_x0(denoiser: Denoiser, low: float = -1.0, high: float = 1.0) -> Denoiser:
+def clip_x0(denoiser: DenoiserLike, low: float = -1.0, high: float = 1.0) -> Denoiser:
     """Clip predictions of x0 to the range of the data.
 
     Args:
@@ -723,7 +723,7 @@ class DynamicThreshold:
         return jnp.clip(x0, -size, size) * (self.floor / size)
 
 
-def dynamic_threshold(denoiser: Denoiser, percentile: float = 99.5, *, floor: float = 1.0) -> Denoiser:
+def dynamic_threshold(denoiser: DenoiserLike, percentile: float = 99.5, *, floor: float = 1.0) -> Denoiser:
     """Threshold predictions of x0 to [-floor, floor]: clip to s, then multiply by floor / s (Imagen, arXiv 2205.11487, §2.3).
 
     s is the percentile of |x0| over each example's coordinates, or `floor` where that is larger.

@@ -22,10 +22,13 @@ from rgdiff.typing import (
     Array,
     Cond,
     Denoiser,
+    DenoiserLike,
     Key,
     Process,
     Reward,
+    RewardLike,
     Value,
+    ValueLike,
     callable_pytree,
     pytree,
     same_callable,
@@ -107,7 +110,7 @@ def gaussian_only(process: Process, method: str) -> GaussianProcess:
     return process
 
 
-def guided(denoiser: Denoiser, process: Process, term: Callable[[Point], Array], scale: float = 1.0) -> Guided:
+def guided(denoiser: DenoiserLike, process: Process, term: Callable[[Point], Array], scale: float = 1.0) -> Guided:
     """Change the score by scale * term(point), for any term.
 
     Args:
@@ -157,7 +160,7 @@ class ValueGradient:
         return at.pull(value_gradient(of_prediction, at.prediction, at.t, at.cond)[1])
 
 
-def classifier_guidance(denoiser: Denoiser, process: Process, value: Value, scale: float = 1.0) -> Guided:
+def classifier_guidance(denoiser: DenoiserLike, process: Process, value: ValueLike, scale: float = 1.0) -> Guided:
     """Change the score by scale * gradient of v(x_t, t) (arXiv 2105.05233, algorithm 2: eps - s sigma_t grad log p(c | x_t)).
 
     With v = log p(c | x_t) and scale 1 it is the conditional score; with a soft value of temperature tau and scale
@@ -194,7 +197,7 @@ def classifier_guidance(denoiser: Denoiser, process: Process, value: Value, scal
     return guided(denoiser, process, ValueGradient(value, shared), scale)
 
 
-def reward_guidance(denoiser: Denoiser, process: Process, reward: Reward, scale: float = 1.0) -> Guided:
+def reward_guidance(denoiser: DenoiserLike, process: Process, reward: RewardLike, scale: float = 1.0) -> Guided:
     """Change the score by scale * gradient of r(E[x0 | x_t]) with respect to x_t, for any differentiable reward.
 
     A reward of curvature c in x0 diverges where `dps` does with scale / sigma^2 = scale * c: see there.
@@ -255,9 +258,9 @@ class SmoothedReward:
 
 
 def lgd_mc(
-    denoiser: Denoiser,
+    denoiser: DenoiserLike,
     process: Process,
-    reward: Reward,
+    reward: RewardLike,
     key: Key,
     *,
     draws: int,

@@ -16,7 +16,7 @@ from rgdiff import checks
 from rgdiff.denoisers import says_enough
 from rgdiff.kernels import Absorbing, FirstHitting, PointMass, Product
 from rgdiff.rewards import differentiable
-from rgdiff.typing import Array, Cond, Guide, Kernel, Move, State, Value, callable_pytree, pytree, static
+from rgdiff.typing import Array, Cond, Guide, Kernel, Move, State, Value, ValueLike, callable_pytree, pytree, static
 from rgdiff.values import PosteriorMean, evaluate
 
 TILTS = ("token", "token_and_rate")
@@ -108,7 +108,7 @@ def tilt(kernel: Any, direction: State, tilts: str = "token") -> Any:
     return kernel.tilt(direction)
 
 
-def gradient_guide(value: Value, scale: float = 1.0, *, tilts: str = "token") -> GradientGuide:
+def gradient_guide(value: ValueLike, scale: float = 1.0, *, tilts: str = "token") -> GradientGuide:
     """Tilt every step by the gradient of a value: q(y) proportional to k(y) exp<scale * grad v(x_t), y>.
 
     With log p(c | x_t) and scale s this is classifier guidance (arXiv 2105.05233, algorithm 1); with

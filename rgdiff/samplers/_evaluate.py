@@ -12,14 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rgdiff.typing import Array, Cond, Denoiser, Process, State, Value, same_callable
+from rgdiff.typing import Array, Cond, DenoiserLike, Process, State, ValueLike, same_callable
 from rgdiff.values import PosteriorMean
 from rgdiff.values import evaluate as evaluate_value
 
 Evaluate = Callable[[State, Cond], tuple[Array, Any]]
 
 
-def shares(value: Value, denoiser: Denoiser) -> bool:
+def shares(value: ValueLike, denoiser: DenoiserLike) -> bool:
     """Whether the value's prediction is the denoiser's."""
     return isinstance(value, PosteriorMean) and same_callable(value.denoiser, denoiser)
 
@@ -78,7 +78,7 @@ def distinct(
     return take(out, source), calls_made
 
 
-def refresh(denoiser: Denoiser, prediction: Any, x: State, t: Array, cond: Cond, stale: Array, rows: int) -> Any:
+def refresh(denoiser: DenoiserLike, prediction: Any, x: State, t: Array, cond: Cond, stale: Array, rows: int) -> Any:
     """Return the denoiser's predictions at x [B, ...], calling it only for the stale [B], `rows` of them at a time."""
     batch = stale.shape[0]
     run = lambda x, cond: denoiser(x, t, cond)  # noqa: E731

@@ -21,6 +21,7 @@ from rgdiff.typing import (
     Array,
     Cond,
     Denoiser,
+    DenoiserLike,
     Guide,
     Info,
     Key,
@@ -28,6 +29,7 @@ from rgdiff.typing import (
     Process,
     State,
     Value,
+    ValueLike,
     callable_pytree,
     pytree,
     static,
@@ -270,8 +272,8 @@ def log_soft_weights(values: Array, temperature: Array) -> Array:
 
 def svdd(
     process: Process,
-    denoiser: Denoiser,
-    value: Value,
+    denoiser: DenoiserLike,
+    value: ValueLike,
     *,
     temperature: float = 1.0,
     candidates: int = 16,

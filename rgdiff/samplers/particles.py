@@ -26,14 +26,17 @@ from rgdiff.typing import (
     Array,
     Cond,
     Denoiser,
+    DenoiserLike,
     Guide,
     Info,
     Key,
     Move,
     Process,
     Reward,
+    RewardLike,
     State,
     Value,
+    ValueLike,
     callable_pytree,
     pytree,
     static,
@@ -288,12 +291,12 @@ def _imputed(values: Array, previous: Array, log_weights: Array) -> Array:
 
 def smc(
     process: Process,
-    denoiser: Denoiser,
-    value: Value,
+    denoiser: DenoiserLike,
+    value: ValueLike,
     *,
     temperature: float = 1.0,
     potential: str = "difference",
-    reward: Reward | None = None,
+    reward: RewardLike | None = None,
     resampling: str = "systematic",
     ess_threshold: float = 0.5,
     interval: int = 1,
@@ -429,7 +432,7 @@ def das_tempering(times: Array, gamma: float = 0.008) -> Array:
 
 
 @setting_of(smc, defaults={"potential": "max", "resampling": "multinomial"})
-def fk_steering(process: Process, denoiser: Denoiser, value: Value, **options: Any) -> Smc:
+def fk_steering(process: Process, denoiser: DenoiserLike, value: ValueLike, **options: Any) -> Smc:
     """Build FK steering as published (arXiv 2501.06848): the prior as proposal, the maximum potential, multinomial resampling.
 
     Returns:
@@ -449,7 +452,7 @@ def fk_steering(process: Process, denoiser: Denoiser, value: Value, **options: A
 
 
 @setting_of(smc, defaults={"twist": 1.0, "ess_threshold": 1.0})
-def tds(process: Process, denoiser: Denoiser, value: Value, **options: Any) -> Smc:
+def tds(process: Process, denoiser: DenoiserLike, value: ValueLike, **options: Any) -> Smc:
     """Build TDS as published (arXiv 2306.17775, algorithm 1): the twisted proposal, systematic resampling at every move.
 
     For a measurement the value is its likelihood with the variance of x0 given x_t, not its plain posterior mean:
@@ -473,7 +476,7 @@ def tds(process: Process, denoiser: Denoiser, value: Value, **options: Any) -> S
 
 @setting_of(smc, fixed=("tempering",), defaults={"twist": 1.0})
 def das(
-    process: Process, denoiser: Denoiser, value: Value, times: Array, *, gamma: float = 0.008, **options: Any
+    process: Process, denoiser: DenoiserLike, value: ValueLike, times: Array, *, gamma: float = 0.008, **options: Any
 ) -> Smc:
     """Build DAS as published (arXiv 2501.05803, algorithm 1): twisted and tempered, resampling below half the particles.
 

@@ -17,7 +17,7 @@ from rgdiff import checks
 from rgdiff.rewards import evaluate, failed, failures, from_host
 from rgdiff.tuners._loop import draw_rows
 from rgdiff.tuners.stopping import EarlyStopping
-from rgdiff.typing import Array, Cond, Info, Key, Online, Params, Reward, callable_pytree, pytree
+from rgdiff.typing import Array, Cond, Info, Key, Online, Params, Reward, RewardLike, callable_pytree, pytree
 
 
 @pytree
@@ -70,7 +70,7 @@ class OnlineTuner:
 
 
 def as_tuner(
-    online: Online, reward: Reward, *, heldout: Reward | None = None, noise: float | None = None
+    online: Online, reward: RewardLike, *, heldout: RewardLike | None = None, noise: float | None = None
 ) -> OnlineTuner:
     """Make an online method a tuner for `fit`, with a JAX reward (or `rewards.from_host`) in the same program.
 

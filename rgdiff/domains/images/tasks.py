@@ -55,12 +55,13 @@ def digit(
     _labelled(domain, "digit")
     checks.one_of("reward.target", target, range(domain.classes))
     classify = image_rewards.classifier_reward
+    images: Any = domain
     if heads != 1 or examples is not None or judged != "classifier":
-        _images(domain)
+        _images(images)
     keys = [key] if checks.at_least("heads", heads, 1) == 1 else list(jax.random.split(key, heads))
     rows = None
     if examples is not None:
-        every = len(domain.train_x)
+        every = len(images.train_x)
         if not domain.classes <= examples <= every:
             raise ValueError(f"reward.examples must be {domain.classes} (the classes) to {every}, got {examples}")
         rows = np.asarray(jax.random.permutation(jax.random.fold_in(key, heads), every))[:examples]
@@ -68,7 +69,7 @@ def digit(
     reward = heard[0] if heads == 1 else ensemble(heard, reduce, caution=caution)
     if checks.one_of("reward.judged", judged, ("classifier", "likeness")) == "classifier":
         return Task(reward, classify(judge.classifier, target), target)
-    return Task(reward, image_rewards.likeness(domain.heldout_x[domain.heldout_y == target]), target)
+    return Task(reward, image_rewards.likeness(images.heldout_x[images.heldout_y == target]), target)
 
 
 def labelled(domain: ImageDomain | PretrainedImages, judge: ImageJudge, key: Key) -> Task:
