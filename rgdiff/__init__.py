@@ -1,7 +1,7 @@
 """rgdiff: reward-guided diffusion in JAX. Pure functions over any denoiser: steer its samples by a reward, or fine-tune it.
 
-`typing` is the vocabulary; `kernels`, `schedules`, `processes`, `graphs`, `correctors`, `denoisers`, `rewards`
-and `values` are the words;
+`typing` is the vocabulary; `kernels`, `schedules`, `processes`, `graphs`, `correctors`, `denoisers`, `oracles`,
+`rewards` and `values` are the words;
 `samplers` and `tuners` hold the methods, `guides`, `policies`, `surrogates` and `seiko` what some of them need; `nets`,
 `domains` and `exact` are reference parts; `recipes`, `runtime` and `cli` are the command line.
 """
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         kernels,
         metrics,
         nets,
+        oracles,
         policies,
         pretrained,
         processes,
@@ -57,6 +58,7 @@ __all__ = [
     "load",
     "metrics",
     "nets",
+    "oracles",
     "policies",
     "pretrained",
     "processes",

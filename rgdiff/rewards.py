@@ -341,6 +341,88 @@ def weighted_sum(
 
 
 @pytree
+class RewardProduct:
+    """prod_i reward_i; see `product`."""
+
+    rewards: tuple[Reward, ...]
+
+    def __call__(self, x0: State, cond: Cond = None) -> Array:
+        return jnp.prod(jnp.stack([evaluate(reward, x0, cond) for reward in self.rewards]), 0)
+
+
+def product(rewards: list[Reward] | tuple[Reward, ...]) -> Reward:
+    """Multiply rewards: r(x0) = prod_i r_i(x0). A sample that is infeasible (NaN) for one is infeasible.
+
+    Args:
+      rewards: r_i, each (x0, cond) -> [B], at least one; those above 0 keep the order of the others.
+
+    Returns:
+      The reward, (x0, cond) -> [B].
+
+    Raises:
+      ValueError: without a reward.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> first, second = lambda x0, cond: x0[:, 0], lambda x0, cond: x0[:, 1]
+      >>> print(rgdiff.rewards.product([first, second])(jnp.array([[2.0, 3.0]])))
+      [6.]
+    """
+    if not rewards:
+        raise ValueError("product needs at least one reward")
+    return RewardProduct(tuple(callable_pytree(r, "a reward") for r in rewards))
+
+
+@pytree
+class Threshold:
+    """Whether a reward is between two numbers; see `threshold`."""
+
+    reward: Reward
+    low: Array
+    high: Array
+    width: Array
+    sharp: bool = static()
+
+    def __call__(self, x0: State, cond: Cond = None) -> Array:
+        value = evaluate(self.reward, x0, cond)
+        if self.sharp:
+            inside = (value >= self.low) & (value <= self.high)
+            return jnp.where(jnp.isnan(value), jnp.nan, inside.astype(jnp.float32))
+        return jax.nn.sigmoid((value - self.low) / self.width) * jax.nn.sigmoid((self.high - value) / self.width)
+
+
+def threshold(reward: Reward, low: float | None = None, high: float | None = None, *, width: float = 0.0) -> Reward:
+    """Make a reward of whether another is between low and high: 1 inside and 0 outside, to be multiplied or added.
+
+    Args:
+      reward: (x0, cond) -> [B]. A sample that is infeasible (NaN) stays so.
+      low, high: in the reward's unit, both inside; None for no limit. They may change without a recompilation.
+      width: 0, or that of the logistic slopes sigmoid((r - low) / width) sigmoid((high - r) / width) in the reward's unit, which
+        have a gradient.
+
+    Returns:
+      The reward, (x0, cond) -> [B].
+
+    Raises:
+      ValueError: without a limit, for limits in the wrong order, or a negative width.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> first, second = lambda x0, cond: x0[:, 0], lambda x0, cond: x0[:, 1]
+      >>> both = rgdiff.rewards.product([first, rgdiff.rewards.threshold(second, low=1.0)])
+      >>> print(both(jnp.array([[2.0, 3.0], [2.0, 0.5]])))
+      [2. 0.]
+    """
+    if low is None and high is None:
+        raise ValueError("threshold needs low, high, or both")
+    if low is not None and high is not None and low > high:
+        raise ValueError(f"threshold: low={low} is above high={high}")
+    limits = [jnp.float32(edge if given is None else given) for given, edge in ((low, -jnp.inf), (high, jnp.inf))]
+    slope = checks.positive("width", width, zero=True)
+    return Threshold(callable_pytree(reward, "a reward"), *limits, slope, bool(width == 0))
+
+
+@pytree
 class Ensemble:
     """Several rewards of one quantity, reduced to one. Build it with `ensemble`."""
 

@@ -13,7 +13,7 @@ import optax
 import pytest
 from scipy import optimize, special
 
-from rgdiff import denoisers, nets, processes, samplers, schedules, tuners, values
+from rgdiff import denoisers, nets, processes, rewards, samplers, schedules, tuners, values
 from rgdiff.typing import pytree
 from tests.worlds.worlds import (
     CategoricalWorld,
@@ -498,3 +498,15 @@ def test_settings_are_refused_where_they_are_built():
     tuner = tuners.value_regression(model, w.process, SGD, times=factorised(5).times)
     with pytest.raises(ValueError, match="must hold the 6 states of times"):
         jax.eval_shape(tuner.loss, jnp.zeros((6, 16)), jax.random.key(0), data)
+
+
+def test_a_soft_threshold_is_the_hard_one_smoothed_and_has_its_gradient():
+    x = jnp.linspace(-3.0, 3.0, 13)[:, None]
+    first = lambda x0, cond=None: x0[:, 0]  # noqa: E731
+    hard = rewards.threshold(first, -1.0, 2.0)(x)
+    np.testing.assert_array_equal(hard, [0.0] * 4 + [1.0] * 7 + [0.0] * 2)
+    np.testing.assert_array_equal(rewards.threshold(first, high=0.0)(jnp.full((1, 1), jnp.nan)), [jnp.nan])
+    soft = rewards.threshold(first, -1.0, 2.0, width=0.01)
+    np.testing.assert_allclose(soft(x + 0.1), hard.at[3].set(0.0).at[10].set(0.0), atol=1e-4)
+    slope = jax.grad(lambda x: rewards.threshold(first, low=0.5, width=0.2)(x).sum())(jnp.full((1, 1), 0.5))
+    np.testing.assert_allclose(slope, [[1 / (4 * 0.2)]], rtol=1e-5)  # of a logistic at its middle

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rgdiff.nets.conv import Conv
     from rgdiff.nets.conv1d import ConvNet1D
+    from rgdiff.nets.graph import GraphNet
     from rgdiff.nets.lora import LoRAModel, lora_init, lora_merge, lora_sum
     from rgdiff.nets.mlp import MLP, ValueMLP
+    from rgdiff.nets.resnet import ValueResNet
     from rgdiff.nets.time import Conditioning, time_features
     from rgdiff.nets.transformer import DiT, Transformer
     from rgdiff.nets.unet import UNet
@@ -25,10 +27,12 @@ __all__ = [
     "Conv",
     "ConvNet1D",
     "DiT",
+    "GraphNet",
     "LoRAModel",
     "Transformer",
     "UNet",
     "ValueMLP",
+    "ValueResNet",
     "lora_init",
     "lora_merge",
     "lora_sum",
@@ -38,8 +42,10 @@ __all__ = [
 _MODULES = {
     "conv": ("Conv",),
     "conv1d": ("ConvNet1D",),
+    "graph": ("GraphNet",),
     "lora": ("LoRAModel", "lora_init", "lora_merge", "lora_sum"),
     "mlp": ("MLP", "ValueMLP"),
+    "resnet": ("ValueResNet",),
     "time": ("Conditioning", "time_features"),
     "transformer": ("DiT", "Transformer"),
     "unet": ("UNet",),

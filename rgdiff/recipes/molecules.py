@@ -5,19 +5,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rgdiff import checks, correctors
+from rgdiff.domains.molecules.data import located
 from rgdiff.domains.sequences.files import read_bytes
-from rgdiff.pretrained import gdss
-from rgdiff.recipes.typing import Domain, Prior, ReadyPrior, Shape
+from rgdiff.pretrained import gdss, mood
+from rgdiff.recipes.typing import Domain, Obtained, Prior, ReadyPrior, Shape, ValueSource
+from rgdiff.rewards import Task
 from rgdiff.runtime.run import Run
-from rgdiff.typing import Process
+from rgdiff.typing import Denoiser, Process
 
 
 @functools.lru_cache(maxsize=4)
@@ -56,7 +56,7 @@ class GdssPrior(Prior):
 
     def networks(self) -> gdss.Gdss:
         """Read the networks."""
-        return opened(str(_placed(self.file, self.data_dir)))
+        return opened(str(located(self.file, self.data_dir)))
 
     def check(self, domain: Any) -> None:
         """Refuse a domain of other graphs, and settings that do not fit."""
@@ -103,5 +103,23 @@ class GdssPrior(Prior):
         return ReadyPrior(process, times, model, params, self, domain.shape, calls_each=1 + self.corrections)
 
 
-def _placed(file: str, data_dir: str | None) -> Path:
-    return Path(data_dir or os.environ.get("RGDIFF_DATA") or "").expanduser() / Path(file).expanduser()
+@dataclasses.dataclass(frozen=True)
+class PropertyValue(ValueSource):
+    """A property network as the value of noised graphs, which it was trained on: MOOD's guidance, no training."""
+
+    def check(self, prior: Any, shape: Shape, temperature: float) -> None:
+        """Refuse a prior of other states than GDSS's."""
+        if not isinstance(prior, GdssPrior):
+            raise ValueError("value@method.value=property is of graphs; choose prior=gdss_zinc")
+
+    def suits(self, task: Task) -> None:
+        """Refuse a reward that is no property network."""
+        if not isinstance(task.reward, mood.GraphProperty):
+            raise ValueError("value@method.value=property is the reward's own network; choose reward=property_network")
+
+    def obtain(
+        self, run: Run, phase: str, prior: ReadyPrior, task: Task, denoiser: Denoiser, temperature: float
+    ) -> Obtained:
+        """Return the network as a value."""
+        reward: Any = task.reward
+        return Obtained(mood.GraphValue(reward), {})

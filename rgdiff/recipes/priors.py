@@ -75,7 +75,8 @@ def needs_data(prior: Prior) -> None:
     """
     if not getattr(prior, "gives_data", False):
         raise ValueError(
-            "this method learns from data, which Gaussian priors hand on, e.g. prior=planar_mlp or prior=unet"
+            "this method learns from data, which Gaussian priors hand on, e.g. prior=planar_mlp or prior=unet, "
+            "and prior=pipeline on domain=pictures"
         )
     unconditional(prior, "a method that learns from data", "choose a prior without prior.guidance")
 
@@ -100,25 +101,29 @@ def unconditional(prior: Prior, what: str, instead: str) -> None:
         raise ValueError(f"{what} is not offered for a conditional prior; {instead}")
 
 
-def initial(network: Any, key: jax.Array, shape: Shape) -> Params:
+def initial(network: Any, key: jax.Array, shape: Any) -> Params:
     """Draw a Linen network's parameters for states [B, *shape] without running it.
 
     Args:
       network: a Linen module, called as (x, t).
       key: a typed PRNG key.
-      shape: of one example.
+      shape: of one example; of a state with several parts, a dict of them.
     """
-    blank, t = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, *shape), (1,)))
-    return network.lazy_init(key, blank, t)["params"]
+    spec = lambda s: jax.ShapeDtypeStruct((1, *s), jnp.float32)  # noqa: E731
+    blank = jax.tree.map(spec, shape, is_leaf=lambda part: isinstance(part, tuple))
+    return network.lazy_init(key, blank, spec(()))["params"]
 
 
-def state_shape(process: Process) -> tuple[int, ...]:
+def state_shape(process: Process) -> Any:
     """Return the shape of one noised example, as a network sees it; a masked one has the mask as a further class.
+
+    Of a state with several parts it is a dict of their shapes.
 
     Args:
       process: any.
     """
-    return jax.eval_shape(lambda: process.prior(1).sample(jax.random.key(0))).shape[1:]
+    one = jax.eval_shape(lambda: process.prior(1).sample(jax.random.key(0)))
+    return jax.tree.map(lambda leaf: leaf.shape[1:], one)
 
 
 def prediction_shape(network: Any, shape: Shape) -> tuple[int, ...]:

@@ -9,20 +9,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from rgdiff._cache import cache_path
+
+__all__ = ["cache_path", "open_cache"]
+
 log = logging.getLogger("rgdiff")
-
-
-def cache_path(named: str | None = None) -> Path | None:
-    """Return the cache of trained priors and compiled programs: `named`, RGDIFF_CACHE, or rgdiff in the user's cache folder.
-
-    It is None where there is no home folder to have it in.
-    """
-    chosen = named or os.environ.get("RGDIFF_CACHE")
-    above = chosen or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    try:
-        return Path(above).expanduser().absolute() / ("" if chosen else "rgdiff")
-    except RuntimeError:
-        return None
 
 
 def open_cache(named: str | None = None) -> Path:

@@ -17,6 +17,7 @@ BUILT_WITH = (  # packages whose public names are constructors: their `help()` s
     "guides",
     "kernels",
     "nets",
+    "oracles",
     "policies",
     "processes",
     "rewards",

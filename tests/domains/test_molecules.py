@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import os
+import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +15,9 @@ import numpy as np
 import pytest
 
 from rgdiff import rewards
-from rgdiff.domains.molecules import MoleculeJudge, chemistry, molecules, tasks
-from rgdiff.domains.molecules.rewards import MoleculeProperty
+from rgdiff.domains.molecules import MoleculeJudge, chemistry, comparison, molecules, tasks
+from rgdiff.domains.molecules.properties import smiles_property
+from rgdiff.domains.molecules.rewards import MoleculeReward
 from rgdiff.recipes.molecules import GdssPrior
 from rgdiff.recipes.typing import Outcome
 from tests.pretrained import gdss_twin
@@ -21,6 +25,10 @@ from tests.pretrained import gdss_twin
 pytest.importorskip("rdkit", reason="rdkit is not installed: pip install 'rgdiff[mol]'")
 QM9 = (6, 7, 8, 9)
 ZINC = (6, 7, 8, 9, 15, 16, 17, 35, 53)
+
+
+def property_reward(name="qed", correct=True, **settings):
+    return MoleculeReward(smiles_property(name, workers=0, **settings), ZINC, correct)
 
 
 def graph_of(smiles, elements=ZINC, nodes=12):
@@ -90,6 +98,72 @@ def test_properties_have_their_known_values():
         chemistry.measured("colour", aspirin)
 
 
+@pytest.mark.parametrize(
+    "name, reference, expected",  # of benzamide, aniline and hexane
+    [
+        ("substructure", "C(=O)N", [1, 0, 0]),
+        ("scaffold", "CCc1ccccc1", [1, 1, 0]),
+        ("scaffold", "CCC", [0, 0, 1]),
+        ("weight", None, [121.14, 93.13, 86.18]),
+    ],
+)
+def test_properties_beside_a_reference(name, reference, expected):
+    found = smiles_property(name, reference, workers=0)(["NC(=O)c1ccccc1", "Nc1ccccc1", "CCCCCC"])
+    np.testing.assert_allclose(found, expected, atol=0.005)
+
+
+def test_similarity_is_rdkits_own():
+    from rdkit import Chem, DataStructs
+    from rdkit.Chem.rdFingerprintGenerator import GetMorganGenerator
+
+    texts = ["NC(=O)c1ccccc1", "Nc1ccccc1", "CCCCCC"]
+    prints = [GetMorganGenerator(radius=2, fpSize=2048).GetFingerprint(Chem.MolFromSmiles(t)) for t in texts]
+    found = smiles_property("similarity", texts[0], workers=0)(texts)
+    np.testing.assert_allclose(found, DataStructs.BulkTanimotoSimilarity(prints[0], prints), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"name": "colour"}, "the property must be one of"),
+        ({"name": "similarity"}, "similarity takes a SMILES as its reference, got None"),
+        ({"name": "qed", "reference": "C"}, "qed takes no reference"),
+        ({"name": "substructure", "reference": "[C"}, "the reference '\\[C' of substructure cannot be read"),
+    ],
+)
+def test_one_line_says_which_reference_is_missing(settings, words):
+    with pytest.raises(ValueError, match=words) as error:
+        smiles_property(**settings)
+    assert "\n" not in str(error.value)
+
+
+def test_properties_are_answered_by_other_processes_without_jax():
+    code = "import sys; from rgdiff.domains.molecules import properties; assert 'jax' not in sys.modules"
+    assert not subprocess.run([sys.executable, "-c", code]).returncode
+    texts = ["CCO", "C1CC1", "CC(", "NC(=O)c1ccccc1"]
+    np.testing.assert_array_equal(smiles_property("qed", workers=1)(texts), smiles_property("qed", workers=0)(texts))
+
+
+def test_an_objective_combines_properties_and_limits():
+    domain = molecules("zinc250k")
+    graphs = jnp.asarray(
+        np.stack([graph_of("CCO", nodes=38), graph_of("NC(=O)c1ccccc1", nodes=38), np.zeros((38, 48))]), jnp.float32
+    )
+    qed = [chemistry.measured("qed", one) for one in ("CCO", "NC(=O)c1ccccc1")]
+    heavy = {"name": "weight", "low": 100}
+    product = tasks.molecule_objective(domain, [{"name": "qed"}, heavy], workers=0)
+    np.testing.assert_allclose(rewards.score(product.reward, graphs), [0, qed[1], np.nan], rtol=1e-5)
+    total = tasks.molecule_objective(domain, [{"name": "qed", "weight": 2.0}, heavy], "sum", workers=0)
+    np.testing.assert_allclose(rewards.score(total.heldout, graphs), [2 * qed[0], 2 * qed[1] + 1, np.nan], rtol=1e-5)
+    for parts, words in (
+        ([], "parts is empty"),
+        ([{"colour": 1}], "unknown 'colour'"),
+        ([{"name": "qed", "weight": 2}], "combine=sum"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            tasks.molecule_objective(domain, parts)
+
+
 def test_figures_count_what_they_say():
     found = [
         chemistry.Molecule("CCO", True),
@@ -100,6 +174,7 @@ def test_figures_count_what_they_say():
     figures = chemistry.figures(found, frozenset({"CF"}))
     alike = chemistry.similarities(*[chemistry.fingerprints([s]) for s in ("CCO", "CF")])[0, 0]
     assert (figures["valid"], figures["corrected"], figures["unique"], figures["novel"]) == (0.5, 0.75, 2 / 3, 0.5)
+    assert figures["scaffolds"] == 1 / 3  # none has a ring
     assert figures["diversity"] == pytest.approx(1 - (1 + 2 * alike) / 3)
     assert np.isnan(chemistry.figures([found[3]])["unique"])
 
@@ -108,11 +183,11 @@ def test_a_reward_is_nan_where_there_is_no_molecule_and_runs_in_compiled_code():
     graphs = np.stack([graph_of("CCO"), graph_of("CCO"), np.zeros((12, 22)), np.full((12, 22), np.nan)])
     graphs[1, 0, 9 + 1] = graphs[1, 1, 9] = 3
     graphs[1, 1, 9 + 2] = graphs[1, 2, 9 + 1] = 3  # a carbon with six bonds
-    reward, raw = (rewards.from_host(MoleculeProperty("qed", ZINC, correct)) for correct in (True, False))
+    reward, raw = (rewards.from_host(property_reward("qed", correct)) for correct in (True, False))
     out = np.asarray(jax.jit(reward)(jnp.asarray(graphs, jnp.float32)))
     assert out[0] == pytest.approx(chemistry.measured("qed", "CCO")) and np.isfinite(out[1]) and np.isnan(out[2:]).all()
     assert np.isnan(np.asarray(rewards.score(raw, jnp.asarray(graphs, jnp.float32)))[1:]).all()
-    assert MoleculeProperty("qed", ZINC, True) == MoleculeProperty("qed", ZINC, True)  # no recompilation
+    assert property_reward() == property_reward()  # no recompilation
     assert reward.function.reasons(graphs) == {"valence": 1, "empty": 1, "not finite": 1}
 
 
@@ -130,14 +205,45 @@ def fuzzed(count, seed):
         yield graph
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_no_graph_makes_decoding_or_a_reward_raise(count):
-    reward = MoleculeProperty("qed", ZINC, True)
-    for graph in fuzzed(count, count):
+def garbled(count, seed):
+    """Hostile texts: broken, charged, disconnected, empty, long, not ASCII, and sound ones among them."""
+    rng = np.random.default_rng(seed)
+    sound = ["CC(=O)Oc1ccccc1C(=O)O", "C[N+](C)(C)C.[Cl-]", "C1CC1", "[Na+].[OH-]", "FC(F)(F)c1ccncc1", "O=S(=O)(N)C"]
+    pieces = list("CNOPSFIcnos()[]=#-+.@/\\%123456789H ") + ["Cl", "Br", "[nH]", "%%", "é", "\0", "\ud800", "💊"]
+    for number in range(count):
+        text = str(rng.choice(sound))
+        for _ in range(int(rng.integers(0, 4))):
+            at = int(rng.integers(len(text) + 1))
+            text = text[:at] + pieces[rng.integers(len(pieces))] + text[at + int(rng.integers(2)) :]
+        if number % 5 == 0:
+            text = "".join(pieces[i] for i in rng.integers(0, len(pieces), rng.integers(0, 30)))
+        yield text * 200 if number % 1000 == 0 else text
+
+
+@pytest.mark.parametrize("count", [10_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_no_graph_and_no_text_makes_decoding_or_a_reward_raise(count):
+    """Half of each; whatever has no value is NaN, and every NaN has a reason."""
+    reward = property_reward()
+    reasons, infeasible = collections.Counter(), 0
+    for graph in fuzzed(count // 2, count):
         found = chemistry.molecule(graph, ZINC)
         assert found.reason in chemistry.REASONS and (found.smiles is None) == (found.reason not in ("", "valence"))
+        reasons[found.reason] += found.smiles is None
         value = float(reward(graph[None].astype(np.float32))[0])
         assert np.isnan(value) or 0 <= value <= 1
+        infeasible += np.isnan(value)
+    asked = smiles_property("sa", workers=0)
+    before = asked.counts()
+    values = asked(list(garbled(count // 2, count)))
+    told = {
+        reason: number - before.get(reason, 0)
+        for reason, number in asked.counts().items()
+        if reason not in before or reason == "unreadable"
+    }
+    told = {reason: number for reason, number in told.items() if reason not in ("asked", "known", "computed")}
+    assert sum(told.values()) == np.isnan(values).sum() > count // 20 and np.isfinite(values).sum() > count // 20
+    assert infeasible >= sum(reasons.values()) > count // 20, reasons
+    assert set(reasons) >= {"empty", "not finite"} and set(told) <= {"unreadable", "ZeroDivisionError"}, told
 
 
 @pytest.mark.parametrize(
@@ -149,8 +255,37 @@ def test_no_text_makes_a_property_raise(text):
 
 def test_drawings_are_svg():
     for smiles in ("CCO", None):
-        text = chemistry.drawn(smiles)
-        assert text.startswith("<svg") and text.endswith("</svg>")
+        for options in ({}, {"lines": ["a < b"], "below": "C#N"}):
+            text = chemistry.drawn(smiles, **options)
+            assert text.startswith("<svg") and text.endswith("</svg>") and ElementTree.fromstring(text) is not None
+            assert ("a &lt; b" in text) == ("near C#N" in text) == bool(options)
+
+
+def test_known_compounds_are_compared():
+    """The Fréchet distance against SciPy's matrix square root, the nearest against all similarities."""
+    from scipy import linalg
+
+    known = frozenset(chemistry.canonical(s) for s in ("CCO", "c1ccccc1", "CC(=O)N", "NCC(=O)O", "CCCCCC", "O=C1CCCN1"))
+    smiles = ["CCCO", "Nc1ccccc1", "CC(=O)NC", "OCC(=O)O"]
+    a, b = comparison.descriptors(smiles), comparison.descriptors(sorted(known))
+    std = np.where(b.std(0) > 0, b.std(0), 1)
+    a, b = a / std, b / std
+    root = linalg.sqrtm(np.cov(a.T) @ np.cov(b.T)).real
+    expected = np.sum((a.mean(0) - b.mean(0)) ** 2) + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
+    assert comparison.descriptor_distance(smiles, known) == pytest.approx(expected, rel=1e-3)
+    alike = chemistry.similarities(*(chemistry.fingerprints(s) for s in (smiles, sorted(known))))
+    for one, row in zip(smiles, alike, strict=True):
+        assert comparison.nearest(one, known) == (sorted(known)[row.argmax()], pytest.approx(row.max()))
+    assert comparison.nearest("CCO", frozenset()) is None
+
+
+@pytest.mark.slow
+def test_the_chemnet_distance_is_the_packages_own():
+    fcd = pytest.importorskip("fcd", reason="fcd is not installed: pip install fcd")
+    some = ["CCCO", "Nc1ccccc1", "CC(=O)NC", "OCC(=O)O", "CCO", "c1ccccc1", "CC(=O)N", "NCC(=O)O"]
+    known = frozenset(chemistry.canonical(one) for one in some[3:])
+    expected = fcd.get_fcd(some, sorted(known), fcd.load_ref_model())
+    assert comparison.chemnet_distance(some, known) == pytest.approx(expected, rel=1e-2)
 
 
 def test_without_rdkit_one_line_says_what_to_install(monkeypatch):
@@ -166,7 +301,7 @@ def test_a_domain_its_task_and_its_judge_work_together(tmp_path):
     (tmp_path / "known.txt").write_text("OCC\nnonsense(\nC#N\n")
     domain = molecules("qm9", known="known.txt", data_dir=tmp_path)
     assert domain.shape == (9, 14) and domain.known == {"CCO", "C#N"}
-    task = tasks.molecule_property(domain, "qed")
+    task = tasks.molecule_property(domain, "qed", workers=0)
     judge = MoleculeJudge(domain, jax.random.key(0))
     judge.check(task)
     bad = graph_of("CCO", QM9, 9)
@@ -175,6 +310,11 @@ def test_a_domain_its_task_and_its_judge_work_together(tmp_path):
     row = judge.row(Outcome(x0, 1, 0.0, 1.0, 1.0), task)
     assert (row["valid"], row["corrected"], row["infeasible"], row["novel"]) == (0.5, 0.75, 1, 2 / 3)
     assert row["reward_mean"] != row["heldout_reward_mean"]  # the held-out one leaves the corrected molecule out
+    assert row["reward_top"] == pytest.approx(row["reward_mean"])  # of three different molecules
+    assert np.isfinite(row["descriptor_frechet"]) and [
+        h[0] for h in judge.histograms({"prior": Outcome(x0, 1, 0.0, 1.0, 1.0)}, task, None)
+    ] == ["Rewards of the samples", "QED", "SA", "logP", "molecular weight"]
+    assert "nearest known (1.00)" in judge.show_each(x0)[0]
     assert judge.spread(Outcome(x0, 1, 0.0, 1.0, 1.0), task)["valid"] == pytest.approx(0.25)
     assert all(text.startswith("<svg") for text in judge.show_each(x0))
     with pytest.raises(ValueError, match="domain.dataset must be one of"):

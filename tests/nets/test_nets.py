@@ -13,7 +13,8 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 
-from rgdiff.nets import MLP, ConvNet1D, DiT, Transformer, UNet, ValueMLP, time_features
+from rgdiff import graphs
+from rgdiff.nets import MLP, ConvNet1D, DiT, GraphNet, Transformer, UNet, ValueMLP, ValueResNet, time_features
 from rgdiff.nets.conv import conv
 from rgdiff.nets.transformer import rotary
 from rgdiff.tuners import ema_update
@@ -149,6 +150,8 @@ NETS = {
     "mlp": (lambda **k: MLP((16, 8), **k), jax.random.normal(KEY, (3, 5)), (3, 5)),
     "mlp_shape": (lambda **k: MLP((16,), out=(4, 2), **k), onehot(3, 4, 2), (3, 4, 2)),
     "value": (lambda **k: ValueMLP((16,), **k), jax.random.normal(KEY, (3, 4, 2)), (3,)),
+    "value_resnet": (lambda **k: ValueResNet((8, 16), **k), normal(3, 8, 4, 2), (3,)),
+    "graph": (lambda **k: GraphNet(16, 2, **k), jnp.abs(jax.random.normal(KEY, (3, 4, 7))), (3,)),
     "conv1d": (
         lambda **k: ConvNet1D(4, width=16, dilations=(1, 4), time_conditioning=True, **k),
         onehot(3, 12, 4),
@@ -170,6 +173,8 @@ LAST = {
     "mlp": ("out",),
     "mlp_shape": ("out",),
     "value": ("mlp", "out"),
+    "value_resnet": ("out",),
+    "graph": ("out",),
     "conv1d": ("out",),
     "transformer": ("trunk", "out"),
     "dit": ("trunk", "out"),
@@ -197,7 +202,9 @@ def run(net, params, x, t, cond=None):
     return jax.jit(net.apply)({"params": params}, x, t, cond)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ("unet", "dit"))) for n in NETS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ("unet", "dit", "graph"))) for n in NETS]
+)
 def test_net_contract(name):
     build, x, shape = NETS[name]
     net = build(classes=3)
@@ -253,6 +260,17 @@ def test_net_without_classes_refuses_a_cond(name):
     build, x, _ = NETS[name]
     with pytest.raises(ValueError, match="no classes"):
         jax.eval_shape(build().init, KEY, x, T, jnp.zeros(3, int))
+
+
+def test_a_value_without_time_is_the_energy_network_of_the_papers_size():
+    """Its 5,134,593 weights and biases, counted by hand from the layers; time is not read."""
+    net, x = ValueResNet(timed=False), jnp.zeros((2, 32, 32, 3))
+    params = jax.eval_shape(net.init, KEY, x, 0.5)["params"]
+    block = lambda a, b: 9 * a * b + b + 9 * b * b + b  # noqa: E731
+    stages = sum(block(a, b) + a * b + block(b, b) for a, b in ((128, 128), (128, 256), (256, 256)))
+    assert sum(p.size for p in jax.tree.leaves(params)) == 9 * 3 * 128 + 128 + stages + 257 == 5_134_593
+    with pytest.raises(ValueError, match="sides from 8 up"):
+        jax.eval_shape(net.init, KEY, x[:, :4], 0.5)
 
 
 @pytest.mark.parametrize("side, blocks", [(8, 1), (16, 2), (28, 1)])
@@ -374,3 +392,23 @@ def test_group_norm_is_flax_group_norm_then_film():
     np.testing.assert_allclose(GroupNorm().apply({"params": params}, x), reference, rtol=2e-5, atol=2e-5)
     modulated = reference * (1 + film[0])[:, None, None] + film[1][:, None, None]
     np.testing.assert_allclose(GroupNorm().apply({"params": params}, x, film), modulated, rtol=2e-5, atol=2e-5)
+
+
+def test_a_network_of_graphs_sees_no_order_of_nodes_no_absent_ones_and_every_form_of_a_state():
+    rng, order = np.random.default_rng(0), np.array([2, 0, 3, 1])
+    mask = np.array([[1, 1, 1, 1], [1, 1, 0, 0]], np.float32)
+    edges = np.triu(rng.normal(size=(2, 4, 4)), 1) * mask[:, :, None] * mask[:, None]
+    adjacency = edges + edges.swapaxes(1, 2)
+    nodes = rng.normal(size=(2, 4, 2)) * mask[..., None]
+    pack = lambda x, a, m: jnp.asarray(np.concatenate([x, a, m[..., None]], -1), jnp.float32)  # noqa: E731
+    whole = pack(nodes, adjacency, mask)
+    net, t = GraphNet(8, 2), jnp.full(2, 0.3)
+    params = randomised(net, whole)
+    out = net.apply({"params": params}, whole, t)
+    turned = pack(nodes[:, order], adjacency[:, order][:, :, order], mask[:, order])
+    np.testing.assert_allclose(net.apply({"params": params}, turned, t), out, rtol=1e-5)
+    state = graphs.unpacked(whole)
+    for form in (state, {"state": state, "noise": {}}):
+        np.testing.assert_array_equal(net.apply({"params": params}, form, t), out)
+    strange = pack(nodes + 9 * (1 - mask)[..., None], adjacency, mask)
+    np.testing.assert_allclose(net.apply({"params": params}, strange, t), out, rtol=1e-5)

@@ -38,7 +38,9 @@ FILES = {
     "clip_score": ("folder",),
     "pick_score": ("folder",),
     "hps": ("path",),
-}  # of the user's own
+    "similarity": ("reference",),
+    "substructure": ("reference",),
+}  # of the user's own, or a molecule
 MORE = {
     "adjoint_matching": TUNED,
     "best_of_n": ["method.candidates=2"],

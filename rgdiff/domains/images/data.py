@@ -21,6 +21,7 @@ from rgdiff import checks
 from rgdiff.domains.images.classifier import Classifier, train_classifier
 from rgdiff.typing import Array, Key, pytree, static
 
+COMPARED = 10_000  # real images that samples are compared with, at most: precision and recall need all their distances
 TRAIN, HELDOUT = 0.5, 0.375  # shares of each class; the test split has the remaining eighth
 MNIST_URL = "https://storage.googleapis.com/cvdf-datasets/mnist/"
 
@@ -71,10 +72,11 @@ class ImageDomain(Pictures):
         return train_classifier(key, x[rows], y[rows], self.classes)
 
     def real(self, target: int | None = None) -> np.ndarray:
-        """Return the real images [N, H, W, C] of all splits, of one class or of all."""
+        """Return real images [N, H, W, C] of one class or of all, evenly from all splits, at most `COMPARED`."""
         x = np.concatenate([self.train_x, self.heldout_x, self.test_x])
         y = np.concatenate([self.train_y, self.heldout_y, self.test_y])
-        return x if target is None else x[y == target]
+        x = x if target is None else x[y == target]
+        return x[:: -(-len(x) // COMPARED) or 1]
 
     def real_features(self, classifier: Classifier, target: int | None = None) -> np.ndarray:
         """Return a classifier's features [N, F] of the real images, of one class or of all."""

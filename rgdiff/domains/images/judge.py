@@ -33,7 +33,7 @@ class ImageJudge(BaseJudge):
         self._classes = jax.jit(lambda classifier, x: classifier.logits(x).argmax(-1))
 
     def real(self, task: Task) -> np.ndarray:
-        """Return the real images that samples are compared with: of the target's class where there is one, from all splits."""
+        """Return the real images that samples are compared with: of the target's class where there is one, evenly from all splits."""
         return self.domain.real(task.target)
 
     def features(self, x: np.ndarray) -> np.ndarray:

@@ -7,18 +7,19 @@ what is no molecule is None, with a reason.
 from __future__ import annotations
 
 import functools
+import html
 import importlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from rgdiff import checks
-
 THRESHOLDS = (0.5, 1.5, 2.5)  # of an adjacency's numbers, between no bond, single, double and triple bonds
 PRESENT = 0.5  # the largest feature of an atom is above it
 CHARGEABLE = (7, 8)  # with one bond more than neutral ones have, they carry a charge of 1
 REASONS = ("", "not finite", "empty", "valence", "unreadable")
+LONGEST = 5_000  # characters of a SMILES that is read: RDKit reads by recursion
+LINE = 16  # pixels of a line of words under a drawing
 CACHED = 2**17  # molecules whose properties are kept, each
 
 
@@ -47,8 +48,8 @@ def rdkit() -> Any:
         raise ValueError("molecules need RDKit, which is not installed: pip install 'rgdiff[mol]'") from None
 
 
-def _quiet() -> Any:
-    """RDKit's warnings, which it prints, are held back inside this context."""
+def quiet() -> Any:
+    """Return a context inside which RDKit's warnings, which it prints, are held back."""
     rdkit()
     return importlib.import_module("rdkit.rdBase").BlockLogs()
 
@@ -148,8 +149,16 @@ def molecule(graph: np.ndarray, elements: Sequence[int]) -> Molecule:
     atoms, orders = discrete(graph, elements)
     if not len(atoms):
         return Molecule(None, False, "empty")
+    return _molecule(atoms.astype(np.int8).tobytes(), orders.astype(np.int8).tobytes(), tuple(elements))
+
+
+@functools.lru_cache(CACHED)
+def _molecule(atoms_: bytes, orders_: bytes, elements: tuple[int, ...]) -> Molecule:
+    """Return the molecule of discrete atoms and bonds, which candidates of a late move share."""
+    atoms = np.frombuffer(atoms_, np.int8)
+    orders = np.frombuffer(orders_, np.int8).reshape(len(atoms), -1).astype(int)
     numbers = np.asarray(elements)[atoms]
-    limit = limits(tuple(elements))[atoms]
+    limit = limits(elements)[atoms]
     charged = np.isin(numbers, CHARGEABLE) & (orders.sum(-1) == limit + 1)
     valid = bool((orders.sum(-1) <= limit + charged).all())
     if not valid:
@@ -172,7 +181,7 @@ def _smiles(numbers: np.ndarray, orders: np.ndarray, charged: np.ndarray) -> str
     for i, j in zip(*np.nonzero(np.triu(orders)), strict=True):
         built.AddBond(int(i), int(j), bonds[orders[i, j]])
     try:
-        with _quiet():
+        with quiet():
             chem.SanitizeMol(built)
             parts = chem.GetMolFrags(built, asMols=True)
             largest = max(parts, key=lambda part: (part.GetNumAtoms(), chem.MolToSmiles(part)))
@@ -191,6 +200,22 @@ def molecules(graphs: np.ndarray, elements: Sequence[int]) -> list[Molecule]:
     return [molecule(graph, elements) for graph in np.asarray(graphs)]
 
 
+def read(smiles: str) -> Any:
+    """Return RDKit's molecule of a text, None for one that is no molecule, has no atom, or is too long to be one.
+
+    Args:
+      smiles: any text.
+    """
+    if len(smiles) > LONGEST or not smiles.isascii() or "\0" in smiles:
+        return None
+    try:
+        with quiet():
+            mol = rdkit().MolFromSmiles(smiles)
+    except (ValueError, RuntimeError):
+        return None
+    return mol if mol is not None and mol.GetNumAtoms() else None
+
+
 @functools.lru_cache(CACHED)
 def canonical(smiles: str) -> str | None:
     """Return the canonical SMILES of a text, None for one that is no molecule.
@@ -205,10 +230,25 @@ def canonical(smiles: str) -> str | None:
       >>> print(chemistry.canonical("OCC"), chemistry.canonical("C(C"), chemistry.canonical(""))
       CCO None None
     """
-    chem = rdkit()
-    with _quiet():
-        read = chem.MolFromSmiles(smiles)
-    return None if read is None or not read.GetNumAtoms() else chem.MolToSmiles(read)
+    mol = read(smiles)
+    return None if mol is None else rdkit().MolToSmiles(mol)
+
+
+@functools.lru_cache(CACHED)
+def scaffold(smiles: str) -> str:
+    """Return the Bemis-Murcko scaffold of a molecule (doi:10.1021/jm9602928), canonical; empty where it has no ring.
+
+    Args:
+      smiles: canonical.
+
+    Example:
+      >>> import pytest
+      >>> _ = pytest.importorskip("rdkit")
+      >>> from rgdiff.domains.molecules import chemistry
+      >>> print(chemistry.scaffold("CCc1ccccc1"))
+      c1ccccc1
+    """
+    return str(importlib.import_module("rdkit.Chem.Scaffolds.MurckoScaffold").MurckoScaffoldSmiles(smiles))
 
 
 def qed(mol: Any) -> float:
@@ -284,11 +324,12 @@ def measured(name: str, smiles: str) -> float:
       >>> print(f"{chemistry.measured('weight', 'CCO'):.2f}")
       46.07
     """
-    checks.one_of("the property", name, PROPERTIES)
+    if name not in PROPERTIES:
+        raise ValueError(f"the property must be one of {', '.join(PROPERTIES)}, got {name!r}")
+    mol = read(smiles)
     try:
-        with _quiet():
-            mol = rdkit().MolFromSmiles(smiles)
-            return float("nan") if mol is None or not mol.GetNumAtoms() else PROPERTIES[name](mol)
+        with quiet():
+            return float("nan") if mol is None else PROPERTIES[name](mol)
     except (ValueError, RuntimeError, ZeroDivisionError, OverflowError):
         return float("nan")
 
@@ -353,7 +394,7 @@ def figures(found: Sequence[Molecule], known: frozenset[str] = frozenset()) -> d
 
     Returns:
       valid: the share valid before correction; corrected: the share that are molecules after it; unique: different molecules over
-      molecules; diversity: as `diversity`; novel: with `known`, the share of different molecules that are not among them.
+      molecules; scaffolds: different Bemis-Murcko scaffolds over molecules; diversity: as `diversity`; novel: with `known`, the share of different molecules that are not among them.
     """
     smiles = [one.smiles for one in found if one.smiles is not None]
     different = set(smiles)
@@ -362,24 +403,41 @@ def figures(found: Sequence[Molecule], known: frozenset[str] = frozenset()) -> d
         "valid": share(sum(one.valid for one in found), len(found)),
         "corrected": share(len(smiles), len(found)),
         "unique": share(len(different), len(smiles)),
+        "scaffolds": share(len({scaffold(one) for one in different}), len(smiles)),
         "diversity": diversity(smiles),
     }
     return out | ({"novel": share(len(different - known), len(different))} if known else {})
 
 
-def drawn(smiles: str | None, size: int = 180) -> str:
+def drawn(smiles: str | None, size: int = 180, lines: Sequence[str] = (), below: str | None = None) -> str:
     """Return a drawing of a molecule as an SVG text; a blank one where there is none.
 
     Args:
       smiles: canonical, or None.
       size: of its side, in pixels.
+      lines: of words under it.
+      below: another molecule under those, smaller.
     """
+    high, parts = size, [_picture(smiles, size)]
+    for line in lines:
+        high += LINE
+        text = f'<text x="50%" y="{high - 4}" text-anchor="middle" font-size="12" fill="currentColor">{html.escape(line)}</text>'
+        parts.append(text)
+    if below is not None:
+        small = int(0.7 * size)
+        parts.append(_picture(below, small, (size - small) // 2, high))
+        high += small
+    words = html.escape(" ".join(filter(None, (smiles, below and f"near {below}"))) or "no molecule")
+    return f'<svg viewBox="0 0 {size} {high}" role="img"><title>{words}</title>{"".join(parts)}</svg>'
+
+
+def _picture(smiles: str | None, size: int, x: int = 0, y: int = 0) -> str:
     mol = None if smiles is None else rdkit().MolFromSmiles(smiles)
     if mol is None:
-        return f'<svg viewBox="0 0 {size} {size}" role="img"><text x="50%" y="50%" text-anchor="middle">no molecule</text></svg>'
+        return '<text x="50%" y="50%" text-anchor="middle" fill="currentColor">no molecule</text>'
     drawing = importlib.import_module("rdkit.Chem.Draw.rdMolDraw2D").MolDraw2DSVG(size, size)
     drawing.drawOptions().clearBackground = False
     drawing.DrawMolecule(mol)
     drawing.FinishDrawing()
     text = drawing.GetDrawingText()
-    return text[text.index("<svg") :].strip()
+    return text[text.index("<svg") :].strip().replace("<svg", f'<svg x="{x}" y="{y}"', 1)
