@@ -17,7 +17,19 @@ import jax.numpy as jnp
 from rgdiff import checks
 from rgdiff.kernels import Product
 from rgdiff.processes import along
-from rgdiff.typing import Array, Cond, Denoiser, Key, Params, Process, State, callable_pytree, pytree, static
+from rgdiff.typing import (
+    Array,
+    Cond,
+    Denoiser,
+    DenoiserLike,
+    Key,
+    Params,
+    Process,
+    State,
+    callable_pytree,
+    pytree,
+    static,
+)
 
 STEP_SIZES = ("sigma", "per_sample", "batch_mean")
 
@@ -76,7 +88,7 @@ class CorrectedProcess:
     def times(self, steps: int) -> Array:
         return self.process.times(steps)
 
-    def prior(self, batch: int) -> WithNoise:
+    def prior(self, batch: int) -> Any:
         return WithNoise(self.process.prior(batch), self.process, self.steps)
 
     def forward(self, x0: State, t: Array) -> Product:
@@ -157,13 +169,13 @@ class CorrectedModel:
 
 def corrected(
     process: Process,
-    denoiser: Denoiser,
+    denoiser: DenoiserLike,
     *,
     steps: int = 1,
     snr: float = 0.2,
     scale: float = 1.0,
     step_size: str = "sigma",
-    corrector: Denoiser | None = None,
+    corrector: DenoiserLike | None = None,
 ) -> tuple[CorrectedProcess, Corrected]:
     """Make Langevin corrections a part of every move: x' = x + e s(x) + scale sqrt(2e) z, before the kernel.
 

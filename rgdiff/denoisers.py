@@ -22,10 +22,11 @@ import numpy as np
 from jax.core import Tracer
 
 from rgdiff import checks
-from rgdiff.processes import along
+from rgdiff.processes import GaussianProcess, along
 from rgdiff.schedules import GaussianSchedule, level
-from rgdiff.typing import Array, Cond, Denoiser, Params, State, callable_pytree, pytree, static
+from rgdiff.typing import Array, Cond, Denoiser, DenoiserLike, Params, Process, State, callable_pytree, pytree, static
 
+SIGNAL = 0.1  # the least alpha / sigma at which E[x0 | x_t] of a network that predicts eps or the score steers
 PREDICTIONS = ("x0", "eps", "v", "score", "velocity", "logits", "probabilities")
 
 
@@ -353,7 +354,7 @@ class LogOf:
         return jax.tree.map(safe_log, self.network(x, t, cond))
 
 
-def predicts(prediction: str, network: Denoiser, schedule: GaussianSchedule | None = None) -> Denoiser:
+def predicts(prediction: str, network: DenoiserLike, schedule: GaussianSchedule | None = None) -> Denoiser:
     """Make a denoiser of a network that predicts x0, eps, v, score, velocity, logits or probabilities.
 
     Args:
@@ -396,6 +397,42 @@ def predicts(prediction: str, network: Denoiser, schedule: GaussianSchedule | No
     return Predicts(network, schedule, prediction)
 
 
+def _of_noise(method: Any) -> list[Predicts]:
+    """Return the denoisers inside a method whose network predicts eps or the score."""
+    parts = jax.tree.leaves(method, is_leaf=lambda part: isinstance(part, Predicts))
+    return [part for part in parts if isinstance(part, Predicts) and part.prediction in ("eps", "score")]
+
+
+def says_enough(method: Any, process: Process, t: Array) -> Array:
+    """Return whether x_t says enough of x0 for a method to be steered by a network's prediction of it.
+
+    It does where alpha_t >= sigma_t / 10, and everywhere unless a network inside the method predicts eps or the score. Such a
+    network's E[x0 | x_t] = (x_t - sigma_t eps) / alpha_t contains its error times sigma_t / alpha_t, 156 at the first of DDPM's
+    steps; a value is then mostly error, and its gradient diverges. Little is lost by not steering there: the KL of two laws of x_t is
+    at most (alpha_t / sigma_t)^2 / 2 times the squared Wasserstein distance of their laws of x0, 0.005 nats for a distance of 1.
+
+    Args:
+      method: a denoiser, or an object that holds one (a value).
+      process: of the chain; only a Gaussian one is looked at.
+      t: [] or [B].
+
+    Returns:
+      bool, the shape of t.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> process = rgdiff.processes.gaussian(rgdiff.schedules.linear_vp(), (1,))
+      >>> network = lambda x, t, cond: x
+      >>> of_eps, of_v = (rgdiff.denoisers.predicts(name, network, process.schedule) for name in ("eps", "v"))
+      >>> t = jnp.array([1.0, 0.5])
+      >>> print(rgdiff.denoisers.says_enough(of_eps, process, t), rgdiff.denoisers.says_enough(of_v, process, t))
+      [False  True] [ True  True]
+    """
+    if not isinstance(process, GaussianProcess) or not _of_noise(method):
+        return jnp.ones(jnp.shape(t), bool)
+    return process.schedule.alpha(t) >= SIGNAL * process.schedule.sigma(t)
+
+
 def needs_signal(method: Any, times: Array, params: Params = None) -> None:
     """Refuse a grid that begins at alpha = 0 for a network that predicts eps or the score, which do not determine x0 there.
 
@@ -407,18 +444,12 @@ def needs_signal(method: Any, times: Array, params: Params = None) -> None:
     Raises:
       ValueError: for such a grid.
     """
-    found: list[tuple[str, GaussianSchedule]] = []
-
-    def look(method: Any) -> None:
-        for part in jax.tree.leaves(method, is_leaf=lambda part: isinstance(part, Predicts)):
-            if isinstance(part, Predicts) and part.prediction in ("eps", "score"):
-                found.append((part.prediction, part.schedule))
-
+    found: list[Predicts] = []
     if params is None:
-        look(method)
+        found += _of_noise(method)
     else:
-        jax.eval_shape(lambda params: look(method(params)), checks.params(params))
-    for prediction, schedule in found:
+        jax.eval_shape(lambda params: found.extend(_of_noise(method(params))), checks.params(params))
+    for prediction, schedule in ((part.prediction, part.schedule) for part in found):
         if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((schedule, times))):
             continue
         levels = checks.log_snr(schedule, times)
@@ -440,7 +471,7 @@ class DiscreteTime:
         return self.network(x, level(per_row(t, x), self.steps), cond)
 
 
-def discrete_time(network: Denoiser, steps: int) -> Denoiser:
+def discrete_time(network: DenoiserLike, steps: int) -> Denoiser:
     """Let a network of integer steps 0 ... T - 1 be called at times t in [0, 1]: it gets round(t T) - 1, int32 [B].
 
     t = (i + 1)/T is step i, as in `schedules.tabulated(alpha_bar)`: on each of its grids the network gets the step whose
@@ -480,7 +511,7 @@ class EdmPreconditioned:
         return self.sigma_data**2 / total * x + sigma * self.sigma_data * jax.lax.rsqrt(total) * out
 
 
-def edm_preconditioned(network: Denoiser, schedule: GaussianSchedule, *, sigma_data: float = 0.5) -> Denoiser:
+def edm_preconditioned(network: DenoiserLike, schedule: GaussianSchedule, *, sigma_data: float = 0.5) -> Denoiser:
     """Precondition a network F for a variance-exploding schedule: x0 = c_skip x + c_out F(c_in x, t) (EDM, arXiv 2206.00364, table 1).
 
     c_skip = s^2 / (sigma^2 + s^2),  c_out = sigma s / sqrt(sigma^2 + s^2),  c_in = 1 / sqrt(sigma^2 + s^2),  s = sigma_data.
@@ -533,7 +564,7 @@ def _between(a: Array, b: Array, weight: Array) -> Array:
     return jnp.where(forbidden, -jnp.inf, a + weight * (b - a))
 
 
-def classifier_free(denoiser: Denoiser, scale: float, null: Any) -> Denoiser:
+def classifier_free(denoiser: DenoiserLike, scale: float, null: Any) -> Denoiser:
     """Guide a conditional denoiser: d(x, null) + scale (d(x, cond) - d(x, null)) (arXiv 2207.12598).
 
     Scale 1 is the conditional model, 0 the unconditional one. Both predictions come from one network call of 2B rows. On
@@ -577,7 +608,7 @@ class Conditioned:
         return self.denoiser(x, t, jax.tree.map(repeat, self.condition))
 
 
-def conditioned(denoiser: Denoiser, condition: Any) -> Denoiser:
+def conditioned(denoiser: DenoiserLike, condition: Any) -> Denoiser:
     """Give every example the same condition, so that a conditional denoiser is one of a single distribution.
 
     Methods on one problem (weighted particles, campaigns, learned values) take it as they take an unconditional prior.
@@ -613,7 +644,7 @@ class Annealed:
         return jax.tree.map(lambda d, b: _between(d, b, along(weight, d)), out, base)
 
 
-def annealed(denoiser: Denoiser, base: Denoiser, power: float = 1.0) -> Denoiser:
+def annealed(denoiser: DenoiserLike, base: DenoiserLike, power: float = 1.0) -> Denoiser:
     """Sample with the prior at high noise and with the tuned denoiser at the end: d + t^power (base - d).
 
     This is annealed guidance (DRaFT+). The weight of the prior is t^power, 1 at t = 1; power 0 is the prior throughout, a large
@@ -653,7 +684,7 @@ class ClipX0:
         return jnp.clip(self.denoiser(x, t, cond), self.low, self.high)
 
 
-def clip_x0(denoiser: Denoiser, low: float = -1.0, high: float = 1.0) -> Denoiser:
+def clip_x0(denoiser: DenoiserLike, low: float = -1.0, high: float = 1.0) -> Denoiser:
     """Clip predictions of x0 to the range of the data.
 
     Args:
@@ -692,7 +723,7 @@ class DynamicThreshold:
         return jnp.clip(x0, -size, size) * (self.floor / size)
 
 
-def dynamic_threshold(denoiser: Denoiser, percentile: float = 99.5, *, floor: float = 1.0) -> Denoiser:
+def dynamic_threshold(denoiser: DenoiserLike, percentile: float = 99.5, *, floor: float = 1.0) -> Denoiser:
     """Threshold predictions of x0 to [-floor, floor]: clip to s, then multiply by floor / s (Imagen, arXiv 2205.11487, §2.3).
 
     s is the percentile of |x0| over each example's coordinates, or `floor` where that is larger.

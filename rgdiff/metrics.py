@@ -215,6 +215,24 @@ def jackknife(statistic: Callable[[np.ndarray], float], x: Any, groups: int = 10
     return float(error * np.sqrt(len(seen) / len(x)))
 
 
+def share_error(share: float, count: int) -> float:
+    """Return the standard error of a share of independent samples: sqrt(p (1 - p) / n), with p (1 - p) at least 1/n, so that 0 and 1 have one too.
+
+    Args:
+      share: p, in [0, 1].
+      count: n, the number of samples.
+
+    Returns:
+      The standard error.
+
+    Example:
+      >>> import rgdiff
+      >>> print(rgdiff.metrics.share_error(0.5, 100), rgdiff.metrics.share_error(1.0, 100))
+      0.05 0.01
+    """
+    return float(np.sqrt(max(share * (1 - share), 1 / count) / count))
+
+
 def summarize_rewards(rewards: Any, lineages: Any = None) -> dict[str, float | int]:
     """Summarise the rewards of a set of samples; NaN marks an infeasible one, which is left out and counted.
 

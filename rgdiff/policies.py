@@ -20,7 +20,7 @@ from rgdiff.kernels import Gaussian
 from rgdiff.processes import GaussianProcess, along
 from rgdiff.rewards import differentiable
 from rgdiff.schedules import GaussianSchedule
-from rgdiff.typing import Array, Cond, Move, Params, State, Value, callable_pytree, pytree, static
+from rgdiff.typing import Array, Cond, Move, Params, State, Value, ValueLike, callable_pytree, pytree, static
 from rgdiff.values import evaluate
 
 FORMS = ("residual", "denoiser")
@@ -425,7 +425,7 @@ class ValueGuidance:
         return kernel.tilt(-self.scale * jax.grad(total)(kernel.mean))
 
 
-def value_guidance(value: Value, scale: float = 1.0) -> ValueGuidance:
+def value_guidance(value: ValueLike, scale: float = 1.0) -> ValueGuidance:
     """Tilt every step of a policy by a cost to go V at its end: to first order, k(y) exp(-scale V(y, s)), renormalised.
 
     Args:

@@ -18,7 +18,7 @@ import numpy as np
 from jax.core import Tracer
 
 from rgdiff import checks
-from rgdiff.typing import Array, Cond, Function, Reward, State, callable_pytree, name_of, pytree, static
+from rgdiff.typing import Array, Cond, Function, Reward, RewardLike, State, callable_pytree, name_of, pytree, static
 
 
 class RewardFailure(ValueError):
@@ -39,7 +39,7 @@ NOT_TRACEABLE = (
 )
 
 
-def evaluate(reward: Reward, x0: State, cond: Cond = None) -> Array:
+def evaluate(reward: RewardLike, x0: State, cond: Cond = None) -> Array:
     """Return reward(x0, cond) as float32 [B]: how every method of this library calls a reward, inside its programs.
 
     Args:
@@ -70,7 +70,7 @@ def evaluate(reward: Reward, x0: State, cond: Cond = None) -> Array:
         raise RewardFailure(str(error)) from None
 
 
-def score(reward: Reward, x0: State, cond: Cond = None) -> Array:
+def score(reward: RewardLike, x0: State, cond: Cond = None) -> Array:
     """Return the rewards [B] of samples outside of any program: compiled, and with what a host reward raises.
 
     Args:
@@ -278,7 +278,7 @@ class Decoded:
         return evaluate(self.reward, decode(x0), cond)
 
 
-def decoded(reward: Reward, decode: Callable[[State], State], *, remat: bool = True) -> Reward:
+def decoded(reward: RewardLike, decode: Callable[[State], State], *, remat: bool = True) -> Reward:
     """Make a reward on pixels one on latents: r(decode(x0), cond), differentiable through the decoder.
 
     Args:
@@ -314,7 +314,9 @@ class WeightedSum:
         return jnp.tensordot(self.weights, values, 1)
 
 
-def weighted_sum(rewards: list[Reward] | tuple[Reward, ...], weights: list[float] | tuple[float, ...]) -> Reward:
+def weighted_sum(
+    rewards: list[RewardLike] | tuple[RewardLike, ...], weights: list[float] | tuple[float, ...]
+) -> Reward:
     """Add rewards with weights: r(x0) = sum_i w_i r_i(x0). A sample that is infeasible (NaN) for one is infeasible.
 
     Args:
@@ -444,7 +446,9 @@ class Ensemble:
         return mean - self.caution * jnp.sqrt(jnp.where(spread > 0, spread, 1.0)) * (spread > 0)
 
 
-def ensemble(rewards: list[Reward] | tuple[Reward, ...], reduce: str = "mean", *, caution: float = 1.0) -> Reward:
+def ensemble(
+    rewards: list[RewardLike] | tuple[RewardLike, ...], reduce: str = "mean", *, caution: float = 1.0
+) -> Reward:
     """Reduce rewards that were trained apart to one, so that a tuner exploits the errors of no single one.
 
     Args:
@@ -518,7 +522,7 @@ def custom(fn: Callable[..., Any], heldout_fn: Callable[..., Any] | None = None,
     return Task(reward, from_host(judge) if host else callable_pytree(judge, "a reward"))
 
 
-def check(reward: Reward, x0: State, cond: Cond = None) -> None:
+def check(reward: RewardLike, x0: State, cond: Cond = None) -> None:
     """Refuse, before any compilation, a reward that does not map this state to float [B].
 
     Args:

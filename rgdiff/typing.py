@@ -18,13 +18,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar, dataclass_transform, runtime_checkable
 
 import jax
+import jax.typing
 
 Array = jax.Array
 Key = jax.Array
+Numbers = jax.typing.ArrayLike | Sequence[Any]  # what `jnp.asarray` takes
 State = (
     Any  # a pytree of leaves [B, ...]; a discrete leaf is one-hot [B, ..., K], or [B, ..., K + 1] with the mask last
 )
@@ -212,19 +214,26 @@ class Denoiser(Protocol):
     Networks need not: those that come through `rgdiff.denoisers.from_linen`, `from_nnx` or `from_function` see t [B].
     """
 
-    def __call__(self, x: State, t: Array, cond: Cond = None) -> State: ...
+    def __call__(self, x: State, t: Array, cond: Cond = None, /) -> State: ...
 
 
 class Value(Protocol):
     """Maps (x_t, t, cond) to the expected reward to go, [B], in the reward's own unit."""
 
-    def __call__(self, x: State, t: Array, cond: Cond = None) -> Array: ...
+    def __call__(self, x: State, t: Array, cond: Cond = None, /) -> Array: ...
 
 
 class Reward(Protocol):
     """Maps (x0, cond) to rewards [B]; pure and batched; NaN marks an infeasible sample."""
 
-    def __call__(self, x0: State, cond: Cond = None) -> Array: ...
+    def __call__(self, x0: State, cond: Cond = None, /) -> Array: ...
+
+
+# What constructors take: the same, or a plain function of these arguments under any names, with or without the condition; they
+# check it themselves (`callable_pytree`).
+DenoiserLike = Denoiser | Callable[..., Any]
+ValueLike = Value | Callable[..., Any]
+RewardLike = Reward | Callable[..., Any]
 
 
 class Model(Protocol):
@@ -272,7 +281,7 @@ class Move(NamedTuple):
 class Guide(Protocol):
     """Maps (kernel, move) to a kernel: the law of the next state, tilted."""
 
-    def __call__(self, kernel: Kernel, move: Move) -> Kernel: ...
+    def __call__(self, kernel: Kernel, move: Move, /) -> Kernel: ...
 
 
 class Sampler(Protocol):

@@ -15,10 +15,25 @@ import jax.numpy as jnp
 
 from rgdiff import checks, rewards
 from rgdiff.processes import MaskedProcess, ProductProcess
-from rgdiff.typing import Array, Cond, Denoiser, Process, Reward, State, Value, callable_pytree, name_of, pytree, static
+from rgdiff.typing import (
+    Array,
+    Cond,
+    Denoiser,
+    DenoiserLike,
+    Process,
+    Reward,
+    RewardLike,
+    State,
+    Value,
+    ValueLike,
+    callable_pytree,
+    name_of,
+    pytree,
+    static,
+)
 
 
-def evaluate(value: Value, x: State, t: Array, cond: Cond = None) -> Array:
+def evaluate(value: ValueLike, x: State, t: Array, cond: Cond = None) -> Array:
     """Return value(x, t, cond) as float32 [B]: how every method of this library calls a value.
 
     Args:
@@ -70,7 +85,9 @@ def _has_tokens(process: Process) -> bool:
     return isinstance(process, MaskedProcess)
 
 
-def posterior_mean(reward: Reward, process: Process, denoiser: Denoiser, *, plug_in: str = "mean") -> PosteriorMean:
+def posterior_mean(
+    reward: RewardLike, process: Process, denoiser: DenoiserLike, *, plug_in: str = "mean"
+) -> PosteriorMean:
     """Evaluate the reward at the posterior mean of x0: v(x_t) = r(E[x0 | x_t]) (SVDD-PM, arXiv 2408.08252; DPS, arXiv 2209.14687).
 
     Args:
@@ -171,7 +188,7 @@ class EndsAtReward:
         return jax.lax.cond(t > 0, value, at_end) if jnp.ndim(t) == 0 else jnp.where(t > 0, value(), at_end())
 
 
-def learned(network: Denoiser, reward: Reward | None = None, process: Process | None = None) -> Value:
+def learned(network: DenoiserLike, reward: RewardLike | None = None, process: Process | None = None) -> Value:
     """Make a value of a network (SVDD-MC, arXiv 2408.08252).
 
     Args:
@@ -274,12 +291,12 @@ class ErrorOverTime(NamedTuple):
 
 
 def error_over_time(
-    value: Value,
+    value: ValueLike,
     times: Array,
     rollouts: Any,
     *,
     temperature: Array | float | None = None,
-    exact: Value | None = None,
+    exact: ValueLike | None = None,
 ) -> ErrorOverTime:
     """Measure the errors of a value on held-out rollouts, at each time.
 

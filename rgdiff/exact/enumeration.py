@@ -19,7 +19,7 @@ import numpy as np
 from rgdiff import checks
 from rgdiff.processes import FirstHittingProcess, MaskedProcess
 from rgdiff.rewards import score
-from rgdiff.typing import Array, Cond, Denoiser, Reward, pytree
+from rgdiff.typing import Array, Cond, Denoiser, DenoiserLike, RewardLike, pytree
 
 LARGEST = 2_000_000  # states that are still enumerated
 PROBE = 64  # states on which a denoiser is asked whether it reads the time
@@ -82,7 +82,7 @@ def codes(x: Array) -> Array:
     return jnp.argmax(x, -1) @ jnp.asarray([classes**i for i in reversed(range(length))], jnp.int32)
 
 
-def all_rewards(reward: Reward, length: int, classes: int, *, batch: int = 8192) -> np.ndarray:
+def all_rewards(reward: RewardLike, length: int, classes: int, *, batch: int = 8192) -> np.ndarray:
     """Return the rewards of all sequences, in C order.
 
     Args:
@@ -199,7 +199,7 @@ def product_law(probabilities: np.ndarray) -> np.ndarray:
     return law
 
 
-def chain_law(process: MaskedProcess, denoiser: Denoiser, times: Array, *, batch: int = 8192) -> np.ndarray:
+def chain_law(process: MaskedProcess, denoiser: DenoiserLike, times: Array, *, batch: int = 8192) -> np.ndarray:
     """Return the exact distribution of x0 of ancestral sampling over `times`, errors of network and discretisation included.
 
     p_s(y) = sum_x p_t(x) prod_i k_i(y_i | x), pushed forward over all (K + 1)^L states; k_i copies an unmasked letter,
@@ -240,7 +240,7 @@ class ChainLaw(NamedTuple):
 
 
 def chain_law_and_kl(
-    process: MaskedProcess, denoiser: Denoiser, times: Array, reference: Denoiser, *, batch: int = 8192
+    process: MaskedProcess, denoiser: DenoiserLike, times: Array, reference: DenoiserLike, *, batch: int = 8192
 ) -> ChainLaw:
     """Return the distribution of x0 and the path KL of a tuned chain to the chain of the prior, both exact, in one pass.
 
@@ -317,7 +317,7 @@ def product_value(probabilities: np.ndarray, rewards: np.ndarray, temperature: f
 
 def chain_value(
     process: MaskedProcess,
-    denoiser: Denoiser,
+    denoiser: DenoiserLike,
     times: Array,
     rewards: np.ndarray,
     temperature: float,

@@ -16,7 +16,7 @@ import numpy as np
 from rgdiff import checks
 from rgdiff.processes import GaussianProcess
 from rgdiff.rewards import score
-from rgdiff.typing import Denoiser, Reward
+from rgdiff.typing import DenoiserLike, RewardLike
 
 
 class Line(NamedTuple):
@@ -56,7 +56,9 @@ class Laws(NamedTuple):
     log_z: float
 
 
-def line(process: GaussianProcess, denoiser: Denoiser, times: Any, *, points: int = 1001, width: float = 6.0) -> Line:
+def line(
+    process: GaussianProcess, denoiser: DenoiserLike, times: Any, *, points: int = 1001, width: float = 6.0
+) -> Line:
     """Discretise a one-dimensional chain on a grid of states.
 
     Args:
@@ -111,7 +113,7 @@ def line(process: GaussianProcess, denoiser: Denoiser, times: Any, *, points: in
     return Line(x, start / start.sum(), np.array([move[0] for move in moves], float), stds, x0, snr)
 
 
-def laws(chain: Line, reward: Reward, temperature: float) -> Laws:
+def laws(chain: Line, reward: RewardLike, temperature: float) -> Laws:
     """Compute a chain's distribution of x0, its tilt by exp(r / temperature), and that of tilted kernels from the prior's x_T.
 
     Args:

@@ -82,8 +82,8 @@ def main() -> None:
     net = trained()
 
     # 1. The door. Three facts make a network a denoiser (x, t) -> E[x0 | x_t]: how it is called (from_nnx), what its time is
-    #    (discrete_time: t in [0, 1] becomes the step), and what it predicts. A fourth helps: where the data can be. Near t = 1
-    #    the error of a predicted eps is divided by alpha = 0.006; clipped, it cannot throw a gradient or a value out of scale.
+    #    (discrete_time: t in [0, 1] becomes the step), and what it predicts. A fourth helps: where the data can be (clip_x0). Near
+    #    t = 1 the error of a predicted eps is divided by alpha = 0.006, and no method is steered by it (`denoisers.says_enough`).
     schedule = schedules.tabulated(ALPHA_BAR)
     process = processes.gaussian(schedule, (2,))  # the shape of one example
     times = process.times(50)  # 50 of the 1,000 steps
@@ -106,8 +106,8 @@ def main() -> None:
     report("svdd", got := mean(samplers.svdd(process, denoiser, value, temperature=TEMPERATURE, candidates=8)))
     assert abs(got - target_reward) < 0.2
 
-    # SMC's samples have weights, and an estimate of log Z comes with its standard error. Near t = 1 the network's E[x0 | x_t], and
-    # so `value`, is mostly error; `adaptive` weighs the value less where it would kill particles. The docstring of `smc` says more.
+    # SMC's samples have weights, and an estimate of log Z comes with its standard error. `adaptive` weighs the value less where it
+    # would kill particles, for less variance. The docstring of `smc` says more.
     particles = draw(samplers.smc(process, denoiser, value, temperature=TEMPERATURE, adaptive=0.5))
     weights = jnp.exp(particles.info["log_weights"])  # they sum to 1
     report("smc", got := float(weights @ reward(particles.x0)))

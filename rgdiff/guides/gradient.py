@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from rgdiff import checks
 from rgdiff.processes import GaussianProcess, along
 from rgdiff.schedules import GaussianSchedule
-from rgdiff.typing import Array, Cond, Denoiser, callable_pytree, pytree, static
+from rgdiff.typing import Array, Cond, Denoiser, DenoiserLike, callable_pytree, pytree, static
 
 
 def inner(a: Array, b: Array) -> Array:
@@ -82,7 +82,7 @@ def _guided(
 
 
 def g(
-    denoiser: Denoiser,
+    denoiser: DenoiserLike,
     process: GaussianProcess,
     gradient: Array,
     target: Array,
@@ -122,7 +122,7 @@ def g(
 
 
 def g_loss(
-    denoiser: Denoiser,
+    denoiser: DenoiserLike,
     process: GaussianProcess,
     gradient: Array,
     target: Array,

@@ -26,11 +26,11 @@ from rgdiff.guides.score import (
 )
 from rgdiff.processes import GaussianProcess, along
 from rgdiff.rewards import differentiable
-from rgdiff.typing import Array, Cond, Denoiser, Process, Reward, callable_pytree, pytree, static
+from rgdiff.typing import Array, Cond, DenoiserLike, Process, RewardLike, callable_pytree, pytree, static
 from rgdiff.values import PosteriorMean
 
 
-def dps(denoiser: Denoiser, process: Process, measurement: Measurement | Reward, scale: float = 1.0) -> Guided:
+def dps(denoiser: DenoiserLike, process: Process, measurement: Measurement | RewardLike, scale: float = 1.0) -> Guided:
     """Guide by diffusion posterior sampling (DPS, arXiv 2209.14687): g = gradient of log p(y | E[x0 | x_t]).
 
     For a linear measurement that is J^T A^T (y - A E[x0 | x_t]) / sigma^2. The variance of x0 given x_t is left out, so that
@@ -59,9 +59,8 @@ def dps(denoiser: Denoiser, process: Process, measurement: Measurement | Reward,
       ValueError: for a process that is not Gaussian, or a black box.
 
     Note:
-      A network that predicts eps says little of x0 near t = 1, where its error is divided by alpha: with DDPM's betas by .006. A
-      quadratic reward then can diverge (on a mixture in the plane it did, in 50 steps at scale 2, and did not behind a clip): guide
-      `denoisers.clip_x0(denoiser, low, high)`, the range of the data.
+      A network that predicts eps or the score says little of x0 near t = 1, where its error is divided by alpha, with DDPM's betas by
+      .006: a quadratic reward then diverged. There nothing is guided (`denoisers.says_enough`); so it is for every guide.
 
     Example:
       >>> import jax.numpy as jnp, rgdiff
@@ -137,7 +136,7 @@ class NormStep:
 
 
 def dps_step(
-    denoiser: Denoiser, process: Process, measurement: Measurement, times: Array, *, step: float = 1.0
+    denoiser: DenoiserLike, process: Process, measurement: Measurement, times: Array, *, step: float = 1.0
 ) -> Guided:
     """Guide by DPS as released: the mean of every step is shifted by -step * gradient of ||y - A E[x0 | x_t]|| (not its square).
 
@@ -184,7 +183,7 @@ class Likelihood(PosteriorMean):
 
 
 def likelihood(
-    denoiser: Denoiser, process: Process, measurement: Measurement, *, prior_variance: float = 1.0
+    denoiser: DenoiserLike, process: Process, measurement: Measurement, *, prior_variance: float = 1.0
 ) -> Likelihood:
     """Make the value log p(y | x_t) with x0 | x_t approximated by N(E[x0 | x_t], r_t^2 I): the twist of TDS (arXiv 2306.17775).
 
@@ -218,7 +217,7 @@ def likelihood(
 
 
 def pigdm(
-    denoiser: Denoiser,
+    denoiser: DenoiserLike,
     process: Process,
     measurement: Measurement,
     *,
@@ -279,7 +278,7 @@ class TweedieMoments:
 
 
 def tmpd(
-    denoiser: Denoiser, process: Process, measurement: Measurement, *, diagonal: bool = False, scale: float = 1.0
+    denoiser: DenoiserLike, process: Process, measurement: Measurement, *, diagonal: bool = False, scale: float = 1.0
 ) -> Guided:
     """Guide by Tweedie moment projection (TMPD, arXiv 2310.06721): x0 | x_t is approximated by a Gaussian of its own covariance.
 

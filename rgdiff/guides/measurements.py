@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 
 from rgdiff import checks
-from rgdiff.typing import Array, Cond, pytree, static
+from rgdiff.typing import Array, Cond, Numbers, pytree, static
 
 _dot = partial(jnp.matmul, precision="highest")
 
@@ -178,7 +178,7 @@ def _log_normal(r: Array, variance: Array) -> Array:
     return -0.5 * (r**2 / variance + jnp.log(2 * jnp.pi * variance))
 
 
-def linear(matrix: Array, y: Array, sigma: float, *, shape: tuple[int, ...] | None = None) -> LinearMeasurement:
+def linear(matrix: Numbers, y: Numbers, sigma: float, *, shape: tuple[int, ...] | None = None) -> LinearMeasurement:
     """Make the measurement y = A x0 + sigma * noise, a reward: its value is log N(y; A x0, sigma^2 I), nats.
 
     Args:
@@ -199,17 +199,17 @@ def linear(matrix: Array, y: Array, sigma: float, *, shape: tuple[int, ...] | No
       >>> print(measurement.residual(jnp.array([[1.0, 1.0]])))  # 4 - (1 + 2)
       [[1.]]
     """
-    matrix, y = jnp.asarray(matrix, jnp.float32), jnp.asarray(y, jnp.float32)
-    checks.shape("matrix", matrix, (None, None))
-    shape = (matrix.shape[1],) if shape is None else tuple(int(d) for d in shape)
-    if jnp.zeros(shape).size != matrix.shape[1]:
-        raise ValueError(f"matrix has {matrix.shape[1]} columns, but states have shape {list(shape)}; pass shape=")
-    checks.shape("y", y, (matrix.shape[0],) if y.ndim < 2 else (None, matrix.shape[0]))
-    values, vectors = jnp.linalg.eigh(_dot(matrix, matrix.T))
-    return LinearMeasurement(matrix, y, checks.positive("sigma", sigma), jnp.maximum(values, 0.0), vectors, shape)
+    a, seen = jnp.asarray(matrix, jnp.float32), jnp.asarray(y, jnp.float32)
+    checks.shape("matrix", a, (None, None))
+    shape = (a.shape[1],) if shape is None else tuple(int(d) for d in shape)
+    if jnp.zeros(shape).size != a.shape[1]:
+        raise ValueError(f"matrix has {a.shape[1]} columns, but states have shape {list(shape)}; pass shape=")
+    checks.shape("y", seen, (a.shape[0],) if seen.ndim < 2 else (None, a.shape[0]))
+    values, vectors = jnp.linalg.eigh(_dot(a, a.T))
+    return LinearMeasurement(a, seen, checks.positive("sigma", sigma), jnp.maximum(values, 0.0), vectors, shape)
 
 
-def inpainting(mask: Array, y: Array, sigma: float) -> Inpainting:
+def inpainting(mask: Numbers, y: Numbers, sigma: float) -> Inpainting:
     """Make the measurement of the coordinates of x0 where the mask is 1, with noise: y = x0 + sigma * noise there.
 
     Args:
@@ -229,6 +229,6 @@ def inpainting(mask: Array, y: Array, sigma: float) -> Inpainting:
       >>> print(measurement.residual(jnp.array([[1.0, -1.0]])))  # 3 - 1; not measured
       [[2. 0.]]
     """
-    mask, y = jnp.asarray(mask, jnp.float32), jnp.asarray(y, jnp.float32)
-    checks.shape("y", y, mask.shape if y.ndim <= mask.ndim else (None, *mask.shape))
-    return Inpainting(mask, jnp.where(mask > 0, y, 0.0), checks.positive("sigma", sigma))
+    ones, seen = jnp.asarray(mask, jnp.float32), jnp.asarray(y, jnp.float32)
+    checks.shape("y", seen, ones.shape if seen.ndim <= ones.ndim else (None, *ones.shape))
+    return Inpainting(ones, jnp.where(ones > 0, seen, 0.0), checks.positive("sigma", sigma))

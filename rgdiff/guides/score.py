@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from rgdiff import checks
+from rgdiff.denoisers import says_enough
 from rgdiff.guides.tilt import value_gradient
 from rgdiff.processes import GaussianProcess, along
 from rgdiff.rewards import differentiable, evaluate
@@ -21,10 +22,13 @@ from rgdiff.typing import (
     Array,
     Cond,
     Denoiser,
+    DenoiserLike,
     Key,
     Process,
     Reward,
+    RewardLike,
     Value,
+    ValueLike,
     callable_pytree,
     pytree,
     same_callable,
@@ -48,7 +52,8 @@ class Guided:
     """E[x0 | x_t] + (sigma_t^2 / alpha_t) scale g(x_t), g = term(point). Build it with a guide of this module.
 
     An example whose g is not finite (an infeasible reward) is not guided at this step. No example is guided where alpha_t = 0
-    (the flow schedule at t = 1), where x_t does not depend on x0.
+    (the flow schedule at t = 1), where x_t does not depend on x0, nor where x_t says too little of it
+    (`rgdiff.denoisers.says_enough`).
     """
 
     denoiser: Denoiser
@@ -60,7 +65,9 @@ class Guided:
         prediction, pull = jax.vjp(lambda x: checks.prediction(self.denoiser(x, t, cond), x), x)
         g = self.term(Point(x, t, cond, prediction, lambda u: pull(u.astype(x.dtype))[0]))
         finite = jnp.all(jnp.isfinite(g), axis=tuple(range(1, g.ndim)), keepdims=True)
-        return prediction + self.scale * along(score_weight(self.process, t), x) * jnp.where(finite, g, 0.0)
+        told = says_enough((self.denoiser, self.term), self.process, t)
+        weight = jnp.where(told, self.scale * score_weight(self.process, t), 0.0)
+        return prediction + along(weight, x) * jnp.where(finite, g, 0.0)
 
 
 def score_weight(process: GaussianProcess, t: Array) -> Array:
@@ -103,7 +110,7 @@ def gaussian_only(process: Process, method: str) -> GaussianProcess:
     return process
 
 
-def guided(denoiser: Denoiser, process: Process, term: Callable[[Point], Array], scale: float = 1.0) -> Guided:
+def guided(denoiser: DenoiserLike, process: Process, term: Callable[[Point], Array], scale: float = 1.0) -> Guided:
     """Change the score by scale * term(point), for any term.
 
     Args:
@@ -153,7 +160,7 @@ class ValueGradient:
         return at.pull(value_gradient(of_prediction, at.prediction, at.t, at.cond)[1])
 
 
-def classifier_guidance(denoiser: Denoiser, process: Process, value: Value, scale: float = 1.0) -> Guided:
+def classifier_guidance(denoiser: DenoiserLike, process: Process, value: ValueLike, scale: float = 1.0) -> Guided:
     """Change the score by scale * gradient of v(x_t, t) (arXiv 2105.05233, algorithm 2: eps - s sigma_t grad log p(c | x_t)).
 
     With v = log p(c | x_t) and scale 1 it is the conditional score; with a soft value of temperature tau and scale
@@ -190,7 +197,7 @@ def classifier_guidance(denoiser: Denoiser, process: Process, value: Value, scal
     return guided(denoiser, process, ValueGradient(value, shared), scale)
 
 
-def reward_guidance(denoiser: Denoiser, process: Process, reward: Reward, scale: float = 1.0) -> Guided:
+def reward_guidance(denoiser: DenoiserLike, process: Process, reward: RewardLike, scale: float = 1.0) -> Guided:
     """Change the score by scale * gradient of r(E[x0 | x_t]) with respect to x_t, for any differentiable reward.
 
     A reward of curvature c in x0 diverges where `dps` does with scale / sigma^2 = scale * c: see there.
@@ -251,9 +258,9 @@ class SmoothedReward:
 
 
 def lgd_mc(
-    denoiser: Denoiser,
+    denoiser: DenoiserLike,
     process: Process,
-    reward: Reward,
+    reward: RewardLike,
     key: Key,
     *,
     draws: int,

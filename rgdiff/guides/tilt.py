@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from rgdiff import checks
+from rgdiff.denoisers import says_enough
 from rgdiff.kernels import Absorbing, FirstHitting, PointMass, Product
 from rgdiff.rewards import differentiable
-from rgdiff.typing import Array, Cond, Guide, Kernel, Move, State, Value, callable_pytree, pytree, static
-from rgdiff.values import evaluate
+from rgdiff.typing import Array, Cond, Guide, Kernel, Move, State, Value, ValueLike, callable_pytree, pytree, static
+from rgdiff.values import PosteriorMean, evaluate
 
 TILTS = ("token", "token_and_rate")
 
@@ -33,8 +34,14 @@ class GradientGuide:
         return tilt(kernel, self.direction(move.x, move.t, move.cond), self.tilts)
 
     def direction(self, x: State, t: Array, cond: Cond = None) -> State:
-        """Return scale * gradient of v(x, t, cond) with respect to x, per example; zero where it is not finite."""
-        return scaled(value_gradient(self.value, x, t, cond)[1], self.scale)
+        """Return scale * gradient of v(x, t, cond) with respect to x, per example; zero where it is not finite.
+
+        It is zero too where x_t says too little of x0 for a posterior mean (`rgdiff.denoisers.says_enough`).
+        """
+        scale = self.scale
+        if isinstance(self.value, PosteriorMean):
+            scale = jnp.where(says_enough(self.value, self.value.process, t), scale, 0.0)
+        return scaled(value_gradient(self.value, x, t, cond)[1], scale)
 
 
 @pytree
@@ -101,7 +108,7 @@ def tilt(kernel: Any, direction: State, tilts: str = "token") -> Any:
     return kernel.tilt(direction)
 
 
-def gradient_guide(value: Value, scale: float = 1.0, *, tilts: str = "token") -> GradientGuide:
+def gradient_guide(value: ValueLike, scale: float = 1.0, *, tilts: str = "token") -> GradientGuide:
     """Tilt every step by the gradient of a value: q(y) proportional to k(y) exp<scale * grad v(x_t), y>.
 
     With log p(c | x_t) and scale s this is classifier guidance (arXiv 2105.05233, algorithm 1); with

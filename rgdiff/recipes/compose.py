@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import itertools
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,12 @@ CONSTRUCTORS = tuple(  # modules whose public classes and functions a recipe may
     )
 )
 GROUPS = ("domain", "method", "prior", "reward", "surrogate", "value")
+KEYS = (
+    "needs",
+    "cost",
+    "priors",
+    "rewards",
+)  # of the lines that a config's first comment may hold: what it needs, costs and fits
 COUNTS = {  # numbers of things, wherever they stand in a config, and the least that makes sense; null is the default's
     **dict.fromkeys(("batch", "chunk", "candidates", "particles", "draws", "iterations", "rounds", "seeds"), 1),
     **dict.fromkeys(("rollouts", "value_batch", "moves", "evaluate", "recurrences"), 1),
@@ -135,6 +142,9 @@ def composed(recipe: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any]
             choices = [o for o in parsed if _is_choice(o)]
             try:
                 base, chosen = chosen_by(choices)
+                if more := fitting(choices, chosen):
+                    choices, parsed, overrides = [*choices, *more], [*parsed, *more], [*overrides, *more]
+                    base, chosen = chosen_by(choices)
             except ConfigCompositionException as error:
                 told = _unmatched(recipe, choices, chosen_by([])[1]) or f"{recipe}: {_line(error)}"
                 raise ValueError(told) from None
@@ -181,6 +191,33 @@ def distributed(overrides: Sequence[str]) -> Any:
     return given.get(values[-1], "auto") if values else "auto"
 
 
+def header(name: str, group: str | None = None) -> dict[str, str]:
+    """Return the lines `# KEY: text` of the comment that a config begins with, by KEY, of those in `KEYS`."""
+    lines = (config_dir() / (group or "") / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    told = (line.lstrip("# ").partition(": ") for line in itertools.takewhile(lambda line: line.startswith("#"), lines))
+    return {key: text for key, mark, text in told if mark and key in KEYS}
+
+
+def fitting(choices: Sequence[str], chosen: Mapping[str, str | None]) -> list[str]:
+    """Return choices of a prior and a reward in place of a recipe's own, where a `domain=` is chosen that these do not fit.
+
+    They are the first that the domain's config names in its lines `# priors:` and `# rewards:`.
+
+    Args:
+      choices: of the command line, `group=choice`.
+      chosen: the choice of every group.
+    """
+    given = dict(choice.split("=", 1) for choice in choices)
+    if "domain" not in given:
+        return []
+    told, more = header(given["domain"], "domain"), []
+    for group in ("prior", "reward"):
+        fits = told.get(f"{group}s", "").split(", ")
+        if group not in given and chosen.get(group) and fits[0] and chosen[group] not in fits:
+            more.append(f"{group}={fits[0]}")
+    return more
+
+
 def sources(recipe: str, overrides: Sequence[str] = (), group: str | None = None) -> list[tuple[Path, str]]:
     """Return the files that a recipe is composed of, in order, each with the package of its keys ("" is the top).
 
@@ -189,6 +226,7 @@ def sources(recipe: str, overrides: Sequence[str] = (), group: str | None = None
       overrides: as for `composed`; the choices among them matter.
       group: one of `GROUPS`.
     """
+    from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.types import RunMode
@@ -198,6 +236,9 @@ def sources(recipe: str, overrides: Sequence[str] = (), group: str | None = None
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(folder), version_base="1.3"):
+            if group is None and any(choice.startswith("domain=") for choice in choices):
+                base = hydra_compose(name, overrides=[*choices, *search], return_hydra_config=True)
+                choices += fitting(choices, base.hydra.runtime.choices)
             loader = GlobalHydra.instance().config_loader()
             found = loader.compute_defaults_list(name, [*choices, *search], RunMode.RUN).defaults
     finally:

@@ -122,10 +122,7 @@ def header(name: str, group: str | None = None) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for path in reversed([*_extended(recipe.config_dir() / (group or "") / f"{name}.yaml")]):
-        for line in _head(path):
-            key, mark, text = line.lstrip("# ").partition(": ")
-            if mark and key in ("needs", "cost"):
-                found[key] = text
+        found |= recipe.header(path.stem, group)
     return found
 
 
@@ -176,6 +173,8 @@ def _choice(name: str, group: str) -> str:
     facts = {
         "idea": _idea(library) if group == "method" else "",
         "needs": told.get("needs") or _fits(values, group),
+        "priors": told.get("priors", ""),
+        "rewards": told.get("rewards", ""),
         "cost": f"{cost} ({CALLS})" if re.search(r"\bT\b", cost) else cost,
         "papers": ", ".join(f"https://arxiv.org/abs/{one}" for one in _papers(summary, library)),
         "methods": ", ".join(_users(name, group, "method")) if group in ("value", "surrogate") else "",

@@ -18,7 +18,7 @@ from rgdiff.runtime.distributed import gathered, several
 from rgdiff.runtime.progress import pieces, progress
 from rgdiff.runtime.run import Clock, Diverged, Run
 from rgdiff.shards import shards_of
-from rgdiff.typing import Array, Denoiser, Sampler
+from rgdiff.typing import Array, Denoiser, Process, Sampler
 
 
 def outcome(x0: Any, network_calls: int, clock: Clock, kl: float = math.nan, **more: Any) -> Outcome:
@@ -86,6 +86,16 @@ def draw_with_kl(run: Run, phase: str, sampler: Any, prior: ReadyPrior, count: i
     compared = dataclasses.replace(sampler, reference=prior.denoiser)
     out = draw(run, phase, compared, prior, count, keep=samplers.path_kl)
     return np.asarray(out.x0), float(samplers.total_path_kl(out).mean())
+
+
+def draw_tuned(
+    run: Run, phase: str, prior: ReadyPrior, tuned: Denoiser, process: Process, count: int
+) -> tuple[np.ndarray, float | None]:
+    """Draw samples of a tuned model and, of the same chains, its path KL; None where the process has no law (eta = 0, see `path_kl`)."""
+    sampler = samplers.ancestral(process, tuned)
+    if process.stochastic:
+        return draw_with_kl(run, phase, sampler, prior, count)
+    return np.asarray(draw(run, phase, sampler, prior, count).x0), None
 
 
 def path_kl(run: Run, phase: str, prior: ReadyPrior, tuned: Denoiser, count: int) -> float:

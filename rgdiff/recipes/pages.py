@@ -174,7 +174,8 @@ def cards(
             more.append([*_whole(title, wholes.get((key, what))), *_each(judge, title, _take(x0, slice(FOLDED)))])
         sets, more = [one for one in sets if one], [one for one in more if one]
         if sets:
-            out.append(Card(key, sets, more, rows[key].get("over_optimised", "")))
+            title = f"{key}: {outcome.of}" if outcome.of else key
+            out.append(Card(title, sets, more, rows[key].get("over_optimised", "")))
     return out or ([Card("The data", known)] if any(known) else [])
 
 
@@ -278,8 +279,8 @@ def figures(
         first.append(Plot(title, [Series(key, *c, color=colors[key]) for key, c in curves.items()], xlabel, ylabel))
     if not first:
         first = rewards_of_samples(judge, task, prior, outcomes, scores, colors)
-    curves = [Plot(title, series, *axes(title)) for title, series in shared(outcomes, colors).items()]
-    curves.sort(key=lambda plot: (-len({s.color for s in plot.series}), "reward" not in plot.title))
+    curves = [Plot(title[:1].upper() + title[1:], of, *axes(title)) for title, of in shared(outcomes, colors).items()]
+    curves.sort(key=lambda plot: (-len({s.color for s in plot.series}), "reward" not in plot.title.lower()))
     trade = trade_offs(rows, colors)
     main, rest = [*first[:2], *trade[:1]], [*first[2:], *trade[1:]]
     room = max(FIGURES - len(main), 0)

@@ -91,6 +91,13 @@ def prepare(name: str, overrides: Sequence[str], dry: bool = False) -> Prepared:
     if not distributed.first():
         sys.stdout = open(os.devnull, "w")  # lines are the first process's
     config, chosen = recipe.composed(name, overrides)
+    given = [override.partition("=")[0] for override in overrides]
+    if "domain" in given and (
+        taken := [f"{g}={chosen[g]}" for g in ("prior", "reward") if chosen[g] and g not in given]
+    ):
+        say(
+            f"domain={chosen['domain']} with {' and '.join(taken)}; `rgdiff explain domain={chosen['domain']}` has others"
+        )
     trusted = recipe.trusted_modules(overrides)
     recipe.check_common(config, name)
     recipe.check(config, trusted)
@@ -228,6 +235,8 @@ def check_reward(reward: Any, shape: tuple[int, ...]) -> None:
 
 def execute(prepared: Prepared) -> dict[str, Any]:
     """Train, sample and write what was prepared; nobody else is in its folder."""
+    import jax
+
     from rgdiff.recipes import compose as recipe
     from rgdiff.recipes.methods.steering import PriorSampling
     from rgdiff.recipes.outcome import without_divergence
@@ -256,7 +265,7 @@ def execute(prepared: Prepared) -> dict[str, Any]:
     assert prepared.cache is not None
     fresh = not (prepared.out / "config.yaml").exists()
     folder = RunFolder.create(prepared.out, config, resume=config["resume"])
-    run = Run(folder, seed, prepared.cache, mesh_of(config))
+    run = Run(folder, seed, prepared.cache, prepared.name, mesh_of(config))
     try:
         # Run: the prior, then every method beside it.
         announce("making the prior…")
@@ -280,7 +289,8 @@ def execute(prepared: Prepared) -> dict[str, Any]:
     # Write: numbers, samples, report, and last the summary, which marks the run as finished.
     announce("measuring the samples and drawing the page…")
     rows = {key: judge.row(outcome, task, prior) | outcome.figures for key, outcome in outcomes.items()}
-    rows = marked(rows, judge.spread(outcomes["prior"], task))
+    counts = {key: len(jax.tree.leaves(outcome.x0)[0]) for key, outcome in outcomes.items()}
+    rows = marked(rows, judge.spread(outcomes["prior"], task), counts)
     summary = {f"{key}/{metric}": value for key, row in rows.items() for metric, value in row.items()}
     for key, row in rows.items():
         run.log.rewind(f"{key}_summary", 0)

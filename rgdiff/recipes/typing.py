@@ -194,7 +194,7 @@ class Outcome:
     shown: other samples for the report, by what they are; pictures: drawn already, 8-bit [N, H, W, C], by title.
     lineages [N]: the ancestor of each sample, where samples that share one are not independent.
     temperature: of the law p(x) exp(r(x) / temperature) / Z that the method aims at, if it has one. energy: x [N, ...] ->
-    [N], low on data, where the method learns one.
+    [N], low on data, where the method learns one. of: whose samples x0 are, where the method has several models.
     """
 
     x0: np.ndarray
@@ -210,6 +210,7 @@ class Outcome:
     lineages: np.ndarray | None = None
     temperature: float | None = None
     energy: Callable[[Any], Any] | None = None
+    of: str = ""
 
 
 class Method(Protocol):

@@ -833,7 +833,7 @@ details h3{margin:16px 0 4px}
 summary{cursor:pointer;font-weight:600}
 @media (max-width:560px){main{padding:16px 12px 32px}.card{padding:10px 10px 12px}h1{font-size:21px}
 dl{grid-template-columns:1fr}dd{margin:0 0 6px}.rows>div{display:block}.rows span{margin-right:10px}
-.row>div:nth-child(n+10){display:none}}
+.row>div:nth-child(n+13){display:none}}
 @media print{main{max-width:none;padding:0}body,.card{background:none}nav{display:none}
 .card,.plot,tr,li{break-inside:avoid}.tiles-set{flex:1 1 0!important}.tiles-set[style]{flex:0 0 198px!important}
 .tiles .row>div{width:60px!important}.row span{font-size:9px}.figures{grid-template-columns:1fr 1fr}h2,h3{break-after:avoid}.scroll{overflow:visible}th,td{padding:3px 6px;font-size:10px}

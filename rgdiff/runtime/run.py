@@ -77,10 +77,14 @@ def phase_key(seed: int, phase: str) -> jax.Array:
 
 
 class Run:
-    """What the phases of a recipe share. `cache` holds trained priors and compiled programs between runs; `mesh` is their devices'."""
+    """What the phases of a recipe share.
 
-    def __init__(self, folder: RunFolder, seed: int, cache: Path, mesh: Any = None):
+    `cache` holds trained priors and compiled programs between runs; `recipe` is its name; `mesh` is of the devices that share a batch.
+    """
+
+    def __init__(self, folder: RunFolder, seed: int, cache: Path, recipe: str = "", mesh: Any = None):
         self.folder = folder
+        self.recipe = recipe
         self.cache = cache
         self.mesh = mesh
         self.log = MetricsLog(folder.path)

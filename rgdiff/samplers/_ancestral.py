@@ -14,7 +14,21 @@ import jax.numpy as jnp
 from rgdiff import checks
 from rgdiff.processes import MaskedProcess, ProductProcess
 from rgdiff.samplers._loop import Samples, without_gradient
-from rgdiff.typing import Array, Cond, Denoiser, Guide, Info, Key, Move, Process, State, callable_pytree, pytree, static
+from rgdiff.typing import (
+    Array,
+    Cond,
+    Denoiser,
+    DenoiserLike,
+    Guide,
+    Info,
+    Key,
+    Move,
+    Process,
+    State,
+    callable_pytree,
+    pytree,
+    static,
+)
 
 
 @pytree
@@ -81,9 +95,9 @@ class Ancestral:
 
 def ancestral(
     process: Process,
-    denoiser: Denoiser,
+    denoiser: DenoiserLike,
     *,
-    reference: Denoiser | None = None,
+    reference: DenoiserLike | None = None,
     guide: Guide | None = None,
     time_travel: int = 1,
     window: tuple[float, float] | None = None,

@@ -9,7 +9,20 @@ import jax.numpy as jnp
 
 from rgdiff import checks
 from rgdiff.rewards import evaluate
-from rgdiff.typing import Array, Cond, Info, Key, Process, Reward, Sampler, State, callable_pytree, pytree, static
+from rgdiff.typing import (
+    Array,
+    Cond,
+    Info,
+    Key,
+    Process,
+    Reward,
+    RewardLike,
+    Sampler,
+    State,
+    callable_pytree,
+    pytree,
+    static,
+)
 
 
 @pytree
@@ -47,7 +60,7 @@ class BestOfN:
         return jax.tree.map(lambda c: jnp.repeat(c, self.count, axis=0), cond)
 
 
-def best_of_n(sampler: Sampler, reward: Reward, count: int) -> BestOfN:
+def best_of_n(sampler: Sampler, reward: RewardLike, count: int) -> BestOfN:
     """Keep the best of `count` samples, per sample.
 
     The distribution of the kept sample is known: with reward quantile function Q its reward is Q of a Beta(count, 1) variable,

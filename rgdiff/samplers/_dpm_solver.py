@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from rgdiff import checks
 from rgdiff.processes import GaussianProcess, along
-from rgdiff.typing import Array, Cond, Denoiser, Info, Key, Process, callable_pytree, pytree
+from rgdiff.typing import Array, Cond, Denoiser, DenoiserLike, Info, Key, Process, callable_pytree, pytree
 
 
 class Carry(NamedTuple):
@@ -56,7 +56,7 @@ class DpmSolver:
         return moves + 1
 
 
-def dpm_solver(process: Process, denoiser: Denoiser) -> DpmSolver:
+def dpm_solver(process: Process, denoiser: DenoiserLike) -> DpmSolver:
     """Build DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): DDIM's moves with a linear extrapolation of x0 in lambda.
 
         x_s = sigma_s / sigma_t x_t - alpha_s (exp(-h) - 1) D,  D = x0 + h / (2 h') (x0 - x0'),  h = lambda_s - lambda_t

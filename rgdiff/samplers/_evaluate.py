@@ -12,14 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rgdiff.typing import Array, Cond, Denoiser, Process, State, Value, same_callable
+from rgdiff.typing import Array, Cond, DenoiserLike, Process, State, ValueLike, same_callable
 from rgdiff.values import PosteriorMean
 from rgdiff.values import evaluate as evaluate_value
 
 Evaluate = Callable[[State, Cond], tuple[Array, Any]]
 
 
-def shares(value: Value, denoiser: Denoiser) -> bool:
+def shares(value: ValueLike, denoiser: DenoiserLike) -> bool:
     """Whether the value's prediction is the denoiser's."""
     return isinstance(value, PosteriorMean) and same_callable(value.denoiser, denoiser)
 
@@ -79,7 +79,7 @@ def distinct(
 
 
 def refresh(
-    denoiser: Denoiser, prediction: Any, x: State, t: Array, cond: Cond, stale: Array, rows: int | None = None
+    denoiser: DenoiserLike, prediction: Any, x: State, t: Array, cond: Cond, stale: Array, rows: int | None = None
 ) -> Any:
     """Return the denoiser's predictions at x [B, ...], calling it only for the stale [B], `rows` (a quarter) of them at a time."""
     batch = stale.shape[0]

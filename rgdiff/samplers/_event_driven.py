@@ -15,7 +15,19 @@ from rgdiff import checks
 from rgdiff.processes import FirstHittingProcess, MaskedProcess
 from rgdiff.samplers._evaluate import refresh
 from rgdiff.shards import Shards, by_rows
-from rgdiff.typing import Array, Cond, Denoiser, Info, Key, Process, State, callable_pytree, pytree, static
+from rgdiff.typing import (
+    Array,
+    Cond,
+    Denoiser,
+    DenoiserLike,
+    Info,
+    Key,
+    Process,
+    State,
+    callable_pytree,
+    pytree,
+    static,
+)
 
 
 class EventCarry(NamedTuple):
@@ -60,7 +72,7 @@ class EventDriven:
         return min(moves, positions)
 
 
-def event_driven(process: Process, denoiser: Denoiser, *, rows: int | None = None) -> EventDriven:
+def event_driven(process: Process, denoiser: DenoiserLike, *, rows: int | None = None) -> EventDriven:
     """Build the ancestral sampler of a masked prior that calls the network only after a state has changed.
 
     Args:

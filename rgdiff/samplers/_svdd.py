@@ -23,6 +23,7 @@ from rgdiff.typing import (
     Array,
     Cond,
     Denoiser,
+    DenoiserLike,
     Guide,
     Info,
     Key,
@@ -30,6 +31,7 @@ from rgdiff.typing import (
     Process,
     State,
     Value,
+    ValueLike,
     callable_pytree,
     pytree,
     static,
@@ -338,8 +340,8 @@ def log_soft_weights(values: Array, temperature: Array) -> Array:
 
 def svdd(
     process: Process,
-    denoiser: Denoiser,
-    value: Value,
+    denoiser: DenoiserLike,
+    value: ValueLike,
     *,
     temperature: float = 1.0,
     candidates: int = 16,

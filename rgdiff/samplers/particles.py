@@ -15,6 +15,7 @@ from jax.core import Tracer
 
 from rgdiff import checks, rewards
 from rgdiff._settings import setting_of
+from rgdiff.denoisers import says_enough
 from rgdiff.guides.inverse import Likelihood, likelihood
 from rgdiff.guides.measurements import is_measurement
 from rgdiff.guides.tilt import TILTS, scaled, tilt
@@ -26,14 +27,17 @@ from rgdiff.typing import (
     Array,
     Cond,
     Denoiser,
+    DenoiserLike,
     Guide,
     Info,
     Key,
     Move,
     Process,
     Reward,
+    RewardLike,
     State,
     Value,
+    ValueLike,
     callable_pytree,
     pytree,
     static,
@@ -117,7 +121,7 @@ class Smc:
             move=jnp.int32(0),
             gains=zeros,
         )
-        return self._weigh(particles, zeros, evaluation)
+        return self._weigh(particles, zeros, evaluation, says_enough(self.value, self.process, t))
 
     def step(self, key: Key, carry: Particles, t: Array, s: Array, cond: Cond = None) -> tuple[Particles, Info]:
         key_draw, key_resample = jax.random.split(key)
@@ -128,13 +132,15 @@ class Smc:
         if self.proposal is not None:
             proposal = self.proposal(kernel, Move(carry.x, t, s, cond, prediction))
         if self.twist is not None:
-            proposal = tilt(proposal, scaled(carry.evaluation.gradient, self.twist * carry.strength), self.tilts)
+            strength = jnp.where(says_enough(self.value, self.process, t), self.twist * carry.strength, 0.0)
+            proposal = tilt(proposal, scaled(carry.evaluation.gradient, strength), self.tilts)
         y = proposal.sample(key_draw)
         log_ratio = jnp.zeros_like(carry.log_weights)
         if proposal is not kernel:
             log_ratio = self._everybodys((kernel.log_prob(y) - proposal.log_prob(y)).astype(jnp.float32))
         evaluation = self._evaluate(y, s, cond)
-        moved = self._weigh(carry._replace(x=y, move=carry.move + 1), log_ratio, evaluation, 1 - s / t)
+        told = says_enough(self.value, self.process, s)
+        moved = self._weigh(carry._replace(x=y, move=carry.move + 1), log_ratio, evaluation, told, 1 - s / t)
         moved = self.over_devices(moved)
         info = {
             "ess": ess(moved.log_weights),
@@ -214,15 +220,16 @@ class Smc:
         return Evaluation(self._everybodys(self._scale(values)), gradient, prediction)
 
     def _weigh(
-        self, particles: Particles, log_ratio: Array, evaluation: Evaluation, progress: Array | None = None
+        self, particles: Particles, log_ratio: Array, evaluation: Evaluation, told: Array, progress: Array | None = None
     ) -> Particles:
         """Multiply the weights by the proposal's ratio and by the potential, by which exp(strength * reached) has grown.
 
+        The potential is 1 unless `told`: where the state says too little of x0 for the value to be more than error.
         `progress` is (t - s) / t of a move, the part of what was left of the chain; at the beginning it is None.
         """
         index = particles.move
-        evaluates = jnp.bool_(True) if progress is None else index % self.interval == 0
-        value = _imputed(evaluation.value, particles.value, particles.log_weights)
+        evaluates = told if progress is None else told & (index % self.interval == 0)
+        value = jnp.where(told, _imputed(evaluation.value, particles.value, particles.log_weights), particles.value)
         running = particles.running
         if self.potential == "max":
             running = jnp.where(evaluates, jnp.maximum(running, value), running)
@@ -326,12 +333,12 @@ def _imputed(values: Array, previous: Array, log_weights: Array) -> Array:
 
 def smc(
     process: Process,
-    denoiser: Denoiser,
-    value: Value,
+    denoiser: DenoiserLike,
+    value: ValueLike,
     *,
     temperature: float = 1.0,
     potential: str = "difference",
-    reward: Reward | None = None,
+    reward: RewardLike | None = None,
     resampling: str = "systematic",
     ess_threshold: float = 0.5,
     interval: int = 1,
@@ -396,8 +403,9 @@ def smc(
       FK steering's released code drops the weights of moves at which it does not resample, and DAS's does not permute the twist
       when it resamples; both bias the result. Here weights accumulate and every field is resampled with its particle.
       Where the value is noise, potentials kill particles by chance, and log Z comes out too low by more than log_z_se says. So it is
-      with `posterior_mean` of a network that predicts eps near t = 1, where its error is divided by alpha: take adaptive=0.5, as
-      `rgdiff.examples.own_network` does, or `tempering`.
+      with `posterior_mean` of a network that predicts eps or the score near t = 1, where its error is divided by alpha: there
+      potentials are 1 and the twist is 0 (`denoisers.says_enough`). Where log Z still changes with the number of particles, take
+      adaptive=0.5 or `tempering`.
 
       If all x0 are infeasible, their weights are equal and log_z = -inf. Do not mark infeasible samples by a large negative
       reward: potentials of e^-1000 end lineages that might have become feasible, at any number of particles.
@@ -471,7 +479,7 @@ def das_tempering(times: Array, gamma: float = 0.008) -> Array:
 
 
 @setting_of(smc, defaults={"potential": "max", "resampling": "multinomial"})
-def fk_steering(process: Process, denoiser: Denoiser, value: Value, **options: Any) -> Smc:
+def fk_steering(process: Process, denoiser: DenoiserLike, value: ValueLike, **options: Any) -> Smc:
     """Build FK steering as published (arXiv 2501.06848): the prior as proposal, the maximum potential, multinomial resampling.
 
     Returns:
@@ -491,7 +499,7 @@ def fk_steering(process: Process, denoiser: Denoiser, value: Value, **options: A
 
 
 @setting_of(smc, defaults={"twist": 1.0, "ess_threshold": 1.0})
-def tds(process: Process, denoiser: Denoiser, value: Value, **options: Any) -> Smc:
+def tds(process: Process, denoiser: DenoiserLike, value: ValueLike, **options: Any) -> Smc:
     """Build TDS as published (arXiv 2306.17775, algorithm 1): the twisted proposal, systematic resampling at every move.
 
     For a measurement the value is its likelihood with the variance of x0 given x_t, not its plain posterior mean:
@@ -515,7 +523,7 @@ def tds(process: Process, denoiser: Denoiser, value: Value, **options: Any) -> S
 
 @setting_of(smc, fixed=("tempering",), defaults={"twist": 1.0})
 def das(
-    process: Process, denoiser: Denoiser, value: Value, times: Array, *, gamma: float = 0.008, **options: Any
+    process: Process, denoiser: DenoiserLike, value: ValueLike, times: Array, *, gamma: float = 0.008, **options: Any
 ) -> Smc:
     """Build DAS as published (arXiv 2501.05803, algorithm 1): twisted and tempered, resampling below half the particles.
 

@@ -21,7 +21,7 @@ from rgdiff.kernels import draw_token
 from rgdiff.processes import MaskedProcess, ProductProcess, along
 from rgdiff.tuners._chain import Chain, hold
 from rgdiff.tuners._reward_backprop import RewardBackprop, reward_backprop
-from rgdiff.typing import Array, Cond, Denoiser, Key, Model, Process, Reward, State, pytree
+from rgdiff.typing import Array, Cond, Denoiser, DenoiserLike, Key, Model, Process, RewardLike, State, pytree
 
 ESTIMATORS = ("reinmax", "straight_through", "gumbel", "score_function", "log_variance")
 
@@ -42,11 +42,11 @@ def with_estimator(process: Process, estimator: str, gumbel_temperature: Any = 1
 def drakes(
     model: Model,
     process: Process,
-    reward: Reward,
+    reward: RewardLike,
     times: Array,
     optimizer: Any,
     *,
-    reference: Denoiser,
+    reference: DenoiserLike,
     temperature: float,
     estimator: str = "log_variance",
     gumbel_temperature: float = 1.0,
@@ -231,11 +231,11 @@ class PublishedProcess(MaskedProcess):
 def drakes_published(
     model: Model,
     process: MaskedProcess,
-    reward: Reward,
+    reward: RewardLike,
     times: Array,
     optimizer: Any,
     *,
-    reference: Denoiser,
+    reference: DenoiserLike,
     temperature: float,
     truncation: int,
     gumbel_temperature: float = 1.0,

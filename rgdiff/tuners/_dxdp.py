@@ -16,7 +16,7 @@ from rgdiff import checks
 from rgdiff._settings import setting_of
 from rgdiff.rewards import differentiable
 from rgdiff.tuners._max_ent import Ablation, MaximumEntropy, Rates
-from rgdiff.typing import Array, Process, Reward, callable_pytree
+from rgdiff.typing import Array, Process, RewardLike, callable_pytree
 
 
 @functools.cache
@@ -166,7 +166,7 @@ def settings(
 
 @setting_of(settings)
 def dxdp(
-    model: Any, process: Process, reward: Reward, value: Any, times: Array | None = None, **options: Any
+    model: Any, process: Process, reward: RewardLike, value: Any, times: Array | None = None, **options: Any
 ) -> MaximumEntropy:
     """Tune a few-step sampler towards p(x) proportional to exp(r(x) / temperature) by dynamic programming (arXiv 2407.00626, algorithm 1).
 

@@ -19,7 +19,20 @@ from rgdiff._settings import setting_of
 from rgdiff.processes import GaussianProcess, InitialProcess, along, started_from
 from rgdiff.tuners._reward_backprop import RewardBackprop, reward_backprop
 from rgdiff.tuners.value_learning import ValueLearning, value_regression
-from rgdiff.typing import Array, Cond, Denoiser, Model, Params, Process, Reward, State, Value, callable_pytree, pytree
+from rgdiff.typing import (
+    Array,
+    Cond,
+    Denoiser,
+    DenoiserLike,
+    Model,
+    Params,
+    Process,
+    RewardLike,
+    State,
+    ValueLike,
+    callable_pytree,
+    pytree,
+)
 from rgdiff.values import AtTime
 
 
@@ -110,7 +123,7 @@ def initial_value(
 def initial_tuner(
     model: Model,
     initial: InitialProcess,
-    value: Value,
+    value: ValueLike,
     times: Array,
     optimizer: Any,
     *,
@@ -157,11 +170,11 @@ def initial_tuner(
 def elegant(
     model: Model,
     process: GaussianProcess,
-    reward: Reward,
+    reward: RewardLike,
     times: Array,
     optimizer: Any,
     *,
-    reference: Denoiser,
+    reference: DenoiserLike,
     temperature: float,
     initial: Any,
     **options: Any,

@@ -22,7 +22,7 @@ from rgdiff.samplers import ancestral, sample
 from rgdiff.shards import Shards, split
 from rgdiff.tuners._loop import TrainState, start
 from rgdiff.tuners._pretraining import Pretraining
-from rgdiff.typing import Array, Info, Key, Model, Params, Reward, callable_pytree, pytree, static
+from rgdiff.typing import Array, Info, Key, Model, Params, Reward, RewardLike, callable_pytree, pytree, static
 
 GUIDANCE = ("g", "g_loss")
 
@@ -166,7 +166,7 @@ class GradientGuidance:
 def gradient_guidance(
     model: Model,
     process: GaussianProcess,
-    reward: Reward,
+    reward: RewardLike,
     times: Array,
     *,
     batch: int,

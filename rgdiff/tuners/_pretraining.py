@@ -19,7 +19,7 @@ from rgdiff.tuners._loop import TrainState, start, update
 from rgdiff.typing import (
     Array,
     Cond,
-    Denoiser,
+    DenoiserLike,
     Info,
     Key,
     Model,
@@ -195,7 +195,7 @@ def masked_cross_entropy(logits: Array, x: Array, x0: Array) -> Array:
     return jnp.sum((x[..., -1] * per_position).reshape(x.shape[0], -1), -1)
 
 
-def masked_bound(key: Key, process: MaskedProcess, denoiser: Denoiser, x0: Array, cond: Cond = None) -> Array:
+def masked_bound(key: Key, process: MaskedProcess, denoiser: DenoiserLike, x0: Array, cond: Cond = None) -> Array:
     """Estimate the variational bound on -log p(x0), nats per example [B], without discretisation error.
 
         bound = sum over m = 1..L of (1/m) E[sum over m random masked positions of -log p(x0 | x)]

@@ -18,7 +18,7 @@ from rgdiff.rewards import evaluate, failed, failures, from_host
 from rgdiff.shards import Shards, by_rows, joined_rows, own_rows, shards_of, split
 from rgdiff.tuners._loop import draw_rows, laid_out, layout_of, spread_out
 from rgdiff.tuners.stopping import EarlyStopping
-from rgdiff.typing import Array, Cond, Info, Key, Online, Params, Reward, callable_pytree, pytree, static
+from rgdiff.typing import Array, Cond, Info, Key, Online, Params, Reward, RewardLike, callable_pytree, pytree, static
 
 
 @pytree
@@ -72,7 +72,7 @@ class OnlineTuner:
 
 
 def as_tuner(
-    online: Online, reward: Reward, *, heldout: Reward | None = None, noise: float | None = None
+    online: Online, reward: RewardLike, *, heldout: RewardLike | None = None, noise: float | None = None
 ) -> OnlineTuner:
     """Make an online method a tuner for `fit`, with a JAX reward (or `rewards.from_host`) in the same program.
 

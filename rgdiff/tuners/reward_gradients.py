@@ -13,12 +13,12 @@ from rgdiff import checks
 from rgdiff._settings import setting_of
 from rgdiff.tuners import plans
 from rgdiff.tuners._reward_backprop import RewardBackprop, reward_backprop
-from rgdiff.typing import Array, Denoiser, Model, Process, Reward
+from rgdiff.typing import Array, DenoiserLike, Model, Process, RewardLike
 
 
 @setting_of(reward_backprop, fixed=("truncation",))
 def draft(
-    model: Model, process: Process, reward: Reward, times: Array, optimizer: Any, **options: Any
+    model: Model, process: Process, reward: RewardLike, times: Array, optimizer: Any, **options: Any
 ) -> RewardBackprop:
     """DRaFT: maximise E[r(x0)] by the gradient through the whole chain (arXiv 2309.17400, algorithm 1).
 
@@ -41,7 +41,7 @@ def draft(
 def draft_k(
     model: Model,
     process: Process,
-    reward: Reward,
+    reward: RewardLike,
     times: Array,
     optimizer: Any,
     *,
@@ -81,7 +81,7 @@ def draft_k(
 def draft_lv(
     model: Model,
     process: Process,
-    reward: Reward,
+    reward: RewardLike,
     times: Array,
     optimizer: Any,
     *,
@@ -133,11 +133,11 @@ def draft_lv(
 def draft_plus(
     model: Model,
     process: Process,
-    reward: Reward,
+    reward: RewardLike,
     times: Array,
     optimizer: Any,
     *,
-    reference: Denoiser,
+    reference: DenoiserLike,
     k: int = 1,
     weight: float = 0.1,
     **options: Any,
@@ -187,7 +187,7 @@ def draft_plus(
 
 @setting_of(reward_backprop, fixed=("truncation",))
 def refl(
-    model: Model, process: Process, reward: Reward, times: Array, optimizer: Any, *, m: int = 20, **options: Any
+    model: Model, process: Process, reward: RewardLike, times: Array, optimizer: Any, *, m: int = 20, **options: Any
 ) -> RewardBackprop:
     """ReFL: reward the x0 predicted by one call, drawn among the last m (arXiv 2304.05977, algorithm 1).
 
@@ -218,7 +218,7 @@ def refl(
 def alignprop(
     model: Model,
     process: Process,
-    reward: Reward,
+    reward: RewardLike,
     times: Array,
     optimizer: Any,
     *,
@@ -251,7 +251,7 @@ def alignprop(
 
 @setting_of(reward_backprop, fixed=("truncation",))
 def alignprop_subset(
-    model: Model, process: Process, reward: Reward, times: Array, optimizer: Any, **options: Any
+    model: Model, process: Process, reward: RewardLike, times: Array, optimizer: Any, **options: Any
 ) -> RewardBackprop:
     """Keep the gradient of every call by itself, with probability i / (n + 1) for call i of n.
 
@@ -276,7 +276,7 @@ def alignprop_subset(
 def drtune(
     model: Model,
     process: Process,
-    reward: Reward,
+    reward: RewardLike,
     times: Array,
     optimizer: Any,
     *,

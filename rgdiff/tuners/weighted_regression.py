@@ -25,6 +25,7 @@ from rgdiff.typing import (
     Array,
     Cond,
     Denoiser,
+    DenoiserLike,
     Info,
     Key,
     Model,
@@ -205,7 +206,7 @@ def reward_weighted(
     *,
     batch: int,
     temperature: float,
-    prior: Denoiser | None = None,
+    prior: DenoiserLike | None = None,
     **options: Any,
 ) -> WeightedRegression:
     """RWR: the denoising loss on samples, weighted by exp(r / temperature) over its sum (arXiv 2302.12192; 2305.13301, §4.1).
@@ -265,7 +266,7 @@ def filtered(
     *,
     batch: int,
     fraction: float = 0.1,
-    prior: Denoiser | None = None,
+    prior: DenoiserLike | None = None,
     **options: Any,
 ) -> WeightedRegression:
     """Filtered fine-tuning: the denoising loss on the best fraction of the samples (RAFT, arXiv 2304.06767, algorithm 1).

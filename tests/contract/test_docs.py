@@ -30,6 +30,7 @@ BUILT_WITH = (  # packages whose public names are constructors: their `help()` s
 )
 HELPERS = {  # checks, measurements and parts of loops: no user builds anything with them
     "rgdiff.denoisers.needs_signal",
+    "rgdiff.denoisers.says_enough",
     "rgdiff.processes.along",
     "rgdiff.rewards.check",
     "rgdiff.rewards.differentiable",

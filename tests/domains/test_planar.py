@@ -163,6 +163,7 @@ def test_the_judge_knows_data_from_shifted_data():
     holes = data.copy()
     holes[:7] = np.nan
     assert judge.row(outcome(holes), task)["not_finite"] == 7
+    assert judge.spread(outcome(data), task) == {"kl": 0.0, "in_support": pytest.approx(1 / len(data))}  # all are in it
     board = planar.planar("checkerboard")
     half = np.asarray(jax.random.uniform(jax.random.key(1), (2000, 2), minval=-4, maxval=4))
     assert abs(PlanarJudge(board, jax.random.key(0)).row(outcome(half), task)["in_support"] - 0.5) < 0.04

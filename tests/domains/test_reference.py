@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -15,7 +16,7 @@ from safetensors import safe_open
 from rgdiff import assets, nets
 from rgdiff.cli import main
 from rgdiff.domains import images
-from rgdiff.domains.images import judge as image_judge
+from rgdiff.domains.images import data as image_data
 from rgdiff.domains.images import tasks
 from rgdiff.domains.images.judge import ImageJudge
 from rgdiff.nets.unet import _depth_to_space, _space_to_depth
@@ -108,17 +109,19 @@ def test_the_judge_is_as_good_on_unseen_images_as_its_file_says():
 
 @pytest.mark.slow
 def test_the_recipe_makes_files_that_a_run_can_use(tmp_path, monkeypatch):
-    for module in (image_judge, tasks):
-        train = module.train_classifier
-        monkeypatch.setattr(module, "train_classifier", lambda *parts, train=train: train(*parts, steps=20))
+    monkeypatch.setattr(image_data, "train_classifier", partial(image_data.train_classifier, steps=20))
     shared = [f"cache_dir={tmp_path / 'cache'}", "samples=8", "prior.steps=3"]
     shared += ["prior.network.channels=[8,8]"]
     few = ["prior.train.steps=4", "prior.train.optimizer.warmup=1", "prior.train.optimizer.decay_steps=4"]
-    made = tmp_path / "made"
-    assert main(["run", "pretrain_digits", "domain=digits", "domain.size=16", *shared, *few, f"out={made}"]) == 0
+    made, mine = tmp_path / "made", tmp_path / "mine.yaml"  # a recipe of another name
+    text = (recipe.config_dir() / "pretrain_digits.yaml").read_text(encoding="utf-8")
+    mine.write_text(text, encoding="utf-8")
+    assert main(["run", str(mine), "domain=digits", "domain.size=16", *shared, *few, f"out={made}"]) == 0
     argv = [f"domain.path={made / 'digits16_reference.safetensors'}", *shared, "reward.target=4", "method=best_of_n"]
     argv += [f"prior.checkpoint={made / 'digits16_prior.safetensors'}", "domain=mnist16", "prior=mnist16"]
     assert main(["run", "steer", *argv, "method.candidates=2", f"out={tmp_path / 'used'}"]) == 0
+    with safe_open(made / "digits16_prior.safetensors", "np") as opened:
+        assert json.loads(opened.metadata()["rgdiff"])["recipe"] == f"rgdiff run {mine}"
     one, two = (np.load(path / "samples.npz")["prior"] for path in (made, tmp_path / "used"))
     np.testing.assert_array_equal(one, two)
 

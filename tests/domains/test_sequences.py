@@ -567,7 +567,9 @@ def test_the_judge_measures_against_the_enumerated_law(small):
     exact_logo = judge.show_exact(outcome(x0, 0.5), task, prior)["exact law"]
     np.testing.assert_allclose(exact_logo.frequencies[0], weights.reshape(4, 4).sum(1) / weights.sum(), rtol=1e-5)
     np.testing.assert_allclose(judge.scores(x0, task), values[[15, 15, 3, 0]], rtol=1e-6)
-    rewards, known = judge.reward_law(outcome(x0), task, prior)
+    exact_rewards = judge.reward_law(outcome(x0), task, prior)
+    assert exact_rewards is not None
+    rewards, known = exact_rewards
     np.testing.assert_allclose(rewards, values, rtol=1e-6)
     np.testing.assert_allclose(known, law, rtol=1e-5)
     # the mean over pairs has the variance 4 var(h) / N, h(x) the mean over both positions of 1 - p(x_j); jackknife of ten groups

@@ -17,7 +17,7 @@ from rgdiff.samplers._loop import _whole
 from rgdiff.typing import pytree
 from tests.samplers.test_smc import BAD
 from tests.worlds.mixtures import A23, C3, M3, Y2, Measured, grid_of_nine, lattice, ring_of_eight, swiss_roll
-from tests.worlds.worlds import SCHEDULES, GaussianWorld, assert_mean, correlated, factorised, slope
+from tests.worlds.worlds import SCHEDULES, GaussianWorld, assert_mean, correlated, eps_world, factorised, slope
 
 
 def states(rows=6, dim=3, seed=0):
@@ -465,6 +465,36 @@ def test_where_the_state_says_nothing_nothing_is_guided():
     for guide in (guides.g, guides.g_loss):
         guided = guide(world.denoiser, world.process, jnp.ones((6, 3)), jnp.ones(6))
         close(apply(guided, states(), 1.0), apply(world.denoiser, states(), 1.0))
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_no_reward_guides_where_the_error_of_eps_is_divided_by_a_small_alpha(hidden):
+    """r = b.x at scale 2 has the law N(2 b, I), by DPS; by the tilt that of the exact denoiser; under r = -|x - b|^2 DPS is too narrow."""
+    process, denoiser = eps_world(hidden)
+    b, times = jnp.array([1.0, -0.5]), process.times(100)
+
+    def linear(x0, cond=None):
+        return x0 @ b
+
+    def quadratic(x0, cond=None):
+        return -jnp.sum((x0 - b) ** 2, -1)
+
+    def exact(x, t, cond=None):
+        return process.schedule.alpha(t) * x
+
+    def tilt(denoiser):
+        return guides.gradient_guide(values.posterior_mean(linear, process, denoiser), scale=2.0)
+
+    def draw(*args, **options):
+        return samplers.sample(samplers.ancestral(process, *args, **options), jax.random.key(0), 4096, times).x0
+
+    off = [abs(draw(guides.dps(denoiser, process, linear, scale=2.0)).mean(0) - 2 * b),
+           abs(draw(denoiser, guide=tilt(denoiser)) - draw(exact, guide=tilt(exact))).mean(0)]  # fmt: skip
+    spread = draw(guides.dps(denoiser, process, quadratic)).std(0)
+    if hidden:
+        assert all((part > 0.2).all() for part in off) and (spread > 1).all()
+    else:
+        assert all((part < 0.1).all() for part in off) and (spread < 3**-0.5).all()
 
 
 @pytest.mark.parametrize("process", [processes.masked(schedules.log_linear_mask(), 3, 3), processes.product(x=PROCESS)])

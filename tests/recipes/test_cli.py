@@ -13,9 +13,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from rgdiff.cli import main, options_first
-from rgdiff.domains.images import judge as image_judge
+from rgdiff.domains.images import data as image_data
 from rgdiff.domains.images import rewards as image_rewards
-from rgdiff.domains.images import tasks as image_tasks
 from rgdiff.recipes import compose as recipe
 from rgdiff.recipes.sweep import expand
 
@@ -83,8 +82,7 @@ MORE = {
 @pytest.fixture(autouse=True)
 def rough_classifiers(monkeypatch):
     """Rewards and judges that are quickly trained: what they think of images matters to no test here."""
-    for module in (image_judge, image_tasks):
-        monkeypatch.setattr(module, "train_classifier", partial(image_judge.train_classifier, steps=20))
+    monkeypatch.setattr(image_data, "train_classifier", partial(image_data.train_classifier, steps=20))
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +144,10 @@ def test_methods_run(method, tmp_path, cache):
     for name in ("config.yaml", "versions.json", "metrics.jsonl", "report.html"):
         assert (folder / name).stat().st_size > 0
     page = (folder / "report.html").read_text()
-    assert re.findall(r"<article class=card><h3>(.*?)</h3>", page) == ["prior", method]
+    titles = [title.partition(": ") for title in re.findall(r"<article class=card><h3>(.*?)</h3>", page)]
+    assert [title[0] for title in titles] == ["prior", method]
+    if method == "mixed_adapters":
+        assert titles[1][2] == "0.5 times the adapter of the reward, 0.5 times that of the second"
     assert (
         "<img" in page
         and "reward_mean" not in page

@@ -9,9 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from rgdiff.domains.images.rewards import symmetry
 from rgdiff.recipes import compose as recipe
+from rgdiff.recipes import manual
+from rgdiff.recipes.plan import parts
 from rgdiff.recipes.run import run_recipe
 from rgdiff.recipes.sweep import expand
+from rgdiff.rewards import Task
 
 FOLDER = recipe.config_dir()
 PAIR = r"[a-z_0-9+@]+(?:\.[a-z_0-9@]+)*=[^\s;,)]+"  # key=value
@@ -109,3 +113,47 @@ def own(path, itself):
         ("reward", "custom"): ["reward.fn=tests.user_module.score"],
         ("reward", "smiles"): ["reward.fn=tests.user_module.score"],
     }.get((path.parent.name, path.stem) if itself else ("", ""), [])
+
+
+def test_every_recipe_has_a_prior_and_a_reward_that_its_domain_names():
+    for domain in recipe.names("domain"):
+        told = recipe.header(domain, "domain")
+        for group in ("prior", "reward"):
+            assert set(told[f"{group}s"].split(", ")) <= set(recipe.names(group)), (domain, group)
+    for name in recipe.names():
+        told = recipe.header(manual.chosen(name)["domain"], "domain")
+        for group in ("prior", "reward"):
+            assert manual.chosen(name)[group] in told[f"{group}s"].split(", "), (name, group)
+
+
+WITHOUT_DATA = {"anomaly", "curve", "digits", "mixture", "mnist16", "planar"}
+
+
+@pytest.mark.parametrize("domain", sorted(WITHOUT_DATA))
+def test_the_priors_that_a_domain_names_fit_it(domain):
+    built = recipe.build(recipe.compose("steer", [f"domain={domain}"])["domain"])
+    for prior in recipe.header(domain, "domain")["priors"].split(", "):
+        recipe.build(recipe.compose("steer", [f"domain={domain}", f"prior={prior}"])["prior"]).check(built)
+
+
+def test_another_domain_brings_a_prior_and_a_reward_that_fit():
+    took = lambda *overrides: recipe.composed("steer", overrides)[1]  # noqa: E731
+    assert (took("domain=planar")["prior"], took("domain=planar")["reward"]) == ("planar_mlp", "direction")
+    assert (took("domain=planar", "prior=mlp")["prior"], took()["prior"]) == ("mlp", "unet")  # what is said is taken
+    assert took("domain=mnist")["prior"] == "unet" and took("domain=mnist", "reward=ink")["reward"] == "ink"
+    assert recipe.composed("digits_conditional", ["domain=mnist"])[1]["prior"] == "unet_conditional"  # it fits
+    assert any("planar_mlp" in path.name for path, _ in recipe.sources("steer", ["domain=planar"]))
+
+
+def test_a_chain_is_tuned_on_as_many_calls_as_are_asked_for():
+    for calls, expected in (("null", 15), (4, 4)):
+        config = recipe.compose("quickstart", [f"methods.draft.calls={calls}"])
+        domain, prior, method = (recipe.build(config[key]) for key in ("domain", "prior", "methods"))
+        assert (
+            parts(method["draft"], prior, domain.shape, Task(symmetry(), symmetry()))["tuner"].network_calls()
+            == expected
+        )
+    with pytest.raises(ValueError, match="calls"):
+        recipe.build(recipe.compose("quickstart", ["methods.draft.calls=0"])["methods"])["draft"].check(
+            prior, domain.shape
+        )

@@ -441,7 +441,7 @@ def test_thirty_methods_with_long_names_and_many_samples(tmp_path):
     [
         ("reward, by step of tuning", ("step of tuning", "reward")),
         ("path KL to the prior, by queries", ("reward queries", "path KL to the prior, nats")),
-        ("sigma_t by move, after training", ("move", "sigma_t")),
+        ("standard deviation of the noise by move, after training", ("move", "standard deviation of the noise")),
         ("energy of data while training", ("training iteration", "energy of data")),
         ("log Z", (pages.STEPS, "log Z so far, nats")),
         (

@@ -59,6 +59,28 @@ def test_the_prior_is_never_called_and_rows_are_not_changed():
     )
 
 
+def test_a_method_that_loses_its_feasible_samples_is_called():
+    """Limits are 2/3 of the prior's own share, less three standard errors of it: of 100 samples, all feasible, 2/3 - 0.03."""
+    rows = {
+        "prior": PRIOR | {"infeasible": 0},
+        "few": {"kl": 1.0, "infeasible": 36},
+        "many": {"kl": 1.0, "infeasible": 37},
+    }
+    out = marked(rows, SPREAD, dict.fromkeys(rows, 100))
+    assert "over_optimised" not in out["few"]
+    assert out["many"]["over_optimised"] == "its share of feasible samples is 0.63, 63 % of the prior's 1"
+    assert "feasible" not in out["many"] and marked(rows, {}, dict.fromkeys(rows, 100)) == rows == marked(rows, SPREAD)
+    poor = {
+        "prior": PRIOR | {"infeasible": 20},
+        "as poor": {"infeasible": 22},
+    }  # of a reward that the prior itself rarely has
+    assert marked(poor, SPREAD, dict.fromkeys(poor, 25)) == poor
+    for name, what in (("valid", "valid samples"), ("in_support", "samples in the data's support")):
+        spread = {name: metrics.share_error(0.9, 100)}  # 0.03
+        assert over_optimised({name: 0.511}, {name: 0.9}, spread) is None
+        assert what in str(over_optimised({name: 0.509}, {name: 0.9}, spread))
+
+
 def test_jackknife_is_the_standard_error_of_a_mean():
     """With groups of one it is the textbook's s / sqrt(N), exactly; with ten it is near it; few and many samples."""
     x = np.random.default_rng(0).normal(size=(200, 1))

@@ -224,7 +224,7 @@ class MeasuredWorld:
         alpha, sigma = self.reference.alpha(t), self.reference.sigma(t)
         pieces = zip(self.blocks, split(x, self.blocks), strict=True)
         differences = [b.denoise_given_y(p, alpha, sigma)[0] - b.denoise(p, alpha, sigma)[0] for b, p in pieces]
-        return self.log_evidence + sum(differences)
+        return np.asarray(self.log_evidence + sum(differences))
 
 
 def _block_diagonal(blocks: Any) -> Array:

@@ -14,10 +14,14 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
-from rgdiff.typing import Array, pytree, static
+from rgdiff import checks
+from rgdiff.domains.images.classifier import Classifier, train_classifier
+from rgdiff.typing import Array, Key, pytree, static
 
+COMPARED = 10_000  # real images that samples are compared with, at most: precision and recall need all their distances
 TRAIN, HELDOUT = 0.5, 0.375  # shares of each class; the test split has the remaining eighth
 MNIST_URL = "https://storage.googleapis.com/cvdf-datasets/mnist/"
 
@@ -53,6 +57,35 @@ class ImageDomain(Pictures):
     shape: tuple[int, int, int] = static()
     classes: int = static()
     value_range: tuple[float, float] = static(default=(-1.0, 1.0))
+
+    def classifier(self, split: str, key: Key, examples: np.ndarray | None = None) -> Classifier:
+        """Train a classifier on one split.
+
+        Args:
+          split: `train`, to guide, or `heldout`, to judge.
+          key: PRNG key; the classifier is a function of it.
+          examples: numbers of the images of the split that it sees, all by default.
+        """
+        checks.one_of("split", split, ("train", "heldout"))
+        x, y = getattr(self, f"{split}_x"), getattr(self, f"{split}_y")
+        rows = slice(None) if examples is None else examples
+        return train_classifier(key, x[rows], y[rows], self.classes)
+
+    def real(self, target: int | None = None) -> np.ndarray:
+        """Return real images [N, H, W, C] of one class or of all, evenly from all splits, at most `COMPARED`."""
+        x = np.concatenate([self.train_x, self.heldout_x, self.test_x])
+        y = np.concatenate([self.train_y, self.heldout_y, self.test_y])
+        x = x if target is None else x[y == target]
+        return x[:: -(-len(x) // COMPARED) or 1]
+
+    def real_features(self, classifier: Classifier, target: int | None = None) -> np.ndarray:
+        """Return a classifier's features [N, F] of the real images, of one class or of all."""
+        return np.asarray(classifier.features(jnp.asarray(self.real(target))))
+
+    def accuracy_of(self, classifier: Classifier) -> float:
+        """Return the share of the test images that a classifier takes for their class."""
+        found = np.asarray(classifier.logits(jnp.asarray(self.test_x))).argmax(-1)
+        return float((found == self.test_y).mean())
 
 
 def to_uint8(x: Array | np.ndarray) -> np.ndarray:

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from rgdiff import metrics
-from rgdiff.domains.images.classifier import train_classifier
 from rgdiff.domains.images.data import ImageDomain
 from rgdiff.domains.images.reference import PretrainedImages
 from rgdiff.domains.images.rewards import Restored
@@ -22,7 +21,6 @@ from rgdiff.rewards import Task
 from rgdiff.typing import Key
 
 SHOWN = 25  # real images in the report, at most
-COMPARED = 10_000  # real images that samples are compared with, at most: precision and recall need all their distances
 
 
 class ImageJudge(BaseJudge):
@@ -30,22 +28,13 @@ class ImageJudge(BaseJudge):
 
     def __init__(self, domain: ImageDomain | PretrainedImages, key: Key):
         super().__init__(domain, key)
-        if isinstance(domain, PretrainedImages):
-            self.classifier = domain.judge
-        else:
-            self.classifier = train_classifier(key, domain.heldout_x, domain.heldout_y, domain.classes)
+        self.classifier = domain.classifier("heldout", key)
         self._features = jax.jit(lambda classifier, x: classifier.features(x))
         self._classes = jax.jit(lambda classifier, x: classifier.logits(x).argmax(-1))
 
     def real(self, task: Task) -> np.ndarray:
         """Return the real images that samples are compared with: of the target's class where there is one, evenly from all splits."""
-        d = self.domain
-        if isinstance(d, PretrainedImages):
-            return np.zeros((0, *d.shape), np.float32)
-        x = np.concatenate([d.train_x, d.heldout_x, d.test_x])
-        y = np.concatenate([d.train_y, d.heldout_y, d.test_y])
-        x = x if task.target is None else x[y == task.target]
-        return x[:: -(-len(x) // COMPARED) or 1]
+        return self.domain.real(task.target)
 
     def features(self, x: np.ndarray) -> np.ndarray:
         """Return the classifier's features [N, F] of images."""
@@ -53,10 +42,7 @@ class ImageJudge(BaseJudge):
 
     def real_features(self, task: Task) -> np.ndarray:
         """Return the features of the real images that samples are compared with."""
-        d = self.domain
-        if isinstance(d, PretrainedImages):
-            return d.features if task.target is None else d.features[d.labels == task.target]
-        return self.features(self.real(task))
+        return self.domain.real_features(self.classifier, task.target)
 
     def row(self, outcome: Any, task: Task, prior: Any = None) -> dict[str, Any]:
         """Return the figures of one method, flat: rewards under both rewards, distances, diversity, KL, cost."""
@@ -111,10 +97,11 @@ class ImageJudge(BaseJudge):
 
     def references(self, task: Task) -> dict[str, np.ndarray]:
         """Return real images, and the image that was measured, if one was."""
-        if isinstance(self.domain, PretrainedImages):
+        real = self.real(task)
+        if not len(real):  # they are elsewhere
             return {}
         title = "real images" if task.target is None else f"real images of class {task.target}"
-        shown = {title: (self.in_turn() if task.conditional else self.real(task))[:SHOWN]}
+        shown = {title: (self.in_turn() if task.conditional else real)[:SHOWN]}
         if isinstance(task.heldout, Restored):
             told = task.heldout
             shown = {"the image, and what was seen of it": np.stack([told.truth, told.seen])} | shown
@@ -123,11 +110,7 @@ class ImageJudge(BaseJudge):
     def notes(self, task: Task) -> list[str]:
         """Return what a reader of the report should know."""
         compared = "all real images" if task.target is None else f"the real images of class {task.target}"
-        d = self.domain
-        if isinstance(d, PretrainedImages):
-            accuracy = d.accuracy
-        else:
-            accuracy = np.mean(np.asarray(self._classes(self.classifier, jnp.asarray(d.test_x))) == d.test_y)
+        accuracy = self.domain.accuracy_of(self.classifier)
         return [
             f"Frechet distance, precision and recall: against {compared}, in the features of the judging classifier, "
             f"which is trained on other images than the prior and the guiding reward (its accuracy on test images: {accuracy:.3f}).",

@@ -14,11 +14,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from rgdiff import assets
+from rgdiff import assets, checks
 from rgdiff.domains.images.classifier import Classifier
 from rgdiff.domains.images.data import ImageDomain, Pictures
-from rgdiff.typing import pytree, static
+from rgdiff.typing import Key, pytree, static
 
+WITHOUT_IMAGES = "this reward needs real images, which do not come with the package; take domain=digits"
 KEPT = 400  # real images of a class whose features are kept, at most
 
 
@@ -39,6 +40,28 @@ class PretrainedImages(Pictures):
     shape: tuple[int, int, int] = static()
     classes: int = static()
     value_range: tuple[float, float] = static(default=(-1.0, 1.0))
+
+    def classifier(self, split: str, key: Key, examples: np.ndarray | None = None) -> Classifier:
+        """Return the classifier of a split, as `ImageDomain.classifier`; it is trained already, on all images of the split.
+
+        Raises:
+          ValueError: for other examples.
+        """
+        if examples is not None:
+            raise ValueError(WITHOUT_IMAGES)
+        return {"train": self.guide, "heldout": self.judge}[checks.one_of("split", split, ("train", "heldout"))]
+
+    def real(self, target: int | None = None) -> np.ndarray:
+        """Return the real images, as `ImageDomain.real`: none are here."""
+        return np.zeros((0, *self.shape), np.float32)
+
+    def real_features(self, classifier: Classifier, target: int | None = None) -> np.ndarray:
+        """Return features [N, F] of real images, as `ImageDomain.real_features`; those of the judge alone are known."""
+        return self.features if target is None else self.features[self.labels == target]
+
+    def accuracy_of(self, classifier: Classifier) -> float:
+        """Return the accuracy on test images, as `ImageDomain.accuracy_of`; that of the judge alone is known."""
+        return self.accuracy
 
 
 def pretrained(path: str = "package:mnist16_reference.safetensors") -> PretrainedImages:
@@ -108,13 +131,12 @@ def write_reference(
     y = np.concatenate([domain.train_y, domain.heldout_y, domain.test_y])
     kept = np.concatenate([_spread(np.flatnonzero(y == label), KEPT) for label in range(domain.classes)])
     features = np.concatenate([np.asarray(judge.features(jnp.asarray(x[rows]))) for rows in np.array_split(kept, 10)])
-    right = np.asarray(judge.logits(jnp.asarray(domain.test_x))).argmax(-1) == domain.test_y
     arrays = {f"{name}.{layer}.{part}": np.asarray(value)
               for name, one in (("guide", guide), ("judge", judge))
               for layer, values in one.params.items() for part, value in values.items()}  # fmt: skip
     arrays |= {"features": features.astype(np.float16), "labels": y[kept].astype(np.int32)}
     meta = {"name": f"{domain.name}{domain.shape[0]}", "shape": list(domain.shape), "classes": domain.classes,
-            "accuracy": round(float(right.mean()), 4)} | meta  # fmt: skip
+            "accuracy": round(domain.accuracy_of(judge), 4)} | meta  # fmt: skip
     save_file(arrays, path, {"rgdiff": json.dumps(meta)})
     return meta
 

@@ -14,10 +14,9 @@ import numpy as np
 from rgdiff import checks, guides
 from rgdiff.domains.images import jpeg as jpeg_size
 from rgdiff.domains.images import rewards as image_rewards
-from rgdiff.domains.images.classifier import Classifier, train_classifier
 from rgdiff.domains.images.data import ImageDomain
 from rgdiff.domains.images.judge import ImageJudge
-from rgdiff.domains.images.reference import PretrainedImages
+from rgdiff.domains.images.reference import WITHOUT_IMAGES, PretrainedImages
 from rgdiff.domains.images.rewards import InTurn, Restored
 from rgdiff.rewards import Task, ensemble, weighted_sum
 from rgdiff.typing import Array, Key, Reward
@@ -53,27 +52,24 @@ def digit(
     Raises:
       ValueError: for a domain without labels, or a number of examples outside [classes, all].
     """
-    if not isinstance(domain, ImageDomain | PretrainedImages):
-        raise ValueError("reward=digit is for images with labels; choose an image domain, e.g. domain=digits")
+    _labelled(domain, "digit")
     checks.one_of("reward.target", target, range(domain.classes))
     classify = image_rewards.classifier_reward
-    if isinstance(domain, PretrainedImages):
-        if heads != 1 or examples is not None or judged != "classifier":
-            _images(domain)
-        return Task(classify(domain.guide, target), classify(judge.classifier, target), target)
+    images: Any = domain
+    if heads != 1 or examples is not None or judged != "classifier":
+        _images(images)
     keys = [key] if checks.at_least("heads", heads, 1) == 1 else list(jax.random.split(key, heads))
-    rows = slice(None)
+    rows = None
     if examples is not None:
-        every = len(domain.train_x)
+        every = len(images.train_x)
         if not domain.classes <= examples <= every:
             raise ValueError(f"reward.examples must be {domain.classes} (the classes) to {every}, got {examples}")
         rows = np.asarray(jax.random.permutation(jax.random.fold_in(key, heads), every))[:examples]
-    x, y = domain.train_x[rows], domain.train_y[rows]
-    heard = [classify(train_classifier(k, x, y, domain.classes), target) for k in keys]
+    heard = [classify(domain.classifier("train", k, rows), target) for k in keys]
     reward = heard[0] if heads == 1 else ensemble(heard, reduce, caution=caution)
     if checks.one_of("reward.judged", judged, ("classifier", "likeness")) == "classifier":
         return Task(reward, classify(judge.classifier, target), target)
-    return Task(reward, image_rewards.likeness(domain.heldout_x[domain.heldout_y == target]), target)
+    return Task(reward, image_rewards.likeness(images.heldout_x[images.heldout_y == target]), target)
 
 
 def labelled(domain: ImageDomain | PretrainedImages, judge: ImageJudge, key: Key) -> Task:
@@ -90,13 +86,8 @@ def labelled(domain: ImageDomain | PretrainedImages, judge: ImageJudge, key: Key
     Raises:
       ValueError: for a domain without labels.
     """
-    if not isinstance(domain, ImageDomain | PretrainedImages):
-        raise ValueError("reward=labelled is for images with labels; choose an image domain, e.g. domain=digits")
-    guide: Classifier
-    if isinstance(domain, PretrainedImages):
-        guide = domain.guide
-    else:
-        guide = train_classifier(key, domain.train_x, domain.train_y, domain.classes)
+    _labelled(domain, "labelled")
+    guide = domain.classifier("train", key)
     classify = image_rewards.classifier_reward
     reward, heldout = (InTurn(classify(one), domain.classes) for one in (guide, judge.classifier))
     return Task(reward, heldout, conditional=True)
@@ -168,12 +159,18 @@ def downsampled(
     return Task(reward, Restored(truth, seen, jnp.ones_like(truth)), target)
 
 
+def _labelled(domain: Any, reward: str) -> None:
+    """Refuse a domain that does not know its classes."""
+    if not hasattr(domain, "classifier"):
+        raise ValueError(f"reward={reward} is for images with labels; choose an image domain, e.g. domain=digits")
+
+
 def _images(domain: Any) -> None:
     """Refuse a domain that has no images at hand."""
-    if isinstance(domain, PretrainedImages):
-        raise ValueError("this reward needs real images, which do not come with the package; take domain=digits")
-    if not isinstance(domain, ImageDomain):
+    if not hasattr(domain, "real"):
         raise ValueError("this reward measures an image; choose an image domain, e.g. domain=digits")
+    if not len(domain.real()):
+        raise ValueError(WITHOUT_IMAGES)
 
 
 def _measured_image(domain: ImageDomain, image: int) -> tuple[Array, int]:

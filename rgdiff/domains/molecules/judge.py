@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rgdiff import rewards
+from rgdiff import metrics, rewards
 from rgdiff.domains.judging import BaseJudge
 from rgdiff.domains.molecules import chemistry, comparison
 from rgdiff.domains.molecules.data import MoleculeDomain
@@ -52,7 +52,7 @@ class MoleculeJudge(BaseJudge):
         """Return the standard errors of the prior's validity; a fall of it calls a method over-optimised."""
         found = self.molecules(outcome.x0)
         valid = np.mean([one.valid for one in found])
-        return {"kl": 0.0, "valid": float(np.sqrt(max(valid * (1 - valid), 1 / len(found)) / len(found)))}
+        return {"kl": 0.0, "valid": metrics.share_error(float(valid), len(found))}
 
     def show_each(self, x0: np.ndarray) -> list[str]:
         """Return drawings as SVG texts: each molecule with its properties, and the known compound that is most like it."""

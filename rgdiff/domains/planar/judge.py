@@ -51,6 +51,12 @@ class PlanarJudge(BaseJudge):
                 row["off_curve"] = float(jnp.mean(self.domain.law.distance(jnp.asarray(finite))))
         return row | self.reward_figures(x0, task, outcome.lineages) | self.costs(outcome)
 
+    def spread(self, outcome: Any, task: Task) -> dict[str, float]:
+        """Return the standard error of the prior's share of samples in the data's support."""
+        x0 = np.asarray(outcome.x0)
+        inside = np.isfinite(np.asarray(_log_prob(self.domain.law, jnp.asarray(x0))))
+        return {"kl": 0.0, "in_support": metrics.share_error(float(inside.mean()), len(x0))}
+
     def show_all(self, samples: Mapping[Any, np.ndarray], task: Task) -> dict[Any, Plane]:
         """Return sets of samples as densities of points; how many lie outside the square is said."""
         shown, half = {}, MARGIN * self.domain.extent

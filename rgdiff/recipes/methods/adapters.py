@@ -9,7 +9,7 @@ from pathlib import Path
 from rgdiff import samplers
 from rgdiff.nets import LoRAModel, lora_sum
 from rgdiff.recipes.methods.tuning import FineTuning, measured
-from rgdiff.recipes.outcome import draw, outcome, path_kl
+from rgdiff.recipes.outcome import draw_tuned, outcome, path_kl
 from rgdiff.recipes.typing import Curves, Method, Outcome, Prior, ReadyPrior, Shape
 from rgdiff.rewards import Task
 from rgdiff.runtime.adapters import load_lora
@@ -49,26 +49,27 @@ class MixedAdapters(Method):
             second = self.tuning.tune(run, f"{phase}_second", prior, other)
             tuner, model, process = first[0], first[1], first[3]
             mixed = [lora_sum([(first[2], 1 - w), (second[2], w)]) for w in self.weights]
+            weight = self.weights[len(mixed) // 2]
             middle = model(mixed[len(mixed) // 2])
-            sampler = samplers.ancestral(process, middle)
-            out = draw(run, phase, sampler, prior, count)
+            x0, kl = draw_tuned(run, phase, prior, middle, process, count)
         rewards = {"reward": task.reward, "held-out reward": task.heldout, "second reward": other.reward}
         rows = [
-            measured(run, f"{phase}_weight_{weight}", prior, rewards, model(adapter), process, count)
-            for weight, adapter in zip(self.weights, mixed, strict=True)
+            measured(run, f"{phase}_weight_{w}", prior, rewards, model(adapter), process, count)
+            for w, adapter in zip(self.weights, mixed, strict=True)
         ]
         curves: Curves = {
             f"{name}, by the weight of the second adapter": (list(self.weights), [row[name] for row in rows])
             for name in rows[0]
         }
         return outcome(
-            out,
-            prior.calls(sampler),
+            x0,
+            prior.calls(samplers.ancestral(process, middle)),
             clock,
-            path_kl(run, phase, prior, middle, count),
+            path_kl(run, phase, prior, middle, count) if kl is None else kl,
             tuning_network_calls=2 * self.tuning.steps * self.tuning.batch * tuner.network_calls(),
             curves=curves,
             figures={"second_reward": rows[len(rows) // 2]["second reward"]},
+            of=f"{1 - weight:g} times the adapter of the reward, {weight:g} times that of the second",
         )
 
 
@@ -96,7 +97,8 @@ class SavedAdapters(Method):
             adapter, scale = load_lora(place, prior.params)
             terms.append((adapter, weight * scale))
         denoiser = LoRAModel(prior.params, prior.model)(lora_sum(terms))
-        sampler = samplers.ancestral(prior.process, denoiser)
         with run.clock() as clock:
-            out = draw(run, phase, sampler, prior, count)
-        return outcome(out, prior.calls(sampler), clock, path_kl(run, phase, prior, denoiser, count))
+            x0, kl = draw_tuned(run, phase, prior, denoiser, prior.process, count)
+        named = ", ".join(f"{weight:g} times {Path(place).name}" for place, weight in (self.adapters or {}).items())
+        kl = path_kl(run, phase, prior, denoiser, count) if kl is None else kl
+        return outcome(x0, prior.calls(samplers.ancestral(prior.process, denoiser)), clock, kl, of=named)

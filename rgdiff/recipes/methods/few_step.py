@@ -209,8 +209,14 @@ class FewStepTraining(FewSteps):
         togo, times = tuner.togo(best), np.asarray(policy.process.times())
         energy = jax.jit(lambda x: togo(x, jnp.float32(0)))
         curves: Curves = {
-            "sigma_t by move, after training": (range(self.steps), np.asarray(policy.sigma(best["policy"])).tolist()),
-            "s_t by move, after training": (range(self.steps), np.sqrt(np.asarray(state.extra.speed)).tolist()),
+            "standard deviation of the noise by move, after training": (
+                range(self.steps),
+                np.asarray(policy.sigma(best["policy"])).tolist(),
+            ),
+            "adaptive velocity by move, after training": (
+                range(self.steps),
+                np.sqrt(np.asarray(state.extra.speed)).tolist(),
+            ),
             **training_curves(run, phase),
         }
         figures = {"skipped": float(state.skipped)}

@@ -1,4 +1,4 @@
-"""The method of `rgdiff run pretrain_digits`: write the prior, and what judges its samples, as files that need no images."""
+"""The method of `rgdiff run pretrain_digits` and of recipes like it: write the prior, and what judges its samples, as files that need no images."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Packaging(Method):
         guide, judge = task.reward.classifier, task.heldout.classifier
         assert isinstance(guide, Classifier) and isinstance(judge, Classifier)
         name = f"{self.domain.name}{self.domain.shape[0]}"
-        made = {"recipe": "rgdiff run pretrain_digits", "data": self.data, "jax": jax.__version__}
+        made = {"recipe": f"rgdiff run {run.recipe}", "data": self.data, "jax": jax.__version__}
         images = len(self.domain.train_x)
         flat = flatten_dict(prior.params, sep=".")
         arrays = {key: np.asarray(value, np.float32) for key, value in flat.items()}

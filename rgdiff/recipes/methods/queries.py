@@ -180,6 +180,7 @@ class QueryRounds(Method):
             temperature=self.temperature,
             shown=asked,
             lineages=lineages,
+            of=f"the first of {self.seeds} campaigns" if self.seeds > 1 else "",
         )
 
     def campaign(self, run: Run, name: str, method: Any, params: Any, prior: ReadyPrior, task: Task) -> Campaign:

@@ -101,6 +101,7 @@ class GuidanceRounds(Method):
             tuning_network_calls=len(self.increments) * self.seeds * self.batch * self.rounds * calls,
             curves=(by_round(logs[0], self.published or {}) if len(logs) == 1 else pareto(logs, self.published or {})),
             figures=prior.figures,
+            of=f"round {self.rounds} at increment {self.increments[-1]:g}, {self.seeds} seeds",
         )
 
 

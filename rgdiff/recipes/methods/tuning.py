@@ -9,12 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from rgdiff import metrics, samplers, tuners
+from rgdiff import checks, metrics, samplers, tuners
 from rgdiff.nets import LoRAModel, lora_init
 from rgdiff.recipes.assembly import assemble, named, takes
-from rgdiff.recipes.outcome import draw, draw_with_kl, nothing, outcome, path_kl
+from rgdiff.recipes.outcome import draw_tuned, nothing, outcome, path_kl
 from rgdiff.recipes.priors import initial, state_shape, unconditional
 from rgdiff.recipes.typing import Curves, Method, Outcome, Prior, ReadyPrior, Shape
 from rgdiff.recipes.values import LearnedModel
@@ -51,12 +50,8 @@ def measured(
       process: of its chain.
       count: number of samples.
     """
-    sampler = samplers.ancestral(process, denoiser)
-    if process.stochastic:
-        x0, kl = draw_with_kl(run, phase, sampler, prior, count)
-    else:
-        x0 = np.asarray(draw(run, phase, sampler, prior, count).x0)
-        kl = path_kl(run, phase, prior, denoiser, count)
+    x0, kl = draw_tuned(run, phase, prior, denoiser, process, count)
+    kl = path_kl(run, phase, prior, denoiser, count) if kl is None else kl
     cond = prior.conditions(count)
     figures = {name: float(jnp.nanmean(score(reward, x0, cond))) for name, reward in rewards.items()}
     figures |= {"diversity": metrics.diversity(x0), "path KL": kl}
@@ -76,6 +71,8 @@ class FineTuning(Method):
       steps: tuning steps.
       batch: samples a step.
       eta: of the tuned chain; null for a masked prior.
+      calls: network calls of the chain that is tuned, by default the prior's; fewer are more steps of tuning in the same time. Samples
+        are drawn by as many as the prior's.
       temperature: alpha, in the reward's unit per nat of path KL to the prior; null for none.
       remat: recomputation in the backward pass, see `tuners.reward_backprop`.
       adapter: rank of a LoRA adapter, which is saved in PEFT's files under adapters/ (`method=adapters` samples with it), or
@@ -97,6 +94,7 @@ class FineTuning(Method):
     steps: int = 200
     batch: int = 32
     eta: float | None = 0.0
+    calls: int | None = None
     temperature: float | None = None
     remat: str = "none"
     adapter: int | None = None
@@ -153,7 +151,9 @@ class FineTuning(Method):
         return tuner if self.stopping is None else tuners.early_stopping(tuner, **self.stopping)
 
     def build(self, model: Any, process: Process, reward: Reward, times: Array, **more: Any) -> Any:
-        """Build the setting from its parts, and from `more` of them."""
+        """Build the setting from its parts, and from `more` of them; `calls` replaces the times."""
+        if self.calls is not None:
+            times = process.times(checks.at_least("calls", self.calls, 1))
         parts = {"model": model, "process": process, "reward": reward, "times": times, "optimizer": self.optimizer}
         return assemble(self.make, self.options, **parts, batch=self.batch, remat=self.remat, **more)
 
@@ -192,8 +192,7 @@ class FineTuning(Method):
         with run.clock() as clock:
             tuner, model, params, process = self.tune(run, phase, prior, task)
             tuned = model(params)
-            sampler = samplers.ancestral(process, tuned)
-            out = draw(run, phase, sampler, prior, count)
+            x0, kl = draw_tuned(run, phase, prior, tuned, process, count)
         rows = [row for row in run.log.rows if row["phase"] == phase and not row.get("stopped")]
         curves: Curves = {
             title: ([row["step"] for row in rows], [row[name] for row in rows])
@@ -220,14 +219,15 @@ class FineTuning(Method):
                 for name in by_scale[0]
             }
         return outcome(
-            out,
-            prior.calls(sampler),
+            x0,
+            prior.calls(samplers.ancestral(process, tuned)),
             clock,
-            path_kl(run, phase, prior, tuned, count),
+            path_kl(run, phase, prior, tuned, count) if kl is None else kl,
             tuning_network_calls=len(rows) * self.batch * tuner.network_calls(),
             curves=curves,
             figures=figures,
             temperature=self.temperature,
+            of="the adapter at scale 1" if self.scales else "",
         )
 
     def start(self, run: Run, phase: str, prior: ReadyPrior) -> Params:
