@@ -121,6 +121,7 @@ def test_every_method_reward_domain_and_prior_compose_and_check(every):
         overrides = [f"method={method}", f"reward={reward}", f"domain={domain}", f"prior={prior}"]
         overrides += ["reward.fn=tests.recipes.user_module.score"] * (reward in ("custom", "smiles"))
         overrides += ["domain.fn=tests.recipes.user_module.load"] * (domain == "custom")
+        overrides += ["domain.path=/files"] * (domain == "pictures")
         overrides += ["prior.network._target_=tests.recipes.user_module.Net"] * (prior == "custom")
         overrides += [f"reward.{key}=/files" for key in FILES.get(reward, ())]
         recipe.check(recipe.compose("steer", overrides), recipe.trusted_modules(overrides))
