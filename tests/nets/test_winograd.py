@@ -117,7 +117,7 @@ def test_other_platforms_and_types_keep_the_direct_convolution():
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 def test_images_on_eight_devices_need_one_sum_of_kernel_gradients():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    over, whole = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in (("data",), ()))
+    over, whole = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in (("data",), ()))
     make = lambda shape, sharding: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)  # noqa: E731
     given = make(SHAPE, over), make(KERNEL, whole), make((*SHAPE[:-1], KERNEL[-1]), over)
     text = jax.jit(lambda *given: three(padded, *given)).lower(*given).compile().as_text() or ""
