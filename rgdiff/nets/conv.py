@@ -206,7 +206,8 @@ def _input_gradient(shape: Ints, kernel: Array, dy: Array, strides: Ints, dilati
 def _input_gradient_by_taps(shape: Ints, kernel: Array, dy: Array, strides: Ints, dilations: Ints, pads: Pads) -> Array:
     """The same by one product for every tap: for few pixels, turning a large kernel round takes longer than the convolution."""
     flat, rows = kernel.reshape(-1, *kernel.shape[-2:]), dy.reshape(-1, dy.shape[-1])
-    products = jnp.einsum("kno,kio->kni", jnp.broadcast_to(rows, (len(flat), *rows.shape)), flat)
+    high, every = jnp.promote_types(dy.dtype, jnp.float32), jnp.broadcast_to(rows, (len(flat), *rows.shape))
+    products = jnp.einsum("kno,kio->kni", every, flat, preferred_element_type=high)
     dx: Any = 0.0
     for tap, product in zip(np.ndindex(kernel.shape[:-2]), products, strict=True):
         inner = []
@@ -216,8 +217,8 @@ def _input_gradient_by_taps(shape: Ints, kernel: Array, dy: Array, strides: Ints
             first = k * dilation - low  # the input under the first output
             inner.append((first, size - first - (out - 1) * stride - 1, stride - 1))
         product = product.reshape(*dy.shape[:-1], -1)
-        dx = dx + lax.pad(product, jnp.zeros((), dy.dtype), [(0, 0, 0), *inner, (0, 0, 0)])
-    return dx
+        dx = dx + lax.pad(product, jnp.zeros((), high), [(0, 0, 0), *inner, (0, 0, 0)])
+    return dx.astype(dy.dtype)
 
 
 def _kernel_gradient(x: Array, shape: Ints, dy: Array, strides: Ints, dilations: Ints, pads: Pads) -> Array:

@@ -75,7 +75,7 @@ def test_float32_rounds_to_some_millionths(exact):
 
 
 def test_vmap_over_inputs_kernels_and_both():
-    x, kernel = (jnp.asarray(one, jnp.float32) for one in (normal(3, *SHAPE), normal(3, *KERNEL)))
+    x, kernel = (jnp.asarray(one, jnp.float32) for one in (normal(2, *SHAPE), normal(2, *KERNEL)))
     dy = jnp.asarray(normal(*SHAPE[:-1], KERNEL[-1]), jnp.float32)
     for axes in ((0, None), (None, 0), (0, 0)):
         args = [one if axis == 0 else one[0] for one, axis in zip((x, kernel), axes, strict=True)]
@@ -117,7 +117,7 @@ def test_other_platforms_and_types_keep_the_direct_convolution():
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 def test_images_on_eight_devices_need_one_sum_of_kernel_gradients():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    over, whole = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in (("data",), ()))
+    over, whole = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in (("data",), ()))
     make = lambda shape, sharding: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)  # noqa: E731
     given = make(SHAPE, over), make(KERNEL, whole), make((*SHAPE[:-1], KERNEL[-1]), over)
     text = jax.jit(lambda *given: three(padded, *given)).lower(*given).compile().as_text() or ""
