@@ -169,13 +169,21 @@ def attend(q: Array, k: Array, v: Array, heads: int, bias: Array | None = None, 
     fused = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and q_.shape[-1] % 8 == 0
     if fused and bias is None:
         return jax.nn.dot_product_attention(q_, k_, v_, scale=scale, implementation="cudnn").reshape(q.shape)
-    plain = lambda q_: jax.nn.dot_product_attention(q_, k_, v_, bias=bias, scale=scale)  # noqa: E731
+    computed = _in_float64 if q.dtype == jnp.float64 else jax.nn.dot_product_attention
+    plain = lambda q_: computed(q_, k_, v_, bias=bias, scale=scale)  # noqa: E731
     length = q.shape[1]
     pieces = next(n for n in range(-(-length // BLOCK), length + 1) if length % n == 0)
     if bias is not None or pieces == 1:
         return plain(q_).reshape(q.shape)
     rows = jnp.moveaxis(q_.reshape(q.shape[0], pieces, length // pieces, *q_.shape[2:]), 1, 0)
     return jnp.moveaxis(jax.lax.map(jax.checkpoint(plain), rows), 0, 1).reshape(q.shape)
+
+
+def _in_float64(q: Array, k: Array, v: Array, *, bias: Array | None, scale: float | None) -> Array:
+    """Attention of [B, L, heads, D] arrays; `jax.nn.dot_product_attention` has its softmax in float32 whatever they are."""
+    scores = jnp.einsum("blhd,bmhd->bhlm", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    weights = jax.nn.softmax(scores if bias is None else scores + bias, -1)
+    return jnp.einsum("bhlm,bmhd->blhd", weights, v)
 
 
 class Attention(nn.Module):
