@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rgdiff.typing import Array, Params, callable_pytree, pytree, shown, static
@@ -144,11 +145,7 @@ def placed(tree: Any, shards: Shards | None, *, rows: bool = False) -> Any:
     devices = set(shards.mesh.devices.flat)
 
     def put(leaf: Any) -> Any:
-        if (
-            isinstance(leaf, jax.Array)
-            and not isinstance(leaf, jax.core.Tracer)
-            and leaf.sharding.device_set == devices
-        ):
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.sharding.device_set == devices:
             return leaf
         whole = not rows or not jnp.ndim(leaf) or jnp.shape(leaf)[0] % shards.count
         return jax.device_put(leaf, shards.everywhere if whole else shards.rows)

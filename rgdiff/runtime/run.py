@@ -24,7 +24,7 @@ import numpy as np
 from rgdiff import tuners
 from rgdiff.rewards import HostReward, RewardFailure, score
 from rgdiff.runtime.checkpoint import Checkpoints, interruptible
-from rgdiff.runtime.distributed import agreed
+from rgdiff.runtime.distributed import agreed, gathered, several
 from rgdiff.runtime.folder import RunFolder
 from rgdiff.runtime.mesh import shard_params
 from rgdiff.runtime.metrics import MetricsLog
@@ -109,6 +109,15 @@ class Run:
         clock.compile_seconds = _compiling[0] - compiled
         clock.seconds = max(time.monotonic() - began - clock.compile_seconds, 0.0)
 
+    def _begin(self, tuner: Any, params: Any) -> Any:
+        """Return the first state, on the mesh where there is one."""
+        if self.mesh is None:
+            return tuner.init(params)
+        if several() and self.mesh.shape["fsdp"] * self.mesh.shape["tensor"] == 1:
+            # By each process alone: what is not compiled as a whole would wait for the others at every operation.
+            return shard_params(tuner.init(gathered(params)), self.mesh)
+        return tuner.init(shard_params(params, self.mesh))
+
     def fit(
         self,
         phase: str,
@@ -130,8 +139,7 @@ class Run:
           Diverged: after more than PATIENCE non-finite updates; the newest state that was saved is kept: chunks with such an update
             are not saved, but where there is no other.
         """
-        params = params if self.mesh is None else shard_params(params, self.mesh)
-        state = tuner.init(params)
+        state = self._begin(tuner, params)
         chunk = pieces(steps, chunk, (chunk + 1) // 2) or chunk
         with interruptible() as interrupted, Checkpoints(self.folder.path / "checkpoints" / phase) as checkpoints:
             if checkpoints.latest() is not None:

@@ -313,7 +313,7 @@ class Smc:
             chosen = jnp.where(needed[:, None], drawn, jnp.arange(size))
             move = lambda leaf: jax.vmap(lambda own, i: own[i])(apart(leaf), chosen).reshape(leaf.shape)  # noqa: E731
             mean = jax.vmap(log_mean_exp)(log_weights)[:, None]
-            moved = Particles(*jax.tree.map(move, carry[:6]), *carry[6:])
+            moved = Particles(*jax.tree.map(move, carry[:6]), *carry[6:])  # type: ignore[call-arg]
             weights = jnp.where(needed[:, None], mean, log_weights).reshape(-1)
             ancestors = (chosen + size * jnp.arange(self.islands)[:, None]).reshape(-1)
             return self.over_devices(moved._replace(log_weights=weights)), ancestors.astype(jnp.int32)

@@ -112,4 +112,4 @@ def float32_master(optimizer: Any) -> Any:
         rounded = jax.tree.map(lambda m, p: m.astype(p.dtype).astype(m.dtype) - p.astype(m.dtype), master, params)
         return rounded, MasterState(master, inner)  # differences in float32: added to the parameters they are exact
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(init, update)  # type: ignore[arg-type]

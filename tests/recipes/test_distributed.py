@@ -171,3 +171,13 @@ def test_meshes_in_a_config():
             compose.check_common(compose.compose("steer", [override]), "steer")
     with pytest.raises(ValueError, match="mesh.dat"):
         compose.compose("steer", ["mesh.dat=2"])
+
+
+def test_a_campaign_of_several_processes_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr("rgdiff.recipes.methods.queries.several", lambda: True)
+    with pytest.raises(ValueError, match="seiko: a campaign of queries is of one process; start one"):
+        prepare(
+            "steer",
+            ["domain=planar", "prior=planar_mlp", "reward=log_density", "method=seiko", f"out={tmp_path}/run"],
+            dry=True,
+        )

@@ -22,6 +22,7 @@ from rgdiff.recipes.priors import unconditional
 from rgdiff.recipes.typing import Method, Outcome, Prior, ReadyPrior, Shape
 from rgdiff.rewards import HostReward, Task, score
 from rgdiff.runtime.campaign import Campaign
+from rgdiff.runtime.distributed import several
 from rgdiff.runtime.run import Run
 from rgdiff.typing import Process
 
@@ -74,6 +75,8 @@ class QueryRounds(Method):
 
     def check(self, prior: Prior, shape: Shape) -> None:
         unconditional(prior, "a campaign of queries", "choose a prior without labels")
+        if several():
+            raise ValueError("a campaign of queries is of one process; start one, whose devices mesh.data=-1 uses")
         if isinstance(self.queries, int) or not len(self.queries):
             raise ValueError(f"queries is a list, how many in every round, e.g. [64, 64, 64, 64]; got {self.queries!r}")
         for count in self.queries:
