@@ -17,6 +17,7 @@ import pytest
 from rgdiff import rewards
 from rgdiff.domains.molecules import MoleculeJudge, chemistry, comparison, molecules, tasks
 from rgdiff.domains.molecules.properties import smiles_property
+from rgdiff.domains.molecules.data import Graphs
 from rgdiff.domains.molecules.rewards import MoleculeReward
 from rgdiff.recipes.molecules import GdssPrior
 from rgdiff.recipes.typing import Outcome
@@ -28,7 +29,7 @@ ZINC = (6, 7, 8, 9, 15, 16, 17, 35, 53)
 
 
 def property_reward(name="qed", correct=True, **settings):
-    return MoleculeReward(smiles_property(name, workers=0, **settings), ZINC, correct)
+    return MoleculeReward(smiles_property(name, workers=0, **settings), Graphs(ZINC), correct)
 
 
 def graph_of(smiles, elements=ZINC, nodes=12):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rgdiff import checks, rewards
+from rgdiff import checks, oracles, rewards
 from rgdiff._cache import cache_path
 from rgdiff.domains.molecules.data import MoleculeDomain, located
 from rgdiff.domains.molecules.docking import docking
 from rgdiff.domains.molecules.properties import smiles_property
 from rgdiff.domains.molecules.rewards import MoleculeReward
+from rgdiff.domains.molecules.smiles import SmilesDomain
 from rgdiff.oracles import TextOracle
 from rgdiff.rewards import Task
 from rgdiff.typing import Reward
@@ -18,13 +19,14 @@ from rgdiff.typing import Reward
 PART = {"name", "reference", "weight", "low", "high"}
 
 
-def _checked(domain: Any) -> MoleculeDomain:
-    if not isinstance(domain, MoleculeDomain):
-        raise ValueError("this reward is of molecules; choose domain=qm9 or domain=zinc250k")
-    return domain
+def _form(domain: Any) -> Any:
+    """Return what makes molecules of the domain's states."""
+    if not isinstance(domain, MoleculeDomain | SmilesDomain):
+        raise ValueError("this reward is of molecules; choose domain=qm9, domain=zinc250k or domain=smiles")
+    return domain.form
 
 
-def molecule_oracle(domain: MoleculeDomain, oracle: TextOracle, correct: bool = True) -> Task:
+def molecule_oracle(domain: MoleculeDomain | SmilesDomain, oracle: TextOracle, correct: bool = True) -> Task:
     """Make the task of an oracle of canonical SMILES, evaluated on those molecules alone that are valid as they came.
 
     Args:
@@ -38,12 +40,44 @@ def molecule_oracle(domain: MoleculeDomain, oracle: TextOracle, correct: bool = 
     Raises:
       ValueError: for another domain.
     """
-    elements = _checked(domain).elements
-    return Task(*(rewards.from_host(MoleculeReward(oracle, elements, kind)) for kind in (bool(correct), False)))
+    form = _form(domain)
+    return Task(*(rewards.from_host(MoleculeReward(oracle, form, kind)) for kind in (bool(correct), False)))
+
+
+def custom_property(
+    domain: MoleculeDomain | SmilesDomain,
+    fn: Callable[[str], float],
+    heldout_fn: Callable[[str], float] | None = None,
+    correct: bool = True,
+    workers: int | None = None,
+    timeout: float = 60.0,
+    retries: int = 1,
+) -> Task:
+    """Make the task: a function of your own of one molecule, asked once for each.
+
+    Args:
+      domain: of molecules, as graphs or as strings.
+      fn: canonical SMILES -> number; NaN, or `rgdiff.oracles.Infeasible(reason)`, where there is none.
+      heldout_fn: a function of the same form that evaluates the samples; by default that which guided them.
+      correct: whether the guide sees graphs with impossible valences as corrected; else they are infeasible (NaN).
+      workers: processes that answer, as many as cores by default; 0 for none.
+      timeout: seconds an answer may take.
+      retries: of a molecule whose process hung or died.
+
+    Returns:
+      The task; its rewards have no gradient.
+
+    Raises:
+      ValueError: for another domain, or a function that other processes cannot load.
+    """
+    form, settings = _form(domain), {"workers": workers, "timeout": timeout, "retries": retries}
+    guide, judge = (oracles.oracle(one, **settings) for one in (fn, heldout_fn or fn))
+    kinds = ((guide, bool(correct)), (judge, False))
+    return Task(*(rewards.from_host(MoleculeReward(oracle, form, kind)) for oracle, kind in kinds))
 
 
 def molecule_property(
-    domain: MoleculeDomain,
+    domain: MoleculeDomain | SmilesDomain,
     name: str = "qed",
     reference: str | None = None,
     correct: bool = True,
@@ -68,7 +102,7 @@ def molecule_property(
     Raises:
       ValueError: for another domain, property or reference.
     """
-    _checked(domain)
+    _form(domain)
     oracle = smiles_property(name, reference, workers=workers, timeout=timeout, retries=retries)
     return molecule_oracle(domain, oracle, correct)
 
@@ -104,7 +138,9 @@ def property_network(
     """
     from rgdiff.pretrained import mood
 
-    nodes, elements = _checked(domain).nodes, domain.elements
+    if not isinstance(domain, MoleculeDomain):
+        raise ValueError("a property network is of graphs; choose domain=zinc250k")
+    nodes, elements = domain.nodes, domain.elements
     reward = mood.read(located(file, data_dir), target)
     if reward.shape != (nodes, len(elements)):
         raise ValueError(
@@ -118,7 +154,7 @@ def property_network(
 
 
 def molecule_docking(
-    domain: MoleculeDomain,
+    domain: MoleculeDomain | SmilesDomain,
     receptor: str,
     center: Sequence[float],
     size: Sequence[float],
@@ -153,7 +189,7 @@ def molecule_docking(
     Raises:
       ValueError: for another domain, and as `rgdiff.domains.molecules.docking.docking`.
     """
-    _checked(domain)
+    _form(domain)
     kept = cache_path(cache_dir)
     oracle = docking(
         located(receptor, data_dir),
@@ -171,7 +207,7 @@ def molecule_docking(
 
 
 def molecule_objective(
-    domain: MoleculeDomain,
+    domain: MoleculeDomain | SmilesDomain,
     parts: Sequence[Mapping[str, Any]],
     combine: str = "product",
     correct: bool = True,
@@ -194,7 +230,7 @@ def molecule_objective(
     Raises:
       ValueError: for another domain, an unknown part or setting of one, or no part.
     """
-    elements = _checked(domain).elements
+    form = _form(domain)
     checks.one_of("reward.combine", combine, ("product", "sum"))
     if not parts:
         raise ValueError("reward.parts is empty: name at least one property, e.g. {name: qed}")
@@ -210,7 +246,7 @@ def molecule_objective(
             asked = smiles_property(
                 part.get("name", ""), part.get("reference"), workers=workers, timeout=timeout, retries=retries
             )
-            one = rewards.from_host(MoleculeReward(asked, elements, corrects))
+            one = rewards.from_host(MoleculeReward(asked, form, corrects))
             limits = {limit: part[limit] for limit in ("low", "high") if part.get(limit) is not None}
             made.append(rewards.threshold(one, **limits) if limits else one)
         if combine == "product":
