@@ -1,4 +1,4 @@
-"""Molecules as strings of tokens (SMILES): the notation of a data set, states as strings and back, and the data by path.
+"""Molecules as strings of tokens (SMILES or SELFIES): the notation of a data set, states as strings and back, and the data by path.
 
 A state is one-hot [L, K]: the tokens of a molecule, then the end, the last class, up to L. The end is no token of the molecule:
 a string ends where its first end is, and what a state holds after it says nothing.
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import importlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,17 +42,53 @@ def tokens(smiles: str) -> list[str]:
     return TOKEN.findall(smiles)
 
 
+class Language(NamedTuple):
+    """A way to write molecules.
+
+    split: its text -> tokens. written: canonical SMILES -> its text, None where it cannot say it. read: its text -> SMILES.
+    """
+
+    split: Callable[[str], list[str]]
+    written: Callable[[str], str | None]
+    read: Callable[[str], str]
+
+
+@functools.cache
+def spoken(name: str) -> Language:
+    """Return a language by its name: smiles, or selfies, of which every string of tokens is a molecule (arXiv 1905.13741).
+
+    Raises:
+      ValueError: for another name, or selfies where the package is not installed.
+    """
+    if checks.one_of("domain.language", name, ("smiles", "selfies")) == "smiles":
+        return Language(tokens, lambda text: text, lambda text: text)
+    try:
+        selfies = importlib.import_module("selfies")
+    except ImportError:
+        raise ValueError("domain.language=selfies needs the package selfies: pip install 'rgdiff[selfies]'") from None
+
+    def written(text: str) -> str | None:
+        try:
+            return selfies.encoder(text)
+        except selfies.EncoderError:
+            return None
+
+    return Language(lambda text: list(selfies.split_selfies(text)), written, selfies.decoder)
+
+
 @dataclasses.dataclass(frozen=True)
 class Notation:
-    """The tokens of a set of SMILES, in order of their classes, and the length of states; the end is a further class, last.
+    """The tokens of a set of molecules, in order of their classes, and the length of states; the end is a further class, last.
 
     Args:
       tokens: K - 1 different ones.
       length: L.
+      language: smiles or selfies.
     """
 
     tokens: tuple[str, ...]
     length: int
+    language: str = "smiles"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -63,10 +101,11 @@ class Notation:
         Raises:
           ValueError: for a token that is not of the notation, or more than L tokens, with the SMILES.
         """
+        of = spoken(self.language)
         classes = {token: place for place, token in enumerate(self.tokens)}
         codes = np.full((len(smiles), self.length), len(self.tokens), np.int32)
         for row, text in zip(codes, smiles, strict=True):
-            parts = tokens(text)
+            parts = of.split(of.written(text) or "")
             strange = [token for token in parts if token not in classes]
             if strange or len(parts) > self.length:
                 what = f"token {strange[0]!r}" if strange else f"{len(parts)} tokens"
@@ -77,12 +116,12 @@ class Notation:
         return np.eye(len(self.tokens) + 1, dtype=np.uint8)[codes]
 
     def decode(self, x: Array | np.ndarray) -> list[str]:
-        """Return the strings of states [N, L, K], or of points of the simplex: the most probable tokens up to the first end."""
-        codes = np.asarray(x).argmax(-1)
+        """Return the SMILES of states [N, L, K], or of points of the simplex: of the most probable tokens up to the first end."""
+        codes, read = np.asarray(x).argmax(-1), spoken(self.language).read
         out = []
         for row in codes:
             ends = np.flatnonzero(row == len(self.tokens))
-            out.append("".join(self.tokens[code] for code in row[: ends[0] if ends.size else None]))
+            out.append(read("".join(self.tokens[code] for code in row[: ends[0] if ends.size else None])))
         return out
 
     def molecules(self, x: Array | np.ndarray) -> list[chemistry.Molecule]:
@@ -123,6 +162,7 @@ def smiles(
     source: str | os.PathLike | None = None,
     length: int | None = 40,
     rare: float = 0.004,
+    language: str = "smiles",
     data_dir: str | os.PathLike | None = None,
     sha256: str | None = None,
 ) -> SmilesDomain:
@@ -134,6 +174,7 @@ def smiles(
       source: path, relative to `data_dir` or to RGDIFF_DATA; None for the 5,000 molecules of the NCI that come with RDKit.
       length: L, tokens of the longest molecule that is kept; None keeps all.
       rare: share of the molecules below which a token is rare, in [0, 1); molecules with a rare token are left out.
+      language: of the states, smiles or selfies; the file is of SMILES in both cases.
       data_dir: folder of the file; the environment variable RGDIFF_DATA when None.
       sha256: of the file, or None.
 
@@ -168,17 +209,20 @@ def smiles(
         raise ValueError(
             f"{source}: {left_out['unreadable']} of {len(read)} lines are no molecule, e.g. {found!r}; expected SMILES, one a line"
         )
-    parts = [tokens(one) for one in known]
-    counts = collections.Counter(token for row in parts for token in set(row))
+    of = spoken(language)
+    said = {one: text for one in known if (text := of.written(one)) is not None}
+    left_out["unsayable"] = len(known) - len(said)
+    parts = {one: of.split(text) for one, text in said.items()}
+    counts = collections.Counter(token for row in parts.values() for token in set(row))
     common = {token for token, count in counts.items() if count >= rare * len(known)}
-    longest = max(map(len, parts)) if length is None else checks.at_least("domain.length", length, 1)
-    fits = [len(row) <= longest for row in parts]
-    kept = [one for one, row, fit in zip(known, parts, fits, strict=True) if fit and set(row) <= common]
-    left_out |= {"longer": fits.count(False), "of rare tokens": sum(fits) - len(kept)}
+    longest = max(map(len, parts.values())) if length is None else checks.at_least("domain.length", length, 1)
+    fits = [one for one, row in parts.items() if len(row) <= longest]
+    kept = [one for one in fits if set(parts[one]) <= common]
+    left_out |= {"longer": len(parts) - len(fits), "of rare tokens": len(fits) - len(kept)}
     if len(kept) < 2:
         raise ValueError(
             f"{source} has {len(kept)} molecules of at most {longest} tokens, none of them rare; expected 2 or more: give "
             "domain.length=null, or a lower domain.rare"
         )
-    form = Notation(tuple(sorted({token for one in kept for token in tokens(one)})), longest)
+    form = Notation(tuple(sorted({token for one in kept for token in parts[one]})), longest, language)
     return SmilesDomain(form, form.encode(kept), frozenset(kept), {why: n for why, n in left_out.items() if n})

@@ -29,20 +29,20 @@ def brightness(
     """Make the task: learned brightness of one half of the measurements, evaluated by that of the other half.
 
     Args:
-      domain: from `gfp`.
+      domain: from `gfp` or `landscape`.
       judge: the domain's judge, which trains the held-out reward.
       key: of the guiding reward's training.
       heads, steps, batch, learning_rate, width, readout, weight_decay: of both, see `train_brightness`.
       infeasible: whether a variant predicted dark, below `domain.dark`, is NaN; else it has its predicted brightness.
 
     Returns:
-      The task; the rewards are log fluorescence.
+      The task; the rewards are in the measurements' unit, log fluorescence of GFP.
 
     Raises:
       ValueError: for another domain.
     """
     if not isinstance(domain, ProteinDomain):
-        raise ValueError("reward=brightness is for measured variants of a protein; use domain=gfp")
+        raise ValueError("reward=brightness is for measured variants of a protein; use domain=gfp, aav or gb1")
     settings: dict[str, Any] = {
         "heads": heads,
         "steps": steps,
