@@ -16,6 +16,7 @@ from rgdiff.domains.proteins import tasks as protein_tasks
 from rgdiff.domains.proteins.data import variants
 from rgdiff.domains.proteins.judge import ranks
 from rgdiff.domains.proteins.rewards import train_brightness
+from rgdiff.domains.sequences import tasks as sequence_tasks
 from rgdiff.domains.sequences.data import ALPHABETS
 from rgdiff.metrics import summarize_rewards
 from tests.domains.test_sequences import DATA, needs
@@ -231,6 +232,19 @@ def test_the_forms_of_public_files_are_one_domain(tables, name):
     assert not guide & judge and guide | judge == set(sites) == set(domain.decode(domain.train_x))
     few = proteins.landscape(name, "KVW", places=[2, 3, 6], data_dir=folder, most=1, **OF[name])
     assert set(few.decode(few.train_x)) == {s for s in sites if sum(a != b for a, b in zip(s, "KVW", strict=True)) <= 1}
+    np.testing.assert_array_equal(few.guide_x, domain.guide_x)
+
+
+def test_where_all_variants_are_measured_the_table_is_a_reward(tmp_path):
+    pairs = [a + b for a in LETTERS for b in LETTERS]
+    lines = [f"{pair},{place}" for place, pair in enumerate(pairs)]
+    (tmp_path / "all.csv").write_text("\n".join(["sequence,fitness", *lines[::-1]]))
+    domain = proteins.landscape("all.csv", "AC", data_dir=tmp_path)
+    reward = sequence_tasks.table(domain).reward
+    np.testing.assert_array_equal(reward(jnp.asarray(domain.encode(pairs), jnp.float32)), np.arange(400))
+    (tmp_path / "all.csv").write_text("\n".join(["sequence,fitness", *lines[1:], "AA,"]))
+    with pytest.raises(ValueError, match="needs a domain with a table of all sequences"):
+        sequence_tasks.table(proteins.landscape("all.csv", "AC", data_dir=tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -219,8 +219,7 @@ def landscape(
     The forms of the public sets are read as they are: FLEXS' GB1 has the letters at four places, `VDGV,1.0`; FLIP's splits of GB1 and AAV
     have whole proteins in a column `sequence` and the number in `target`, and FLIP's full table of AAV the region alone, in
     `mutated_region` and `score`. Variants with an insertion, a deletion, a stop or a letter in lower case are left out, as are
-    those with a mutation at another place. The prior may use all that are left; two random halves of them are for the
-    rewards that guide and that judge.
+    those with a mutation at another place. Two random halves of the others are for the rewards that guide and that judge.
 
     Args:
       source: CSV or TSV with a header, plain or gzipped; relative to `data_dir`.
@@ -229,14 +228,14 @@ def landscape(
       places: the numbers of its letters, where they are not consecutive.
       sequence, measurement: columns, by name or position.
       length: letters of a whole protein; by default as many as most sequences have, if these are more than the places.
-      most: leave out variants with more mutations; None keeps all.
+      most: the prior may use those with at most so many mutations; None all. Measurements are of all.
       name: of the domain.
       data_dir: folder of the file; the environment variable RGDIFF_DATA when None.
       sha256: of the file, or None.
       hint: where a missing file can be had; ends the error's line.
 
     Returns:
-      The domain; `dark` is -inf, no variant is infeasible.
+      The domain; `dark` is -inf, no variant is infeasible. Where all 20^L variants are in the file, `table` has their measurements.
 
     Raises:
       FileNotFoundError: for a missing file.
@@ -265,18 +264,25 @@ def landscape(
         )
     rows, tokens = _at_places(texts, np.array(at) - 1, len(wild_type), whole)
     wild = _codes(wild_type)
-    mutations = (tokens != wild).sum(1)
-    most = len(at) if most is None else checks.at_least("most", most, 1)
-    kept = np.isfinite(score[rows]) & (mutations <= most)
-    rows, tokens = rows[kept], tokens[kept]
-    if len(rows) < 2:
+    finite = np.isfinite(score[rows])
+    rows, tokens = rows[finite], tokens[finite]
+    near = (tokens != wild).sum(1) <= (len(at) if most is None else checks.at_least("most", most, 1))
+    if near.sum() < 2:
         raise ValueError(
-            f"{label} has {len(rows)} variants of {len(wild_type)} letters, or of {whole or 'more'}, with at most {most} "
-            "mutations at the places; expected 2 or more"
+            f"{label} has {near.sum()} variants of {len(wild_type)} letters{f', or of {whole},' if whole else ''} with at most "
+            f"{most or len(at)} mutations, all at the places; expected 2 or more"
         )
     order, n = _two_halves(tokens, ["".join(letters[t] for t in row) for row in tokens])
     x, y = np.eye(20, dtype=np.uint8)[tokens[order]], score[rows[order]]
-    return ProteinDomain(x, x[:n], y[:n], x[n:], y[n:], name=name, alphabet=ALPHABETS["protein"], wild=wild, places=at)
+    seen = x if near.all() else x[near[order]]
+    table = None
+    if len(rows) >= 20 ** len(at):  # where all variants are measured, their laws can be enumerated
+        table = np.full(20 ** len(at), np.nan, np.float32)
+        table[tokens.astype(int) @ 20 ** np.arange(len(at) - 1, -1, -1)] = score[rows]
+        table = None if np.isnan(table).any() else table
+    return ProteinDomain(
+        seen, x[:n], y[:n], x[n:], y[n:], table, name=name, alphabet=ALPHABETS["protein"], wild=wild, places=at
+    )
 
 
 def _at_places(texts: Sequence[str], at: np.ndarray, count: int, whole: int) -> tuple[np.ndarray, np.ndarray]:
