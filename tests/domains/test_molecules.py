@@ -16,8 +16,8 @@ import pytest
 
 from rgdiff import rewards
 from rgdiff.domains.molecules import MoleculeJudge, chemistry, comparison, molecules, tasks
-from rgdiff.domains.molecules.properties import smiles_property
 from rgdiff.domains.molecules.data import Graphs
+from rgdiff.domains.molecules.properties import smiles_property
 from rgdiff.domains.molecules.rewards import MoleculeReward
 from rgdiff.recipes.molecules import GdssPrior
 from rgdiff.recipes.typing import Outcome
@@ -320,7 +320,7 @@ def test_a_domain_its_task_and_its_judge_work_together(tmp_path):
     assert all(text.startswith("<svg") for text in judge.show_each(x0))
     with pytest.raises(ValueError, match="domain.dataset must be one of"):
         molecules("chembl")
-    with pytest.raises(ValueError, match="choose domain=qm9 or domain=zinc250k"):
+    with pytest.raises(ValueError, match="choose domain=qm9, domain=zinc250k or domain=smiles"):
         tasks.molecule_property(object())
 
 

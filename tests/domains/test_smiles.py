@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rgdiff import rewards
+from rgdiff import oracles, rewards
 from rgdiff.domains.molecules import SmilesJudge, chemistry, smiles, tasks
 from rgdiff.domains.molecules.smiles import Notation
 from rgdiff.recipes.typing import Outcome
@@ -93,16 +93,53 @@ def test_rewards_are_rdkits_and_infeasible_where_a_string_is_no_molecule(written
     domain = smiles.smiles("own.smi", length=None, rare=0.0, data_dir=written)
     x = domain.form.encode(["CCO", "c1ccccc1", "C(C", "", "CCO"])
     expected = [chemistry.measured("qed", "CCO"), chemistry.measured("qed", "c1ccccc1")]
-    task = tasks.molecule_property(domain, "qed")
+    task = tasks.molecule_property(domain, "qed", workers=0)
     for reward in (task.reward, task.heldout):
         got = np.asarray(rewards.score(reward, jnp.asarray(x, jnp.float32)))
         np.testing.assert_allclose(got[[0, 1, 4]], [*expected, expected[0]], rtol=1e-6)
         assert np.isnan(got[2:4]).all()
 
 
+def score(text):
+    """A user's function of a molecule."""
+    if "O" not in text:
+        raise oracles.Infeasible("no oxygen")
+    return float(len(text))
+
+
+def test_a_function_of_ones_own_is_asked_about_canonical_molecules(written):
+    domain = smiles.smiles("own.smi", length=None, rare=0.0, data_dir=written)
+    x = jnp.asarray(domain.form.encode(["OCC", "c1ccccc1", "C(C"]), jnp.float32)
+    for workers in (0, 1):
+        task = tasks.custom_property(domain, score, measure_nothing, workers=workers)
+        np.testing.assert_array_equal(rewards.score(task.reward, x), [3, np.nan, np.nan])
+        np.testing.assert_array_equal(rewards.score(task.heldout, x), [0, 0, np.nan])
+    with pytest.raises(ValueError, match="this reward is of molecules; choose"):
+        tasks.custom_property(object(), score)  # type: ignore[arg-type]
+
+
+def measure_nothing(text):
+    """Another."""
+    return 0.0
+
+
+@pytest.mark.parametrize("text", ["[Na+].CC(=O)[O-]", "C1CC1.CCO.O", "CCO"])
+def test_a_domain_in_selfies_is_of_the_same_molecules(text, tmp_path):
+    pytest.importorskip("selfies", reason="selfies is not installed: pip install 'rgdiff[selfies]'")
+    (tmp_path / "own.smi").write_text("\n".join([text, "C1CC1", "CCN", "c1ccccc1C(=O)O"]))
+    plain = smiles.smiles("own.smi", length=None, rare=0.0, data_dir=tmp_path)
+    domain = smiles.smiles("own.smi", length=None, rare=0.0, data_dir=tmp_path, language="selfies")
+    assert domain.known == plain.known and domain.form.tokens != plain.form.tokens
+    assert {one.smiles for one in domain.form.molecules(domain.train_x)} == plain.known
+    random = np.eye(domain.shape[1])[np.random.default_rng(0).integers(0, domain.shape[1] - 1, (50, domain.shape[0]))]
+    assert all(one.valid for one in domain.form.molecules(random))  # every string is one
+    with pytest.raises(ValueError, match="domain.language must be one of"):
+        smiles.smiles("own.smi", data_dir=tmp_path, language="inchi")
+
+
 def test_the_judge_counts_valid_unique_and_novel_strings(written):
     domain = smiles.smiles("own.smi", length=None, rare=0.0, data_dir=written)
-    judge, task = SmilesJudge(domain, jax.random.key(0)), tasks.molecule_property(domain, "qed")
+    judge, task = SmilesJudge(domain, jax.random.key(0)), tasks.molecule_property(domain, "qed", workers=0)
     x0 = domain.form.encode(["CCO", "OCC", "C(C", "OCO"])
     row = judge.row(Outcome(x0.astype(np.float32), 1, 0.0, 0.0, 0.0), task)
     assert (row["valid"], row["unique"], row["novel"], row["infeasible"]) == (0.75, 2 / 3, 0.5, 1)
@@ -138,7 +175,7 @@ def test_no_string_makes_decoding_or_a_reward_raise(count):
         " ",
     )
     form = Notation(signs, 12)
-    task = tasks.molecule_property(smiles.SmilesDomain(form, form.encode(["C"]), frozenset(), {}), "logp")
+    task = tasks.molecule_property(smiles.SmilesDomain(form, form.encode(["C"]), frozenset(), {}), "logp", workers=0)
     x = np.eye(len(signs) + 1, dtype=np.float32)[rng.integers(0, len(signs) + 1, (count, 12))]
     found = form.molecules(x)
     assert {one.reason for one in found} <= set(chemistry.REASONS) and any(one.smiles for one in found)
