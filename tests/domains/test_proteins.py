@@ -256,7 +256,7 @@ def test_where_all_variants_are_measured_the_table_is_a_reward(tmp_path):
         ({"wild_type": "KVWKVWKVWK", "places": None}, "has 0 variants of 10 letters"),
         ({"measurement": "target"}, "has no column 'target'"),
         ({"source": "split.csv", "measurement": "target", "places": [2, 3, 9]}, "have no place 9"),
-        ({"source": "none.csv", "hint": "it is elsewhere"}, "it is elsewhere"),
+        ({"source": "none.csv", "name": "gb1"}, "of github.com/samsinai/FLEXS"),
     ],
 )
 def test_a_landscape_that_cannot_be_read_ends_in_one_line(tables, options, message):

