@@ -73,6 +73,14 @@ def test_a_users_file_is_read(written):
 
 
 @pytest.mark.parametrize(
+    "text", ["id,SMILES,y\n1,CCO,2\n2,CCN,3", 'SMILES\n"CCO"\n"CCN"', "CCO 1\nCCN 2", "CCO\tx\r\nCCN\ty"]
+)
+def test_a_column_of_smiles_is_found(tmp_path, text):
+    (tmp_path / "own.csv").write_text(text)
+    assert smiles.smiles("own.csv", rare=0.0, data_dir=tmp_path).known == {"CCO", "CCN"}
+
+
+@pytest.mark.parametrize(
     ("text", "options", "message"),
     [
         ("name\nx?\n?y\nCC", {}, "2 of 3 lines are no molecule, e.g. 'x"),

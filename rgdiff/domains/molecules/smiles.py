@@ -168,7 +168,8 @@ def smiles(
 ) -> SmilesDomain:
     """Load molecules from a file of SMILES, one a line; what follows a blank, a tab, a comma or a semicolon is not read.
 
-    Every molecule is its largest fragment, in RDKit's canonical SMILES, once. A first line that is no molecule is a header.
+    Every molecule is its largest fragment, in RDKit's canonical SMILES, once. A first line that is no molecule is a header; where it
+    names a column `smiles`, that is read.
 
     Args:
       source: path, relative to `data_dir` or to RGDIFF_DATA; None for the 5,000 molecules of the NCI that come with RDKit.
@@ -199,13 +200,17 @@ def smiles(
     if not 0 <= rare < 1:
         raise ValueError(f"domain.rare={rare}: expected a share of the molecules, in [0, 1)")
     data = files.read_bytes(source, data_dir=data_dir, sha256=sha256, hint="SMILES, one a line")
-    lines = [line for line in data.decode("utf-8-sig", "replace").splitlines() if line.strip()]
-    read = [chemistry.largest(re.split(r"[\s,;]", line.strip())[0]) for line in lines]
-    lines, read = (lines[1:], read[1:]) if read and read[0] is None else (lines, read)  # a header
+    lines = [line.strip() for line in data.decode("utf-8-sig", "replace").splitlines() if line.strip()]
+    rows = [[field.strip("\"'") for field in re.split(r"[\s,;]", line)] for line in lines]
+    named = [field.lower() for field in rows[0]] if rows else []
+    column = named.index("smiles") if "smiles" in named else 0
+    read = [chemistry.largest(row[column]) if column < len(row) else None for row in rows]
+    if read and read[0] is None:  # a header
+        lines, read = lines[1:], read[1:]
     known = sorted({one for one in read if one is not None})
     left_out = {"unreadable": read.count(None)}
     if not known or 2 * left_out["unreadable"] > len(read):
-        found = next((line.strip()[:40] for line, one in zip(lines, read, strict=True) if one is None), "nothing")
+        found = next((line[:40] for line, one in zip(lines, read, strict=True) if one is None), "nothing")
         raise ValueError(
             f"{source}: {left_out['unreadable']} of {len(read)} lines are no molecule, e.g. {found!r}; expected SMILES, one a line"
         )
