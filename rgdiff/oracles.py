@@ -35,6 +35,7 @@ import rgdiff
 from rgdiff._worker import answer
 
 log = logging.getLogger("rgdiff")
+Tell = Callable[[str, float, str, bool, str], None]  # of a text: value, reason, whether it is final, what was raised
 
 REMEMBERED = 2**18  # answers of one oracle in memory; the oldest are forgotten first
 START = 300.0  # seconds that a process may take to import a function
@@ -113,7 +114,8 @@ def oracle(
     """Make an oracle of a function of one text.
 
     Args:
-      function: text -> number; it raises `Infeasible(reason)` for a text without one, and whatever else it raises counts by its type.
+      function: text -> number; it raises `Infeasible(reason)` for a text without one, and whatever else it raises
+        counts by its type, the first of a type with a warning.
         It is pickled: a function of a module, or an object of a class of one, with `__call__`; with workers=0 any function.
       name: under which answers are kept, `module.function` by default.
       version: of the function and of all that its answers depend on. Another version knows none of the old answers.
@@ -175,6 +177,7 @@ class _State:
         self.lock = threading.Lock()
         self.memory: dict[str, tuple[float, str]] = {}
         self.counts: collections.Counter[str] = collections.Counter()
+        self.said: set[str] = set()
         self.disk = None if folder is None else _Disk(Path(folder))
 
     def answers(self, of: TextOracle, texts: list[str]) -> np.ndarray:
@@ -184,7 +187,12 @@ class _State:
             found |= self.disk.read(of, missing)
             missing = [text for text in missing if text not in found]
 
-        def tell(text: str, value: float, reason: str, keep: bool) -> None:
+        def tell(text: str, value: float, reason: str, keep: bool, told: str) -> None:
+            if told and reason not in self.said:
+                self.said.add(reason)
+                log.warning(
+                    "the oracle %s has no value for %r: %s; others of this kind are counted", of.name, text[:80], told
+                )
             found[text] = value, reason
             if self.disk is not None and keep:
                 self.disk.write(of, text, value, reason)
@@ -213,7 +221,7 @@ def _state(of: TextOracle) -> _State:
     return _State(of.folder)
 
 
-def _ask(of: TextOracle, texts: list[str], tell: Callable[[str, float, str, bool], None]) -> None:
+def _ask(of: TextOracle, texts: list[str], tell: Tell) -> None:
     """Compute answers, told one by one as they come, with whether a disk may keep them."""
     if not of.workers:
         for text in texts:
@@ -331,7 +339,7 @@ class _Pool:
     def __init__(self, count: int):
         self.count, self.workers, self.lock = count, [], threading.Lock()
 
-    def ask(self, of: TextOracle, texts: list[str], tell: Callable[[str, float, str, bool], None]) -> None:
+    def ask(self, of: TextOracle, texts: list[str], tell: Tell) -> None:
         function = _pickled(of.function, of.name)
         todo, failures, left = collections.deque(range(len(texts))), collections.Counter[int](), len(texts)
         died_loading = 0
@@ -358,7 +366,7 @@ class _Pool:
                     failure = None
                     if worker.connection in ready:
                         try:
-                            number, value, reason, final = worker.connection.recv()
+                            number, value, reason, final, told = worker.connection.recv()
                         except (EOFError, OSError):
                             failure = "crash"
                         else:
@@ -371,7 +379,7 @@ class _Pool:
                             if number is not None:
                                 worker.quick = now - worker.since < QUICK
                                 left -= 1
-                                tell(texts[number], value, reason, final)
+                                tell(texts[number], value, reason, final, told)
                             worker.since = now
                     elif time.monotonic() > limit:
                         failure = "timeout"
@@ -393,7 +401,7 @@ class _Pool:
                         todo.append(first)
                     else:
                         left -= 1
-                        tell(texts[first], math.nan, failure, False)
+                        tell(texts[first], math.nan, failure, False, f"{failure}, {of.retries} retries")
         except BaseException:
             self.close()  # what is under way answers nobody
             raise

@@ -28,7 +28,7 @@ def run(file: Path, out: Path, *more: str) -> dict:
     from rgdiff.recipes.run import run_recipe
 
     sys.path.insert(0, str(Path(__file__).parent))  # where this module is found as yours is: beside the script
-    overrides = [f"domain.source={file}", "reward=molecule", "reward.fn=own_molecules.score", f"out={out}", *more]
+    overrides = [f"domain.source={file}", "reward=smiles", "reward.fn=own_molecules.score", f"out={out}", *more]
     return run_recipe("smiles_svdd", [*overrides, "methods.svdd.temperature=1.0"])
 
 

@@ -119,16 +119,11 @@ def test_a_function_of_ones_own_is_asked_about_canonical_molecules(written):
     domain = smiles.smiles("own.smi", length=None, rare=0.0, data_dir=written)
     x = jnp.asarray(domain.form.encode(["OCC", "c1ccccc1", "C(C"]), jnp.float32)
     for workers in (0, 1):
-        task = tasks.custom_property(domain, score, measure_nothing, workers=workers)
+        task = tasks.molecule_function(domain, score, workers=workers)
         np.testing.assert_array_equal(rewards.score(task.reward, x), [3, np.nan, np.nan])
-        np.testing.assert_array_equal(rewards.score(task.heldout, x), [0, 0, np.nan])
+    assert "1 without a value (no oxygen)" in " ".join(SmilesJudge(domain, jax.random.key(0)).notes(task))
     with pytest.raises(ValueError, match="this reward is of molecules; choose"):
-        tasks.custom_property(object(), score)  # type: ignore[arg-type]
-
-
-def measure_nothing(text):
-    """Another."""
-    return 0.0
+        tasks.molecule_function(object(), score)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("text", ["[Na+].CC(=O)[O-]", "C1CC1.CCO.O", "CCO"])

@@ -23,9 +23,8 @@ from rgdiff.domains.molecules import chemistry
 from rgdiff.domains.sequences import files
 from rgdiff.typing import Array
 
-TOKEN = re.compile(
-    r"\[[^\[\]]*\]|%\d\d|Br|Cl|.", re.DOTALL
-)  # an atom in brackets, a ring's two digits, two letters, or one sign
+# An atom in brackets, a ring's two digits, an atom of two letters, or one sign.
+TOKEN = re.compile(r"\[[^\[\]]*\]|%\d\d|Br|Cl|.", re.DOTALL)
 
 
 def tokens(smiles: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rgdiff import checks, oracles, rewards
@@ -44,22 +45,24 @@ def molecule_oracle(domain: MoleculeDomain | SmilesDomain, oracle: TextOracle, c
     return Task(*(rewards.from_host(MoleculeReward(oracle, form, kind)) for kind in (bool(correct), False)))
 
 
-def custom_property(
+def molecule_function(
     domain: MoleculeDomain | SmilesDomain,
     fn: Callable[[str], float],
-    heldout_fn: Callable[[str], float] | None = None,
+    version: str | None = None,
     correct: bool = True,
+    cache_dir: str | None = None,
     workers: int | None = None,
     timeout: float = 60.0,
     retries: int = 1,
 ) -> Task:
-    """Make the task: a function of your own of one molecule, asked once for each.
+    """Make the task of your own function of a SMILES, evaluated on those molecules alone that are valid as they came.
 
     Args:
-      domain: of molecules, as graphs or as strings.
-      fn: canonical SMILES -> number; NaN, or `rgdiff.oracles.Infeasible(reason)`, where there is none.
-      heldout_fn: a function of the same form that evaluates the samples; by default that which guided them.
+      domain: of molecules.
+      fn: canonical SMILES -> number; it raises where there is none, or returns NaN.
+      version: of the function: with one, answers are kept on disk under it; None keeps them in memory alone.
       correct: whether the guide sees graphs with impossible valences as corrected; else they are infeasible (NaN).
+      cache_dir: where answers are kept, shared by runs; the run's cache when None.
       workers: processes that answer, as many as cores by default; 0 for none.
       timeout: seconds an answer may take.
       retries: of a molecule whose process hung or died.
@@ -68,12 +71,17 @@ def custom_property(
       The task; its rewards have no gradient.
 
     Raises:
-      ValueError: for another domain, or a function that other processes cannot load.
+      ValueError: for another domain, or a function that other processes cannot import.
     """
-    form, settings = _form(domain), {"workers": workers, "timeout": timeout, "retries": retries}
-    guide, judge = (oracles.oracle(one, **settings) for one in (fn, heldout_fn or fn))
-    kinds = ((guide, bool(correct)), (judge, False))
-    return Task(*(rewards.from_host(MoleculeReward(oracle, form, kind)) for oracle, kind in kinds))
+    _form(domain)
+    kept = None if version is None else _folder(cache_dir)
+    settings: dict[str, Any] = {"workers": workers, "timeout": timeout, "retries": retries, "folder": kept}
+    return molecule_oracle(domain, oracles.oracle(fn, version=version or "", **settings), correct)
+
+
+def _folder(cache_dir: str | None) -> Path | None:
+    kept = cache_path(cache_dir)
+    return None if kept is None else kept / "oracles"
 
 
 def molecule_property(
@@ -190,7 +198,6 @@ def molecule_docking(
       ValueError: for another domain, and as `rgdiff.domains.molecules.docking.docking`.
     """
     _form(domain)
-    kept = cache_path(cache_dir)
     oracle = docking(
         located(receptor, data_dir),
         center,
@@ -201,7 +208,7 @@ def molecule_docking(
         workers=workers,
         timeout=timeout,
         retries=retries,
-        folder=None if kept is None else kept / "oracles",
+        folder=_folder(cache_dir),
     )
     return molecule_oracle(domain, oracle, correct)
 
