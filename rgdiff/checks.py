@@ -93,6 +93,12 @@ def divides(name: str, parts: Any, batch: int) -> int:
     return int(parts)
 
 
+def divided(name: str, batch: int, shards: Any) -> None:
+    """Refuse a batch that cannot be split evenly over the devices of a mesh."""
+    if shards is not None and batch % shards.count:
+        raise ValueError(f"{name} must be a multiple of the {shards.count} devices that split it, got {batch}")
+
+
 def positive(name: str, value: Any, *, zero: bool = False) -> jax.Array:
     """Return `value` as a float32 scalar; refuse a concrete one that is not positive and finite."""
     if not isinstance(value, Tracer):  # NumPy's comparisons, not JAX's: under `jit` those of a constant are traced too

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from rgdiff import checks, samplers, surrogates
+from rgdiff.shards import Shards, on_mesh, whole
 from rgdiff.tuners._loop import train
 from rgdiff.typing import (
     Array,
@@ -84,6 +85,7 @@ class Rounds(abc.ABC):
     noise: Array
     batch: int = static()
     capacity: int = static()
+    shards: Shards | None = static(default=None, kw_only=True)
 
     def init(self, params: Params) -> RoundState:
         """Begin with `params` and no observation."""
@@ -117,7 +119,10 @@ class Rounds(abc.ABC):
           cond: conditions [count, ...], or None.
         """
         checks.conditions(cond, count)
-        return Queries(samplers.drawing(self.sampler(state), self.times)(key, count, cond), cond)
+        return Queries(self._drawing(self.sampler(state))(key, count, cond), cond)
+
+    def _drawing(self, sampler: Any) -> Any:
+        return on_mesh(samplers.drawing(sampler, self.times), self.shards)
 
     def rollout(self, key: Key, state: RoundState, cond: Cond = None) -> Queries:
         return self.ask(key, state, self.batch, cond)
@@ -136,7 +141,8 @@ class Rounds(abc.ABC):
         Raises:
           ValueError: outside `jit`, for answers that do not fit.
         """
-        observations = surrogates.append(state.observations, state.asked, queries.x0, rewards)
+        answered = whole((queries.x0, rewards), self.shards)  # every device learns from all answers
+        observations = surrogates.append(state.observations, state.asked, *answered)
         told = state._replace(observations=observations, asked=state.asked + rewards.shape[0])
         dropped = jnp.clip(told.asked - self.capacity, 0, rewards.shape[0])
         return told, self.figures(state, queries, rewards) | {"dropped": dropped}
@@ -232,7 +238,8 @@ class Seiko(Rounds):
         Its structure is the same in every round, so that its step is compiled once.
         """
         references = [self.denoiser, Bound(self.model, state.params)]
-        return self.inner(self.reward(state), reference=references, temperature=list(self.weights(state)))
+        tuner = self.inner(self.reward(state), reference=references, temperature=list(self.weights(state)))
+        return on_mesh(tuner, self.shards)
 
     def improve(self, key: Key, state: RoundState) -> tuple[RoundState, Info]:
         tuner = self.tuner(state)
@@ -251,8 +258,8 @@ class Steered(Rounds):
         return self.steer(self.reward(state))
 
     def ask(self, key: Key, state: RoundState, count: int, cond: Cond = None) -> Queries:
-        first = samplers.drawing(samplers.ancestral(self.process, self.denoiser), self.times)
-        later = samplers.drawing(self.sampler(state), self.times)
+        first = self._drawing(samplers.ancestral(self.process, self.denoiser))
+        later = self._drawing(self.sampler(state))
         x0 = jax.lax.cond(state.step == 0, lambda: first(key, count, cond), lambda: later(key, count, cond))
         return Queries(x0, cond)
 

@@ -84,6 +84,10 @@ class BaseJudge:
         """Return data that stand beside the prior's samples, by title."""
         return {}
 
+    def rows_of(self, count: int, task: Task, prior: Any) -> dict[str, range]:
+        """Return the places of each condition's samples among `count`, by its name, where a report compares methods condition by condition."""
+        return {}
+
     def reward_law(self, outcome: Any, task: Task, prior: Any) -> tuple[np.ndarray, np.ndarray] | None:
         """Return the exact law of the reward that a method aims at, (rewards, probabilities), where it is known."""
         return None

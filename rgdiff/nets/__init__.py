@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rgdiff.nets.graph import GraphNet
     from rgdiff.nets.lora import LoRAModel, lora_init, lora_merge, lora_sum
     from rgdiff.nets.mlp import MLP, ValueMLP
+    from rgdiff.nets.resnet import ValueResNet
     from rgdiff.nets.time import Conditioning, time_features
     from rgdiff.nets.transformer import DiT, Transformer
     from rgdiff.nets.unet import UNet
@@ -31,6 +32,7 @@ __all__ = [
     "Transformer",
     "UNet",
     "ValueMLP",
+    "ValueResNet",
     "lora_init",
     "lora_merge",
     "lora_sum",
@@ -43,6 +45,7 @@ _MODULES = {
     "graph": ("GraphNet",),
     "lora": ("LoRAModel", "lora_init", "lora_merge", "lora_sum"),
     "mlp": ("MLP", "ValueMLP"),
+    "resnet": ("ValueResNet",),
     "time": ("Conditioning", "time_features"),
     "transformer": ("DiT", "Transformer"),
     "unet": ("UNet",),

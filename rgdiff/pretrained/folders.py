@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rgdiff import assets, checks
 from rgdiff.pretrained import weights
@@ -87,7 +88,9 @@ def from_diffusers(
     read = _scheduler(opened, shape, scheduler)
     process, channels = read.process(shape, eta), shape[-1]
     params = _params(network, _inputs(name, config, shape), opened.place, root, dtype, sharding)
-    model = PretrainedModel(process.schedule, network, read.prediction, read.levels, channels, read.clip_x0)
+    frozen = getattr(importlib.import_module(type(network).__module__), "FROZEN", ())
+    params, held = _split(params, frozen)
+    model = PretrainedModel(process.schedule, network, read.prediction, read.levels, channels, read.clip_x0, held)
     classes, null_class = _classes(name, config)
     more: dict[str, Any] = {}
     if "vae" in parts:
@@ -134,8 +137,15 @@ def to_diffusers(prior: Pretrained, params: Params, folder: str | os.PathLike[st
     )
     with _appearing(Path(folder)) as part:
         shutil.copytree(prior.folder, part, ignore=old, dirs_exist_ok=True)
-        weights.write(part / place / WEIGHTS, params)
+        weights.write(part / place / WEIGHTS, prior.model.whole(params))
     return Path(folder)
+
+
+def _split(params: Params, frozen: Sequence[str]) -> tuple[Params, dict[str, Any]]:
+    """Return the leaves that are parameters as a tree, and those of these paths by path."""
+    leaves = flatten_dict(params, sep="/") if frozen else {}
+    held = {path: leaves.pop(path) for path in frozen}
+    return (unflatten_dict(leaves, sep="/") if frozen else params), held
 
 
 def _network(name: str) -> Any:
@@ -212,8 +222,10 @@ def _scheduler(opened: _Opened, shape: tuple[int, ...], given: Mapping[str, Any]
         raise ValueError(f"{root} has no scheduler; give scheduler=, the settings of a scheduler_config.json")
     if given is None:
         given = read_config(weights.inside(opened.parts["scheduler"] / "scheduler_config.json", root))
-    patch = config.get("patch_size", 1) * (2 if config["_class_name"] == "FluxTransformer2DModel" else 1)
-    return read_scheduler(given, tokens=(shape[0] // patch) * (shape[1] // patch))
+    flux = config["_class_name"] == "FluxTransformer2DModel"
+    patch = config.get("patch_size", 1) * (2 if flux else 1)
+    tokens = (shape[0] // patch) * (shape[1] // patch)
+    return read_scheduler(given, tokens=tokens, even=flux)
 
 
 def _classes(name: str, config: Config) -> tuple[int | None, int | None]:

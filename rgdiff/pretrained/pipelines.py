@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rgdiff import denoisers
 from rgdiff.pretrained.config import Config
@@ -50,6 +51,7 @@ class PretrainedModel:
       levels: T, by which t is multiplied for the network.
       channels: of the state; a network with more outputs (a learnt variance) is cut to them.
       clip_x0: range to which predictions of x0 are clipped, or None.
+      held: leaves of the network that are no parameters, by path: buffers of its file, which nothing tunes or decays.
     """
 
     schedule: Any
@@ -58,10 +60,15 @@ class PretrainedModel:
     levels: int = static()
     channels: int = static()
     clip_x0: tuple[float, float] | None = static(default=None)
+    held: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+
+    def whole(self, params: Params) -> Params:
+        """Return all leaves of the network: the parameters and what is held."""
+        return unflatten_dict({**flatten_dict(params, sep="/"), **self.held}, sep="/") if self.held else params
 
     def __call__(self, params: Params) -> Denoiser:
         first = 0 if self.prediction == "velocity" else 1
-        network = scaled_time(ReleasedNetwork(params, self.network, self.channels), self.levels, first)
+        network = scaled_time(ReleasedNetwork(self.whole(params), self.network, self.channels), self.levels, first)
         denoiser = denoisers.predicts(self.prediction, network, self.schedule)
         return denoiser if self.clip_x0 is None else denoisers.clip_x0(denoiser, *self.clip_x0)
 

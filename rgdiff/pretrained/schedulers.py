@@ -2,7 +2,7 @@
 
 A file's scheduler is read for what belongs to the network: its T noise levels and what it predicts. How a chain is made is
 the reader's choice: eta = 0 is DDIM and, in other coordinates, Euler; eta = 1 is DDPM and Euler ancestral; `samplers.dpm_solver`
-is DPM-Solver++(2M). Level i = 0 ... T - 1 of a file is at t = (i + 1) / T here.
+is DPM-Solver++(2M); an eta of 1e6 draws all noise anew (a flow's `stochastic_sampling`). Level i = 0 ... T - 1 of a file is at t = (i + 1) / T here.
 """
 
 from __future__ import annotations
@@ -119,12 +119,14 @@ class Scheduler:
         return processes.gaussian(self.schedule, shape, eta=eta, clip=self.clip, end=self.end)
 
 
-def read_scheduler(config: Mapping[str, Any], *, tokens: int | None = None) -> Scheduler:
+def read_scheduler(config: Mapping[str, Any], *, tokens: int | None = None, even: bool = False) -> Scheduler:
     """Read a scheduler's settings.
 
     Args:
       config: of scheduler_config.json, with `_class_name`.
       tokens: patches of an image, for a flow with dynamic shifting.
+      even: n calls of a flow are at 1, 1 - 1/n, ..., 1/n before the shift, as Flux's pipeline has them; without, the last is at the
+        scheduler's first level, as Stable Diffusion 3's has it.
 
     Returns:
       The scheduler.
@@ -147,7 +149,8 @@ def read_scheduler(config: Mapping[str, Any], *, tokens: int | None = None) -> S
         if dynamic and tokens is None:
             raise ValueError("this flow's shift depends on the image's size; give tokens=, its number of patches")
         shift = dynamic_shift(config, int(tokens or 0)) if dynamic else float(config.get("shift", 1.0))
-        last = None if dynamic else schedules.shifted(1 / levels, shift)  # shifted twice, as released
+        first = 1 / levels if dynamic else schedules.shifted(1 / levels, shift)  # then shifted twice, as released
+        last = None if even else first
         return Scheduler(schedules.flow(shift, last=last), "velocity", levels)
     kind = config.get("prediction_type", "epsilon")
     prediction = PREDICTIONS[checks.one_of("the scheduler's prediction_type", kind, PREDICTIONS)]

@@ -44,9 +44,8 @@ class SD3Transformer2DModel(nn.Module):
     SD3.5 divides queries and keys by their root mean square; SD3.5-M has a second attention of the image to itself in its first
     blocks.
 
-    The table of positions, `params["pos_embed"]["pos_embed"]`, is a buffer in PyTorch and a leaf here, so that files are read
-    and written whole. No gradient flows through it, and it is no `kernel`, so `lora_init` leaves it out. A full fine-tuning with
-    weight decay must leave out the leaves of `sd3.FROZEN`.
+    The table of positions, `params["pos_embed"]["pos_embed"]`, is a buffer in PyTorch and a leaf here. No gradient flows through it;
+    `from_diffusers` takes the leaves of `FROZEN` out of the prior's parameters, so that no weight decay changes them either.
 
     Args:
       config: of the file.

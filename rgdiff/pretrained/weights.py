@@ -320,15 +320,17 @@ def read(
         raise ValueError(f"{source} has no {missing[0]!r} ({len(missing)} of {len(wanted)} tensors are missing)")
     if extra := sorted(set(named) - set(wanted)):
         raise ValueError(f"{source} has {extra[0]!r}, which the network lacks ({len(extra)} tensors are left over)")
-    out = []
-    for (path, leaf), name in zip(leaves, wanted, strict=True):
+    for (path, leaf), name in zip(leaves, wanted, strict=True):  # all of them, before anything is allocated
         tensor = named[name]
         if not jnp.issubdtype(tensor.dtype, jnp.floating):
             raise ValueError(f"{tensor.file}: {name!r} has dtype {tensor.dtype}, expected floating numbers")
-        array = from_file(path[-1].key, tensor.array(), leaf.shape)
-        if array.shape != leaf.shape:
-            expected = to_file(path[-1].key, np.empty(leaf.shape, np.bool_)).shape
+        if from_file(path[-1].key, _blank(tensor.shape), leaf.shape).shape != leaf.shape:
+            expected = to_file(path[-1].key, _blank(leaf.shape)).shape
             raise ValueError(f"{tensor.file}: {name!r} is {list(tensor.shape)}, expected {list(expected)}")
+    out = []
+    for (path, leaf), name in zip(leaves, wanted, strict=True):
+        tensor = named[name]
+        array = from_file(path[-1].key, tensor.array(), leaf.shape)
         where = sharding
         if callable(sharding):
             where = sharding(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape)
@@ -336,13 +338,17 @@ def read(
     return jax.tree_util.tree_unflatten(structure, out)
 
 
+def _blank(shape: tuple[int, ...]) -> np.ndarray:
+    """An array of a shape, of one number."""
+    return np.broadcast_to(np.bool_(False), shape)
+
+
 def _placed(array: np.ndarray, dtype: np.dtype, sharding: Any) -> jax.Array:
-    if sharding is None:
-        return jnp.array(np.asarray(array, dtype, order="C"))
-    if isinstance(sharding, jax.Device):
-        return jax.device_put(np.asarray(array, dtype, order="C"), sharding)
-    part = lambda place: np.asarray(array[place], dtype, order="C")  # noqa: E731
-    return jax.make_array_from_callback(array.shape, sharding, part)
+    """Copy one tensor to its device or devices; done before the next is touched, so that one at a time is in memory."""
+    if sharding is None or isinstance(sharding, jax.Device):
+        return jnp.array(np.asarray(array, dtype), device=sharding).block_until_ready()
+    part = lambda place: np.asarray(array[place], dtype)  # noqa: E731
+    return jax.make_array_from_callback(array.shape, sharding, part).block_until_ready()
 
 
 def write(file: str | os.PathLike[str], params: Params) -> None:

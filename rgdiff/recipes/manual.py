@@ -40,7 +40,7 @@ def listing(group: str | None = None) -> str:
     """Return the text of `rgdiff list`: recipes by domain, methods by what they need, and the other groups, or one group alone."""
     sections: dict[str, list[tuple[str, str | None]]] = {}
     if group is None:
-        for name in recipe.names():
+        for name in sorted(recipe.names(), key=lambda name: name != "quickstart"):  # first where one begins
             domain = chosen(name).get("domain")
             sections.setdefault(f"recipes on {domain}" if domain else "recipes", []).append((name, None))
     if group in (None, "method"):

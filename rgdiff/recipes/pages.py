@@ -19,6 +19,7 @@ from rgdiff.runtime.report import (
     INK,
     Boxes,
     Card,
+    Comparison,
     Grid,
     Histogram,
     Plot,
@@ -36,6 +37,7 @@ OVERLAID = 4  # histograms in one figure, at most; of more samples, a line each
 TILES = {3: 24, 8: 16}  # samples of a method that are shown where there are so many methods, or fewer; else `FEW`
 FEW = 8
 FOLDED = 24  # samples of another set, folded
+PROMPTS, ACROSS = 12, 15  # conditions in a table of samples, and samples across it, 2 to 4 a cell, at most
 NAMED = ("best", "median", "worst")
 NATURAL = (
     "kl",
@@ -82,6 +84,7 @@ def write_pages(
         versions=run.folder.versions,
         warnings=[f"Stopped: {reason}" for reason in stopped],
         cards=cards(judge, task, prior, outcomes, rows, scores),
+        compared=compared(judge, task, prior, outcomes, scores),
         words=[(key, tables.sentence(key, row, reference)) for key, row in rows.items()],
         plots=shown,
         more=more,
@@ -173,6 +176,23 @@ def cards(
         if sets:
             out.append(Card(key, sets, more, rows[key].get("over_optimised", "")))
     return out or ([Card("The data", known)] if any(known) else [])
+
+
+def compared(judge: Any, task: Any, prior: Any, outcomes: dict[str, Any], scores: dict[str, Any]) -> Comparison | None:
+    """Return the table of samples by condition and method, with the mean reward of each cell; None without several conditions."""
+    counts = {_length(outcome.x0) for outcome in outcomes.values()}
+    of = judge.rows_of(min(counts), task, prior) if judge.pictured else {}
+    of = {name: list(places) for name, places in list(of.items())[:PROMPTS] if len(places)}
+    if not of:
+        return None
+    cell = max(2, min(4, ACROSS // len(outcomes)))
+    drawn = [[judge.show_each(_take(o.x0, places[:cell])) for o in outcomes.values()] for places in of.values()]
+    labels: list[list[str]] = []
+    if all(values is not None for values in scores.values()):
+        said = rounded(np.concatenate([np.asarray(values, np.float64) for values in scores.values()]))
+        labels = [[said(np.mean(np.asarray(values)[places])) for values in scores.values()] for places in of.values()]
+    title = "Prompts by methods" + (", with the mean reward of all samples of a cell" if labels else "")
+    return Comparison(title, list(of), list(outcomes), drawn, labels)
 
 
 def _take(x0: Any, places: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The prior of recipes that is a released pipeline: `prior=pipeline` under `domain=pipeline`."""
+"""The prior of recipes that is a released pipeline: `prior=pipeline`, under `domain=pipeline` or images of its states' shape."""
 
 from __future__ import annotations
 
@@ -55,6 +55,8 @@ class PipelinePrior(Prior):
     eta: float = 0.0
     guidance: float | None = 7.5
     negative: str = ""
+    # Whether methods may learn from data: the domain's, where it has any (domain=pictures), which `check` sees.
+    gives_data: bool = dataclasses.field(default=True, init=False, repr=False, compare=False)
 
     @property
     def names(self) -> list[str]:
@@ -71,11 +73,6 @@ class PipelinePrior(Prior):
         return len(self.names) > 1
 
     @property
-    def gives_data(self) -> bool:
-        """Whether methods may learn from data: those of the domain, which a method asks for."""
-        return True
-
-    @property
     def guided(self) -> bool:
         return self.guidance is not None and self.guidance != 1
 
@@ -88,8 +85,9 @@ class PipelinePrior(Prior):
         if own != tuple(domain.shape):
             raise ValueError(
                 f"the network in {self.folder} is for states {list(own)}, and the domain's are {list(domain.shape)}; "
-                "choose domain=pipeline"
+                "choose domain=pipeline, or images of that size"
             )
+        object.__setattr__(self, "gives_data", hasattr(domain, "train_x"))
         if sum(given is not None for given in (self.prompts, self.file, self.classes)) > 1:
             raise ValueError("give one of prior.prompts, prior.file and prior.classes")
         checks.at_least("prior.steps", self.steps, 1)

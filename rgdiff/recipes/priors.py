@@ -75,7 +75,8 @@ def needs_data(prior: Prior) -> None:
     """
     if not getattr(prior, "gives_data", False):
         raise ValueError(
-            "this method learns from data, which Gaussian priors hand on, e.g. prior=planar_mlp or prior=unet"
+            "this method learns from data, which Gaussian priors hand on, e.g. prior=planar_mlp or prior=unet, "
+            "and prior=pipeline on domain=pictures"
         )
     unconditional(prior, "a method that learns from data", "choose a prior without prior.guidance")
 

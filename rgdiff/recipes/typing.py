@@ -74,6 +74,10 @@ class Judge(Protocol):
         """Return data that stand beside the prior's samples, by title."""
         ...
 
+    def rows_of(self, count: int, task: Task, prior: ReadyPrior) -> Mapping[str, range]:
+        """Return the places of each condition's samples among `count`, by its name, where a report compares methods condition by condition."""
+        ...
+
     def reward_law(self, outcome: Outcome, task: Task, prior: ReadyPrior) -> tuple[np.ndarray, np.ndarray] | None:
         """Return the exact distribution of the reward, (rewards, probabilities), where it is known."""
         ...

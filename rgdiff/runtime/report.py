@@ -28,6 +28,7 @@ from rgdiff.runtime import tables
 from rgdiff.runtime.folder import write_atomic
 
 _TILE, _LARGEST, _VECTOR = 96, 256, 200  # CSS pixels: of a picture at least and at most; of a drawing of a vector
+_SMALL = 64  # of a picture in a table, at least
 _COLORS = (  # Tol's bright ones, then of his muted, those that are read on white and on black
     "#4477aa", "#ee6677", "#228833", "#b8a635", "#3fb0d8", "#aa3377", "#7b6fc9",
     "#cc6600", "#44aa99", "#8f8f2f", "#b5567f", "#888888",
@@ -89,6 +90,20 @@ class Card:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """Samples of every method under every condition: a table with `rows` of names (prompts) and `columns` of names (methods).
+
+    `drawn` are 8-bit pictures [N, H, W, C] for each row and column, the samples of a cell; `labels` a line of text for each.
+    """
+
+    title: str
+    rows: Sequence[str]
+    columns: Sequence[str]
+    drawn: Sequence[Sequence[Any]]
+    labels: Sequence[Sequence[str]] = ()
+
+
+@dataclass(frozen=True)
 class Series:
     """One curve: y over x, and optionally a band from low to high; a single point is a mark.
 
@@ -144,7 +159,8 @@ class Boxes:
 class Report:
     """What a report says: cards of samples, words on each method (name, sentence), figures, table[method][figure], notes, config.
 
-    `warnings` stand on top; `more` are figures that are folded; `links` lead to other pages beside this one, by name.
+    `warnings` stand on top; `compared` before the cards; `more` are figures that are folded; `links` lead to other pages beside this
+    one, by name.
     """
 
     title: str
@@ -159,6 +175,7 @@ class Report:
     notes: Sequence[str] = ()
     links: Mapping[str, str] = field(default_factory=dict)
     config: Any = None
+    compared: Comparison | None = None
     date: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M"))
 
 
@@ -205,7 +222,8 @@ def render(report: Report) -> str:
             for one in c.sets
         )
         body = "".join(_card(card, top, letters) for card in report.cards)
-        sections["samples"] = "Samples", f"<div class=pairs>{body}</div>" if planes else body
+        body = f"<div class=pairs>{body}</div>" if planes else body
+        sections["samples"] = "Samples", _compared(report.compared) + body if report.compared else body
     if report.plots and not report.cards:  # the page opens with what there is to see
         sections["figures"] = "Figures", _figures(report.plots, 0)
     if report.words:
@@ -356,6 +374,33 @@ def _panel(panel: Grid | Whole, top: float, letters: set[str]) -> tuple[str, str
     return "plane", _image(np.asarray(panel.drawing), panel.title, ""), 0
 
 
+def _compared(one: Comparison) -> str:
+    """A table of small pictures: conditions down, methods across, samples within a cell."""
+    head = "".join(f"<th>{_brief(name)}</th>" for name in one.columns)
+    body = ""
+    for i, name in enumerate(one.rows):
+        cells = ""
+        for j, column in enumerate(one.columns):
+            images = _thumbnails(np.asarray(one.drawn[i][j]))
+            tiles = "".join(f"<div>{_image(image, f'{name}: {column}', '', _SMALL)}</div>" for image in images)
+            label = f"<span>{_text(one.labels[i][j])}</span>" if one.labels else ""
+            cells += f"<td><div class=row>{tiles}</div>{label}</td>"
+        body += f"<tr><th>{_text(name)}</th>{cells}</tr>"
+    table = f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<article class="card compared"><h3>{_text(one.title)}</h3><div class=scroll>{table}</div></article>'
+
+
+def _thumbnails(images: np.ndarray) -> np.ndarray:
+    """Pictures [N, H, W, C] of at most `_LARGEST` / 2 pixels a side: means of squares, the rest at the edges left out."""
+    if images.ndim != 4 or images.dtype != np.uint8:
+        raise ValueError(f"a cell of pictures is uint8 [N, H, W, C], got {images.dtype} {images.shape}")
+    n, high, wide, channels = images.shape
+    side = min(max(1, -(-2 * max(high, wide) // _LARGEST)), high, wide)
+    high, wide = high // side, wide // side
+    parts = images[:, : high * side, : wide * side].reshape(n, high, side, wide, side, channels)
+    return np.rint(parts.mean((2, 4))).astype(np.uint8)
+
+
 def _round_up(value: float) -> float:
     """Return the next round number."""
     if not value > 0:
@@ -394,18 +439,18 @@ def _grid(grid: Grid) -> tuple[str, str, int]:
     return kind, f"<div class={'row' if width else 'rows'}>{tiles}</div>", width
 
 
-def _image(image: np.ndarray, title: str, label: str) -> str:
-    """One picture."""
-    high, wide = _size(*image.shape[:2])
+def _image(image: np.ndarray, title: str, label: str, least: int = _TILE) -> str:
+    """One picture, at least so many CSS pixels wide and high."""
+    high, wide = _size(*image.shape[:2], least)
     data = base64.b64encode(png(image)).decode()
     smooth = "" if wide >= image.shape[1] else ' style="image-rendering:auto"'
     about = _text(f"{title} {label}".strip())
     return f'<img alt="{about}" width={wide} height={high}{smooth} src="data:image/png;base64,{data}">'
 
 
-def _size(height: int, width: int) -> tuple[int, int]:
+def _size(height: int, width: int, least: int = _TILE) -> tuple[int, int]:
     """Return the height and width of a picture in CSS pixels: a small one enlarged by a whole multiple, so that pixels stay square."""
-    scale = max(1, -(-_TILE // max(1, min(height, width))))
+    scale = max(1, -(-least // max(1, min(height, width))))
     if scale > 1 or max(height, width) <= _LARGEST:
         return scale * height, scale * width
     return round(height * _LARGEST / max(height, width)), round(width * _LARGEST / max(height, width))
@@ -754,6 +799,10 @@ text.mark{fill:var(--ink);font-weight:600;paint-order:stroke;stroke:var(--card);
 .legend{list-style:none;margin:4px 0 0;padding:0;display:flex;flex-wrap:wrap;gap:2px 16px;font-size:13px}
 .legend li{white-space:nowrap}
 .legend svg{width:24px;height:12px;margin-right:6px;vertical-align:-1px}
+.compared td,.compared thead th{text-align:left;vertical-align:top;cursor:auto}
+.compared .row{gap:3px;flex-wrap:nowrap}
+.compared tbody th{max-width:20ch;background:var(--card);vertical-align:top}
+.compared td span{font-size:12px;color:var(--quiet)}
 .boxes table{width:100%;table-layout:fixed}
 .boxes th{width:34%;white-space:normal;font-weight:400;font-size:13px;padding:2px 8px 2px 0;text-align:left;border:0}
 .boxes td{padding:2px 0;border:0;font-size:13px;color:var(--quiet);text-align:left}

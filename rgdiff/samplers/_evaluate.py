@@ -78,9 +78,12 @@ def distinct(
     return take(out, source), calls_made
 
 
-def refresh(denoiser: Denoiser, prediction: Any, x: State, t: Array, cond: Cond, stale: Array, rows: int) -> Any:
-    """Return the denoiser's predictions at x [B, ...], calling it only for the stale [B], `rows` of them at a time."""
+def refresh(
+    denoiser: Denoiser, prediction: Any, x: State, t: Array, cond: Cond, stale: Array, rows: int | None = None
+) -> Any:
+    """Return the denoiser's predictions at x [B, ...], calling it only for the stale [B], `rows` (a quarter) of them at a time."""
     batch = stale.shape[0]
+    rows = min(rows or max(1, -(-batch // 4)), batch)
     run = lambda x, cond: denoiser(x, t, cond)  # noqa: E731
     new, _ = distinct(run, x, cond, jnp.arange(batch), stale, rows)
     keep = lambda new, old: jnp.where(stale.reshape(batch, *(1,) * (new.ndim - 1)), new, old)  # noqa: E731

@@ -6,6 +6,7 @@ denoiser that does not depend on t then has the same prediction as before. The s
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from rgdiff import checks
 from rgdiff.processes import FirstHittingProcess, MaskedProcess
 from rgdiff.samplers._evaluate import refresh
+from rgdiff.shards import Shards, by_rows
 from rgdiff.typing import Array, Cond, Denoiser, Info, Key, Process, State, callable_pytree, pytree, static
 
 
@@ -30,6 +32,7 @@ class EventDriven:
     process: Process
     denoiser: Denoiser
     rows: int | None = static(default=None)
+    shards: Shards | None = static(default=None)
 
     def init(self, key: Key, batch: int, t: Array, cond: Cond = None) -> EventCarry:
         x = self.process.prior(batch).sample(key)
@@ -41,8 +44,8 @@ class EventDriven:
         changed = (x != carry.x).reshape(batch, -1).any(-1)
         unfinished = x[..., -1].reshape(batch, -1).any(-1)
         needed = changed & unfinished
-        rows = min(self.rows or max(1, -(-batch // 4)), batch)
-        prediction = refresh(self.denoiser, carry.prediction, x, s, cond, needed, rows)
+        again = by_rows(partial(refresh, rows=self.rows), self.shards, (None, 0, 0, None, 0, 0))
+        prediction = again(self.denoiser, carry.prediction, x, s, cond, needed)
         carry = EventCarry(x, prediction)
         return carry, {"evaluations": needed.astype(jnp.int32)}
 
@@ -73,7 +76,7 @@ def event_driven(process: Process, denoiser: Denoiser, *, rows: int | None = Non
       ValueError: for a process that is not masked, or whose moves are events already (`processes.first_hitting`).
 
     Note:
-      Examples share their network calls; for a batch split over devices use `ancestral`.
+      Examples share their network calls, those of one device among themselves.
 
     Example:
       >>> import jax, jax.numpy as jnp, rgdiff

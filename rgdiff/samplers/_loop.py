@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from rgdiff import checks
 from rgdiff.denoisers import needs_signal
 from rgdiff.rewards import failures
-from rgdiff.typing import Array, Cond, Info, Key, Sampler, State, pytree
+from rgdiff.shards import Shards, on_mesh, shards_of, split
+from rgdiff.typing import Array, Cond, Info, Key, Sampler, State, pytree, static
 
 Keep = Callable[[Any, Info], Any]
 
@@ -118,9 +119,10 @@ class Drawing:
 
     sampler: Sampler
     times: Array
+    shards: Shards | None = static(default=None)
 
     def __call__(self, key: Key, batch: int, cond: Cond = None) -> State:
-        return _run(self.sampler, key, self.times, cond, batch, None, None)[0]
+        return _run(self.sampler, key, self.times, cond, batch, None, self.shards)[0]
 
 
 def drawing(sampler: Sampler, times: Array) -> Drawing:
@@ -155,7 +157,7 @@ def sample(
     keep: Keep | None = None,
     chunk: int | None = None,
     on_chunk: Callable[[int, int], None] | None = None,
-    mesh: jax.sharding.Mesh | None = None,
+    mesh: Any = None,
 ) -> Samples:
     """Draw `batch` samples in one compiled program.
 
@@ -174,7 +176,8 @@ def sample(
       keep: (carry, info) -> pytree to store after each move, e.g. `lambda carry, info: info["value"]`; None stores nothing.
       chunk: moves per compiled call; None compiles the chain as one call. The result is the same.
       on_chunk: (done, T) -> None, called between chunks to show progress.
-      mesh: a mesh with an axis named "data" over which the batch is split.
+      mesh: devices over which the batch is split: a mesh with an axis named "data", e.g. `runtime.mesh.data_mesh()`, or
+        `NamedSharding(mesh, PartitionSpec(axes))` for axes of other names. The samples are those of one device.
 
     Returns:
       Samples(x0, kept, info).
@@ -202,11 +205,14 @@ def sample(
     times = checks.times(times, sampler.process)  # type: ignore[attr-defined]
     needs_signal(sampler, times)
     checks.conditions(cond, batch)
+    shards = shards_of(mesh)
+    checks.divided("batch", batch, shards)
+    sampler = on_mesh(sampler, shards)
     with failures(sampler) as settle:
         if chunk is None or times.shape[0] == 1:  # a chain of one network call has no moves to cut
-            return settle(Samples(*_whole(sampler, key, times, cond, batch, keep, mesh)))
+            return settle(Samples(*_whole(sampler, key, times, cond, batch, keep, shards)))
         chunk = checks.at_least("chunk", chunk, 1)
-        carry = settle(_begin(sampler, key, times[0], cond, batch, mesh))
+        carry = settle(_begin(sampler, key, times[0], cond, batch, shards))
         moves, pieces = times.shape[0] - 1, []
         for done in range(0, moves, chunk):
             stop = min(done + chunk, moves)
@@ -244,28 +250,26 @@ def _cut(sampler: Sampler, tree: Any) -> Any:
     return tree if getattr(sampler, "differentiable", False) else without_gradient(tree)
 
 
-def _start(sampler: Sampler, key: Key, t: Array, cond: Cond, batch: int, mesh: jax.sharding.Mesh | None) -> Any:
+def _start(sampler: Sampler, key: Key, t: Array, cond: Cond, batch: int, shards: Shards | None) -> Any:
     sampler, cond = _cut(sampler, (sampler, cond))
     carry = sampler.init(jax.random.fold_in(key, 0), batch, t, cond)
-    if mesh is None:
-        return carry
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    split = lambda leaf: jax.lax.with_sharding_constraint(leaf, sharding)  # noqa: E731
+    if hasattr(sampler, "over_devices"):  # not all that it carries is of one sample
+        return sampler.over_devices(carry)  # type: ignore[attr-defined]
     rows = lambda leaf: leaf.ndim > 0 and leaf.shape[0] % batch == 0  # noqa: E731 - of examples, or of N chains each
-    return jax.tree.map(lambda leaf: split(leaf) if rows(leaf) else leaf, carry)
+    return jax.tree.map(lambda leaf: split(leaf, shards) if rows(leaf) else leaf, carry)
 
 
 def _run(
-    sampler: Sampler, key: Key, times: Array, cond: Cond, batch: int, keep: Keep | None, mesh: jax.sharding.Mesh | None
+    sampler: Sampler, key: Key, times: Array, cond: Cond, batch: int, keep: Keep | None, shards: Shards | None
 ) -> tuple[State, Any, Info]:
-    carry = _start(sampler, key, times[0], cond, batch, mesh)
+    carry = _start(sampler, key, times[0], cond, batch, shards)
     carry, kept = _advance_chunk(sampler, key, carry, times, cond, 0, keep)
     x0, info = _end(sampler, carry, times[-1], cond)
     return x0, kept, info
 
 
-_whole = jax.jit(_run, static_argnames=("batch", "keep", "mesh"))
-_begin = jax.jit(_start, static_argnames=("batch", "mesh"))
+_whole = jax.jit(_run, static_argnames=("batch", "keep", "shards"))
+_begin = jax.jit(_start, static_argnames=("batch", "shards"))
 
 
 def _end(sampler: Sampler, carry: Any, t: Array, cond: Cond) -> tuple[State, Info]:

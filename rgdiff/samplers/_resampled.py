@@ -54,6 +54,9 @@ class Resampled:
             "lineages": info["lineages"][source],
         }
 
+    def over_devices(self, carry: ResampledCarry) -> ResampledCarry:
+        return carry._replace(particles=self.sampler.over_devices(carry.particles))
+
     def network_calls(self, moves: int) -> int:
         """Calls of the denoiser per sample."""
         return self.count * self.sampler.network_calls(moves)

@@ -17,6 +17,7 @@ from rgdiff.processes import MaskedProcess
 from rgdiff.resampling import multinomial
 from rgdiff.samplers._evaluate import distinct, evaluate, first_equal, refresh, shares
 from rgdiff.samplers._loop import without_gradient
+from rgdiff.shards import Shards, by_rows, split, whole
 from rgdiff.typing import (
     Array,
     Cond,
@@ -68,6 +69,7 @@ class Svdd:
     replace: float = static(default=0.0)
     distinct: bool = static(default=False)
     timeless: bool = static(default=False)
+    shards: Shards | None = static(default=None)
 
     def init(self, key: Key, batch: int, t: Array, cond: Cond = None) -> SvddCarry:
         return self.initial(key, batch, t, cond)[0]
@@ -132,8 +134,8 @@ class Svdd:
             return carry.prediction
         if carry.stale is None:
             return self.denoiser(carry.x, t, cond)
-        rows = max(1, -(-carry.stale.shape[0] // 4))
-        return refresh(self.denoiser, carry.prediction, carry.x, t, cond, carry.stale, rows)
+        again = by_rows(refresh, self.shards, (None, 0, 0, None, 0, 0))
+        return again(self.denoiser, carry.prediction, carry.x, t, cond, carry.stale)
 
     def _draw(self, key: Key, kernel: Any) -> State:
         return jax.vmap(without_gradient(kernel).sample)(jax.random.split(key, self.candidates))
@@ -188,11 +190,11 @@ class Svdd:
 
     def _resample(self, key: Key, carry: SvddCarry, values: Array) -> tuple[SvddCarry, Array]:
         """Replace the lowest of the batch by draws in proportion to exp(v/tau) from all of it (SVDD-R)."""
-        count = round(self.replace * values.shape[0])
+        count, values = round(self.replace * values.shape[0]), whole(values, self.shards)
         winners = multinomial(key, log_soft_weights(values, self.temperature), count)
         lowest = jnp.argsort(jnp.where(jnp.isnan(values), -jnp.inf, values))[:count]
         source = jnp.arange(values.shape[0]).at[lowest].set(winners)
-        return jax.tree.map(lambda leaf: leaf[source], (carry, values))
+        return split(jax.tree.map(lambda leaf: leaf[source], (carry, values)), self.shards)
 
     def _selection_kl(self, log_weights: Array, won: Array) -> Array:
         """Estimate of KL(selected || proposal), nats [B]: log w_won / mean w; for argmax, its exact value without ties."""
@@ -204,9 +206,10 @@ class Svdd:
         """Values [M, B], predictions [M, B, ...] where the value shares the denoiser, and states evaluated per example [B]."""
         pieces = self.candidates // self.chunk
         batch = jax.tree.leaves(candidates)[0].shape[1]
-        run = lambda x, conds: evaluate(self.process, self.value, self.shared, x, t, conds)  # noqa: E731
         if self.distinct:
-            return self._evaluate_distinct(run, candidates, parent, t, cond)
+            each = by_rows(type(self)._evaluate_distinct, self.shards, (None, 1, 0, None, 0), (1, 1, 0))
+            return each(self, candidates, parent, t, cond)
+        run = lambda x, conds: evaluate(self.process, self.value, self.shared, x, t, conds)  # noqa: E731
 
         # Rows of one example stay together, so that a batch split over devices is evaluated where it lies.
         def fold(leaf: Array) -> Array:
@@ -227,9 +230,10 @@ class Svdd:
         return *jax.tree.map(unfold, out), jnp.full(batch, self.candidates)
 
     def _evaluate_distinct(
-        self, run: Any, candidates: Array, parent: SvddCarry | None, t: Array, cond: Cond
+        self, candidates: Array, parent: SvddCarry | None, t: Array, cond: Cond
     ) -> tuple[Array, Any, Array]:
         """The same for one of each kind of candidate; the parent's own kind is known where nothing depends on t."""
+        run = lambda x, conds: evaluate(self.process, self.value, self.shared, x, t, conds)  # noqa: E731
         many, batch = candidates.shape[:2]
         tokens = jnp.argmax(candidates, -1)
         first = first_equal(tokens)  # [M, B]
@@ -306,7 +310,7 @@ def svdd(
         proportion to exp(v/tau) (SVDD-R, algorithm 2); samples then interact, and `samples.info` has their `lineages` [B],
         from which `resampling.standard_error` computes the error of a mean.
       distinct: of a masked process, evaluate equal candidates once. The distribution is the same; the cost falls
-        with the number of copies. Examples then share their evaluations: not for a batch split over devices.
+        with the number of copies. Examples then share their evaluations, those of one device among themselves.
       timeless: with `distinct`, the denoiser and the value do not depend on t, so that a candidate equal to the present state
         costs no evaluation.
 

@@ -21,6 +21,7 @@ from rgdiff.guides.tilt import TILTS, scaled, tilt
 from rgdiff.resampling import SCHEMES, ess, log_mean_exp, log_normalize, share_gains
 from rgdiff.rewards import differentiable
 from rgdiff.samplers._evaluate import evaluate, shares
+from rgdiff.shards import Shards, split, whole
 from rgdiff.typing import (
     Array,
     Cond,
@@ -92,6 +93,7 @@ class Smc:
     interval: int = static(default=1)
     shared: bool = static(default=False)
     tilts: str = static(default="token")
+    shards: Shards | None = static(default=None)
 
     def init(self, key: Key, batch: int, t: Array, cond: Cond = None) -> Particles:
         x = self.process.prior(batch).sample(key)
@@ -128,9 +130,10 @@ class Smc:
         y = proposal.sample(key_draw)
         log_ratio = jnp.zeros_like(carry.log_weights)
         if proposal is not kernel:
-            log_ratio = (kernel.log_prob(y) - proposal.log_prob(y)).astype(jnp.float32)
+            log_ratio = whole((kernel.log_prob(y) - proposal.log_prob(y)).astype(jnp.float32), self.shards)
         evaluation = self._evaluate(y, s, cond)
         moved = self._weigh(carry._replace(x=y, move=carry.move + 1), log_ratio, evaluation, 1 - s / t)
+        moved = self.over_devices(moved)
         info = {
             "ess": ess(moved.log_weights),
             "log_weights": moved.log_weights,
@@ -149,9 +152,9 @@ class Smc:
         if self.process.projects and not self.shared:
             prediction = self.denoiser(carry.x, t, cond)
         x0 = self.process.finalize(carry.x, t, prediction)
-        log_target = (
-            carry.evaluation.value if self.reward is None else self._scale(rewards.evaluate(self.reward, x0, cond))
-        )
+        log_target = carry.evaluation.value
+        if self.reward is not None:
+            log_target = whole(self._scale(rewards.evaluate(self.reward, x0, cond)), self.shards)
         log_weights = carry.log_weights + log_target - carry.log_potential
         log_z = carry.log_z + log_mean_exp(log_weights)
         gains = carry.gains + share_gains(log_weights, carry.lineages)
@@ -164,6 +167,16 @@ class Smc:
             "value": log_target * self.temperature,
         }
         return x0, info
+
+    def over_devices(self, carry: Particles) -> Particles:
+        """Split states, predictions and gradients over the devices; weights and the like [N] are everybody's, a move's few numbers."""
+        evaluation = carry.evaluation
+        x, gradient, prediction = split((carry.x, evaluation.gradient, evaluation.prediction), self.shards)
+        numbers = whole(
+            carry._replace(x=None, evaluation=evaluation._replace(gradient=None, prediction=None)), self.shards
+        )
+        evaluation = numbers.evaluation._replace(gradient=gradient, prediction=prediction)
+        return numbers._replace(x=x, evaluation=evaluation)
 
     def network_calls(self, moves: int) -> int:
         """Calls of the denoiser per particle over a chain of `moves` moves (the value's own network not counted)."""
@@ -187,10 +200,10 @@ class Smc:
 
         if self.twist is None:
             values, prediction = run(x)
-            return Evaluation(self._scale(values), None, prediction)
+            return Evaluation(whole(self._scale(values), self.shards), None, prediction)
         values, back, prediction = jax.vjp(run, x, has_aux=True)
         gradient = jax.tree.map(lambda g: g / self.temperature, back(jnp.ones_like(values))[0])
-        return Evaluation(self._scale(values), gradient, prediction)
+        return Evaluation(whole(self._scale(values), self.shards), gradient, prediction)
 
     def _weigh(
         self, particles: Particles, log_ratio: Array, evaluation: Evaluation, progress: Array | None = None
@@ -253,24 +266,22 @@ class Smc:
     def _resample(self, key: Key, carry: Particles) -> tuple[Particles, Array, Array]:
         count = carry.log_weights.shape[0]
         needed = ess(carry.log_weights) < self.ess_threshold * count
-        ancestors = jnp.where(needed, SCHEMES[self.resampling](key, carry.log_weights), jnp.arange(count))
-        of_particles = carry.x, carry.evaluation, carry.value, carry.running, carry.log_potential, carry.lineages
-        x, evaluation, value, running, log_potential, lineages = jax.tree.map(
-            lambda leaf: leaf[ancestors], of_particles
-        )
-        resampled = Particles(
-            x,
-            evaluation,
-            value,
-            running,
-            log_potential,
-            lineages,
-            log_weights=jnp.where(needed, 0.0, carry.log_weights),
-            log_z=carry.log_z + jnp.where(needed, log_mean_exp(carry.log_weights), 0.0),
-            strength=carry.strength,
-            move=carry.move,
-            gains=carry.gains + jnp.where(needed, share_gains(carry.log_weights, carry.lineages), 0.0),
-        )
+
+        def exchange() -> tuple[Particles, Array]:
+            ancestors = SCHEMES[self.resampling](key, carry.log_weights)
+            moved = jax.tree.map(lambda leaf: leaf[ancestors], carry[:6])  # the fields that are permuted
+            resampled = Particles(
+                *moved,
+                log_weights=jnp.zeros_like(carry.log_weights),
+                log_z=carry.log_z + log_mean_exp(carry.log_weights),
+                strength=carry.strength,
+                move=carry.move,
+                gains=carry.gains + share_gains(carry.log_weights, carry.lineages),
+            )
+            return self.over_devices(resampled), ancestors.astype(jnp.int32)
+
+        stay = lambda: (carry, jnp.arange(count, dtype=jnp.int32))  # noqa: E731
+        resampled, ancestors = jax.lax.cond(needed, exchange, stay)  # devices exchange particles only where they must
         return resampled, ancestors, needed
 
 

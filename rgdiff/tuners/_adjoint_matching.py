@@ -29,8 +29,9 @@ from rgdiff.kernels import Gaussian
 from rgdiff.processes import GaussianProcess
 from rgdiff.rewards import evaluate
 from rgdiff.samplers._loop import roll
+from rgdiff.shards import bound, split
 from rgdiff.tuners._chain import Chain, hold
-from rgdiff.tuners._reward_backprop import RewardBackprop, _rewards, reward_backprop
+from rgdiff.tuners._reward_backprop import RewardBackprop, reward_backprop
 from rgdiff.typing import (
     Array,
     Cond,
@@ -42,7 +43,6 @@ from rgdiff.typing import (
     Process,
     Reward,
     State,
-    callable_pytree,
     pytree,
     static,
 )
@@ -76,14 +76,14 @@ class AdjointMatching(RewardBackprop):
     def _total(
         self, params: Params, key: Key, cond: Cond, temperature: Array | None, micro: bool = True
     ) -> tuple[Array, dict[str, Array]]:
-        """The sum of the loss over feasible examples of one (micro-)batch, whose gradient is taken call by call, and sums for the report."""
+        """The sum of the loss over feasible examples of one (micro-)batch, whose gradient is taken call by call, and rows for the report."""
         temperature = self.temperature if temperature is None else temperature
         batch = self.batch // self.micro_batches if micro else self.batch
         checks.conditions(cond, batch)
         key_chain, key_calls = jax.random.split(key)
         moving, params = params, hold(params, False)
         states, x0 = self._path(params, key_chain, batch, cond)
-        rewards, back = jax.vjp(lambda x0: _rewards(self.reward, x0, cond), x0)
+        rewards, back = jax.vjp(lambda x0: self._judge(x0, cond), x0)
         feasible = jnp.isfinite(rewards)
         # The projection is priced as a move to alpha x0 with the noise of its own time (`samplers.projection_kl`).
         slope = 1.0 / (temperature[0] * self.process.schedule.alpha(self.times[-1]))  # type: ignore[attr-defined]
@@ -108,19 +108,19 @@ class AdjointMatching(RewardBackprop):
         elif weights.shape[0] > 2:
             carry, _ = jax.lax.scan(step, carry, where, reverse=True)
         gradients, loss, kl = carry[1]
-        sums = {"reward": jnp.where(feasible, rewards, 0.0).sum(), "feasible": feasible.sum(), "loss": loss}
-        sums |= {"infeasible": batch - feasible.sum(), "penalty": kl[None]}
+        rows = {"reward": jnp.where(feasible, rewards, 0.0), "feasible": feasible.astype(jnp.float32), "loss": loss}
+        rows["penalty"] = kl[None]
         if self.heldout is not None:
-            sums["heldout"] = jnp.sum(jnp.where(feasible, evaluate(self.heldout, x0, cond), 0.0))
+            rows["heldout"] = jnp.where(feasible, evaluate(self.heldout, x0, cond), 0.0)
         along = jax.tree.map(
             lambda g, p: jnp.vdot(g, p - hold(p, False)), gradients, moving
         )  # 0, whose gradient is theirs
-        return loss + sum(jax.tree.leaves(along)), sums
+        return loss.sum() + sum(jax.tree.leaves(along)), rows
 
     def _path(self, params: Params, key: Key, batch: int, cond: Cond) -> tuple[State, State]:
         """Draw the tuned chain: the state before every call [calls, B, ...], and x0; constants."""
-        chain = Chain(self.process, callable_pytree(self.model(params), "a denoiser"), live=False)
-        carry = chain.init(jax.random.fold_in(key, 0), batch, self.times[0], cond)
+        chain = Chain(self.process, bound(self.model, params, "a denoiser"), live=False)
+        carry = split(chain.init(jax.random.fold_in(key, 0), batch, self.times[0], cond), self.shards)
         states = carry.x[None]
         if self.times.shape[0] > 1:
             carry, kept = roll(chain, key, carry, self.times, cond, keep=lambda carry, info: carry.x)
@@ -139,7 +139,7 @@ class AdjointMatching(RewardBackprop):
     def _match(
         self, law: Law, params: Params, x: State, adjoint: State, feasible: Array, weight: Array
     ) -> tuple[State, tuple[Params, Array, Array]]:
-        """Return the adjoint of the state before a call, and the call's weighted gradient, loss and KL to the prior."""
+        """Return the adjoint of the state before a call, and the call's weighted gradient, and its loss and KL to the prior for each example."""
 
         def moved(x: State) -> tuple[State, Gaussian]:
             kernel = law(self.references[0], x)
@@ -148,16 +148,17 @@ class AdjointMatching(RewardBackprop):
         _, back, prior = jax.vjp(moved, x, has_aux=True)
         target = prior.tilt(adjoint)
 
-        def loss(params: Params) -> tuple[Array, Array]:
-            kernel = law(callable_pytree(self.model(params), "a denoiser"), x)
+        def loss(params: Params) -> tuple[Array, tuple[Array, Array]]:
+            kernel = law(bound(self.model, params, "a denoiser"), x)
             far = kernel.kl(target)
             if self.loss_limit is not None:
                 far = jnp.minimum(far, self.loss_limit)
-            return weight * jnp.sum(jnp.where(feasible, far, 0.0)), weight * kernel.kl(prior).sum()
+            far = weight * jnp.where(feasible, far, 0.0)
+            return jnp.sum(far), (far, weight * kernel.kl(prior))
 
         def matched(params: Params) -> tuple[Params, Array, Array]:
-            (far, kl), gradients = jax.value_and_grad(loss, has_aux=True)(params)
-            return gradients, far, kl
+            gradients, rows = jax.grad(loss, has_aux=True)(params)
+            return gradients, *rows
 
         def skipped(params: Params) -> tuple[Params, Array, Array]:
             return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(matched, params))

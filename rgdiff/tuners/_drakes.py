@@ -158,7 +158,7 @@ class LogVariance(RewardBackprop):
 
     def _surrogate(self, rewards: Array, feasible: Array, log_prob: Array, cost: Array) -> Array:
         paid = jnp.where(feasible, rewards - cost.sum(0), 0.0)
-        others = jnp.maximum(jnp.sum(feasible) - 1, 1)
+        others = jnp.maximum(jnp.sum(feasible.astype(jnp.float32)) - 1, 1)
         return jax.lax.stop_gradient(paid - (paid.sum() - paid) / others) * log_prob.sum(0)
 
 

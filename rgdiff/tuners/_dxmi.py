@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from rgdiff import checks
 from rgdiff._settings import setting_of
+from rgdiff.shards import bound, value_and_grad
 from rgdiff.tuners._dxdp import settings, sigmoid_time_cost
 from rgdiff.tuners._loop import TrainState
 from rgdiff.tuners._max_ent import Ablation, MaximumEntropy, Paths, Togo
@@ -46,8 +46,12 @@ class InverseLearning(MaximumEntropy):
         checks.examples("data['x0']", data["x0"], self.process)
 
     def togo(self, params: Params) -> Togo:
-        energy = None if self.energy_model is None else AtTime(self.energy_model(params["energy"]), jnp.float32(0))
-        return Togo(self.value(params["value"]), energy, self.ablation.timeless)
+        energy = (
+            None
+            if self.energy_model is None
+            else AtTime(bound(self.energy_model, params["energy"], "an energy of states"), jnp.float32(0))
+        )
+        return Togo(bound(self.value, params["value"], "a value"), energy, self.ablation.timeless)
 
     def energy(self, params: Params) -> AtTime:
         """The energy (x, cond) -> [B] of a state's parameters: V at t = 0, or the separate network; exp(-E / tau) is a density."""
@@ -66,7 +70,8 @@ class InverseLearning(MaximumEntropy):
         params, opt_state = carry
         first = None
         for _ in range(self.energy_steps):
-            (error, info), gradients = jax.value_and_grad(loss, has_aux=True)(params[name], params)
+            grad = value_and_grad(loss, self.shards, has_aux=True)
+            (error, info), gradients = grad(params[name], params)
             first = (error, info) if first is None else first
             part, opt = self._descend(params[name], opt_state[name], gradients, rate)
             params, opt_state = params | {name: part}, opt_state | {name: opt}

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 
 from rgdiff._settings import setting_of
 from rgdiff.samplers._loop import roll
+from rgdiff.shards import bound
 from rgdiff.tuners._dxmi import InverseLearning, dxmi
 from rgdiff.tuners._max_ent import Paths, _Walk
-from rgdiff.typing import Array, Cond, Info, Key, Params, Process, callable_pytree, pytree
+from rgdiff.typing import Array, Cond, Info, Key, Params, Process, pytree
 
 
 @pytree
@@ -41,7 +42,7 @@ class Contrastive(InverseLearning):
         self, policy: Params, key: Key, params: Params, paths: Paths, speed: Array, shift: Array, cond: Cond = None
     ) -> Array:
         """Mean of E(x_T) - tau H(pi(x_T | x_{T-1})) over fresh chains, reparameterised from their first state."""
-        flow = _Flow(self.process, callable_pytree(self.model(policy), "a denoiser"))
+        flow = _Flow(self.process, bound(self.model, policy, "a denoiser"))
         x, entropies = roll(flow, key, paths.x[0], self.times, cond, keep=lambda _, info: info["entropy"])  # type: ignore[arg-type]
         x0 = self.process.finalize(x, self.times[-1], None)
         return jnp.mean(self.energy(params)(x0, cond) - self.temperature * entropies[-1])

@@ -19,6 +19,7 @@ from rgdiff.keys import unrolled
 from rgdiff.processes import GaussianProcess
 from rgdiff.rewards import differentiable, evaluate
 from rgdiff.samplers import ancestral, sample
+from rgdiff.shards import Shards, split
 from rgdiff.tuners._loop import TrainState, start
 from rgdiff.tuners._pretraining import Pretraining
 from rgdiff.typing import Array, Info, Key, Model, Params, Reward, callable_pytree, pytree, static
@@ -79,7 +80,9 @@ class Refit:
         memory, batch = state.history.shape[:2]
         age = jnp.mod(state.step - 1 - jnp.arange(memory), memory)  # of the batch at each place of the ring, in rounds
         log_weight = jnp.where(age == 0, 0.0, jnp.where(age < state.step, age * jnp.log(self.decay), -jnp.inf))
-        return state.history[jax.random.categorical(key, log_weight, shape=(batch,)), jnp.arange(batch)]
+        chosen = jax.random.categorical(key, log_weight, shape=(batch,))
+        # Indexed per example, not by (index, arange): a batch split over devices stays where it is.
+        return jax.vmap(lambda column, i: column[i], in_axes=(1, 0))(state.history, chosen)
 
 
 @pytree
@@ -100,6 +103,7 @@ class GradientGuidance:
     memory: int = static()
     guidance: str = static(default="g_loss")
     gradient_at: str = static(default="sample")
+    shards: Shards | None = static(default=None)
 
     def init(self, params: Params) -> GuidanceState:
         import optax
@@ -125,7 +129,7 @@ class GradientGuidance:
             beta=self.beta,
             look_ahead=self.guidance == "g_loss",
         )
-        x0 = sample(ancestral(self.process, denoiser), key_chain, self.batch, self.times).x0
+        x0 = sample(ancestral(self.process, denoiser), key_chain, self.batch, self.times, mesh=self.shards).x0
         gradient, target, usable, rewards = self._query(x0)
         info |= {
             "reward": jnp.nanmean(rewards),
@@ -137,6 +141,10 @@ class GradientGuidance:
             info |= self.measure(x0)
         history = state.history.at[jnp.mod(state.step, self.memory)].set(x0)
         return GuidanceState(train, x0, gradient, target, history, state.step + 1), info
+
+    def over_devices(self, state: GuidanceState) -> GuidanceState:
+        rows = split((state.x0, state.gradient, state.target), self.shards)
+        return GuidanceState(state.train, *rows, split(state.history, self.shards, 1), state.step)
 
     def network_calls(self) -> int:
         """Calls of the denoiser per sample and round; under G_loss each comes with a vector-Jacobian product."""

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from rgdiff import checks
 from rgdiff.rewards import failures, host_rewards
+from rgdiff.shards import Shards, on_mesh, placed, shards_of, split, strata, take
 from rgdiff.tuners.ema import ema_update
 from rgdiff.typing import Array, Info, Key, Params, Tuner
 
@@ -123,6 +124,7 @@ def fit(
     batch: int | None = None,
     chunk: int = 50,
     on_chunk: Callable[[Any, Info], None] | None = None,
+    mesh: Any = None,
 ) -> Any:
     """Train until `state.step` is `steps`, or `state.stopped` (`early_stopping`), `chunk` steps to a compiled call.
 
@@ -133,17 +135,21 @@ def fit(
       key: a typed PRNG key; the same key must be given when a run is continued.
       state: from `tuner.init(params)` or a checkpoint; its buffers are donated.
       steps: the total number, so that continuing an interrupted run is the same call.
-      data: a pytree of arrays [N, ...] on the device; every step gets `batch` rows of it, drawn uniformly.
+      data: a pytree of arrays [N, ...] on the device; every step gets `batch` rows of it, one from each of `batch` equal parts, so
+        that every row is as probable as any.
       batch: rows per step, where there are data.
       chunk: steps in one compiled call.
       on_chunk: called as (state, infos) between chunks; infos hold one value per step, on the host. Copy the parts of the state
         that you keep: the next chunk donates it.
+      mesh: devices over which the rows of every batch are split, as in `samplers.sample`; data whose N is a multiple of their number
+        are split too, and each device draws from its own. The state is copied to all of them, except for parameters that lie on
+        the mesh in another way. The numbers are those of one device, up to rounding; gradients are summed over devices once an update.
 
     Returns:
       The final state.
 
     Raises:
-      ValueError: for anything else than a tuner, a state whose buffers an earlier call took, data that do not fit the tuner's
+      ValueError: for anything else than a tuner, a batch that is no multiple of the devices, a state whose buffers an earlier call took, data that do not fit the tuner's
         process: another shape, tokens that are not one-hot, images in 0 ... 255.
       RewardFailure: where a reward raises, or returns something else than one number per sample; of a host reward its `state`
         is that of before the chunk, from which the same call continues.
@@ -168,12 +174,15 @@ def fit(
         checks.rows(data, batch)
     if hasattr(tuner, "suits"):
         tuner.suits(data)  # type: ignore[attr-defined]
+    shards = shards_of(mesh)
+    tuner, state, data = spread_out(tuner, state, data, batch, shards)
+    layout = layout_of(state, shards)
     done = int(state.step)
     while done < steps:
         count = min(chunk - done % chunk, steps - done)
         with failures(tuner) as settle:
             before = copied(state) if host_rewards(tuner) else None  # to go on from, where the reward raises
-            state, infos = settle(_advance(tuner, key, state, data, count, batch), before, done)
+            state, infos = settle(_advance(tuner, key, state, data, count, batch, shards, layout), before, done)
         done += count
         if on_chunk is not None:
             on_chunk(state, jax.device_get(infos))
@@ -182,20 +191,56 @@ def fit(
     return state
 
 
-def draw_rows(key: Key, data: Any, batch: int | None) -> Any:
-    """Draw `batch` rows of the data [N, ...], uniformly with replacement; None where there are none."""
+def spread_out(method: Any, state: Any, data: Any, batch: int | None, shards: Shards | None) -> tuple[Any, Any, Any]:
+    """Return a method that knows the shards, with its state and data on their mesh; refuse batches that cannot be split."""
+    if shards is None:
+        return method, state, data
+    for name, rows in (("batch", batch), ("the tuner's batch", getattr(method, "batch", None))):
+        if isinstance(rows, int):
+            checks.divided(name, rows, shards)
+    method, state = on_mesh(method, shards), placed(state, shards)
+    if hasattr(method, "over_devices"):  # of a state that holds rows
+        state = jax.jit(method.over_devices)(state)
+    return method, state, placed(data, shards, rows=True)
+
+
+def layout_of(state: Any, shards: Shards | None) -> tuple[Any, ...] | None:
+    """The shardings of the leaves of a state on a mesh, which its next states have too: no program is compiled twice for another."""
+    return None if shards is None else tuple(leaf.sharding for leaf in jax.tree.leaves(state))
+
+
+def laid_out(state: Any, layout: tuple[Any, ...] | None) -> Any:
+    """Constrain a state to a layout."""
+    if layout is None:
+        return state
+    leaves, structure = jax.tree.flatten(state)
+    return jax.tree.unflatten(structure, map(jax.lax.with_sharding_constraint, leaves, layout))
+
+
+def draw_rows(key: Key, data: Any, batch: int | None, shards: Shards | None = None) -> Any:
+    """Draw `batch` rows of the data [N, ...], one from each of as many equal parts (`shards.strata`); None where there are none."""
     if data is None or batch is None:
         return None
-    chosen = jax.random.randint(key, (batch,), 0, jax.tree.leaves(data)[0].shape[0])
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[chosen], data)
+    chosen = strata(key, batch, jax.tree.leaves(data)[0].shape[0])
+    return take(data, split(chosen, shards), shards)
 
 
-def train(tuner: Tuner, key: Key, state: Any, data: Any, count: int, batch: int | None) -> tuple[Any, Info]:
+def train(
+    tuner: Tuner,
+    key: Key,
+    state: Any,
+    data: Any,
+    count: int,
+    batch: int | None,
+    shards: Shards | None = None,
+    layout: tuple[Any, ...] | None = None,
+) -> tuple[Any, Info]:
     """Take `count` steps, inside another program or as `fit`'s; returns the state and infos with one value per step."""
 
     def one(state: Any, _: None) -> tuple[Any, Info]:
         key_batch, key_step = jax.random.split(jax.random.fold_in(key, state.step))
-        return tuner.step(key_step, state, draw_rows(key_batch, data, batch))
+        state, info = tuner.step(key_step, state, draw_rows(key_batch, data, batch, shards))
+        return laid_out(state, layout), info
 
     if count == 1:  # see samplers._loop.roll
         state, info = one(state, None)
@@ -203,4 +248,4 @@ def train(tuner: Tuner, key: Key, state: Any, data: Any, count: int, batch: int 
     return jax.lax.scan(one, state, None, length=count)
 
 
-_advance = jax.jit(train, static_argnames=("count", "batch"), donate_argnames=("state",))
+_advance = jax.jit(train, static_argnames=("count", "batch", "shards", "layout"), donate_argnames=("state",))

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from rgdiff import checks, rewards
 from rgdiff.kernels import Gaussian
 from rgdiff.samplers._loop import roll
+from rgdiff.shards import Shards, bound, split, spread, value_and_grad
 from rgdiff.tuners._loop import TrainState
 from rgdiff.tuners.ema import ema_update
-from rgdiff.typing import Array, Cond, Info, Key, Params, Process, State, Value, callable_pytree, pytree, shown, static
+from rgdiff.typing import Array, Cond, Info, Key, Params, Process, State, Value, pytree, shown, static
 from rgdiff.values import evaluate
 
 SWEEPS = ("gauss_seidel", "jacobi")
@@ -134,6 +135,7 @@ class MaximumEntropy:
     optimizer: Any = static()
     batch: int = static()
     ablation: Ablation = static(default=Ablation())
+    shards: Shards | None = static(default=None)
 
     advice = "lower the rates, or see that the reward is finite wherever chains may end (jnp.maximum(reward, a floor))"
 
@@ -159,12 +161,12 @@ class MaximumEntropy:
     def togo(self, params: Params) -> Togo:
         """The cost to go of a state's parameters, a value with lower = better: minus the reward, or the energy, at t = 0."""
         energy = None if self.reward is None else self._minus_reward
-        return Togo(self.value(params["value"]), energy, self.ablation.timeless)
+        return Togo(bound(self.value, params["value"], "a value"), energy, self.ablation.timeless)
 
     def rollout(self, key: Key, policy: Params, batch: int, cond: Cond = None) -> Paths:
         """Draw chains without gradients."""
-        walk = _Walk(self.process, callable_pytree(self.model(policy), "a denoiser"))
-        first = walk.init(jax.random.fold_in(key, 0), batch, self.times[0])
+        walk = _Walk(self.process, bound(self.model, policy, "a denoiser"))
+        first = split(walk.init(jax.random.fold_in(key, 0), batch, self.times[0]), self.shards)
         _, (later, kernels) = roll(
             walk, key, first, self.times, cond, keep=lambda x, info: jax.lax.stop_gradient((x, info["kernel"]))
         )
@@ -241,7 +243,8 @@ class MaximumEntropy:
 
         def one(inner: tuple[Params, Any], where: Any) -> tuple[tuple[Params, Any], Array]:
             (value, opt), (t, x, *rest) = inner, where
-            error, gradients = jax.value_and_grad(loss)(value, x, t, goal(value, rest[0], x, *rest[1:]))
+            grad = value_and_grad(loss, self.shards)
+            error, gradients = grad(value, x, t, goal(value, rest[0], x, *rest[1:]))
             return descend(value, opt, gradients), error
 
         def sweep(inner: tuple[Params, Any], key: Key) -> tuple[tuple[Params, Any], Array]:
@@ -256,8 +259,13 @@ class MaximumEntropy:
             value, opt = inner
             goals = jax.vmap(lambda x, *rest: goal(value, rest[0], x, *rest[1:]))(paths.x[:-1], *rest)
             each = lambda value: jax.vmap(lambda t, x, y: loss(value, x, t, y))(self.times[:-1], paths.x[:-1], goals)  # noqa: E731
-            errors, back = jax.vjp(each, value)
-            return descend(value, opt, back(jnp.ones_like(errors))[0]), errors
+
+            def every(value: Params) -> tuple[Params, Array]:
+                errors, back = jax.vjp(each, value)
+                return back(jnp.ones_like(errors))[0], errors
+
+            gradients, errors = spread(every, self.shards)(value)
+            return descend(value, opt, gradients), errors
 
         inner = params["value"], opt_state["value"]
         for one_key in jax.random.split(key, self.ablation.sweeps):
@@ -270,16 +278,23 @@ class MaximumEntropy:
     ) -> Array:
         """Mean over transitions of V_{t+1}(y) + the step's cost, y ~ pi reparameterised.
 
-        Every move takes its share of the chains, others at every iteration (`shift`), or all of them. One move at a time, so
-        that a network embeds its time once.
+        Every move takes its share of the chains, one of every T, others at every iteration (`shift`), or all of them. One move at a
+        time, so that a network embeds its time once.
         """
         moves, batch = self.times.shape[0] - 1, paths.x.shape[1]
-        rows = batch if self.ablation.every_move else -(-batch // moves)
-        denoiser, togo = self.model(policy), self.togo(params)
+        denoiser, togo = bound(self.model, policy, "a denoiser"), self.togo(params)
+
+        def share(tree: Any, move: Array) -> Any:
+            turn = (move + shift) % moves
+            if self.ablation.every_move or moves == 1:
+                return tree
+            if batch % moves:
+                chosen = (moves * jnp.arange(-(-batch // moves)) + turn) % batch
+                return jax.tree.map(lambda leaf: leaf[chosen], tree)
+            return jax.tree.map(lambda leaf: leaf.reshape(-1, moves, *leaf.shape[1:])[:, turn], tree)
 
         def one(key: Key, move: Array, t: Array, s: Array, x: Array, speed: Array) -> Array:
-            chosen = (rows * move + jnp.arange(rows) + shift) % batch
-            x, some = x[chosen], jax.tree.map(lambda leaf: leaf[chosen], cond)
+            x, some = share((x, cond), move)
             kernel = self.process.reverse(x, t, s, denoiser(x, t, some))
             y = kernel.rsample(key)
             return jnp.mean(togo(y, s, some) + self.cost(kernel, x, y, speed))  # type: ignore[arg-type]
@@ -292,7 +307,8 @@ class MaximumEntropy:
         import optax
 
         params, opt_state = carry
-        loss, gradients = jax.value_and_grad(self.policy_loss)(params["policy"], key, params, paths, speed, step, cond)
+        grad = value_and_grad(self.policy_loss, self.shards)
+        loss, gradients = grad(params["policy"], key, params, paths, speed, step, cond)
         norm = optax.tree.norm(gradients)
         shrink = jnp.minimum(1.0, self.clip / jnp.maximum(norm, 1e-12))
         gradients = jax.tree.map(lambda g: (shrink * g).astype(g.dtype), gradients)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from rgdiff import checks
 from rgdiff.denoisers import needs_signal
 from rgdiff.processes import GaussianProcess, MaskedProcess
+from rgdiff.shards import Shards, bound, value_and_grad
 from rgdiff.tuners._loop import TrainState, start, update
 from rgdiff.typing import (
     Array,
@@ -54,6 +55,7 @@ class Pretraining:
     optimizer: Any = static()
     target: str = static(default="eps")
     weighting: str = static(default="uniform")
+    shards: Shards | None = static(default=None)
 
     def init(self, params: Params) -> TrainState:
         if self.grid is not None:
@@ -67,7 +69,8 @@ class Pretraining:
 
     def step(self, key: Key, state: TrainState, batch: Any) -> tuple[TrainState, Info]:
         """Take one step on batch = {"x0": [B, ...]} and, optionally, "cond"."""
-        loss, gradients = jax.value_and_grad(self.loss)(state.params, key, batch["x0"], batch.get("cond"))
+        grad = value_and_grad(self.loss, self.shards)
+        loss, gradients = grad(state.params, key, batch["x0"], batch.get("cond"))
         state, info = update(state, gradients, self.optimizer, self.ema_decay)
         return state, {"loss": loss} | info
 
@@ -82,12 +85,12 @@ class Pretraining:
             dropped = jax.random.bernoulli(key_drop, self.drop, (batch,))
             hide = lambda c, n: jnp.where(dropped.reshape(-1, *([1] * (c.ndim - 1))), jnp.asarray(n, c.dtype), c)  # noqa: E731
             cond = jax.tree.map(hide, cond, self.null)
-        denoiser = callable_pytree(self.model(params), "a denoiser")
+        denoiser = bound(self.model, params, "a denoiser")
         if isinstance(self.process, MaskedProcess):
             t = stratified_times(key_time, batch)
             x = self.process.forward(x0, t).sample(key_noise)
-            bound = self.process.schedule.hazard(t) * masked_cross_entropy(denoiser(x, t, cond), x, x0)
-            return jnp.mean(bound) if weights is None else jnp.sum(weights * bound)
+            error = self.process.schedule.hazard(t) * masked_cross_entropy(denoiser(x, t, cond), x, x0)
+            return jnp.mean(error) if weights is None else jnp.sum(weights * error)
         process: GaussianProcess = self.process  # type: ignore[assignment]
         t = self._draw_times(key_time, batch)
         x = process.forward(x0, t).sample(key_noise)

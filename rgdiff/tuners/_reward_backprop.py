@@ -23,6 +23,7 @@ from rgdiff import checks
 from rgdiff.denoisers import needs_signal
 from rgdiff.rewards import differentiable, evaluate
 from rgdiff.samplers._loop import REMAT, rematerialize, roll
+from rgdiff.shards import Shards, bound, by_rows, split, spread
 from rgdiff.tuners._chain import PENALTIES, Chain, ChainCarry, budget_of, hold, towards_budget, weighed_references
 from rgdiff.tuners._loop import TrainState, start, update
 from rgdiff.typing import (
@@ -72,6 +73,7 @@ class RewardBackprop:
     penalty: str = static(default="kl")
     penalize_dead: bool = static(default=True)
     micro_batches: int = static(default=1)
+    shards: Shards | None = static(default=None)
 
     def init(self, params: Params) -> TrainState:
         needs_signal(self.model, self.times, params)
@@ -109,15 +111,19 @@ class RewardBackprop:
         count = self.micro_batches
         checks.conditions(cond, self.batch)
         grad = jax.grad(self._total, has_aux=True)
-        if count == 1:
-            gradients, sums = grad(params, key, cond, temperature)
-        else:
+
+        def every(params: Params) -> tuple[Params, dict[str, Array]]:
+            if count == 1:
+                return grad(params, key, cond, temperature)
             keys = jax.random.split(key, count)
-            conds = jax.tree.map(lambda c: c.reshape(count, -1, *c.shape[1:]), cond)
+            conds = jax.tree.map(lambda c: c.reshape(-1, count, *c.shape[1:]).swapaxes(0, 1), cond)
             first = grad(params, keys[0], jax.tree.map(lambda c: c[0], conds), temperature)
             rest = (keys[1:], jax.tree.map(lambda c: c[1:], conds))
             add = lambda total, where: (jax.tree.map(jnp.add, total, grad(params, *where, temperature)), None)  # noqa: E731
-            gradients, sums = jax.lax.scan(add, first, rest)[0]
+            return jax.lax.scan(add, first, rest)[0]
+
+        gradients, rows = spread(every, self.shards)(params)
+        sums = _sums(rows)
         return jax.tree.map(lambda g: g / _number(sums["feasible"]), gradients), self._info(sums)
 
     def loss(self, params: Params, key: Key, cond: Cond = None, temperature: Array | None = None) -> tuple[Array, Info]:
@@ -125,12 +131,14 @@ class RewardBackprop:
 
         The mean is over feasible examples. Under `score_function` it is a surrogate with the right gradient.
         """
-        total, sums = self._total(params, key, cond, temperature, micro=False)
+        total, rows = self._total(params, key, cond, temperature, micro=False)
+        sums = _sums(rows)
         return total / _number(sums["feasible"]), self._info(sums)
 
     def _info(self, sums: dict[str, Array]) -> Info:
         feasible = _number(sums["feasible"])
-        info = {"reward": sums["reward"] / feasible, "infeasible": sums["infeasible"]}
+        infeasible = (self.batch - sums["feasible"]).astype(jnp.int32)
+        info = {"reward": sums["reward"] / feasible, "infeasible": infeasible}
         if self.references:
             costs = sums["penalty"] / self.batch
             info |= {self.penalty if i == 0 else f"{self.penalty}_{i + 1}": cost for i, cost in enumerate(costs)}
@@ -141,27 +149,26 @@ class RewardBackprop:
     def _total(
         self, params: Params, key: Key, cond: Cond, temperature: Array | None, micro: bool = True
     ) -> tuple[Array, dict[str, Array]]:
-        """Minus the sum of the objective over feasible examples of one (micro-)batch, and sums for the report."""
+        """Minus the sum of the objective over feasible examples of one (micro-)batch, and rows [..., b] whose sums are reported."""
         temperature = self.temperature if temperature is None else temperature
         batch = self.batch // self.micro_batches if micro else self.batch
         checks.conditions(cond, batch)
         key_chain, key_extra = jax.random.split(key)
-        denoiser = callable_pytree(self.model(params), "a denoiser")
+        denoiser = bound(self.model, params, "a denoiser")
         x0, log_prob, penalty = self._sample(denoiser, key_chain, batch, cond)
-        rewards = _rewards(self.reward, x0, cond)
+        rewards = self._judge(x0, cond)
         feasible = jnp.isfinite(rewards)
-        count = jnp.sum(feasible)
         safe = jnp.where(feasible, rewards, 0.0)
-        sums = {"reward": safe.sum(), "feasible": count, "infeasible": batch - count}
+        rows = {"reward": safe, "feasible": feasible.astype(jnp.float32)}
         cost = jnp.float32(0)
         if penalty is not None:
             cost = jnp.tensordot(temperature, penalty, (0, 1))  # [T + 1, B]: moves, and the projection
             cost = cost.at[-1].multiply(self.projection)
-            sums["penalty"] = penalty.sum((0, 2))
+            rows["penalty"] = penalty.sum(0)
         if self.heldout is not None:
-            sums["heldout"] = jnp.sum(jnp.where(feasible, evaluate(self.heldout, jax.lax.stop_gradient(x0), cond), 0.0))
+            rows["heldout"] = jnp.where(feasible, evaluate(self.heldout, jax.lax.stop_gradient(x0), cond), 0.0)
         if log_prob is not None:
-            return -jnp.sum(jnp.where(feasible, self._surrogate(safe, feasible, log_prob, cost), 0.0)), sums
+            return -jnp.sum(jnp.where(feasible, self._surrogate(safe, feasible, log_prob, cost), 0.0)), rows
         total = safe.sum() if self.on_trajectory else jnp.float32(0)
         if self.renoised:
             again = self._renoise(denoiser, key_extra, x0, cond)
@@ -170,7 +177,7 @@ class RewardBackprop:
             total /= self.renoised + self.on_trajectory
         if self.references:
             total -= jnp.sum(jnp.where(feasible, cost.sum(0), 0.0))
-        return -total, sums
+        return -total, rows
 
     def _chain(self, denoiser: Denoiser, **options: Any) -> Chain:
         return Chain(
@@ -195,7 +202,7 @@ class RewardBackprop:
             cut = 0
             if self.plan.early:
                 end = self.times[plan.end]
-        carry, kept = chain.init(jax.random.fold_in(key, 0), batch, self.times[0], cond), []
+        carry, kept = split(chain.init(jax.random.fold_in(key, 0), batch, self.times[0], cond), self.shards), []
         if cut:
             # A penalty needs the parameters at every move; without one the head is free of gradients altogether.
             carry, info = roll(head, key, carry, self.times[: cut + 1], cond, keep=_info, remat=self.remat)
@@ -218,7 +225,7 @@ class RewardBackprop:
         cost = jnp.broadcast_to(cost, (moves + 1, rewards.shape[0]))
         after = jnp.cumsum(cost[::-1], 0)[::-1][1:]
         paid = jnp.where(feasible, rewards - after, 0.0)
-        others = jnp.maximum(jnp.sum(feasible) - 1, 1)
+        others = jnp.maximum(jnp.sum(feasible.astype(jnp.float32)) - 1, 1)
         advantage = jax.lax.stop_gradient(paid - (paid.sum(-1, keepdims=True) - paid) / others)
         return jnp.sum(advantage * log_prob, 0) - cost.sum(0)
 
@@ -228,13 +235,17 @@ class RewardBackprop:
         key_noise, key_chain = jax.random.split(key)
         noised = self.process.forward(jax.lax.stop_gradient(x0), self.times[last])
         draws = jax.vmap(noised.sample)(jax.random.split(key_noise, self.renoised))
-        x = jax.tree.map(lambda d: d.reshape(-1, *d.shape[2:]), draws)
-        conds = jax.tree.map(lambda c: jnp.tile(c, (self.renoised,) + (1,) * (c.ndim - 1)), cond)
+        # The draws of one sample stay together, so that samples split over devices are noised where they lie.
+        x = jax.tree.map(lambda d: d.swapaxes(0, 1).reshape(-1, *d.shape[2:]), draws)
+        conds = jax.tree.map(lambda c: jnp.repeat(c, self.renoised, 0), cond)
         chain, carry = Chain(self.process, denoiser), ChainCarry(x, jnp.int32(last))
         if self.times.shape[0] - 1 > last:
             carry, _ = roll(chain, key_chain, carry, self.times[last:], conds, first=last, remat=self.remat)
         final = rematerialize(lambda carry: chain.final(carry, self.times[-1], conds)[0], self.remat)
-        return _rewards(self.reward, final(carry), conds)
+        return self._judge(final(carry), conds)
+
+    def _judge(self, x0: State, cond: Cond) -> Array:
+        return by_rows(_rewards, self.shards, (None, 0, 0))(self.reward, x0, cond)
 
 
 def _rewards(reward: Reward, x0: State, cond: Cond) -> Array:
@@ -255,6 +266,11 @@ def _rewards(reward: Reward, x0: State, cond: Cond) -> Array:
 
     value.defvjp(forward, backward)
     return value(x0)
+
+
+def _sums(rows: dict[str, Array]) -> dict[str, Array]:
+    """Sums over the last axis, of examples; what has none is a sum already."""
+    return {name: jnp.sum(row, -1) if row.ndim else row for name, row in rows.items()}
 
 
 def _number(count: Array) -> Array:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from rgdiff import checks
 from rgdiff._settings import setting_of
+from rgdiff.shards import Shards, bound, value_and_grad
 from rgdiff.tuners._loop import TrainState, start, update
 from rgdiff.tuners.policy_gradient import PolicyGradient, ddpo
 from rgdiff.typing import (
@@ -46,6 +47,7 @@ class ShortcutTuning:
     constraint: str = static()
     critic_steps: int = static()
     project: bool = static(default=True)
+    shards: Shards | None = static(default=None)
 
     @property
     def batch(self) -> int:
@@ -86,7 +88,7 @@ class ShortcutTuning:
         """Take `critic_steps` optimiser steps of the critic, and report its metric after them."""
 
         def metric(params: Params) -> Array:
-            f = lambda x0, cond: _judge(self.critic(params), x0, cond)  # noqa: E731
+            f = lambda x0, cond: _judge(bound(self.critic, params, "a critic"), x0, cond)  # noqa: E731
             return jnp.mean(f(data, cond)) - jnp.mean(f(samples, sample_cond))
 
         def loss(params: Params, key: Key) -> Array:
@@ -96,7 +98,7 @@ class ShortcutTuning:
             return value
 
         def one(critic: TrainState, key: Key) -> tuple[TrainState, None]:
-            new, _ = update(critic, jax.grad(loss)(critic.params, key), self.critic_optimizer)
+            new, _ = update(critic, value_and_grad(loss, self.shards)(critic.params, key)[1], self.critic_optimizer)
             if self.constraint == "weight_clipping":
                 new = new._replace(params=jax.tree.map(lambda p: jnp.clip(p, -self.bound, self.bound), new.params))
             return new, None
@@ -115,7 +117,7 @@ class ShortcutTuning:
 
         points = jax.tree.map(between, data, samples)
         cond = jax.tree.map(lambda c: c[:rows], cond)
-        slope = jax.grad(lambda x: jnp.sum(_judge(self.critic(params), x, cond)))(points)
+        slope = jax.grad(lambda x: jnp.sum(_judge(bound(self.critic, params, "a critic"), x, cond)))(points)
         square = sum(jnp.sum(leaf.reshape(rows, -1) ** 2, -1) for leaf in jax.tree.leaves(slope))
         return jnp.mean((jnp.sqrt(square + 1e-12) - 1) ** 2)
 

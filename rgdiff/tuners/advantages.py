@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from rgdiff import checks
+from rgdiff.shards import Shards, bound, spread
 from rgdiff.tuners._loop import TrainState, start, update
 from rgdiff.typing import Array, Cond, Info, Params, State, callable_pytree, pytree, static
 from rgdiff.values import evaluate
@@ -250,6 +251,7 @@ class LearntBaseline:
     then: Any
     optimizer: Any = static()
     steps: int = static(default=1)
+    shards: Shards | None = static(default=None)
 
     def init(self) -> tuple[TrainState, Any]:
         return start(self.params, self.optimizer), self.then.init()
@@ -263,13 +265,17 @@ class LearntBaseline:
         )
         weight = jnp.where(returns.feasible, 1.0, 0.0) / jnp.maximum(returns.feasible.sum(), 1) / times.shape[0]
 
-        def error(params: Params, x: State, t: Array, goal: Array) -> Array:
-            return jnp.sum(weight * (evaluate(self.model(params), x, t, returns.cond) - goal) ** 2)
+        def error(params: Params, x: State, t: Array, goal: Array) -> tuple[Array, Array]:
+            errors = weight * (evaluate(bound(self.model, params, "a value"), x, t, returns.cond) - goal) ** 2
+            return jnp.sum(errors), errors
+
+        def every(params: Params) -> tuple[Params, Array]:
+            grad = jax.grad(error, has_aux=True)
+            return summed(lambda *at: grad(params, *at), (states, times, returns.togo))
 
         def learn(learner: TrainState, _: None) -> tuple[TrainState, Array]:
-            grad = jax.value_and_grad(error)
-            loss, gradients = summed(lambda *at: grad(learner.params, *at), (states, times, returns.togo))
-            return update(learner, gradients, self.optimizer)[0], loss
+            gradients, errors = spread(every, self.shards)(learner.params)
+            return update(learner, gradients, self.optimizer)[0], errors.sum()
 
         learner, losses = jax.lax.scan(learn, learner, None, length=self.steps)
         estimate, inner, info = self.then(inner, returns._replace(togo=returns.togo - value))

@@ -17,6 +17,7 @@ import numpy as np
 from rgdiff import checks, processes, samplers, schedules, values
 from rgdiff.resampling import log_mean_exp
 from rgdiff.samplers._loop import roll
+from rgdiff.shards import Shards, bound, split, value_and_grad
 from rgdiff.tuners._elegant import standard_normal
 from rgdiff.tuners._loop import TrainState, start, update
 from rgdiff.typing import Array, Cond, Info, Key, Params, callable_pytree, name_of, pytree, static
@@ -49,6 +50,7 @@ class LangevinEnergy:
     batch: int = static()
     moves: int = static()
     chains: int = static()
+    shards: Shards | None = static(default=None)
 
     def init(self, params: Params) -> TrainState:
         noise = self.spread * jax.random.normal(jax.random.key(0), (self.chains, *self.shape))
@@ -66,23 +68,35 @@ class LangevinEnergy:
     def step(self, key: Key, state: TrainState, batch: Any) -> tuple[TrainState, Info]:
         """Move some chains, raise the energy there and lower it on batch = {"x0": [B, ...]}."""
         key_rows, key_restart, key_noise, key_move = jax.random.split(key, 4)
-        rows = jax.random.permutation(key_rows, self.chains)[: self.batch]
+        few = self._few(state.extra)
+        chosen = jax.random.randint(key_rows, (self.batch,), 0, few.shape[1])
+        pick = jax.vmap(lambda column, i: column[i])
         again = jax.random.bernoulli(key_restart, self.restart, (self.batch,) + (1,) * len(self.shape))
         noise = self.spread * jax.random.normal(key_noise, (self.batch, *self.shape))
-        begin = jnp.where(again, noise, state.extra[rows])
+        begin = jnp.where(again, noise, pick(few, chosen))
         sampler = Langevin(callable_pytree(self.model(state.params), "an energy"), self.step_size)
         chains, _ = roll(sampler, key_move, begin, jnp.linspace(1.0, 0.0, self.moves + 1))  # type: ignore[arg-type]
         chains = jax.lax.stop_gradient(chains)
-        (loss, info), gradients = jax.value_and_grad(self.loss, has_aux=True)(state.params, batch["x0"], chains)
+        grad = value_and_grad(self.loss, self.shards, has_aux=True)
+        (loss, info), gradients = grad(state.params, batch["x0"], chains)
         info.pop("energy_square")
         lost = ~jnp.isfinite(chains).reshape(self.batch, -1).all(-1).reshape(again.shape)
         state, more = update(state, gradients, self.optimizer, self.ema_decay)
-        state = state._replace(extra=state.extra.at[rows].set(jnp.where(lost, noise, chains)))
+        moved = jnp.where(lost, noise, chains)
+        here = (jnp.arange(few.shape[1]) == chosen[:, None]).reshape(*few.shape[:2], *(1,) * len(self.shape))
+        state = state._replace(extra=jnp.where(here, moved[:, None], few).reshape(state.extra.shape))
         return state, {"loss": loss} | info | more
+
+    def over_devices(self, state: TrainState) -> TrainState:
+        return state._replace(extra=split(state.extra, self.shards))
+
+    def _few(self, chains: Array) -> Array:
+        """The chains [B, chains / B, ...], one of each row of which is moved in a step."""
+        return chains.reshape(self.batch, -1, *self.shape)
 
     def loss(self, params: Params, data: Array, chains: Array) -> tuple[Array, Info]:
         """The contrast of data and chains at these parameters."""
-        return contrast(self.model(params), data, chains, self.gamma)
+        return contrast(bound(self.model, params, "an energy"), data, chains, self.gamma)
 
 
 def contrast(energy: Any, data: Array, samples: Array, gamma: Array, cond: Cond = None) -> tuple[Array, Info]:
@@ -96,10 +110,15 @@ def contrast(energy: Any, data: Array, samples: Array, gamma: Array, cond: Cond 
       gamma: weight of the squares, per unit of energy.
       cond: conditions [B, ...] of both, or None.
     """
-    twice = jax.tree.map(lambda c: jnp.concatenate([c, c]), cond)
-    both = jnp.concatenate([data, samples])
-    energies = checks.per_example(f"the energy {name_of(energy)} must return", energy(both, twice), len(both))
-    low, high = energies[: len(data)], energies[len(data) :]
+    count = len(data)
+    if len(samples) == count:  # in turn, so that batches split over devices are evaluated where they lie
+        join = lambda a, b: jnp.stack([a, b], 1).reshape(-1, *a.shape[1:])  # noqa: E731
+        part = lambda both: tuple(both.reshape(count, 2).T)  # noqa: E731
+    else:
+        join = lambda a, b: jnp.concatenate([a, b])  # noqa: E731
+        part = lambda both: (both[:count], both[count:])  # noqa: E731
+    twice, both = jax.tree.map(lambda c: join(c, c), cond), join(data, samples)
+    low, high = part(checks.per_example(f"the energy {name_of(energy)} must return", energy(both, twice), len(both)))
     square = jnp.mean(low**2) + jnp.mean(high**2)
     info = {"energy_data": jnp.mean(low), "energy_samples": jnp.mean(high), "energy_square": square}
     return jnp.mean(low) - jnp.mean(high) + gamma * square, info
@@ -129,10 +148,10 @@ def langevin_energy(
       model: params -> energy, (x [B, ...], cond) -> [B], nats.
       shape: of one example.
       optimizer: an optax gradient transformation.
-      batch: B, chains moved a step, out of `chains` that persist.
+      batch: B, chains moved a step: one of every `chains` / B that persist, at random.
       moves: Langevin moves a step.
       step_size: h, squared data units.
-      chains: number of persistent chains, at least `batch`.
+      chains: number of persistent chains, a multiple of `batch`.
       restart: probability with which a chain begins anew, at noise.
       spread: standard deviation of that noise, data units.
       gamma: keeps energies near 0, per nat.
@@ -143,7 +162,7 @@ def langevin_energy(
       energy_samples, gradient_norm, skipped.
 
     Raises:
-      ValueError: for fewer chains than the batch, or numbers out of range.
+      ValueError: for chains that are no multiple of the batch, or numbers out of range.
 
     Note:
       Du and Mordatch (arXiv 1903.08689, algorithm 1) move by a step of 10 with noise of .005, which samples no exp(-E), and
@@ -164,6 +183,8 @@ def langevin_energy(
     """
     batch = checks.at_least("batch", batch, 1)
     restart_, chains = checks.positive("restart", restart, zero=True), checks.at_least("chains", chains, batch)
+    if chains % batch:
+        raise ValueError(f"chains must be a multiple of the batch of {batch}, got {chains}")
     if not 0 <= restart <= 1:
         raise ValueError(f"restart is a probability, got {restart!r}")
     return LangevinEnergy(

@@ -15,9 +15,10 @@ import numpy as np
 
 from rgdiff import checks
 from rgdiff.rewards import evaluate, failed, failures, from_host
-from rgdiff.tuners._loop import draw_rows
+from rgdiff.shards import Shards, by_rows, shards_of
+from rgdiff.tuners._loop import draw_rows, laid_out, layout_of, spread_out
 from rgdiff.tuners.stopping import EarlyStopping
-from rgdiff.typing import Array, Cond, Info, Key, Online, Params, Reward, callable_pytree, pytree
+from rgdiff.typing import Array, Cond, Info, Key, Online, Params, Reward, callable_pytree, pytree, static
 
 
 @pytree
@@ -28,6 +29,7 @@ class OnlineTuner:
     reward: Reward
     heldout: Reward | None = None
     noise: Array | None = None
+    shards: Shards | None = static(default=None)
 
     @property
     def batch(self) -> int:
@@ -63,7 +65,7 @@ class OnlineTuner:
         return self.online.network_calls()
 
     def _answers(self, key: Key, experience: Any) -> Array:
-        rewards = evaluate(self.reward, experience.x0, experience.cond)
+        rewards = by_rows(evaluate, self.shards, (None, 0, 0))(self.reward, experience.x0, experience.cond)
         if self.noise is None:
             return rewards
         return rewards + self.noise * jax.random.normal(jax.random.fold_in(key, 2), rewards.shape)
@@ -117,6 +119,7 @@ def fit_online(
     batch: int | None = None,
     heldout: Callable[..., Any] | None = None,
     on_step: Callable[[Any, Info], None] | None = None,
+    mesh: Any = None,
 ) -> Any:
     """Train until `state.step` is `steps`, calling the reward on the host between a compiled rollout and update.
 
@@ -129,11 +132,12 @@ def fit_online(
       steps: the total number, so that continuing an interrupted run is the same call.
       reward: any Python function (x0 as NumPy [B, ...], cond as NumPy [B, ...] or None) -> B numbers, or (numbers, valid); NaN or
         valid = False marks an infeasible sample. It may take any time.
-      data: conditions, a pytree of arrays [N, ...]; every step gets `batch` rows of it, drawn uniformly, as in `fit`.
+      data: conditions, a pytree of arrays [N, ...]; every step gets `batch` rows of it, drawn as in `fit`.
       batch: rows per step, where there are data.
       heldout: another such function, reported as info["heldout"].
       on_step: called as (state, info) after every step, info on the host. Copy the parts of the state that you keep: the next
         step donates it.
+      mesh: devices over which the rows of every batch are split, as in `fit`.
 
     Returns:
       The final state.
@@ -161,15 +165,18 @@ def fit_online(
     steps = checks.at_least("steps", steps, 0)
     if data is not None:
         checks.rows(data, batch)
+    shards = shards_of(mesh)
+    online, state, data = spread_out(online, state, data, batch, shards)
+    layout = layout_of(state, shards)
     for step in range(int(state.step), steps):
         if getattr(state, "stopped", False):
             break
         with failures(online) as settle:  # a value inside the method may be made of a host reward
-            experience = settle(_rollout(online, key, state, data, batch), state, step)
+            experience = settle(_rollout(online, key, state, data, batch, shards), state, step)
         x0, cond = jax.device_get((experience.x0, experience.cond))
         rewards = _on_host(reward, x0, cond, state, step)
         judged = None if heldout is None else _on_host(heldout, x0, cond, state, step)
-        state, info = _update(online, key, state, experience, rewards, judged)
+        state, info = _update(online, key, state, experience, rewards, judged, layout)
         if on_step is not None:
             on_step(state, jax.device_get(info))
     return state
@@ -187,7 +194,10 @@ def feasible_mean(values: Array, rewards: Array) -> Array:
 
 
 def minibatch_rows(key: Key, batch: int, epochs: int, minibatches: int) -> Array:
-    """Return the rows of every optimiser step, [epochs * minibatches, batch / minibatches]: a new order in every epoch.
+    """Return the rows of every optimiser step, [epochs * minibatches, batch / minibatches]: others in every epoch.
+
+    Each step has one of every `minibatches` consecutive rows, at random: of groups and conditions all have their shares, and of a
+    batch that is split over devices each takes its own.
 
     Args:
       key: a PRNG key, of the orders.
@@ -195,8 +205,9 @@ def minibatch_rows(key: Key, batch: int, epochs: int, minibatches: int) -> Array
     """
     if minibatches == 1:
         return jnp.broadcast_to(jnp.arange(batch), (epochs, batch))
-    orders = jax.vmap(lambda k: jax.random.permutation(k, batch))(jax.random.split(key, epochs))
-    return orders.reshape(epochs * minibatches, batch // minibatches)
+    few = jnp.arange(batch).reshape(batch // minibatches, minibatches)
+    shuffled = lambda key: jax.random.permutation(key, few, axis=1, independent=True).T  # noqa: E731
+    return jax.vmap(shuffled)(jax.random.split(key, epochs)).reshape(epochs * minibatches, batch // minibatches)
 
 
 def _on_host(reward: Callable[..., Any], x0: Any, cond: Any, state: Any, step: int) -> np.ndarray:
@@ -212,21 +223,29 @@ def _keys(key: Key, step: Array) -> tuple[Key, Key, Key]:
     return key_batch, *jax.random.split(key_step)
 
 
-def _roll_out(online: Any, key: Key, state: Any, data: Any, batch: int | None) -> Any:
+def _roll_out(online: Any, key: Key, state: Any, data: Any, batch: int | None, shards: Shards | None) -> Any:
     key_batch, key_rollout, _ = _keys(key, state.step)
-    cond = draw_rows(key_batch, data, batch)
+    cond = draw_rows(key_batch, data, batch, shards)
     return online.rollout(key_rollout, state, cond)
 
 
 def _improve(
-    online: Any, key: Key, state: Any, experience: Any, rewards: Array, judged: Array | None
+    online: Any,
+    key: Key,
+    state: Any,
+    experience: Any,
+    rewards: Array,
+    judged: Array | None,
+    layout: tuple[Any, ...] | None,
 ) -> tuple[Any, Info]:
     figures = {} if judged is None else {"heldout": feasible_mean(judged, rewards)}
     key = _keys(key, state.step)[2]
     if isinstance(online, EarlyStopping):
-        return online.update(key, state, experience, rewards, figures)
-    state, info = online.update(key, state, experience, rewards)
-    return state, info | figures
+        state, info = online.update(key, state, experience, rewards, figures)
+    else:
+        state, info = online.update(key, state, experience, rewards)
+        info |= figures
+    return laid_out(state, layout), info
 
 
 def _three_parts(online: Any) -> None:
@@ -234,5 +253,5 @@ def _three_parts(online: Any) -> None:
     checks.driven("an online method", online, ("init", "rollout", "update"), hint)
 
 
-_rollout = jax.jit(_roll_out, static_argnames=("batch",))
-_update = jax.jit(_improve, donate_argnames=("state",))
+_rollout = jax.jit(_roll_out, static_argnames=("batch", "shards"))
+_update = jax.jit(_improve, static_argnames=("layout",), donate_argnames=("state",))

@@ -20,6 +20,7 @@ from rgdiff._settings import setting_of
 from rgdiff.denoisers import needs_signal
 from rgdiff.processes import ProductProcess
 from rgdiff.samplers._loop import roll
+from rgdiff.shards import Shards, bound, split, spread, take
 from rgdiff.tuners import advantages
 from rgdiff.tuners._chain import Chain, ChainCarry, budget_of, towards_budget, weighed_references
 from rgdiff.tuners._loop import TrainState, start, update
@@ -71,11 +72,9 @@ class Rows(NamedTuple):
     cond: Cond
     temperature: Array
 
-    def take(self, index: Array) -> Rows:
-        second = lambda leaf: leaf[:, index]  # noqa: E731
-        moves = (jax.tree.map(second, self.path), self.log_prob[:, index], self.advantage[:, index])
-        weight, scale, cond = jax.tree.map(lambda leaf: leaf[index], (self.weight, self.scale, self.cond))
-        return Rows(*moves, weight, scale, cond, self.temperature)
+    def take(self, index: Array, shards: Shards | None) -> Rows:
+        moves = take((self.path, self.log_prob, self.advantage), index, shards, axis=1)
+        return Rows(*moves, *take((self.weight, self.scale, self.cond), index, shards), self.temperature)
 
 
 class PolicyGradientExtra(NamedTuple):
@@ -106,6 +105,7 @@ class PolicyGradient:
     minibatches: int = static(default=1)
     per_dim: bool = static(default=False)
     kl_gradient: str = static(default="full")
+    shards: Shards | None = static(default=None)
     fine_clip: bool = static(default=False)  # below what a network in half precision resolves
 
     def init(self, params: Params) -> TrainState:
@@ -121,9 +121,9 @@ class PolicyGradient:
                 raise ValueError(
                     f"conditions must have {self.batch // self.repeats} rows (batch / repeats), got shape {list(jnp.shape(leaf))}"
                 )
-        cond = jax.tree.map(lambda leaf: jnp.repeat(leaf, self.repeats, 0), cond)
+        cond = split(jax.tree.map(lambda leaf: jnp.repeat(leaf, self.repeats, 0), cond), self.shards)
         chain = self._chain(state.params)
-        first = chain.init(jax.random.fold_in(key, 0), self.batch, self.times[0], cond)
+        first = split(chain.init(jax.random.fold_in(key, 0), self.batch, self.times[0], cond), self.shards)
         if self.fine_clip and _in_half_precision(chain.denoiser, first.x, self.times[0], cond):
             warnings.warn(
                 "this network computes in half precision, which moves a log-probability by more than clip: ratios are cut by "
@@ -143,7 +143,7 @@ class PolicyGradient:
         rows, extra, info = self._weigh(state.extra, experience, rewards)
 
         def one(state: TrainState, index: Array) -> tuple[TrainState, Info]:
-            part = rows if self.minibatches == 1 else rows.take(index)
+            part = rows if self.minibatches == 1 else rows.take(index, self.shards)
             gradients, sums = self._gradients(state.params, part, terminal)
             scaled = jax.tree.map(lambda g: g * self.minibatches, gradients)
             new, more = update(state, scaled, self.optimizer, self.ema_decay)
@@ -180,8 +180,7 @@ class PolicyGradient:
         return moves * (1 + self.epochs) + self.process.projects * (1 + bool(self.references) * self.epochs)
 
     def _chain(self, params: Params) -> Chain:
-        denoiser = callable_pytree(self.model(params), "a denoiser")
-        return Chain(self.process, denoiser, self.references, pathwise=False)
+        return Chain(self.process, bound(self.model, params, "a denoiser"), self.references, pathwise=False)
 
     def _weigh(
         self, extra: PolicyGradientExtra, experience: Experience, rewards: Array
@@ -211,29 +210,33 @@ class PolicyGradient:
         ahead = lambda leaf: (leaf[:-1], leaf[1:])  # noqa: E731
         x = jax.tree.map(lambda leaf: ahead(leaf)[0], rows.path)
         y = jax.tree.map(lambda leaf: ahead(leaf)[1], rows.path)
-        grad = jax.grad(self._move, has_aux=True)
         where = (x, y, *ahead(self.times), rows.log_prob, rows.advantage)
-        gradients, sums = summed(lambda *move: grad(params, rows, *move), where)
-        if self.process.projects and (self.references or terminal is not None):
-            end = jax.grad(self._end)(params, rows, terminal)
-            gradients = jax.tree.map(jnp.add, gradients, end)
-        info = {} if self.clip is None else {"clipped": sums / rows.log_prob.size}
-        return gradients, info
+
+        def every(params: Params) -> tuple[Params, Array]:
+            grad = jax.grad(self._move, has_aux=True)
+            gradients, outside = summed(lambda *move: grad(params, rows, *move), where)
+            if self.process.projects and (self.references or terminal is not None):
+                gradients = jax.tree.map(jnp.add, gradients, jax.grad(self._end)(params, rows, terminal))
+            return gradients, outside
+
+        gradients, outside = spread(every, self.shards)(params)
+        return gradients, {} if self.clip is None else {"clipped": outside.sum() / rows.log_prob.size}
 
     def _move(
         self, params: Params, rows: Rows, x: State, y: State, t: Array, s: Array, old: Array, advantage: Array
     ) -> tuple[Array, Array]:
-        """Loss of one move over some chains, and how many of them are clipped."""
-        denoiser = callable_pytree(self.model(params), "a denoiser")
+        """Loss of one move over some chains, and 1 for those that are clipped [b]."""
+        denoiser = bound(self.model, params, "a denoiser")
         kernel = self.process.reverse(x, t, s, denoiser(x, t, rows.cond))
         log_ratio = (kernel.log_prob(y) - old) / self._per
         if self.clip is None:
-            gain, outside = advantage * log_ratio, jnp.float32(0)
+            gain = advantage * log_ratio
+            outside = jnp.zeros_like(rows.weight)
         else:
             ratio = jnp.exp(log_ratio)
             held = jnp.clip(ratio, 1 - self.clip, 1 + self.clip)
             gain = jnp.minimum(ratio * advantage, held * advantage)
-            outside = jnp.sum(held * advantage < ratio * advantage).astype(jnp.float32)
+            outside = (held * advantage < ratio * advantage).astype(jnp.float32)
         if self.references:
             others = [self.process.reverse(x, t, s, other(x, t, rows.cond)) for other in self.references]
             gain = gain - rows.temperature @ jnp.stack([kernel.kl(other) for other in others]) / (

@@ -15,6 +15,7 @@ from rgdiff import checks
 from rgdiff._settings import setting_of
 from rgdiff.rewards import score
 from rgdiff.samplers import ancestral, sample
+from rgdiff.shards import Shards, bound, value_and_grad
 from rgdiff.tuners._loop import TrainState, start, update
 from rgdiff.tuners._pretraining import stratified_times
 from rgdiff.typing import (
@@ -50,6 +51,7 @@ class ValueLearning:
     optimizer: Any = static()
     loss_name: str = static()
     candidates: int = static(default=0)
+    shards: Shards | None = static(default=None)
 
     def init(self, params: Params) -> TrainState:
         return start(params, self.optimizer, average=True)
@@ -63,7 +65,7 @@ class ValueLearning:
 
     def step(self, key: Key, state: TrainState, batch: Any) -> tuple[TrainState, Info]:
         """Take one step on batch = {"x0" [B, ...] or "path" [B, T + 1, ...], "reward" [B]} and, optionally, "cond"."""
-        loss, gradients = jax.value_and_grad(self.loss)(state.params, key, batch, state.average)
+        loss, gradients = value_and_grad(self.loss, self.shards)(state.params, key, batch, state.average)
         state, info = update(state, gradients, self.optimizer, self.ema_decay)
         return state, {"loss": loss, "infeasible": jnp.sum(~jnp.isfinite(batch["reward"]))} | info
 
@@ -77,7 +79,7 @@ class ValueLearning:
             following = self._backup(key_next, params if target is None else target, x, index, cond)
             goal = jnp.where(index == self.times.shape[0] - 1, goal, following)  # type: ignore[union-attr]
         feasible = jnp.isfinite(goal)
-        goal, value = jnp.where(feasible, goal, 0.0), evaluate(self.model(params), x, t, cond)
+        goal, value = jnp.where(feasible, goal, 0.0), evaluate(bound(self.model, params, "a value"), x, t, cond)
         if self.loss_name == "squared":
             error = regression_loss(value, goal)
         else:
@@ -119,11 +121,12 @@ class ValueLearning:
         index = jnp.minimum(index, self.times.shape[0] - 2)  # type: ignore[union-attr]
         t, s = self.times[index], self.times[index + 1]  # type: ignore[index]
         kernel = self.process.reverse(x, t, s, self.denoiser(x, t, cond))  # type: ignore[misc]
-        rows = lambda leaf: leaf.reshape(-1, *leaf.shape[2:])  # noqa: E731
-        copies = lambda leaf: rows(jnp.broadcast_to(leaf, (self.candidates, *leaf.shape)))  # noqa: E731
+        # Draws of one example stay together, so that a batch split over devices is valued where it lies.
+        rows = lambda leaf: leaf.swapaxes(0, 1).reshape(-1, *leaf.shape[2:])  # noqa: E731
+        copies = lambda leaf: jnp.repeat(leaf, self.candidates, 0)  # noqa: E731
         y = jax.tree.map(rows, jax.vmap(kernel.sample)(jax.random.split(key, self.candidates)))
-        values = evaluate(self.model(target), y, copies(s), jax.tree.map(copies, cond)).reshape(self.candidates, -1)
-        return jax.lax.stop_gradient(backup(values, self.temperature))
+        values = evaluate(bound(self.model, target, "a value"), y, copies(s), jax.tree.map(copies, cond))
+        return jax.lax.stop_gradient(backup(values.reshape(-1, self.candidates).T, self.temperature))
 
 
 def value_regression(

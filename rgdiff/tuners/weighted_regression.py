@@ -16,6 +16,7 @@ from rgdiff import checks
 from rgdiff._settings import setting_of
 from rgdiff.samplers import ancestral
 from rgdiff.samplers._loop import Drawing
+from rgdiff.shards import Shards, split, take, value_and_grad
 from rgdiff.tuners._loop import TrainState, update
 from rgdiff.tuners._pretraining import Pretraining, pretraining
 from rgdiff.tuners.advantages import in_groups
@@ -85,6 +86,7 @@ class WeightedRegression:
     repeats: int = static(default=1)
     epochs: int = static(default=1)
     minibatches: int = static(default=1)
+    shards: Shards | None = static(default=None)
 
     @property
     def process(self) -> Process:
@@ -96,9 +98,10 @@ class WeightedRegression:
     def rollout(self, key: Key, state: TrainState, cond: Cond = None) -> Sampled:
         """Draw B samples of the model, or of the prior; `repeats` consecutive ones for every row of cond."""
         checks.conditions(cond, self.batch // self.repeats)
-        cond = jax.tree.map(lambda leaf: jnp.repeat(leaf, self.repeats, 0), cond)
+        cond = split(jax.tree.map(lambda leaf: jnp.repeat(leaf, self.repeats, 0), cond), self.shards)
         denoiser = self.training.model(state.params) if self.prior is None else self.prior
-        return Sampled(Drawing(ancestral(self.process, denoiser), self.times)(key, self.batch, cond), cond)
+        draw = Drawing(ancestral(self.process, denoiser), self.times, self.shards)
+        return Sampled(draw(key, self.batch, cond), cond)
 
     def weights(self, rewards: Array) -> Array:
         """Weights [B] that sum to 1, every group with a feasible sample counting alike; NaN where no sample is feasible."""
@@ -117,9 +120,11 @@ class WeightedRegression:
 
         def one(state: TrainState, where: tuple[Array, Key]) -> tuple[TrainState, Info]:
             index, key = where
-            part = jax.tree.map(lambda leaf: leaf[index], experience)
-            grad = jax.value_and_grad(self.training.loss)
-            loss, gradients = grad(state.params, key, *part, weights[index] * self.minibatches)
+            part = experience, weights
+            if self.minibatches > 1:
+                part = take(part, index, self.shards)
+            grad = value_and_grad(self.training.loss, self.shards)
+            loss, gradients = grad(state.params, key, *part[0], part[1] * self.minibatches)
             new, more = update(state, gradients, self.training.optimizer, self.training.ema_decay)
             return new._replace(step=state.step), {"loss": loss, "gradient_norm": more["gradient_norm"]}
 
@@ -135,7 +140,8 @@ class WeightedRegression:
 
     def gradients(self, key: Key, state: TrainState, experience: Sampled, rewards: Array) -> tuple[Params, Info]:
         """Return the gradient of the loss over the whole batch at state.params, and info."""
-        loss, gradients = jax.value_and_grad(self.training.loss)(state.params, key, *experience, self.weights(rewards))
+        grad = value_and_grad(self.training.loss, self.shards)
+        loss, gradients = grad(state.params, key, *experience, self.weights(rewards))
         return gradients, {"loss": loss, "reward": feasible_mean(rewards, rewards)}
 
     def network_calls(self) -> int:

@@ -15,7 +15,7 @@ import pytest
 
 from rgdiff import denoisers, guides, policies, processes, samplers, schedules, seiko, surrogates, tuners, values
 from rgdiff.runtime.mesh import data_mesh
-from rgdiff.samplers._loop import _whole, roll
+from rgdiff.samplers._loop import roll
 from rgdiff.typing import Function, pytree, static
 from tests.worlds.worlds import GaussianWorld, factorised
 
@@ -282,23 +282,15 @@ def test_sampler_vmaps_over_keys(make):
         close(together[i], samplers.sample(sampler, key, B, times).x0)
 
 
-@pytest.mark.first(2)
-@table_of(INDEPENDENT, ancestral_gaussian, svdd_pm_masked, guided_gaussian, best_of_n_masked)
-def test_sampler_on_eight_devices_gives_the_numbers_of_one_without_collectives(make):
-    """Examples do not interact: each device works on its own rows, and the numbers are those of one device."""
-    assert len(jax.devices()) == 8
-    sampler, mesh = make(), data_mesh()
-    key, times, cond = jax.random.key(0), sampler.process.times(STEPS), jnp.linspace(-1, 1, 16)
-    one = samplers.sample(sampler, key, 16, times, cond, keep=keep_state)
-    program = _whole.lower(sampler, key, times, cond, 16, keep_state, mesh).compile()
-    eight = program(sampler, key, times, cond)
-    assert len(eight[0].sharding.device_set) == 8 and len(one.x0.sharding.device_set) == 1
-    close(samplers.Samples(*eight), one)
-    for word in ("all-reduce", "all-gather", "all-to-all", "collective-permute"):
-        assert word not in program.as_text(), word
-    if make is ancestral_gaussian:  # through the public door, and in chunks
-        equal(samplers.sample(sampler, key, 16, times, cond, keep=keep_state, mesh=mesh).x0, eight[0])
-        close(samplers.sample(sampler, key, 16, times, cond, chunk=2, mesh=mesh).x0, one.x0)
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_a_batch_with_conditions_splits_over_devices(chunk):
+    """Through the public door; the table over all methods is in test_mesh."""
+    sampler, key, cond = ancestral_gaussian(), jax.random.key(0), jnp.linspace(-1, 1, 16)
+    times = sampler.process.times(STEPS)
+    one = samplers.sample(sampler, key, 16, times, cond, keep=keep_state, chunk=chunk)
+    eight = samplers.sample(sampler, key, 16, times, cond, keep=keep_state, chunk=chunk, mesh=data_mesh())
+    assert len(eight.x0.sharding.device_set) == 8 and len(one.x0.sharding.device_set) == 1
+    close(eight, one)
 
 
 def test_problems_of_particles_split_over_devices_without_collectives():
@@ -559,7 +551,7 @@ def gcd(number=0.5):
 
 
 def langevin_energy(number=0.5):
-    return tuners.langevin_energy(energy_model, (2,), ADAM, batch=B, moves=2, chains=16, restart=number), net(2, 3)
+    return tuners.langevin_energy(energy_model, (2,), ADAM, batch=B, moves=2, chains=2 * B, restart=number), net(2, 3)
 
 
 def energy_model(params):

@@ -17,7 +17,7 @@ ROOT = Path(rgdiff.__file__).parent
 
 # A package or module imports only from rows above its own, or from itself.
 ORDER = [
-    {"_cache", "_lazy", "_settings", "_worker", "assets", "typing"}, {"checks"}, {"oracles"}, {"keys"}, {"kernels"}, {"schedules"}, {"processes"}, {"correctors", "graphs"}, {"denoisers"}, {"rewards"}, {"values"}, {"policies"},
+    {"_cache", "_lazy", "_settings", "_worker", "assets", "typing"}, {"checks"}, {"oracles"}, {"keys", "shards"}, {"kernels"}, {"schedules"}, {"processes"}, {"correctors", "graphs"}, {"denoisers"}, {"rewards"}, {"values"}, {"policies"},
     {"guides"}, {"resampling"}, {"samplers"}, {"tuners"}, {"surrogates"}, {"seiko"}, {"nets"}, {"pretrained"}, {"metrics"}, {"exact"}, {"domains"},
     {"runtime"}, {"recipes"}, {"examples"}, {"cli"}, {"__main__"},
 ]  # fmt: skip

@@ -19,7 +19,9 @@ from rgdiff.domains.images import data as images
 from rgdiff.domains.images import rewards
 from rgdiff.domains.images import tasks as image_tasks
 from rgdiff.domains.images.classifier import Classifier, augment, train_classifier
+from rgdiff.domains.images.files import pictures
 from rgdiff.domains.images.judge import ImageJudge
+from rgdiff.runtime.report import png
 
 pytestmark = pytest.mark.xdist_group("images")  # one process trains the classifiers
 DATA = Path(os.environ.get("RGDIFF_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
@@ -218,6 +220,57 @@ def test_copies_of_an_image_are_in_one_split():
     assert len(twice.train_x) + len(twice.heldout_x) + len(twice.test_x) == 80
     once = images.custom(lambda: (x, np.arange(40) % 2))
     assert parts[0] == {image.tobytes() for image in once.train_x}
+
+
+def all_rows(domain):
+    """Images as 8 bits and labels of a domain, in an order of their own."""
+    x, y = (np.concatenate([getattr(domain, f"{part}_{of}") for part in ("train", "heldout", "test")]) for of in "xy")
+    rows = domain.decode(x).reshape(len(x), -1)
+    order = np.lexsort(rows.T)
+    return rows[order], y[order]
+
+
+def test_pictures_of_three_kinds_of_files_are_one_domain(tmp_path):
+    """CIFAR-10's rows are a label and planes of red, green and blue."""
+    pytest.importorskip("PIL", reason="Pillow, which reads PNG files")
+    rng = np.random.default_rng(0)
+    pixels, labels = rng.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8), np.arange(20) % 4
+    np.savez(tmp_path / "all.npz", images=pixels, labels=labels)
+    rows = np.concatenate([labels[:, None], pixels.transpose(0, 3, 1, 2).reshape(20, -1)], 1).astype(np.uint8)
+    (tmp_path / "bin").mkdir()
+    rows[:12].tofile(tmp_path / "bin/data_batch_1.bin")
+    rows[12:].tofile(tmp_path / "bin/test_batch.bin")
+    for i, (image, label) in enumerate(zip(pixels, labels, strict=True)):
+        (tmp_path / "png" / f"class{label}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "png" / f"class{label}" / f"{i:02}.png").write_bytes(png(image))
+    wanted, classes = all_rows(pictures(tmp_path / "all.npz"))
+    assert wanted.shape == (20, 3072) and classes.max() == 3
+    for form in ("bin", "png"):
+        found, y = all_rows(pictures(tmp_path / form))
+        np.testing.assert_array_equal(found, wanted)
+        np.testing.assert_array_equal(y, classes)
+
+
+def test_pictures_that_are_none_are_refused_in_one_line(tmp_path):
+    pytest.importorskip("PIL", reason="Pillow, which reads PNG files")
+    one = np.zeros((4, 4, 3), np.uint8)
+    for name in ("empty", "pickled", "cut", "sizes", "broken", "few"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "pickled/data_batch_1").write_bytes(b"\x80")
+    (tmp_path / "cut/data_batch_1.bin").write_bytes(bytes(3000))
+    (tmp_path / "sizes/a.png").write_bytes(png(one))
+    (tmp_path / "sizes/b.png").write_bytes(png(one[:2]))
+    (tmp_path / "broken/a.png").write_bytes(png(one)[:40])
+    (tmp_path / "few/a.png").write_bytes(png(one))
+    np.savez(tmp_path / "other.npz", pixels=one)
+    for name, message in (
+        ("nowhere", "no images at .*nowhere"), ("empty", "holds no picture"), ("pickled", "a pickle, which is not read"),
+        ("cut", "data_batch_1.bin has 3,000 bytes"), ("sizes", r"b.png is \[2, 4, 3\], and the first \[4, 4, 3\]"),
+        ("broken", "a.png is no readable picture"), ("few", "at least 8 images"), ("other.npz", "has pixels: expected `images`"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message) as error:
+            pictures(tmp_path / name)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.slow

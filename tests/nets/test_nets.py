@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 
 from rgdiff import graphs
-from rgdiff.nets import MLP, ConvNet1D, DiT, GraphNet, Transformer, UNet, ValueMLP, time_features
+from rgdiff.nets import MLP, ConvNet1D, DiT, GraphNet, Transformer, UNet, ValueMLP, ValueResNet, time_features
 from rgdiff.nets.conv import conv
 from rgdiff.nets.transformer import rotary
 from rgdiff.tuners import ema_update
@@ -150,6 +150,7 @@ NETS = {
     "mlp": (lambda **k: MLP((16, 8), **k), jax.random.normal(KEY, (3, 5)), (3, 5)),
     "mlp_shape": (lambda **k: MLP((16,), out=(4, 2), **k), onehot(3, 4, 2), (3, 4, 2)),
     "value": (lambda **k: ValueMLP((16,), **k), jax.random.normal(KEY, (3, 4, 2)), (3,)),
+    "value_resnet": (lambda **k: ValueResNet((8, 16), **k), normal(3, 8, 4, 2), (3,)),
     "graph": (lambda **k: GraphNet(16, 2, **k), jnp.abs(jax.random.normal(KEY, (3, 4, 7))), (3,)),
     "conv1d": (
         lambda **k: ConvNet1D(4, width=16, dilations=(1, 4), time_conditioning=True, **k),
@@ -172,6 +173,7 @@ LAST = {
     "mlp": ("out",),
     "mlp_shape": ("out",),
     "value": ("mlp", "out"),
+    "value_resnet": ("out",),
     "graph": ("out",),
     "conv1d": ("out",),
     "transformer": ("trunk", "out"),
@@ -258,6 +260,17 @@ def test_net_without_classes_refuses_a_cond(name):
     build, x, _ = NETS[name]
     with pytest.raises(ValueError, match="no classes"):
         jax.eval_shape(build().init, KEY, x, T, jnp.zeros(3, int))
+
+
+def test_a_value_without_time_is_the_energy_network_of_the_papers_size():
+    """Its 5,134,593 weights and biases, counted by hand from the layers; time is not read."""
+    net, x = ValueResNet(timed=False), jnp.zeros((2, 32, 32, 3))
+    params = jax.eval_shape(net.init, KEY, x, 0.5)["params"]
+    block = lambda a, b: 9 * a * b + b + 9 * b * b + b  # noqa: E731
+    stages = sum(block(a, b) + a * b + block(b, b) for a, b in ((128, 128), (128, 256), (256, 256)))
+    assert sum(p.size for p in jax.tree.leaves(params)) == 9 * 3 * 128 + 128 + stages + 257 == 5_134_593
+    with pytest.raises(ValueError, match="sides from 8 up"):
+        jax.eval_shape(net.init, KEY, x[:, :4], 0.5)
 
 
 @pytest.mark.parametrize("side, blocks", [(8, 1), (16, 2), (28, 1)])

@@ -26,6 +26,7 @@ CASES = {  # DDIM's scheduler goes from t to t - T // n, which is its next step 
     "ddpm": ("DDPMScheduler", {"beta_schedule": "linear", "clip_sample": True, "variance_type": "fixed_large"}, 7),
     "dpm-solver++": ("DPMSolverMultistepScheduler", TRAILING, 20),
     "flow": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, 7),
+    "flow, stochastic": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "stochastic_sampling": True}, 7),
     "flow, dynamic shift": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_dynamic_shifting": True}, 7),
 }
 
@@ -48,6 +49,7 @@ def chain(name, settings, steps):
     for i, t in enumerate(scheduler.timesteps):
         noise = torch.sin(3 * START + i)  # in place of what a scheduler draws
         sys.modules[kind.__module__].randn_tensor = lambda *args, noise=noise, **kwargs: noise
+        torch.randn_like = lambda *args, noise=noise, **kwargs: noise
         seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         x = scheduler.step(network(seen, t), t, x).prev_sample
     return [round(float(t), 4) for t in scheduler.timesteps], [[round(float(v), 7) for v in row] for row in x]

@@ -98,15 +98,29 @@ def test_cond_says_which_text(folder):
             rewards.score(reward, x, wrong)
 
 
+def test_rounding_is_the_default_and_passes_the_gradient_on(folder):
+    """A picture of 8 bits and one a third of a level from it have one score, and still a gradient: that without rounding, nearly."""
+    x = jnp.asarray(from_uint8(pictures(1)).clip(-0.9, 0.9)).round(2)
+    x = (jnp.round((x + 1) * 127.5) + 0.0) / 127.5 - 1
+    rounded, plain = (pretrained.clip_score(folder, IDS[:1], rounded=r) for r in (True, False))
+    assert pretrained.clip_score(folder, IDS[:1]).embed.preprocess.rounded
+    both = jax.jit(lambda x: [jax.value_and_grad(lambda x, r=r: r(x)[0])(x) for r in (rounded, plain)])
+    (a, gradient), (b, smooth) = both(x)
+    (near, _), (other, _) = both(x + 0.3 / 127.5)
+    assert near == a and abs(other - b) > 1e-5
+    np.testing.assert_allclose(gradient, smooth, atol=0.1 * np.abs(smooth).max())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["clip", "aesthetic"])
 def test_gradients_in_pixels_are_those_of_finite_differences(folder, tmp_path, which):
     head(tmp_path / "head.safetensors", (12, 8, 6, 4, 3, 1))
     with jax.enable_x64(True):
         if which == "clip":
-            reward = pretrained.clip_score(folder, IDS[:1], dtype=jnp.float64)
+            reward = pretrained.clip_score(folder, IDS[:1], rounded=False, dtype=jnp.float64)
         else:
-            reward = pretrained.aesthetic(folder, tmp_path / "head.safetensors", dtype=jnp.float64, remat=None)
+            options = {"rounded": False, "dtype": jnp.float64, "remat": None}
+            reward = pretrained.aesthetic(folder, tmp_path / "head.safetensors", **options)
         x = jnp.asarray(from_uint8(pictures(1)).astype(np.float64) * 0.9)
         along = jnp.asarray(np.random.RandomState(3).normal(size=x.shape))
         loss = jax.jit(lambda s: reward(x + s * along)[0])
@@ -197,15 +211,13 @@ def test_scores_are_those_of_transformers_pipeline(folder, tmp_path):
     logits = np.diag(out.logits_per_image.numpy())
     x, which = jnp.asarray(from_uint8(shown)), jnp.arange(3)
     for make in (pretrained.clip_score, pretrained.pick_score):
-        exact = rewards.score(make(tmp_path, TEXTS, rounded=True), x, which)
-        plain = rewards.score(make(tmp_path, TEXTS), x, which)
+        exact = rewards.score(make(tmp_path, TEXTS), x, which)
+        plain = rewards.score(make(tmp_path, TEXTS, rounded=False), x, which)
         print(make.__name__, np.abs(exact - logits).max(), np.abs(plain - logits).max(), logits)
         np.testing.assert_allclose(exact, logits, atol=1e-3)
         np.testing.assert_allclose(plain, logits, atol=0.05)  # without rounding to 8 bits, of about 14
     cosines = logits / np.exp(2.66)
-    np.testing.assert_allclose(
-        rewards.score(pretrained.hps_v2(tmp_path, TEXTS, rounded=True), x, which), cosines, atol=1e-4
-    )
+    np.testing.assert_allclose(rewards.score(pretrained.hps_v2(tmp_path, TEXTS), x, which), cosines, atol=1e-4)
 
     state = head(tmp_path / "head", (12, 8, 6, 4, 3, 1))
     h = torch.nn.functional.normalize(out.image_embeds, dim=-1)
@@ -215,7 +227,7 @@ def test_scores_are_those_of_transformers_pipeline(folder, tmp_path):
     vision.save_pretrained(tmp_path / "vision")
     processor.save_pretrained(tmp_path / "vision")
     for where in (tmp_path, tmp_path / "vision"):
-        reward = pretrained.aesthetic(where, tmp_path / "head", rounded=True)
+        reward = pretrained.aesthetic(where, tmp_path / "head")
         np.testing.assert_allclose(rewards.score(reward, x), h[:, 0].numpy(), atol=1e-3)
 
 

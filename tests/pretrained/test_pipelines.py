@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.studies import pretrained_load
 from rgdiff import nets, pretrained, samplers, tuners
 from rgdiff.pretrained import weights
 from tests.pretrained import tiny
@@ -256,8 +257,10 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGES)
-def test_damage_is_one_line_that_names_the_file(copy, damage, message):
+def test_damage_is_one_line_that_names_the_file(copy, damage, message, monkeypatch):
+    """And it is found before a tensor is read."""
     damage(copy)
+    monkeypatch.setattr(weights, "_placed", lambda *args: pytest.fail("a tensor was read"))
     with pytest.raises(ValueError, match=message) as error:
         pretrained.from_diffusers(copy, text=False)
     assert "\n" not in str(error.value) and str(copy) in str(error.value)
@@ -304,6 +307,16 @@ def test_parameters_go_into_their_shardings(folder, prior):
     kernel = split.params["conv_in"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (3, 3, 4, 8)
     jax.tree.map(np.testing.assert_array_equal, split.params, prior.params)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stored", "dtype", "devices"), [("F32", "float32", 1), ("BF16", "float32", 1), ("F32", "float32", 4)]
+)
+def test_reading_takes_little_more_memory_than_the_largest_file(tmp_path, stored, dtype, devices):
+    """1.3 times the file, or what it becomes in a wider type, all parameters of three networks included; on four devices, a quarter each."""
+    found = pretrained_load.measure(pretrained_load.write(tmp_path / "sd", 384, stored), dtype, devices)
+    assert found.file > 3e8 and found.peak <= 1.3 * max(found.file, found.becomes)
 
 
 def test_half_precision_files_are_converted(copy):

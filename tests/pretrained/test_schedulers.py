@@ -44,6 +44,11 @@ CASES: dict[str, Any] = {
         [1000.0, 937.7104, 857.6923, 751.1211, 602.1506, 379.1946, 8.9286],
         [[0.6446506, -0.1267279, 0.1306606], [-1.0956404, 0.3488599, 1.8191979]],
     ),
+    "flow, stochastic": (  # all noise drawn anew: any eta at which a step's std is sigma
+        FLOW, 1e6,
+        [1000.0, 937.7104, 857.6923, 751.1211, 602.1506, 379.1946, 8.9286],
+        [[0.3962077, 0.3041297, -0.2489873], [-0.0829669, -0.1414502, 0.077483]],
+    ),
     "flow, dynamic shift": (
         FLOW | {"use_dynamic_shifting": True}, 0.0,
         [1000.0, 918.4716, 824.3774, 714.5696, 584.7535, 428.9122, 238.3477],
@@ -76,7 +81,7 @@ def chain(scheduler, times, eta, start=START):
 @pytest.mark.parametrize("name", CASES)
 def test_chains(name):
     config, eta, steps, expected = CASES[name]
-    scheduler = schedulers.read_scheduler(config, tokens=1024)
+    scheduler = schedulers.read_scheduler(config, tokens=1024, even="use_dynamic_shifting" in config)
     times = scheduler.schedule.times(len(steps))
     np.testing.assert_allclose(times * 1000 - (scheduler.prediction != "velocity"), steps, atol=1e-3)
     start = START * scheduler.schedule.sigma(times[0]) if name == "euler, trailing, v" else START  # as released

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import rgdiff
-from rgdiff.pretrained import sd3
+from rgdiff.pretrained import folders, sd3
 from rgdiff.pretrained.config import Config
 from rgdiff.pretrained.dit import DiTTransformer2DModel
 from rgdiff.pretrained.flux import FluxTransformer2DModel, pack, unpack
@@ -183,6 +183,25 @@ def test_positions_of_sd3_do_not_train():
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), like)
     adapter = jax.eval_shape(lambda key: rgdiff.nets.lora_init(key, params, 2), jax.random.key(0))
     assert not set(sd3.FROZEN) & set(adapter) and "transformer_blocks.0/attn/to_q/kernel" in adapter
+
+
+def test_positions_of_sd3_are_no_parameters_of_a_prior(tmp_path):
+    """Nothing that tunes sees them, and a written folder has them."""
+    network = SD3Transformer2DModel(Config(SD3))
+    inputs = {"x": jnp.zeros((1, 8, 8, 4)), "t": jnp.zeros(1), **{key: value[:1] for key, value in TEXT.items()}}
+    made = parity.parameters(parity.structure(network, inputs))
+    folders.save_pipeline(tmp_path / "sd3", "StableDiffusion3Pipeline", {
+        "transformer": folders.Part("diffusers", "SD3Transformer2DModel", SD3, made),
+        "scheduler": folders.Part("diffusers", "FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+    })  # fmt: skip
+    prior = folders.from_diffusers(tmp_path / "sd3")
+    assert "pos_embed" not in prior.params["pos_embed"] and set(prior.model.held) == set(sd3.FROZEN)
+    np.testing.assert_array_equal(prior.model.held[sd3.FROZEN[0]], made["pos_embed"]["pos_embed"])
+    cond = {"context": inputs["encoder_hidden_states"], "pooled": inputs["pooled_projections"]}
+    shape = jax.eval_shape(lambda p: prior.model(p)(inputs["x"], jnp.float32(0.5), cond), prior.params).shape
+    assert shape == (1, 8, 8, 4)
+    back = folders.from_diffusers(folders.to_diffusers(prior, prior.params, tmp_path / "again"))
+    jax.tree.map(np.testing.assert_array_equal, (back.params, back.model.held), (prior.params, prior.model.held))
 
 
 def test_flux_packs_as_its_pipeline():

@@ -67,9 +67,48 @@ def test_a_recipe_composes_and_checks(folder, tmp_path, name, capsys):
     assert "PipelinePrior" in capsys.readouterr().out and not (tmp_path / "run").exists()
 
 
+@pytest.fixture(scope="module")
+def cifar(tmp_path_factory):
+    """A command of cifar_dxmi on a small DDPM and 64 random pictures, up to where it goes."""
+    place = tmp_path_factory.mktemp("cifar")
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 3), dtype=np.uint8)
+    np.savez(place / "pictures.npz", images=pixels, labels=np.arange(64) % 2)
+    one = {
+        "block_out_channels": [16],
+        "down_block_types": ["DownBlock2D"],
+        "up_block_types": ["UpBlock2D"],
+    }  # compiles sooner
+    return [
+        "run", "cifar_dxmi", f"prior.folder={tiny.ddpm(place / 'ddpm', **one)}", f"domain.path={place / 'pictures.npz'}",
+        "iterations=2", "batch=4", "samples=8", "prior.steps=2", f"cache_dir={place / 'cache'}", "methods.dxmi.value.features=[8]",
+        "methods.sft_pg.critic.features=[8]", "methods.sft_pg.iterations=1",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("steps", [10, 4])
+def test_dxmi_composes_on_a_ddpm_of_pictures(cifar, tmp_path, steps, capsys):
+    assert main([*cifar, f"steps={steps}", f"out={tmp_path / 'run'}", "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "PipelinePrior" in told and "dxmi_released" in told and "32 to train on" in told
+
+
+@pytest.mark.slow
+def test_dxmi_learns_on_a_ddpm_of_pictures(cifar, tmp_path):
+    alone = [f"~methods.{name}" for name in ("ddpm", "ddim", "sft_pg")]
+    alone += [f"~method@{one[1:]}" for one in alone]
+    kept = [one for one in cifar if "sft_pg" not in one]
+    assert main([*kept, *alone, "steps=2", f"out={tmp_path / 'run'}"]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert {key.split("/")[0] for key in summary} == {"prior", "dxmi", "fast_dpm"}
+    assert summary["dxmi/network_calls"] == 2 and np.isfinite(summary["dxmi/frechet"])
+    samples = np.load(tmp_path / "run" / "samples.npz")
+    assert samples["dxmi"].shape == (8, 8, 8, 3) and np.all(np.isfinite(samples["dxmi"]))
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["method=dxmi", "method.levels=fast_dpm", "method.start=prior"], "and prior=pipeline on domain=pictures"),
         (["domain.folder=/no/such/folder"], "no folder at /no/such/folder"),
         (["domain.dtype=float16"], "domain.dtype"),
         (["prior.prompts=null"], "guidance needs a condition"),

@@ -323,6 +323,7 @@ class FakeJudge:
     def show_each(self, x0):
         kinds = {
             "pictures": lambda: np.clip(x0 + 128, 0, 255).astype(np.uint8),
+            "prompts": lambda: np.tile(np.arange(len(x0), dtype=np.uint8)[:, None, None, None], (1, 600, 300, 3)),
             "letters": lambda: ["ACGT" * 50 for _ in x0],
             "svg": lambda: bars(x0, 3.0),
             "parts": lambda: bars(x0["b"], 3.0),
@@ -340,6 +341,9 @@ class FakeJudge:
 
     def show_exact(self, outcome, task, prior):
         return {}
+
+    def rows_of(self, count, task, prior):
+        return {"a <cat>": range(0, count, 2), "a dog": range(1, count, 2)} if self.kind == "prompts" else {}
 
     def reward_law(self, outcome, task, prior):
         return None
@@ -402,6 +406,27 @@ def test_the_page_opens_with_samples_then_words_then_figures(tmp_path, kind):
     assert page.text.count("raised the mean reward") == 2
     for raw in ("reward_mean", "heldout_reward", "network_calls"):
         assert raw not in page.text
+
+
+def test_prompts_are_rows_methods_columns_and_samples_stand_within_a_cell(tmp_path):
+    """Large pictures are made small, and a cell's number is the mean of all its samples."""
+    text = written(tmp_path, "prompts", 2, 12)
+    Page(text)
+    table = re.search(r'<article class="card compared">.*?</article>', text, re.DOTALL)[0]
+    assert text.index(table) < text.index("<article class=card>")  # the page opens with it
+    assert re.findall(r"<th>(.*?)</th>", table) == ["", "prior", "method_0", "method_1", "a &lt;cat&gt;", "a dog"]
+    assert table.count("<td>") == 6 and table.count("<img") == 24 and 'alt="a dog: method_1"' in table
+    scores = FakeJudge("prompts").scores(np.random.default_rng(0).normal(size=(12, 8, 8, 1)).astype(np.float32), None)
+    said = float(re.findall(r"<span>(.*?)</span>", table)[1 * 3 + 0].replace("−", "-"))
+    assert abs(said - scores[1::2].mean()) < 0.01
+    first = base64.b64decode(re.findall(r"base64,([^\"]+)", table)[0])
+    assert struct.unpack(">II", first[16:24]) == (60, 120)  # of 300 x 600, means of 5 x 5
+    assert (
+        pages.compared(
+            FakeJudge("pictures"), None, None, {"prior": Outcome(np.zeros((4, 8, 8, 1)), 1, 0.0, 0.0, 0.0)}, {}
+        )
+        is None
+    )
 
 
 def test_thirty_methods_with_long_names_and_many_samples(tmp_path):

@@ -22,6 +22,7 @@ from rgdiff.rewards import Task
 from rgdiff.typing import Key
 
 SHOWN = 25  # real images in the report, at most
+COMPARED = 10_000  # real images that samples are compared with, at most: precision and recall need all their distances
 
 
 class ImageJudge(BaseJudge):
@@ -37,13 +38,14 @@ class ImageJudge(BaseJudge):
         self._classes = jax.jit(lambda classifier, x: classifier.logits(x).argmax(-1))
 
     def real(self, task: Task) -> np.ndarray:
-        """Return the real images that samples are compared with: of the target's class where there is one, from all splits."""
+        """Return the real images that samples are compared with: of the target's class where there is one, evenly from all splits."""
         d = self.domain
         if isinstance(d, PretrainedImages):
             return np.zeros((0, *d.shape), np.float32)
         x = np.concatenate([d.train_x, d.heldout_x, d.test_x])
         y = np.concatenate([d.train_y, d.heldout_y, d.test_y])
-        return x if task.target is None else x[y == task.target]
+        x = x if task.target is None else x[y == task.target]
+        return x[:: -(-len(x) // COMPARED) or 1]
 
     def features(self, x: np.ndarray) -> np.ndarray:
         """Return the classifier's features [N, F] of images."""

@@ -35,6 +35,11 @@ class PipelineJudge(BaseJudge):
         """Return 8-bit pictures."""
         return self.domain.decode(x0)
 
+    def rows_of(self, count: int, task: Task, prior: Any) -> dict[str, range]:
+        """Return the places of each prompt's samples."""
+        names = names_of(prior)
+        return {name: range(number, count, len(names)) for number, name in enumerate(names)}
+
     def notes(self, task: Task) -> list[str]:
         """Return what a reader of the report should know."""
         return [

@@ -65,27 +65,26 @@ class FewSteps(Method):
         needs_data(prior)
         if checks.one_of("start", self.start, STARTS) != "prior" and self.network is None:
             raise ValueError(f"start={self.start} needs method.network, e.g. rgdiff.nets.MLP")
-        scheduled: Any = prior
-        self.process(scheduled.schedule, shape)
+        self.process(prior, shape)
 
-    def process(self, schedule: Any, shape: Shape) -> policies.FewStep:
+    def process(self, prior: Prior, shape: Shape) -> policies.FewStep:
         """Build the process of T steps."""
+        own: Any = prior.process(shape)
         build = LEVELS[checks.one_of("levels", self.levels, LEVELS)]
         if self.levels == "variances":
             made = build(**self.settings)
             if made.steps != self.steps:
                 raise ValueError(f"levels=variances has {made.steps} standard deviations for {self.steps} steps")
         elif self.levels == "prior":
-            made = build(schedule, self.steps, **self.settings)
+            made = build(own.schedule, self.steps, **self.settings)
         else:
-            known = schedule if self.start == "prior" else None
+            known = own.schedule if self.start == "prior" else None
             made = build(self.steps, known, **self.settings)
         return policies.few_step(made, shape)
 
     def policy(self, run: Run, phase: str, prior: ReadyPrior) -> tuple[policies.Policy, Params]:
         """Build the policy and its first parameters; train them as a denoiser where asked."""
-        settings: Any = prior.settings
-        process = self.process(settings.schedule, prior.shape)
+        process = self.process(prior.settings, prior.shape)
         if self.start == "prior":
             policy = policies.policy(process, prior.model, form="denoiser", reach=self.reach)
             return policy, policy.init(prior.params)
@@ -143,8 +142,7 @@ class FewStepTraining(FewSteps):
         super().check(prior, shape)
         if self.value is None:
             raise ValueError("give method.value, a network such as rgdiff.nets.ValueMLP")
-        scheduled: Any = prior
-        process = self.process(scheduled.schedule, shape)
+        process = self.process(prior, shape)
         tuner = self.tuner(policies.policy(process, nothing), process, Task(nothing, nothing))
         if self.guidance and (self.setting == "gcd" or not float(tuner.temperature)):
             raise ValueError(

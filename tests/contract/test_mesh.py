@@ -1,0 +1,174 @@
+"""One table over every public sampler and tuner on 8 simulated devices: the numbers of one, an eighth of the work, few collectives."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from rgdiff import shards
+from rgdiff.runtime.mesh import data_mesh
+from rgdiff.samplers._loop import _whole
+from rgdiff.tuners._loop import _advance, layout_of, spread_out
+from tests.contract import test_contract as contract
+
+ROWS = 64
+WIDE = jnp.cos(jnp.arange(4 * 512.0).reshape(4, 512))
+SHARE = 0.20  # of one device's floating-point operations
+
+KINDS = ("all-reduce", "all-gather", "collective-permute", "all-to-all", "reduce-scatter", "collective-broadcast")
+
+
+def collectives(program: str) -> Counter[str]:
+    """Count the collectives of a compiled program by kind: those in a loop apart, and of them those in a branch."""
+    program = re.sub(r"/\*.*?\*/", "", program)
+    bodies: dict[str, list[str]] = {}
+    for line in program.splitlines():
+        if line and not line.startswith((" ", "}")) and line.endswith("{"):
+            bodies[line.removeprefix("ENTRY ").split()[0].lstrip("%")] = here = []
+        elif line.startswith(" "):
+            here.append(line)
+    many, one = r"branch_computations=\{([^}]*)\}", r"(?:true|false)_computation=([^,\s]+)"
+    inside = {"in a loop": r"body=([^,\s]+)", "in a branch": f"{many}|{one}"}
+    called = rf"{many}|(?:calls|to_apply|body|condition|true_computation|false_computation)=([^,\s]+)"
+
+    def names(pattern: str, line: str) -> list[str]:
+        found = (group for match in re.finditer(pattern, line) for group in match.groups() if group)
+        return [name.strip().lstrip("%") for group in found for name in group.split(",")]
+
+    reached: dict[str, set[str]] = {}
+    for where, pattern in inside.items():
+        found: set[str] = set()
+        todo = [name for lines in bodies.values() for line in lines for name in names(pattern, line)]
+        while todo:
+            name = todo.pop()
+            if name in bodies and name not in found:
+                found.add(name)
+                todo += [other for line in bodies[name] for other in names(called, line)]
+        reached[where] = found
+    count: Counter[str] = Counter()
+    for name, lines in bodies.items():
+        where = " ".join(where for where, found in reached.items() if name in found)
+        for line in lines:
+            if match := re.search(rf"= [^=]*? ({'|'.join(KINDS)})(?:-start)?\(", line):
+                count[f"{match.group(1)} {where}".strip()] += 1
+    return count
+
+
+def test_collectives_are_counted_where_they_are():
+    """The counter can count: sums over devices outside of loops, inside, and in a branch inside."""
+    mesh = data_mesh()
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+
+    def run(x):
+        def step(total, turn):
+            total = jax.lax.cond(turn > 2, lambda: total + jnp.sum(x**3 + total), lambda: total)
+            return total * jnp.mean(x * total), None
+
+        return x.sum(), jax.lax.scan(step, jnp.float32(1), jnp.arange(4))[0]
+
+    x = jax.device_put(jnp.arange(16.0), rows)
+    found = collectives(jax.jit(run).lower(x).compile().as_text())
+    assert found == {"all-reduce": 1, "all-reduce in a loop": 1, "all-reduce in a loop in a branch": 1}
+    assert not collectives(jax.jit(lambda x: x + 1).lower(x).compile().as_text())
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    """The contract's methods with batches of 64 and networks that outweigh what is computed on every device."""
+    more = lambda h: h + 0.01 * jnp.tanh(h @ WIDE[: h.shape[-1]]) @ WIDE[: h.shape[-1]].T  # noqa: E731
+    net, value = contract.Net.__call__, contract._value
+    monkeypatch.setattr(contract, "B", ROWS)
+    monkeypatch.setattr(contract.Net, "__call__", lambda self, x, t, cond=None: more(net(self, x, t, cond)))
+    monkeypatch.setattr(contract, "_value", lambda p, x, t, cond=None: value(p, x, t) + 0.1 * more(x @ p).sum(-1))
+
+
+# Where particles of one problem, or the samples of a batch, compete, devices exchange values [N] at every move, and states only where
+# some are replaced: at moves that resample (in a branch).
+MOVES = {"all-gather in a loop": 3, "all-gather in a loop in a branch": 5}
+EXCHANGES = {
+    "smc_gaussian": {"all-gather in a loop": 2, "all-gather in a loop in a branch": 6, "all-gather": 2},
+    "smc_masked": MOVES,
+    "fk_steering_smc": MOVES | {"all-gather in a loop": 2},
+    "tds_smc": MOVES,
+    "das_smc": MOVES,
+    "resampled_smc": MOVES | {"all-reduce": 1},  # the samples that are kept
+    "svdd_distinct": {"all-gather in a loop": 4},  # replace > 0
+}
+ROUNDED = {
+    "svdd_pm_gaussian",
+    "smc_gaussian",
+    "smc_masked",
+    "tds_smc",
+    "resampled_smc",
+}  # tanh of other vectors, other last bits
+
+# Collectives of one step. The gradient of a network, with the sums of the report, is one all-reduce, outside of all loops: in a loop
+# there are those of updates that are made in a loop themselves (minibatches, a critic's steps, T values, an inner tuning).
+# The others are statistics of a batch that the gradient needs first: counts of feasible samples, baselines, spreads.
+UPDATES = {"all-reduce in a loop": 1}
+GRADIENTS = {
+    "value_regression": {"all-reduce": 2},
+    "value_soft_rollouts": {"all-reduce": 3},
+    "value_temporal_difference": {"all-reduce": 3},
+    "elegant_value": {"all-reduce": 3},
+    "refl_stopped": {"all-reduce in a branch": 1},
+    "drakes_score_function": {"all-reduce": 2},
+    "drakes_log_variance": {"all-reduce": 2},
+    "ddpo": UPDATES | {"all-reduce": 6},
+    "dpok": UPDATES | {"all-reduce": 3},
+    "reward_weighted": {"all-reduce": 5},
+    "filtered": {"all-reduce": 3, "all-gather": 1},  # of rewards, which are ranked
+    "sft_pg": UPDATES | {"all-reduce": 5},
+    "gradient_guidance": {"all-reduce in a loop in a branch": 1, "all-reduce": 2},
+    "dxdp": UPDATES | {"all-reduce": 2},
+    "dxmi": UPDATES | {"all-reduce": 2},  # energy and policy; values in the loop
+    "dxmi_released": UPDATES | {"all-reduce": 2},
+    "gcd": {"all-reduce": 2},  # energy and policy
+    "seiko_rounds": UPDATES | {"all-reduce": 3, "all-gather": 4},  # queries and answers, from which every device learns
+    "seiko_steered": {"all-reduce": 3, "all-gather": 4, "all-gather in a branch": 1},
+}
+
+
+def test_the_tables_name_rows():
+    assert {*EXCHANGES, *ROUNDED} <= {make.__name__ for make in contract.SAMPLERS}
+    assert set(GRADIENTS) <= {make.__name__ for make in contract.TUNERS}
+
+
+@pytest.mark.usefixtures("wide")
+@contract.table_of(contract.SAMPLERS, contract.svdd_distinct, contract.smc_masked)
+def test_sampler_on_eight_devices(make):
+    sampler, parts = make(), shards.shards_of(data_mesh())
+    key, times = jax.random.key(0), sampler.process.times(contract.STEPS)
+    one = _whole.lower(sampler, key, times, None, ROWS, contract.keep_state, None).compile()
+    split = shards.on_mesh(sampler, parts)
+    eight = _whole.lower(split, key, times, None, ROWS, contract.keep_state, parts).compile()
+    alone, together = one(sampler, key, times, None), eight(split, key, times, None)
+    if make.__name__ in ROUNDED:
+        contract.close(alone, together, rtol=1e-6, atol=1e-6)
+    else:
+        contract.equal(alone, together)
+    assert eight.cost_analysis()["flops"] <= SHARE * one.cost_analysis()["flops"]
+    assert collectives(eight.as_text()) == EXCHANGES.get(make.__name__, {})
+
+
+@pytest.mark.usefixtures("wide")
+@contract.table_of(contract.TUNERS, contract.draft_k, contract.ddpo, contract.pretraining_masked)
+def test_tuner_on_eight_devices(make):
+    parts, (tuner, params) = shards.shards_of(data_mesh()), make()
+    data = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf])[:96], contract.data_of(make))
+    key, state, batch = jax.random.key(0), tuner.init(params), None if data is None else ROWS
+    copy = lambda: jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)  # noqa: E731 - steps take their state's buffers
+    one = _advance.lower(tuner, key, state, data, 1, batch, None, None).compile()
+    given = spread_out(tuner, copy(), data, batch, parts)
+    layout = layout_of(given[1], parts)
+    eight = _advance.lower(given[0], key, *given[1:], 1, batch, parts, layout).compile()
+    alone, together = one(tuner, key, copy(), data), eight(given[0], key, *given[1:])
+    contract.close(alone, together, rtol=1e-5, atol=1e-5)
+    assert layout_of(together[0], parts) == layout
+    assert eight.cost_analysis()["flops"] <= SHARE * one.cost_analysis()["flops"]
+    assert collectives(eight.as_text()) == GRADIENTS.get(make.__name__, {"all-reduce": 1})
