@@ -119,7 +119,7 @@ def oracle(
         It is pickled: a function of a module, or an object of a class of one, with `__call__`; with workers=0 any function.
       name: under which answers are kept, `module.function` by default.
       version: of the function and of all that its answers depend on. Another version knows none of the old answers.
-      workers: processes; as many as there are cores by default. 0 asks in this process, without timeouts.
+      workers: processes; as many as there are cores by default (none on Windows). 0 asks in this process, without timeouts.
       timeout: seconds an answer may take, > 0.
       retries: of a text whose process hung or died, each in a new process; then it is NaN.
       folder: where answers are kept on disk, shared by runs; none by default. Answers that a retry may change (a timeout, a crash,
@@ -144,6 +144,7 @@ def oracle(
     if not timeout > 0:
         raise ValueError(f"timeout={timeout}: expected seconds, > 0")
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = count if hasattr(os, "killpg") else 0  # processes and what they start are ended as POSIX has it
     workers = count if workers is None else checks.at_least("workers", workers, 0)
     label = (
         name or f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__name__)}"
@@ -204,8 +205,9 @@ class _State:
                 if self.disk is not None:
                     self.disk.commit()
         self.memory |= found
-        for text in list(self.memory)[: max(len(self.memory) - REMEMBERED, 0)]:
-            del self.memory[text]
+        if len(self.memory) > REMEMBERED:
+            for text in list(self.memory)[: len(self.memory) - REMEMBERED]:
+                del self.memory[text]
         self.counts.update(asked=len(texts), known=len(texts) - len(missing), computed=len(missing))
         self.counts.update(reason for text in texts if (reason := found[text][1]))
         return np.array([found[text][0] for text in texts], np.float64)

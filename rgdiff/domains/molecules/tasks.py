@@ -42,7 +42,8 @@ def molecule_oracle(domain: MoleculeDomain | SmilesDomain, oracle: TextOracle, c
       ValueError: for another domain.
     """
     form = _form(domain)
-    return Task(*(rewards.from_host(MoleculeReward(oracle, form, kind)) for kind in (bool(correct), False)))
+    guide, judge = (rewards.from_host(MoleculeReward(oracle, form, kind)) for kind in (bool(correct), False))
+    return Task(guide, judge)
 
 
 def molecule_function(
