@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         pipelines,
         planar,
         proteins,
+        rna,
         sequences,
         subspace,
     )
@@ -32,6 +33,7 @@ __all__ = [
     "pipelines",
     "planar",
     "proteins",
+    "rna",
     "sequences",
     "subspace",
 ]

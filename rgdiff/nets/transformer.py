@@ -100,7 +100,7 @@ class Transformer(nn.Module):
     """Map one-hot sequences [B, L, K + 1] to logits [B, L, K].
 
     Args:
-      out: number K of tokens, the mask not counted.
+      out: number K of tokens, the mask not counted; None takes that of the input less one.
       width, depth, heads: channels, blocks, attention heads; width a multiple of 2 * heads.
       classes: number N of classes, or None. Label N, or cond=None, means "no class".
       dtype: of the computation; input, output and parameters are float32.
@@ -118,7 +118,7 @@ class Transformer(nn.Module):
       (2, 6, 4)
     """
 
-    out: int
+    out: int | None = None
     width: int = 128
     depth: int = 4
     heads: int = 4
@@ -133,7 +133,8 @@ class Transformer(nn.Module):
     def __call__(self, x: Array, t: Array, cond: Cond = None) -> Array:
         if x.ndim != 3:
             raise ValueError(f"Transformer takes one-hot sequences [B, L, K + 1]; got shape {x.shape}")
-        trunk = _Trunk(self.out, self.width, self.depth, self.heads, self.classes, self.dtype, name="trunk")
+        out = x.shape[2] - 1 if self.out is None else self.out
+        trunk = _Trunk(out, self.width, self.depth, self.heads, self.classes, self.dtype, name="trunk")
         return trunk(x, jnp.arange(x.shape[1], dtype=jnp.float32)[:, None], t, cond)
 
 

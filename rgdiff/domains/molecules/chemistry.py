@@ -183,11 +183,32 @@ def _smiles(numbers: np.ndarray, orders: np.ndarray, charged: np.ndarray) -> str
     try:
         with quiet():
             chem.SanitizeMol(built)
-            parts = chem.GetMolFrags(built, asMols=True)
-            largest = max(parts, key=lambda part: (part.GetNumAtoms(), chem.MolToSmiles(part)))
-            return canonical(chem.MolToSmiles(largest))
+            return canonical(chem.MolToSmiles(_largest(built)))
     except (ValueError, RuntimeError):  # what RDKit raises for what it cannot read
         return None
+
+
+def _largest(mol: Any) -> Any:
+    """Return the fragment with the most atoms, the last by its SMILES of equals."""
+    chem = rdkit()
+    return max(chem.GetMolFrags(mol, asMols=True), key=lambda part: (part.GetNumAtoms(), chem.MolToSmiles(part)))
+
+
+def parsed(smiles: str) -> Molecule:
+    """Return the molecule of a text; nothing is corrected.
+
+    Args:
+      smiles: any text.
+
+    Example:
+      >>> import pytest
+      >>> _ = pytest.importorskip("rdkit")
+      >>> from rgdiff.domains.molecules import chemistry
+      >>> print(chemistry.parsed("OCC"), chemistry.parsed("C(C").reason)
+      Molecule(smiles='CCO', valid=True, reason='') unreadable
+    """
+    found = canonical(smiles)
+    return Molecule(found, found is not None, "" if found is not None else "unreadable" if smiles else "empty")
 
 
 def molecules(graphs: np.ndarray, elements: Sequence[int]) -> list[Molecule]:
@@ -249,6 +270,27 @@ def scaffold(smiles: str) -> str:
       c1ccccc1
     """
     return str(importlib.import_module("rdkit.Chem.Scaffolds.MurckoScaffold").MurckoScaffoldSmiles(smiles))
+
+
+def largest(smiles: str) -> str | None:
+    """Return the canonical SMILES of the fragment with the most atoms, None for a text that is no molecule.
+
+    Args:
+      smiles: any text.
+
+    Example:
+      >>> import pytest
+      >>> _ = pytest.importorskip("rdkit")
+      >>> from rgdiff.domains.molecules import chemistry
+      >>> print(chemistry.largest("[Na+].CC(=O)[O-]"))
+      CC(=O)[O-]
+    """
+    whole = canonical(smiles)
+    if whole is None or "." not in whole:
+        return whole
+    chem = rdkit()
+    with quiet():
+        return canonical(chem.MolToSmiles(_largest(chem.MolFromSmiles(whole))))
 
 
 def qed(mol: Any) -> float:

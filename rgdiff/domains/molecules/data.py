@@ -6,11 +6,29 @@ import dataclasses
 import os
 from pathlib import Path
 
+import numpy as np
+
 from rgdiff import checks
 from rgdiff.domains.molecules import chemistry
 from rgdiff.domains.sequences import files
+from rgdiff.typing import Array
 
 DATASETS = {"qm9": ((6, 7, 8, 9), 9), "zinc250k": ((6, 7, 8, 9, 15, 16, 17, 35, 53), 38)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Graphs:
+    """Graphs [N, F + N + 1] as a form of molecules, of these elements' features; impossible valences are corrected.
+
+    Args:
+      elements: atomic numbers of the F features.
+    """
+
+    elements: tuple[int, ...]
+
+    def molecules(self, x: Array | np.ndarray) -> list[chemistry.Molecule]:
+        """Return the molecules of states [B, N, F + N + 1]."""
+        return chemistry.molecules(np.asarray(x), self.elements)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +43,11 @@ class MoleculeDomain:
     nodes: int
     known: frozenset[str] = frozenset()
     value_range: tuple[float, float] | None = None
+
+    @property
+    def form(self) -> Graphs:
+        """What makes molecules of states."""
+        return Graphs(self.elements)
 
     @property
     def shape(self) -> tuple[int, int]:

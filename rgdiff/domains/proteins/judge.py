@@ -6,10 +6,12 @@ Each copy is a small ensemble of bottleneck networks, additive effects of mutati
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 
+from rgdiff.domains.proteins import blosum
 from rgdiff.domains.proteins.data import ProteinDomain
 from rgdiff.domains.proteins.rewards import Brightness, train_brightness
 from rgdiff.domains.sequences.judge import SequenceJudge, correlation
@@ -27,20 +29,43 @@ class ProteinJudge(SequenceJudge):
         return train_brightness(self._key, self.domain.judge_x, self.domain.judge_y, **settings)
 
     def row(self, outcome: Any, task: Task, prior: Any = None) -> dict[str, Any]:
-        """Return the figures of `SequenceJudge`, and the mean number of mutations."""
-        tokens = np.asarray(outcome.x0).argmax(-1)
-        return {**super().row(outcome, task, prior), "mutations": float((tokens != self.domain.wild).sum(-1).mean())}
+        """Return the figures of `SequenceJudge`; mutations and their BLOSUM62 distance; and what was measured of samples that are in the file."""
+        tokens, wild = np.asarray(outcome.x0).argmax(-1), self.domain.wild
+        known = np.array([self._known_values.get(row.tobytes(), np.nan) for row in tokens.astype(np.uint8)])
+        measured = np.isfinite(known)
+        return {
+            **super().row(outcome, task, prior),
+            "mutations": float((tokens != wild).sum(-1).mean()),
+            "blosum_distance": float(blosum.distance(tokens, wild).mean()),
+            "measured": float(measured.mean()),
+            "measured_mean": float(known[measured].mean()) if measured.any() else float("nan"),
+        }
+
+    @functools.cached_property
+    def _known_values(self) -> dict[bytes, float]:
+        """Measurements of all variants by their letters."""
+        domain = self.domain
+        x = np.concatenate([domain.guide_x, domain.judge_x]).argmax(-1).astype(np.uint8)
+        y = np.concatenate([domain.guide_y, domain.judge_y])
+        return {row.tobytes(): float(value) for row, value in zip(x, y, strict=True)}
 
     def notes(self, task: Task) -> list[str]:
         """Return what a reader of the report should know."""
-        notes = [*super().notes(task), "mutations: mean number of letters that differ from the wild type."]
+        notes = [
+            *super().notes(task),
+            "mutations: mean number of letters that differ from the wild type; blosum_distance: the BLOSUM62 similarity that they lose. "
+            "measured: share of the samples that are in the file; measured_mean: of what was measured of those.",
+        ]
         if isinstance(task.reward, Brightness) and isinstance(task.heldout, Brightness):
             domain = self.domain
             guide = self.quality(task.reward.learned, domain.judge_x, domain.judge_y)
             judge = self.quality(task.heldout.learned, domain.guide_x, domain.guide_y)
-            told = "Spearman {spearman:.3f}, R2 {r2:.3f}, {right:.1%} on the right side of the dark threshold"
+            told, infeasible = "Spearman {spearman:.3f}, R2 {r2:.3f}", ""
+            if np.isfinite(domain.dark):
+                told += ", {right:.1%} on the right side of the dark threshold"
+                infeasible = f"Infeasible: predicted below {domain.dark:.2f}. "
             notes.append(
-                f"Infeasible: predicted below {domain.dark:.2f}. The guiding and the judging networks are trained on disjoint "
+                f"{infeasible}The guiding and the judging networks are trained on disjoint "
                 f"halves; on measurements they have not seen: {told.format(**guide)}; {told.format(**judge)}."
             )
         return notes

