@@ -1,6 +1,6 @@
 """A process of a pool: it answers with a function on texts until its parent is gone. It imports nothing but that function.
 
-The parent sends (number, function, text) and gets (number, value, reason, whether it is final): a value, or NaN with a reason. A request
+The parent sends (number, function, text) and gets (number, value, reason, whether it is final, what was raised): a value, or NaN with a reason. A request
 without a number loads the function. A process whose parent is gone ends at once, also in the middle of an answer.
 """
 
@@ -17,8 +17,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 
-def answer(function: Callable[[str], Any], text: str) -> tuple[float, str, bool]:
-    """Return a function's value at a text and "", or NaN and why there is none; and whether it is the same when asked again.
+def answer(function: Callable[[str], Any], text: str) -> tuple[float, str, bool, str]:
+    """Return a function's value at a text and "", or NaN and why there is none; whether it is the same when asked again; what was raised.
 
     The reason is the one that the function gives, or the type of what it raised, which may not come again.
 
@@ -30,8 +30,9 @@ def answer(function: Callable[[str], Any], text: str) -> tuple[float, str, bool]
         value = float(function(text))
     except Exception as error:  # noqa: BLE001 - the contract: one text's failure is NaN with a reason
         own = error.args[0] if type(error).__name__ == "Infeasible" else None
-        return math.nan, str(own or type(error).__name__), own is not None
-    return (value, "", True) if math.isfinite(value) else (math.nan, "not finite", True)
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        return math.nan, str(own or type(error).__name__), own is not None, "" if own else told
+    return (value, "", True, "") if math.isfinite(value) else (math.nan, "not finite", True, "")
 
 
 @functools.lru_cache(16)
@@ -60,8 +61,8 @@ def main(descriptor: int) -> None:
         if number is None:
             try:
                 _loaded(function)
-                connection.send((None, math.nan, "", True))
+                connection.send((None, math.nan, "", True, ""))
             except Exception as error:  # noqa: BLE001 - the parent raises it
-                connection.send((None, math.nan, f"{type(error).__name__}: {error}", True))
+                connection.send((None, math.nan, f"{type(error).__name__}: {error}", True, ""))
         else:
             connection.send((number, *answer(_loaded(function), text)))

@@ -93,9 +93,9 @@ def divides(name: str, parts: Any, batch: int) -> int:
     return int(parts)
 
 
-def divided(name: str, batch: int, shards: Any) -> None:
+def divided(name: str, batch: int | None, shards: Any) -> None:
     """Refuse a batch that cannot be split evenly over the devices of a mesh."""
-    if shards is not None and batch % shards.count:
+    if shards is not None and batch is not None and batch % shards.count:
         raise ValueError(f"{name} must be a multiple of the {shards.count} devices that split it, got {batch}")
 
 

@@ -35,6 +35,7 @@ import rgdiff
 from rgdiff._worker import answer
 
 log = logging.getLogger("rgdiff")
+Tell = Callable[[str, float, str, bool, str], None]  # of a text: value, reason, whether it is final, what was raised
 
 REMEMBERED = 2**18  # answers of one oracle in memory; the oldest are forgotten first
 START = 300.0  # seconds that a process may take to import a function
@@ -113,11 +114,12 @@ def oracle(
     """Make an oracle of a function of one text.
 
     Args:
-      function: text -> number; it raises `Infeasible(reason)` for a text without one, and whatever else it raises counts by its type.
+      function: text -> number; it raises `Infeasible(reason)` for a text without one, and whatever else it raises
+        counts by its type, the first of a type with a warning.
         It is pickled: a function of a module, or an object of a class of one, with `__call__`; with workers=0 any function.
       name: under which answers are kept, `module.function` by default.
       version: of the function and of all that its answers depend on. Another version knows none of the old answers.
-      workers: processes; as many as there are cores by default. 0 asks in this process, without timeouts.
+      workers: processes; as many as there are cores by default (none on Windows). 0 asks in this process, without timeouts.
       timeout: seconds an answer may take, > 0.
       retries: of a text whose process hung or died, each in a new process; then it is NaN.
       folder: where answers are kept on disk, shared by runs; none by default. Answers that a retry may change (a timeout, a crash,
@@ -142,6 +144,7 @@ def oracle(
     if not timeout > 0:
         raise ValueError(f"timeout={timeout}: expected seconds, > 0")
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = count if hasattr(os, "killpg") else 0  # processes and what they start are ended as POSIX has it
     workers = count if workers is None else checks.at_least("workers", workers, 0)
     label = (
         name or f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__name__)}"
@@ -175,6 +178,7 @@ class _State:
         self.lock = threading.Lock()
         self.memory: dict[str, tuple[float, str]] = {}
         self.counts: collections.Counter[str] = collections.Counter()
+        self.said: set[str] = set()
         self.disk = None if folder is None else _Disk(Path(folder))
 
     def answers(self, of: TextOracle, texts: list[str]) -> np.ndarray:
@@ -184,7 +188,12 @@ class _State:
             found |= self.disk.read(of, missing)
             missing = [text for text in missing if text not in found]
 
-        def tell(text: str, value: float, reason: str, keep: bool) -> None:
+        def tell(text: str, value: float, reason: str, keep: bool, told: str) -> None:
+            if told and reason not in self.said:
+                self.said.add(reason)
+                log.warning(
+                    "the oracle %s has no value for %r: %s; others of this kind are counted", of.name, text[:80], told
+                )
             found[text] = value, reason
             if self.disk is not None and keep:
                 self.disk.write(of, text, value, reason)
@@ -196,8 +205,9 @@ class _State:
                 if self.disk is not None:
                     self.disk.commit()
         self.memory |= found
-        for text in list(self.memory)[: max(len(self.memory) - REMEMBERED, 0)]:
-            del self.memory[text]
+        if len(self.memory) > REMEMBERED:
+            for text in list(self.memory)[: len(self.memory) - REMEMBERED]:
+                del self.memory[text]
         self.counts.update(asked=len(texts), known=len(texts) - len(missing), computed=len(missing))
         self.counts.update(reason for text in texts if (reason := found[text][1]))
         return np.array([found[text][0] for text in texts], np.float64)
@@ -213,7 +223,7 @@ def _state(of: TextOracle) -> _State:
     return _State(of.folder)
 
 
-def _ask(of: TextOracle, texts: list[str], tell: Callable[[str, float, str, bool], None]) -> None:
+def _ask(of: TextOracle, texts: list[str], tell: Tell) -> None:
     """Compute answers, told one by one as they come, with whether a disk may keep them."""
     if not of.workers:
         for text in texts:
@@ -331,7 +341,7 @@ class _Pool:
     def __init__(self, count: int):
         self.count, self.workers, self.lock = count, [], threading.Lock()
 
-    def ask(self, of: TextOracle, texts: list[str], tell: Callable[[str, float, str, bool], None]) -> None:
+    def ask(self, of: TextOracle, texts: list[str], tell: Tell) -> None:
         function = _pickled(of.function, of.name)
         todo, failures, left = collections.deque(range(len(texts))), collections.Counter[int](), len(texts)
         died_loading = 0
@@ -358,7 +368,7 @@ class _Pool:
                     failure = None
                     if worker.connection in ready:
                         try:
-                            number, value, reason, final = worker.connection.recv()
+                            number, value, reason, final, told = worker.connection.recv()
                         except (EOFError, OSError):
                             failure = "crash"
                         else:
@@ -371,7 +381,7 @@ class _Pool:
                             if number is not None:
                                 worker.quick = now - worker.since < QUICK
                                 left -= 1
-                                tell(texts[number], value, reason, final)
+                                tell(texts[number], value, reason, final, told)
                             worker.since = now
                     elif time.monotonic() > limit:
                         failure = "timeout"
@@ -393,7 +403,7 @@ class _Pool:
                         todo.append(first)
                     else:
                         left -= 1
-                        tell(texts[first], math.nan, failure, False)
+                        tell(texts[first], math.nan, failure, False, f"{failure}, {of.retries} retries")
         except BaseException:
             self.close()  # what is under way answers nobody
             raise

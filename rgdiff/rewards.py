@@ -417,9 +417,13 @@ def threshold(reward: Reward, low: float | None = None, high: float | None = Non
         raise ValueError("threshold needs low, high, or both")
     if low is not None and high is not None and low > high:
         raise ValueError(f"threshold: low={low} is above high={high}")
-    limits = [jnp.float32(edge if given is None else given) for given, edge in ((low, -jnp.inf), (high, jnp.inf))]
-    slope = checks.positive("width", width, zero=True)
-    return Threshold(callable_pytree(reward, "a reward"), *limits, slope, bool(width == 0))
+    return Threshold(
+        callable_pytree(reward, "a reward"),
+        jnp.float32(-jnp.inf if low is None else low),
+        jnp.float32(jnp.inf if high is None else high),
+        checks.positive("width", width, zero=True),
+        bool(width == 0),
+    )
 
 
 @pytree

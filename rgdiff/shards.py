@@ -255,6 +255,31 @@ def take(tree: Any, index: Array, shards: Shards | None, axis: int = 0) -> Any:
     return _mapped(local, shards, (spec, PartitionSpec(axes)), spec)(tree, index)
 
 
+def own_rows(tree: Any) -> Any:
+    """Return, as NumPy arrays, the rows that this process holds of arrays that several share; of others, all."""
+
+    def own(leaf: Any) -> np.ndarray:
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return np.asarray(leaf)
+        parts = {shard.index[0].start or 0: shard.data for shard in leaf.addressable_shards}
+        return np.concatenate([np.asarray(parts[begin]) for begin in sorted(parts)])
+
+    return jax.tree.map(own, tree)
+
+
+def joined_rows(rows: np.ndarray, like: Any, shards: Shards | None) -> Any:
+    """Return one array of the rows of all processes, each of which gives those that `own_rows` gave it.
+
+    Args:
+      rows: [b, ...] of this process.
+      like: the array [B, ...] whose rows they belong to.
+      shards: None returns the rows.
+    """
+    if shards is None or like.is_fully_addressable or like.is_fully_replicated:
+        return rows
+    return jax.make_array_from_process_local_data(shards.rows, rows, (like.shape[0], *rows.shape[1:]))
+
+
 def strata(key: Array, batch: int, rows: int) -> Array:
     """Draw `batch` of `rows`: the i-th uniformly from the i-th of `batch` equal parts, so that every row is as probable as any.
 

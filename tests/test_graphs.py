@@ -141,3 +141,39 @@ def test_a_geometric_schedule_is_the_limit_of_karras():
     np.testing.assert_allclose(ours.log_snr(t), -2 * np.log(ours.sigma(t)), atol=1e-5)
     with pytest.raises(ValueError, match="below sigma_max"):
         schedules.geometric_ve(1.0, 1.0)
+
+
+@pytest.mark.parametrize("rows", [2, 3])
+def test_graphs_by_size_have_the_same_results_and_gradients(rows):
+    """In any order of sizes; what is left out of a small graph is nothing that it reads."""
+    rng = np.random.default_rng(0)
+    size, nodes = np.array([5, 2, 3, 5, 1, 4, 2]), 5
+    mask = (np.arange(nodes) < size[:, None]).astype(np.float32)
+    x = {"nodes": rng.normal(size=(7, nodes, 2)), "edges": rng.normal(size=(7, 10)), "mask": mask}
+    x = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in x.items()}
+    where = graphs.there(x["mask"])
+    seen = []
+
+    def function(x):
+        where = graphs.there(x["mask"])
+        edges = jnp.where(where["edges"], x["edges"], 0.0)
+        near = graphs.matrix(edges, x["mask"].shape[1]) @ jnp.where(where["nodes"], x["nodes"], 0.0)
+        seen.append(near.shape)
+        return {"nodes": near**2, "edges": graphs.triangle(jnp.einsum("bnf,bmf->bnm", near, near)) * edges}
+
+    sized = graphs.by_size(function, (2, 3, 5), rows)
+    clean = lambda out: {name: jnp.where(where[name], out[name], 0.0) for name in out}  # noqa: E731
+    for ours, plain in zip(*(jax.tree.leaves(clean(f(x))) for f in (sized, function)), strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-6)
+    assert {shape[1] for shape in seen} == {2, 3, 5}
+    loss = lambda f: lambda e: sum(jnp.sum(leaf) for leaf in clean(f(x | {"edges": e})).values())  # noqa: E731
+    gradient = jax.grad(loss(function))(x["edges"])
+    assert np.abs(gradient).max() > 0.1
+    np.testing.assert_allclose(jax.grad(loss(sized))(x["edges"]), gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="numbers of nodes that increase"):
+        graphs.by_size(lambda x: x, (3, 2))
+    with pytest.raises(ValueError, match="the last width must be the graphs' 3 nodes, got 2"):
+        graphs.by_size(lambda x: x, (2,))(graphs.unpacked(jnp.zeros((1, 3, 5))))

@@ -33,7 +33,7 @@ def test_answers_come_in_order_from_several_processes_that_end():
     assert length(["CCCCC"]) == 5  # closed, it starts again
 
 
-def test_a_killed_process_a_hung_call_and_what_a_function_raises_are_survived(tmp_path):
+def test_a_killed_process_a_hung_call_and_what_a_function_raises_are_survived(tmp_path, caplog):
     of = oracles.oracle(functions.hostile, workers=2, timeout=0.5, folder=tmp_path)
     texts = ["good", "hang", "die", "raise", "nan", "fine", f"hang:{tmp_path / 'h'}", f"die:{tmp_path / 'd'}"]
     np.testing.assert_array_equal(of(texts), [4, np.nan, np.nan, np.nan, np.nan, 4, 4, 3])  # the last two on a retry
@@ -41,6 +41,12 @@ def test_a_killed_process_a_hung_call_and_what_a_function_raises_are_survived(tm
     assert {k: counts[k] for k in ("timeout", "crash", "RuntimeError", "not finite")} == dict.fromkeys(
         ("timeout", "crash", "RuntimeError", "not finite"), 1
     )
+    said = sorted(record.getMessage().partition("has no value for ")[2] for record in caplog.records)
+    assert [line.partition(";")[0] for line in said] == [
+        "'die': crash, 1 retries",
+        "'hang': timeout, 1 retries",
+        "'raise': RuntimeError: raise",
+    ]
     with sqlite3.connect(tmp_path / oracles.FILE) as file:  # what another try may change is not kept
         assert {text for (text,) in file.execute("SELECT text FROM answers")} == {"good", "nan", "fine", *texts[6:]}
 

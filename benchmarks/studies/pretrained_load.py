@@ -170,7 +170,7 @@ def main() -> None:
     from benchmarks.speed.harness import machine
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--width", type=int, default=384, help="channels of the U-Net's first stage")
+    parser.add_argument("--width", type=int, default=512, help="channels of the U-Net's first stage")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     facts = machine() | {

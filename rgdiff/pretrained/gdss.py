@@ -238,11 +238,13 @@ class GraphModel:
       schedules: of `nodes` and `edges`.
       networks: the two Linen modules, in that order.
       predicts: what each predicts: `score` of a variance-exploding part, `eps` of a variance-preserving one.
+      widths: of `graphs.by_size`, so that small graphs cost less; none by default.
     """
 
     schedules: dict[str, Any]
     networks: tuple[Any, Any] = static()
     predicts: tuple[str, str] = static()
+    widths: tuple[int, ...] = static(default=())
 
     def __call__(self, params: Params) -> GraphDenoiser:
         return GraphDenoiser(self, params)
@@ -256,13 +258,18 @@ class GraphDenoiser:
     params: Params
 
     def __call__(self, x: State, t: Array, cond: Cond = None) -> State:
-        out = {}
-        for name, key, network, predicts in zip(
-            ("nodes", "edges"), ("x", "adj"), self.model.networks, self.model.predicts, strict=True
-        ):
-            raw = network.apply({"params": self.params[key]}, x["nodes"], x["edges"], x["mask"])
-            out[name] = denoisers.to_x0(predicts, self.model.schedules[name], x[name], t, raw)
-        return out
+        model = self.model
+        raw = (graphs.by_size(self._networks, model.widths) if model.widths else self._networks)(x)
+        return {
+            name: denoisers.to_x0(predicts, model.schedules[name], x[name], t, raw[name])
+            for name, predicts in zip(("nodes", "edges"), model.predicts, strict=True)
+        }
+
+    def _networks(self, x: State) -> State:
+        return {
+            name: network.apply({"params": self.params[key]}, x["nodes"], x["edges"], x["mask"])
+            for name, key, network in zip(("nodes", "edges"), ("x", "adj"), self.model.networks, strict=True)
+        }
 
 
 class Gdss(NamedTuple):

@@ -20,7 +20,9 @@ from rgdiff.recipes.kinds import of_kind
 
 COMMON = {  # the keys that every recipe has, whether it says so or not
     "out": None, "seed": 0, "samples": None, "data_dir": None, "resume": False, "cache_dir": None, "modules": [],
+    "mesh": None, "distributed": "auto",
 }  # fmt: skip
+MESH = ("data", "fsdp", "tensor", "dcn_data")  # axes of `mesh`, of rgdiff.runtime.mesh.device_mesh
 PARTS = ("domain", "prior", "reward", "method", "methods", "rewards")  # the keys that recipes are built from
 # last names of keys whose values are taken as they are: paths, and a title; `out` at the top alone: prior.network.out is a number
 VERBATIM = (
@@ -147,6 +149,7 @@ def composed(recipe: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any]
                 told = _unmatched(recipe, choices, chosen_by([])[1]) or f"{recipe}: {_line(error)}"
                 raise ValueError(told) from None
             absent = [key for key in (*COMMON, "title") if key not in base]
+            absent += [f"mesh.{axis}" for axis in MESH if "mesh" in absent]
             parsed = [f"+{o}" if o.partition("=")[0] in absent else o for o in parsed]
             known = [*_keys(OmegaConf.to_container(base, resolve=False)), *absent]
             for override in overrides:
@@ -204,6 +207,15 @@ def fitting(choices: Sequence[str], chosen: Mapping[str, str | None]) -> list[st
         if group not in given and chosen.get(group) and fits[0] and chosen[group] not in fits:
             more.append(f"{group}={fits[0]}")
     return more
+
+
+def distributed(overrides: Sequence[str]) -> Any:
+    """Return the value of `distributed=` among overrides, which is needed before anything else; anything unknown is refused later."""
+    given = {"true": True, "false": False}
+    values = [
+        value.lower() for key, _, value in (override.partition("=") for override in overrides) if key == "distributed"
+    ]
+    return given.get(values[-1], "auto") if values else "auto"
 
 
 def sources(recipe: str, overrides: Sequence[str] = (), group: str | None = None) -> list[tuple[Path, str]]:
@@ -488,6 +500,14 @@ def check_common(config: dict[str, Any], recipe: str) -> None:
     for key, kind in kinds.items():
         if key in config:
             of_kind(key, config[key], inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, annotation=kind))
+    checks.one_of("distributed", config["distributed"], ("auto", True, False))
+    if (mesh := config["mesh"]) is not None:
+        if not isinstance(mesh, dict):
+            raise ValueError(f"mesh has axes, e.g. mesh.data=-1, got {mesh!r}")
+        for axis, size in mesh.items():
+            checks.one_of("an axis of mesh", axis, MESH)
+            if size != -1:
+                checks.at_least(f"mesh.{axis}", size, 1)
     for key, own in (config.get("rewards") or {}).items():
         if not isinstance(own, dict) or "_target_" not in own:
             raise ValueError(f"rewards.{key} is no reward; give one with +reward@rewards.{key}=CHOICE")

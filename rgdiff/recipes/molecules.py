@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,8 @@ class GdssPrior(Prior):
       variance: of its steps, `fixed_large` (the released sampler's) or `fixed_small`.
       corrections: Langevin steps a move, 0 for none; each costs one more call of both networks.
       snr, scale, step_size: of a correction, see `rgdiff.correctors.corrected`.
+      buckets: numbers of atoms, increasing, the last one the networks': graphs that fit in a smaller one cost less
+        (`rgdiff.graphs.by_size`), and each is compiled for itself; none by default.
     """
 
     file: str
@@ -53,6 +55,7 @@ class GdssPrior(Prior):
     snr: float = 0.2
     scale: float = 0.9
     step_size: str = "per_sample"
+    buckets: Sequence[int] = ()
 
     def networks(self) -> gdss.Gdss:
         """Read the networks."""
@@ -68,6 +71,8 @@ class GdssPrior(Prior):
                 f"are {list(domain.shape)}; choose domain=qm9 with prior=gdss_qm9, domain=zinc250k with prior=gdss_zinc"
             )
         checks.at_least("prior.steps", self.steps, 2)
+        if list(self.buckets) != sorted({*self.buckets, *([count] if self.buckets else [])}):
+            raise ValueError(f"prior.buckets: numbers of atoms that increase to {count}, got {list(self.buckets)}")
         self._corrected(self._plain(self.eta))
 
     def process(self, shape: Shape, eta: float | None = None) -> Process:
@@ -82,17 +87,18 @@ class GdssPrior(Prior):
     def _corrected(self, process: Any) -> tuple[Any, Any]:
         """Return the process and the model."""
         held = self.networks()
+        model = dataclasses.replace(held.model, widths=tuple(self.buckets))
         if checks.at_least("prior.corrections", self.corrections, 0) == 0:
-            return process, held.model
+            return process, model
         law, denoiser = correctors.corrected(
             process,
-            held.model(held.params),
+            model(held.params),
             steps=self.corrections,
             snr=self.snr,
             scale=self.scale,
             step_size=self.step_size,
         )
-        return law, correctors.CorrectedModel(held.model, denoiser)
+        return law, correctors.CorrectedModel(model, denoiser)
 
     def obtain(self, run: Run, domain: Domain, identity: Mapping[str, Any]) -> ReadyPrior:
         """Read the networks."""

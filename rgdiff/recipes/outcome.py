@@ -14,8 +14,10 @@ import numpy as np
 from rgdiff import samplers
 from rgdiff.recipes.typing import Outcome, ReadyPrior
 from rgdiff.rewards import RewardFailure
+from rgdiff.runtime.distributed import gathered, several
 from rgdiff.runtime.progress import pieces, progress
 from rgdiff.runtime.run import Clock, Diverged, Run
+from rgdiff.shards import shards_of
 from rgdiff.typing import Array, Denoiser, Process, Sampler
 
 
@@ -59,10 +61,24 @@ def draw(
     times = prior.times if times is None else times
     with shown(phase, times.shape[0] - 1) as options:
         try:
-            out = samplers.sample(sampler, run.key(phase), count, times, prior.conditions(count), keep=keep, **options)
+            out = samplers.sample(
+                sampler,
+                run.key(phase),
+                count,
+                times,
+                prior.conditions(count),
+                keep=keep,
+                mesh=_divided(run.mesh, count),
+                **options,
+            )
         except RewardFailure as failure:
             raise RewardFailure(f"{phase}: {failure} (resume=true goes on)") from failure
-        return jax.block_until_ready(out)
+        return jax.block_until_ready(gathered(out) if several() else out)
+
+
+def _divided(mesh: Any, count: int) -> Any:
+    """The mesh, where the samples can be split over it evenly; else every device draws them all."""
+    return None if mesh is None or count % shards_of(mesh).count else mesh  # type: ignore[union-attr]
 
 
 def draw_with_kl(run: Run, phase: str, sampler: Any, prior: ReadyPrior, count: int) -> tuple[np.ndarray, float]:

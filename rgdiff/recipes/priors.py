@@ -23,6 +23,7 @@ from rgdiff import assets, checks, denoisers, processes, schedules, tuners
 from rgdiff.exact.enumeration import Factorised
 from rgdiff.recipes.typing import Domain, Prior, ReadyPrior, Shape
 from rgdiff.runtime.checkpoint import CheckpointError, check_params, load_params, save_params
+from rgdiff.runtime.distributed import agreed
 from rgdiff.runtime.run import Run, phase_key
 from rgdiff.typing import Denoiser, Model, Params, Process, pytree, static
 
@@ -231,7 +232,7 @@ class TrainedPrior(Prior):
             run.say(f"prior: parameters from {self.checkpoint}")
             return load_params(assets.resolved(self.checkpoint), like)
         cached = self.kept(run.cache, identity, domain)
-        if cached.exists():
+        if agreed(cached.exists()):
             try:
                 params = load_params(cached, like)
                 run.say(f"prior: trained earlier, from {cached}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,15 @@ def run_recipe(name: str, overrides: Sequence[str], dry: bool = False) -> dict[s
 
     A run that is finished already is told again and not repeated. With `dry` its plan is printed and nothing is written.
     """
+    from rgdiff.runtime.distributed import agreed, first
     from rgdiff.runtime.folder import alone
 
-    prepared = prepare(name, overrides, dry)
+    try:
+        prepared = prepare(name, overrides, dry)
+    except (ValueError, OSError):
+        if not first():  # what is wrong with the input is wrong in all processes, and told by one
+            raise SystemExit(2) from None
+        raise
     if dry:
         from rgdiff.recipes.plan import described
 
@@ -59,7 +66,7 @@ def run_recipe(name: str, overrides: Sequence[str], dry: bool = False) -> dict[s
         )
         return {}
     with alone(prepared.out):
-        if (prepared.out / "summary.json").exists():
+        if agreed((prepared.out / "summary.json").exists()):
             return told_again(prepared.out)
         return execute(prepared)
 
@@ -70,12 +77,19 @@ def prepare(name: str, overrides: Sequence[str], dry: bool = False) -> Prepared:
     Raises:
       ValueError: for whatever is wrong with it, naming the key.
     """
+    from rgdiff.checks import divided
     from rgdiff.recipes import compose as recipe
+    from rgdiff.runtime import distributed
     from rgdiff.runtime.cache import cache_path, open_cache
     from rgdiff.runtime.folder import RunFolder, next_free
     from rgdiff.runtime.progress import announce
     from rgdiff.runtime.run import use_compilation_cache, use_quick_compilation
+    from rgdiff.shards import shards_of
 
+    use_quick_compilation()
+    distributed.join(recipe.distributed(overrides))
+    if not distributed.first():
+        sys.stdout = open(os.devnull, "w")  # lines are the first process's
     config, chosen = recipe.composed(name, overrides)
     given = [override.partition("=")[0] for override in overrides]
     if "domain" in given and (
@@ -90,15 +104,18 @@ def prepare(name: str, overrides: Sequence[str], dry: bool = False) -> Prepared:
     methods = recipe.methods_of(config, chosen)
     out = Path(config["out"] or f"runs/{Path(name).stem}")
     if not any(override.startswith("out=") for override in overrides):
-        named, out = out, next_free(out, config["resume"])
+        named, out = out, Path(distributed.shared(str(next_free(out, config["resume"]))))
         if out != named and not config["resume"] and not dry:
             unfinished = "" if (named / "summary.json").exists() else ", not finished: resume=true goes on with it"
             say(f"{named} holds a run{unfinished}; this one goes into {out}")
     config["out"] = str(out)
-    RunFolder.check(out, config, config["resume"])
+    distributed.on_first(lambda: RunFolder.check(out, config, config["resume"]))
 
-    use_quick_compilation()
     check_devices()
+    shards = shards_of(mesh_of(config))
+    divided("prior.train.batch", (config["prior"].get("train") or {}).get("batch"), shards)
+    for key, settings in methods.items():
+        divided(f"{key}: batch", settings.get("batch"), shards)
     cache = cache_path(config.get("cache_dir"))
     if not dry:
         cache = open_cache(config.get("cache_dir"))
@@ -127,6 +144,15 @@ def prepare(name: str, overrides: Sequence[str], dry: bool = False) -> Prepared:
 
     tasks_of(prepared, lambda _, settings: untrained(settings))
     return prepared
+
+
+def mesh_of(config: dict[str, Any]) -> Any:
+    """Return the mesh that a config asks for: none by default, but all devices of several processes."""
+    from rgdiff.runtime.distributed import several
+    from rgdiff.runtime.mesh import device_mesh
+
+    sizes = config["mesh"]
+    return device_mesh(**(sizes or {})) if sizes is not None or several() else None
 
 
 def check_devices() -> None:
@@ -239,7 +265,7 @@ def execute(prepared: Prepared) -> dict[str, Any]:
     assert prepared.cache is not None
     fresh = not (prepared.out / "config.yaml").exists()
     folder = RunFolder.create(prepared.out, config, resume=config["resume"])
-    run = Run(folder, seed, prepared.cache, prepared.name)
+    run = Run(folder, seed, prepared.cache, mesh_of(config), prepared.name)
     try:
         # Run: the prior, then every method beside it.
         announce("making the prior…")

@@ -28,6 +28,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rgdiff.runtime.distributed import agreed, on_first, shared
+
 log = logging.getLogger("rgdiff")
 
 _NAME = re.compile(r"^(\d+)(?:\.(\d+))?$")  # step, or step.n for the n-th rewriting of the same step
@@ -103,7 +105,8 @@ class Checkpoints:
     def latest(self) -> int | None:
         """Return the step of the newest complete checkpoint, or None."""
         entries = self._entries()
-        return entries[-1][0] if entries else None
+        latest = agreed(entries[-1][0] if entries else -1)
+        return None if latest < 0 else latest
 
     def restore(self, like: Any, step: int | None = None) -> tuple[Any, int, dict[str, Any] | None]:
         """Read a checkpoint into the structure and placement of `like`.
@@ -187,7 +190,7 @@ def save_params(path: str | os.PathLike[str], params: Any, meta: dict[str, Any] 
       {'w': array([1., 1.], dtype=float32)} {'loss': 0.5}
     """
     path = Path(path).absolute()
-    new = path.with_name(f".new-{uuid.uuid4().hex[:8]}-{path.name}")
+    new = path.with_name(shared(f".new-{uuid.uuid4().hex[:8]}-{path.name}"))  # one name in all processes
     try:
         with interruptible(), _unwritten(f"parameters were not written to {path}"):
             _start_save(new, params, {"step": None, "meta": meta}).result()
@@ -195,13 +198,17 @@ def save_params(path: str | os.PathLike[str], params: Any, meta: dict[str, Any] 
         for left in (new, new.with_name(f"{new.name}.orbax-checkpoint-tmp")):
             shutil.rmtree(left, ignore_errors=True)
         raise
-    while True:
-        try:
-            return os.rename(new, path)
-        except OSError:
-            if not path.exists():
-                raise
-            _remove(path)
+
+    def rename() -> None:
+        while True:
+            try:
+                return os.rename(new, path)
+            except OSError:
+                if not path.exists():
+                    raise
+                _remove(path)
+
+    on_first(rename)
 
 
 def load_params(path: str | os.PathLike[str], like: Any = None) -> Any:

@@ -24,9 +24,18 @@ from typing import Any
 import jax
 import numpy as np
 
+from rgdiff.runtime.distributed import first, on_first
+
 log = logging.getLogger("rgdiff")
 
-WHERE = ("out", "resume", "data_dir", "cache_dir")  # config keys that say where, not what: they may change on resume
+WHERE = (
+    "out",
+    "resume",
+    "data_dir",
+    "cache_dir",
+    "mesh",
+    "distributed",
+)  # config keys that say where, not what: they may change on resume
 OURS = (  # what a run writes into its folder
     "config.yaml", "versions.json", "summary.json", "samples.npz", "metrics.jsonl", "metrics.csv", "report.html", "sweep.csv",
     "checkpoints", "adapters", "tuned", "campaigns",
@@ -58,10 +67,14 @@ class RunFolder:
           ValueError: if the folder holds a run and `resume` is False, or no run and a file that a run would overwrite, if the
             run there has another config (the keys of `WHERE` aside), or if the config has values that YAML cannot hold.
         """
-        path = Path(path).absolute()
-        config = _plain(config)
-        cls.check(path, config, resume, longer)
-        versions = collect_versions()
+        path, config = Path(path).absolute(), _plain(config)
+        folder = cls(path, config, collect_versions())
+        on_first(lambda: folder._begin(resume, longer))
+        return folder
+
+    def _begin(self, resume: bool, longer: str | None) -> None:
+        path, config, versions = self.path, self.config, self.versions
+        self.check(path, config, resume, longer)
         if (path / "config.yaml").exists():
             with contextlib.suppress(OSError, ValueError):
                 old = json.loads((path / "versions.json").read_text(encoding="utf-8"))
@@ -69,15 +82,14 @@ class RunFolder:
                 if changed:
                     log.warning("resuming with other versions, numbers may differ: %s", ", ".join(changed))
         path.mkdir(parents=True, exist_ok=True)
-        fresh, folder = not (path / "config.yaml").exists(), cls(path, config, versions)
+        fresh = not (path / "config.yaml").exists()
         write_atomic(path / "config.yaml", _to_yaml(config).encode())  # first: it marks what else is there as a run's
         try:
-            folder._write_json("versions.json", versions)
+            self._write_json("versions.json", versions)
         except OSError:
             if fresh:
-                folder.forget()
+                self.forget()
             raise
-        return folder
 
     @staticmethod
     def check(
@@ -110,6 +122,8 @@ class RunFolder:
 
     def forget(self) -> None:
         """Undo `create`: the folder holds no run any more; whatever else lies in it stays, and an empty one goes."""
+        if not first():
+            return
         for name in ("metrics.jsonl", "metrics.csv", "versions.json", "config.yaml"):
             (self.path / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
@@ -153,12 +167,18 @@ class RunFolder:
 
 @contextlib.contextmanager
 def alone(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Keep other processes out of a run's folder, which is made if missing.
+    """Keep other runs out of a run's folder, which is made if missing.
 
     Raises:
-      ValueError: if another process is at work in it.
+      ValueError: if another run is at work in it.
     """
-    path = Path(path).absolute()
+    with contextlib.ExitStack() as stack:
+        on_first(lambda: stack.enter_context(_locked(Path(path).absolute())))
+        yield
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
     new = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDONLY)
@@ -191,7 +211,9 @@ def next_free(path: str | os.PathLike[str], resume: bool = False) -> Path:
 
 
 def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
+    """Write a file so that it is there whole or not at all; of several processes the first one does."""
+    if not first():
+        return
     path = Path(path)
     new = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rgdiff.runtime.distributed import first
 from rgdiff.runtime.folder import plain_value, write_atomic
 
 
@@ -95,7 +96,7 @@ class MetricsLog:
 
     def _rewrite(self) -> Any:
         write_atomic(self._path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
-        return open(self._path, "a", encoding="utf-8")
+        return open(self._path if first() else os.devnull, "a", encoding="utf-8")
 
 
 def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:

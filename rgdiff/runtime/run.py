@@ -24,9 +24,12 @@ import numpy as np
 from rgdiff import tuners
 from rgdiff.rewards import HostReward, RewardFailure, score
 from rgdiff.runtime.checkpoint import Checkpoints, interruptible
+from rgdiff.runtime.distributed import agreed
 from rgdiff.runtime.folder import RunFolder
+from rgdiff.runtime.mesh import shard_params
 from rgdiff.runtime.metrics import MetricsLog
 from rgdiff.runtime.progress import pieces, progress
+from rgdiff.shards import placed, shards_of
 from rgdiff.tuners.online import OnlineTuner
 from rgdiff.tuners.stopping import EarlyStopping
 
@@ -74,12 +77,16 @@ def phase_key(seed: int, phase: str) -> jax.Array:
 
 
 class Run:
-    """What the phases of a recipe share. `cache` holds trained priors and compiled programs between runs; `recipe` is its name."""
+    """What the phases of a recipe share.
 
-    def __init__(self, folder: RunFolder, seed: int, cache: Path, recipe: str = ""):
+    `cache` holds trained priors and compiled programs between runs; `mesh` is their devices', `recipe` the recipe's name.
+    """
+
+    def __init__(self, folder: RunFolder, seed: int, cache: Path, mesh: Any = None, recipe: str = ""):
         self.folder = folder
         self.recipe = recipe
         self.cache = cache
+        self.mesh = mesh
         self.log = MetricsLog(folder.path)
         self._seed = seed
         self._save_every = float(os.environ.get("RGDIFF_SAVE_EVERY", 5.0))  # seconds between checkpoints
@@ -123,10 +130,12 @@ class Run:
           Diverged: after more than PATIENCE non-finite updates; the newest state that was saved is kept: chunks with such an update
             are not saved, but where there is no other.
         """
+        params = params if self.mesh is None else shard_params(params, self.mesh)
         state = tuner.init(params)
         chunk = pieces(steps, chunk, (chunk + 1) // 2) or chunk
         with interruptible() as interrupted, Checkpoints(self.folder.path / "checkpoints" / phase) as checkpoints:
             if checkpoints.latest() is not None:
+                state = placed(state, shards_of(self.mesh))
                 state, step, _ = checkpoints.restore(state)
                 self.log.rewind(phase, step)
                 if step < steps:
@@ -158,10 +167,11 @@ class Run:
                     shown = next(name for name in ("reward", "loss", "gradient_norm") if name in infos)
                     advance(count, f"{shown} {float(np.mean(infos[shown])):.4g}" + (f", {bad} skipped" if bad else ""))
                     over = done == steps or bool(getattr(state, "stopped", False))
-                    if over or (clean and (interrupted() or time.monotonic() - saved > self._save_every)):
+                    late = agreed(interrupted() or time.monotonic() - saved > self._save_every)  # by one clock
+                    if over or (clean and late):
                         checkpoints.save(done, state)
                         saved = time.monotonic()
-                    if interrupted():
+                    if agreed(interrupted()):
                         checkpoints.wait()
                         raise KeyboardInterrupt
 
@@ -173,13 +183,21 @@ class Run:
                 try:
                     if not isinstance(inner, OnlineTuner) or not isinstance(inner.reward, HostReward):
                         return tuners.fit(
-                            tuner, key, state, steps, data=data, batch=batch, chunk=chunk, on_chunk=on_chunk
+                            tuner,
+                            key,
+                            state,
+                            steps,
+                            data=data,
+                            batch=batch,
+                            chunk=chunk,
+                            on_chunk=on_chunk,
+                            mesh=self.mesh,
                         )
                     # A black box is called between two programs, not inside one.
                     online = inner.online if inner is tuner else dataclasses.replace(tuner, tuner=inner.online)
                     return tuners.fit_online(
                         online, key, state, steps, inner.reward.function, data=data, batch=batch,
-                        heldout=None if inner.heldout is None else _judged(inner.heldout), on_step=on_step,
+                        heldout=None if inner.heldout is None else _judged(inner.heldout), on_step=on_step, mesh=self.mesh,
                     )  # fmt: skip
                 except RewardFailure as failure:
                     if failure.step is None:

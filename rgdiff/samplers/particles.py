@@ -97,9 +97,11 @@ class Smc:
     interval: int = static(default=1)
     shared: bool = static(default=False)
     tilts: str = static(default="token")
+    islands: int = static(default=1)
     shards: Shards | None = static(default=None)
 
     def init(self, key: Key, batch: int, t: Array, cond: Cond = None) -> Particles:
+        checks.divides("islands", self.islands, batch)
         x = self.process.prior(batch).sample(key)
         evaluation = self._evaluate(x, t, cond)
         zeros = jnp.zeros(batch, jnp.float32)
@@ -135,7 +137,7 @@ class Smc:
         y = proposal.sample(key_draw)
         log_ratio = jnp.zeros_like(carry.log_weights)
         if proposal is not kernel:
-            log_ratio = whole((kernel.log_prob(y) - proposal.log_prob(y)).astype(jnp.float32), self.shards)
+            log_ratio = self._everybodys((kernel.log_prob(y) - proposal.log_prob(y)).astype(jnp.float32))
         evaluation = self._evaluate(y, s, cond)
         told = says_enough(self.value, self.process, s)
         moved = self._weigh(carry._replace(x=y, move=carry.move + 1), log_ratio, evaluation, told, 1 - s / t)
@@ -160,14 +162,17 @@ class Smc:
         x0 = self.process.finalize(carry.x, t, prediction)
         log_target = carry.evaluation.value
         if self.reward is not None:
-            log_target = whole(self._scale(rewards.evaluate(self.reward, x0, cond)), self.shards)
+            log_target = self._everybodys(self._scale(rewards.evaluate(self.reward, x0, cond)))
         log_weights = carry.log_weights + log_target - carry.log_potential
         log_z = carry.log_z + log_mean_exp(log_weights)
-        gains = carry.gains + share_gains(log_weights, carry.lineages)
+        error = jnp.sqrt(jnp.sum((carry.gains + share_gains(log_weights, carry.lineages)) ** 2))
+        if self.islands > 1:  # they are independent
+            shares = jnp.exp(log_normalize(log_weights)).reshape(self.islands, -1).sum(-1)
+            error = jnp.sqrt(jnp.sum((shares - 1 / self.islands) ** 2) * self.islands / (self.islands - 1))
         info = {
             "log_weights": log_normalize(log_weights),
             "log_z": log_z,
-            "log_z_se": jnp.where(log_z > -jnp.inf, jnp.sqrt(jnp.sum(gains**2)), jnp.nan),
+            "log_z_se": jnp.where(log_z > -jnp.inf, error, jnp.nan),
             "lineages": carry.lineages,
             "ess": ess(log_weights),
             "value": log_target * self.temperature,
@@ -178,11 +183,14 @@ class Smc:
         """Split states, predictions and gradients over the devices; weights and the like [N] are everybody's, a move's few numbers."""
         evaluation = carry.evaluation
         x, gradient, prediction = split((carry.x, evaluation.gradient, evaluation.prediction), self.shards)
-        numbers = whole(
-            carry._replace(x=None, evaluation=evaluation._replace(gradient=None, prediction=None)), self.shards
-        )
+        rest = carry._replace(x=None, evaluation=evaluation._replace(gradient=None, prediction=None))
+        numbers = self._everybodys(rest)
         evaluation = numbers.evaluation._replace(gradient=gradient, prediction=prediction)
         return numbers._replace(x=x, evaluation=evaluation)
+
+    def _everybodys(self, numbers: Any) -> Any:
+        """Weights [N] on every device, so that all resample alike; those of islands stay with their particles."""
+        return (whole if self.islands == 1 else split)(numbers, self.shards)
 
     def network_calls(self, moves: int) -> int:
         """Calls of the denoiser per particle over a chain of `moves` moves (the value's own network not counted)."""
@@ -206,10 +214,10 @@ class Smc:
 
         if self.twist is None:
             values, prediction = run(x)
-            return Evaluation(whole(self._scale(values), self.shards), None, prediction)
+            return Evaluation(self._everybodys(self._scale(values)), None, prediction)
         values, back, prediction = jax.vjp(run, x, has_aux=True)
         gradient = jax.tree.map(lambda g: g / self.temperature, back(jnp.ones_like(values))[0])
-        return Evaluation(whole(self._scale(values), self.shards), gradient, prediction)
+        return Evaluation(self._everybodys(self._scale(values)), gradient, prediction)
 
     def _weigh(
         self, particles: Particles, log_ratio: Array, evaluation: Evaluation, told: Array, progress: Array | None = None
@@ -272,6 +280,8 @@ class Smc:
 
     def _resample(self, key: Key, carry: Particles) -> tuple[Particles, Array, Array]:
         count = carry.log_weights.shape[0]
+        if self.islands > 1:
+            return self._resample_islands(key, carry)
         needed = ess(carry.log_weights) < self.ess_threshold * count
 
         def exchange() -> tuple[Particles, Array]:
@@ -290,6 +300,27 @@ class Smc:
         stay = lambda: (carry, jnp.arange(count, dtype=jnp.int32))  # noqa: E731
         resampled, ancestors = jax.lax.cond(needed, exchange, stay)  # devices exchange particles only where they must
         return resampled, ancestors, needed
+
+    def _resample_islands(self, key: Key, carry: Particles) -> tuple[Particles, Array, Array]:
+        """Resample every island by itself, where its own ESS is low; its particles go on with their mean weight."""
+        apart = lambda leaf: leaf.reshape(self.islands, -1, *leaf.shape[1:])  # noqa: E731
+        log_weights = apart(carry.log_weights)
+        size = log_weights.shape[1]
+        needed = jax.vmap(ess)(log_weights) < self.ess_threshold * size
+
+        def exchange() -> tuple[Particles, Array]:
+            drawn = jax.vmap(SCHEMES[self.resampling])(jax.random.split(key, self.islands), log_weights)
+            chosen = jnp.where(needed[:, None], drawn, jnp.arange(size))
+            move = lambda leaf: jax.vmap(lambda own, i: own[i])(apart(leaf), chosen).reshape(leaf.shape)  # noqa: E731
+            mean = jax.vmap(log_mean_exp)(log_weights)[:, None]
+            moved = Particles(*jax.tree.map(move, carry[:6]), *carry[6:])
+            weights = jnp.where(needed[:, None], mean, log_weights).reshape(-1)
+            ancestors = (chosen + size * jnp.arange(self.islands)[:, None]).reshape(-1)
+            return self.over_devices(moved._replace(log_weights=weights)), ancestors.astype(jnp.int32)
+
+        stay = lambda: (carry, jnp.arange(size * self.islands, dtype=jnp.int32))  # noqa: E731
+        resampled, ancestors = jax.lax.cond(needed.any(), exchange, stay)
+        return resampled, ancestors, needed.any()
 
 
 def _imputed(values: Array, previous: Array, log_weights: Array) -> Array:
@@ -316,6 +347,7 @@ def smc(
     tempering: Array | None = None,
     adaptive: float | None = None,
     tilts: str = "token",
+    islands: int = 1,
 ) -> Smc:
     """Build a particle sampler of p_pre(x) exp(r(x)/tau)/Z; `sample(..., batch=N)` runs N particles of one problem.
 
@@ -350,6 +382,9 @@ def smc(
         keeps at least that fraction. The strength begins at 0 and may fall. In (0, 1]; 0.5 is a good start, a smaller one for
         targets far from the prior. Not with `tempering`.
       tilts: of a masked process, see `guides.gradient_guide`.
+      islands: groups of consecutive particles, of N / islands each, that resample by themselves, so that none moves from one to
+        another: over several devices, as many as there are or a multiple. Z stays unbiased. The weights of islands differ, and the
+        effective sample size falls with their spread: few large islands lose little.
 
     Returns:
       The sampler. `samples.info` has `log_weights` [N] (normalised); `log_z`, an estimate of log E_pre exp(r/tau), unbiased in Z,
@@ -421,6 +456,7 @@ def smc(
         interval=checks.at_least("interval", interval, 1),
         shared=shares(value, denoiser),
         tilts=checks.one_of("tilts", tilts, TILTS),
+        islands=checks.at_least("islands", islands, 1),
     )
 
 

@@ -17,7 +17,7 @@ from rgdiff.tuners.diagnostics import gradient_statistics
 from rgdiff.tuners.ema import ema_update
 from rgdiff.tuners.energy_model import langevin_energy, log_partition
 from rgdiff.tuners.online import as_tuner, fit_online
-from rgdiff.tuners.optimizers import adamw
+from rgdiff.tuners.optimizers import adamw, float32_master
 from rgdiff.tuners.policy_gradient import ddpo, dpok
 from rgdiff.tuners.reward_gradients import (
     alignprop,
@@ -62,6 +62,7 @@ __all__ = [
     "filtered",
     "fit",
     "fit_online",
+    "float32_master",
     "gcd",
     "gradient_guidance",
     "gradient_statistics",

@@ -195,9 +195,8 @@ def spread_out(method: Any, state: Any, data: Any, batch: int | None, shards: Sh
     """Return a method that knows the shards, with its state and data on their mesh; refuse batches that cannot be split."""
     if shards is None:
         return method, state, data
-    for name, rows in (("batch", batch), ("the tuner's batch", getattr(method, "batch", None))):
-        if isinstance(rows, int):
-            checks.divided(name, rows, shards)
+    own = getattr(method, "batch", None)  # of chains; the rows of data are then their conditions, or data beside them
+    checks.divided(*(("batch", batch) if own is None else ("the tuner's batch", own)), shards)
     method, state = on_mesh(method, shards), placed(state, shards)
     if hasattr(method, "over_devices"):  # of a state that holds rows
         state = jax.jit(method.over_devices)(state)
@@ -245,7 +244,8 @@ def train(
     if count == 1:  # see samplers._loop.roll
         state, info = one(state, None)
         return state, jax.tree.map(lambda i: i[None], info)
-    return jax.lax.scan(one, state, None, length=count)
+    state, infos = jax.lax.scan(one, state, None, length=count)
+    return laid_out(state, layout), infos
 
 
 _advance = jax.jit(train, static_argnames=("count", "batch", "shards", "layout"), donate_argnames=("state",))

@@ -15,7 +15,7 @@ import numpy as np
 
 from rgdiff import checks
 from rgdiff.rewards import evaluate, failed, failures, from_host
-from rgdiff.shards import Shards, by_rows, shards_of
+from rgdiff.shards import Shards, by_rows, joined_rows, own_rows, shards_of, split
 from rgdiff.tuners._loop import draw_rows, laid_out, layout_of, spread_out
 from rgdiff.tuners.stopping import EarlyStopping
 from rgdiff.typing import Array, Cond, Info, Key, Online, Params, Reward, RewardLike, callable_pytree, pytree, static
@@ -173,9 +173,8 @@ def fit_online(
             break
         with failures(online) as settle:  # a value inside the method may be made of a host reward
             experience = settle(_rollout(online, key, state, data, batch, shards), state, step)
-        x0, cond = jax.device_get((experience.x0, experience.cond))
-        rewards = _on_host(reward, x0, cond, state, step)
-        judged = None if heldout is None else _on_host(heldout, x0, cond, state, step)
+        rewards = _on_host(reward, experience, shards, state, step)
+        judged = None if heldout is None else _on_host(heldout, experience, shards, state, step)
         state, info = _update(online, key, state, experience, rewards, judged, layout)
         if on_step is not None:
             on_step(state, jax.device_get(info))
@@ -210,11 +209,21 @@ def minibatch_rows(key: Key, batch: int, epochs: int, minibatches: int) -> Array
     return jax.vmap(shuffled)(jax.random.split(key, epochs)).reshape(epochs * minibatches, batch // minibatches)
 
 
-def _on_host(reward: Callable[..., Any], x0: Any, cond: Any, state: Any, step: int) -> np.ndarray:
+def _on_host(reward: Callable[..., Any], experience: Any, shards: Shards | None, state: Any, step: int) -> Any:
+    """Rewards [B]; of several processes each asks for its own rows, and where one fails all do."""
+    rewards, error = None, None
     try:
-        return from_host(reward).answers(x0, cond)  # type: ignore[attr-defined]
-    except Exception as error:
+        rewards = from_host(reward).answers(*own_rows((experience.x0, experience.cond)))  # type: ignore[attr-defined]
+    except Exception as raised:
+        error = raised
+    if jax.process_count() > 1:
+        from jax.experimental.multihost_utils import process_allgather
+
+        if np.any(process_allgather(np.asarray(error is not None))) and error is None:
+            error = ValueError("the reward failed in another process")
+    if error is not None:
         raise failed(error, state, step) from error
+    return joined_rows(rewards, jax.tree.leaves(experience.x0)[0], shards)  # type: ignore[arg-type]
 
 
 def _keys(key: Key, step: Array) -> tuple[Key, Key, Key]:
@@ -226,7 +235,10 @@ def _keys(key: Key, step: Array) -> tuple[Key, Key, Key]:
 def _roll_out(online: Any, key: Key, state: Any, data: Any, batch: int | None, shards: Shards | None) -> Any:
     key_batch, key_rollout, _ = _keys(key, state.step)
     cond = draw_rows(key_batch, data, batch, shards)
-    return online.rollout(key_rollout, state, cond)
+    experience = online.rollout(key_rollout, state, cond)
+    if shards is None:
+        return experience
+    return experience._replace(x0=split(experience.x0, shards), cond=split(experience.cond, shards))
 
 
 def _improve(

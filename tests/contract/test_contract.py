@@ -134,6 +134,12 @@ def particles(method, number, seed, net_type, *times):
     return method(masked(), net_type(net(4, 3, seed)), value, *times, temperature=number)
 
 
+def smc_islands(number=0.5, seed=0, net_type=Net):
+    value = values.learned(value_net, masked_reward, masked())
+    denoiser = net_type(net(4, 3, seed))
+    return samplers.smc(masked(), denoiser, value, temperature=number, ess_threshold=1.0, islands=min(8, B // 2))
+
+
 def fk_steering_smc(number=0.5, seed=0, net_type=Net):
     return particles(samplers.fk_steering, number, seed, net_type)
 
@@ -154,7 +160,7 @@ INDEPENDENT = [
     ancestral_gaussian, ancestral_masked, svdd_pm_gaussian, svdd_pm_masked, svdd_learned_gaussian, svdd_learned_masked,
     guided_gaussian, best_of_n_masked, dpm_solver,
 ]  # fmt: skip
-PARTICLES = [smc_gaussian, smc_masked, fk_steering_smc, tds_smc, das_smc, resampled_smc]
+PARTICLES = [smc_gaussian, smc_masked, smc_islands, fk_steering_smc, tds_smc, das_smc, resampled_smc]
 SAVING = [svdd_distinct, event_driven]  # predictions are shared between equal states: fewer network calls than counted
 SAMPLERS = [*INDEPENDENT, *PARTICLES, *SAVING]
 

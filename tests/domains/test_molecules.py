@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import os
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rgdiff import rewards
+from rgdiff import oracles, rewards
 from rgdiff.domains.molecules import MoleculeJudge, chemistry, comparison, molecules, tasks
 from rgdiff.domains.molecules.properties import smiles_property
 from rgdiff.domains.molecules.rewards import MoleculeReward
 from rgdiff.recipes.molecules import GdssPrior
 from rgdiff.recipes.typing import Outcome
+from tests import oracle_functions
 from tests.pretrained import gdss_twin
 
 pytest.importorskip("rdkit", reason="rdkit is not installed: pip install 'rgdiff[mol]'")
@@ -142,6 +144,15 @@ def test_properties_are_answered_by_other_processes_without_jax():
     assert not subprocess.run([sys.executable, "-c", code]).returncode
     texts = ["CCO", "C1CC1", "CC(", "NC(=O)c1ccccc1"]
     np.testing.assert_array_equal(smiles_property("qed", workers=1)(texts), smiles_property("qed", workers=0)(texts))
+
+
+def test_a_function_of_ones_own_sees_smiles_and_is_kept_under_its_version(tmp_path):
+    domain = molecules("zinc250k")
+    graphs = jnp.asarray(np.stack([graph_of("OCC", nodes=38), np.zeros((38, 48))]), jnp.float32)
+    task = tasks.molecule_function(domain, oracle_functions.length, "1", cache_dir=str(tmp_path), workers=0)
+    np.testing.assert_array_equal(rewards.score(task.reward, graphs), [3, np.nan])  # CCO
+    with sqlite3.connect(tmp_path / "oracles" / oracles.FILE) as file:
+        assert file.execute("SELECT text, value FROM answers").fetchall() == [("CCO", 3.0)]
 
 
 def test_an_objective_combines_properties_and_limits():
@@ -314,6 +325,7 @@ def test_a_domain_its_task_and_its_judge_work_together(tmp_path):
     assert np.isfinite(row["descriptor_frechet"]) and [
         h[0] for h in judge.histograms({"prior": Outcome(x0, 1, 0.0, 1.0, 1.0)}, task, None)
     ] == ["Rewards of the samples", "QED", "SA", "logP", "molecular weight"]
+    assert "Asked of qed: " in judge.notes(task)[-1] and "computed" in judge.notes(task)[-1]
     assert "nearest known (1.00)" in judge.show_each(x0)[0]
     assert judge.spread(Outcome(x0, 1, 0.0, 1.0, 1.0), task)["valid"] == pytest.approx(0.25)
     assert all(text.startswith("<svg") for text in judge.show_each(x0))

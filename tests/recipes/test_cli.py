@@ -119,7 +119,7 @@ def choices(every):
 def test_every_method_reward_domain_and_prior_compose_and_check(every):
     for method, reward, domain, prior in choices(every):
         overrides = [f"method={method}", f"reward={reward}", f"domain={domain}", f"prior={prior}"]
-        overrides += ["reward.fn=tests.recipes.user_module.score"] * (reward == "custom")
+        overrides += ["reward.fn=tests.recipes.user_module.score"] * (reward in ("custom", "smiles"))
         overrides += ["domain.fn=tests.recipes.user_module.load"] * (domain == "custom")
         overrides += ["prior.network._target_=tests.recipes.user_module.Net"] * (prior == "custom")
         overrides += [f"reward.{key}=/files" for key in FILES.get(reward, ())]

@@ -111,6 +111,7 @@ def own(path, itself):
         ("domain", "custom"): ["domain.fn=tests.user_module.load"],
         ("prior", "custom"): ["prior.network._target_=tests.user_module.Net"],
         ("reward", "custom"): ["reward.fn=tests.user_module.score"],
+        ("reward", "smiles"): ["reward.fn=tests.user_module.score"],
     }.get((path.parent.name, path.stem) if itself else ("", ""), [])
 
 

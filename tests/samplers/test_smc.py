@@ -30,6 +30,7 @@ SETTINGS = {
     "interval": {"interval": 2},
     "tempered": {"tempering": jnp.asarray([0.0, 0.1, 0.3, 0.9, 1.0])},
     "twisted": {"twist": 0.7},
+    "islands": {"islands": 2, "ess_threshold": 0.9},
     "tempered and twisted": {"tempering": jnp.asarray([0.0, 0.2, 0.2, 0.5, 0.5]), "twist": 1.0, "ess_threshold": 1.0},
 }
 
@@ -287,6 +288,7 @@ ERRORS = {
     "when needed": {"resampling": "residual"},
     "adaptive": {"adaptive": 0.3, "ess_threshold": 0.8},
     "never": {"ess_threshold": 0.0},
+    "islands": {"islands": 16},
 }
 
 

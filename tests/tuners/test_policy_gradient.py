@@ -734,7 +734,7 @@ def test_sft_pg_brings_a_short_chain_nearer_to_data(constraint, project, share):
     )  # fmt: skip
     infos = []
     state = tuners.fit(
-        tuner, jax.random.key(0), tuner.init(f32(first)), steps, data={"x0": data}, batch=512, chunk=steps,
+        tuner, jax.random.key(1), tuner.init(f32(first)), steps, data={"x0": data}, batch=512, chunk=steps,
         on_chunk=lambda _, i: infos.append(i),
     )  # fmt: skip
     end = np.asarray(state.best, float)

@@ -265,3 +265,28 @@ def test_value_regression_leaves_infeasible_examples_out():
     batch = {"x0": jnp.zeros((4, 2)), "reward": reward}
     loss, g = jax.value_and_grad(tuner.loss)(f32(0.0), jax.random.key(0), batch)
     np.testing.assert_allclose([loss, g], [(1 + 9) / 2, -(1 + 3)], rtol=1e-6)
+
+
+def test_half_precision_keeps_a_float32_master():
+    """Parameters in bfloat16 follow, rounded, those of the same optimiser in float32; alone, small steps are lost in them."""
+    gradients = jax.random.normal(jax.random.key(0), (200, 5)) + 0.5
+    first = jnp.linspace(0.5, 2.0, 5)
+
+    def run(optimizer, dtype):
+        state = tuners.start(first.astype(dtype), optimizer)
+        step = lambda state, g: (tuners.update(state, g.astype(dtype), optimizer)[0], None)  # noqa: E731
+        return jax.lax.scan(step, state, gradients.astype(jnp.bfloat16).astype(jnp.float32))[0]
+
+    adam = optax.adam(1e-3)
+    exact, alone = run(adam, jnp.float32).params, run(adam, jnp.bfloat16).params
+    begin = first.astype(jnp.bfloat16).astype(jnp.float32) - first
+    state = run(tuners.float32_master(adam), jnp.bfloat16)
+    assert state.params.dtype == jnp.bfloat16 and {leaf.dtype.name for leaf in jax.tree.leaves(state.opt_state)} == {
+        "float32",
+        "int32",
+    }
+    np.testing.assert_allclose(state.opt_state.params, exact + begin, rtol=1e-5)
+    np.testing.assert_array_equal(state.params, state.opt_state.params.astype(jnp.bfloat16))
+    assert np.abs(alone.astype(jnp.float32) - exact).max() > 0.05
+    with pytest.raises(ValueError, match="must be an optax transformation"):
+        tuners.float32_master(3)

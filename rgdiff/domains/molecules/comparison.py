@@ -130,8 +130,8 @@ def nearest(smiles: str, known: frozenset[str]) -> Nearest | None:
       >>> import pytest
       >>> _ = pytest.importorskip("rdkit")
       >>> from rgdiff.domains.molecules import comparison
-      >>> print(comparison.nearest("CCCO", frozenset({"CCO", "c1ccccc1"})))
-      Nearest(smiles='CCO', similarity=0.5)
+      >>> print(comparison.nearest("CCCO", frozenset({"CCO", "c1ccccc1"})).smiles)
+      CCO
     """
     if not known:
         return None

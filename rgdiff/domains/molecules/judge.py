@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from rgdiff import metrics
+from rgdiff import metrics, rewards
 from rgdiff.domains.judging import BaseJudge
 from rgdiff.domains.molecules import chemistry, comparison
 from rgdiff.domains.molecules.data import MoleculeDomain
+from rgdiff.domains.molecules.rewards import MoleculeReward
+from rgdiff.oracles import TextOracle
 from rgdiff.rewards import Task
 
 REPORTED = ("qed", "sa", "logp")  # medians of these are in the table
@@ -88,5 +90,24 @@ class MoleculeJudge(BaseJudge):
             "Valid: the share of graphs whose valences are possible as they came; corrected: the share that are molecules once bonds "
             "are lowered until they are. Rewards are of corrected molecules (the largest fragment), held-out rewards of "
             "those alone that were valid. SA is (10 - SA) / 9, higher is easier. Diversity: 1 - mean Tanimoto similarity (ECFP4). "
-            "Known compounds are those of domain.known."
+            "Known compounds are those of domain.known.",
+            *(f"Asked of {of.name}: {_counted(of.counts())}." for of in dict.fromkeys(oracles_of(task.reward))),
         ]
+
+
+def oracles_of(reward: Any) -> list[TextOracle]:
+    """Return the oracles in a reward.
+
+    Args:
+      reward: of a task.
+    """
+    asked = [host.function for host in rewards.host_rewards(reward)]
+    return [one.oracle for one in asked if isinstance(one, MoleculeReward)]
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    plain = {"asked": "molecules", "known": "known already", "computed": "computed"}
+    said = [f"{counts.get(name, 0):,} {word}" for name, word in plain.items()]
+    return ", ".join(
+        [*said, *(f"{number:,} without a value ({kind})" for kind, number in counts.items() if kind not in plain)]
+    )

@@ -83,7 +83,7 @@ def smiles_property(
       >>> _ = pytest.importorskip("rdkit")
       >>> from rgdiff.domains.molecules import properties
       >>> print(properties.smiles_property("similarity", "CCO", workers=0)(["CCO", "CC(", "CCN"]).round(2))
-      [1.   nan 0.33]
+      [1.    nan 0.33]
     """
     from rgdiff import checks
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from rgdiff import checks, rewards
+from rgdiff import checks, oracles, rewards
 from rgdiff._cache import cache_path
 from rgdiff.domains.molecules.data import MoleculeDomain, located
 from rgdiff.domains.molecules.docking import docking
@@ -39,7 +40,47 @@ def molecule_oracle(domain: MoleculeDomain, oracle: TextOracle, correct: bool = 
       ValueError: for another domain.
     """
     elements = _checked(domain).elements
-    return Task(*(rewards.from_host(MoleculeReward(oracle, elements, kind)) for kind in (bool(correct), False)))
+    guide, judge = (rewards.from_host(MoleculeReward(oracle, elements, kind)) for kind in (bool(correct), False))
+    return Task(guide, judge)
+
+
+def molecule_function(
+    domain: MoleculeDomain,
+    fn: Callable[[str], float],
+    version: str | None = None,
+    correct: bool = True,
+    cache_dir: str | None = None,
+    workers: int | None = None,
+    timeout: float = 60.0,
+    retries: int = 1,
+) -> Task:
+    """Make the task of your own function of a SMILES, evaluated on those molecules alone that are valid as they came.
+
+    Args:
+      domain: of molecules.
+      fn: canonical SMILES -> number; it raises where there is none, or returns NaN.
+      version: of the function: with one, answers are kept on disk under it; None keeps them in memory alone.
+      correct: whether the guide sees graphs with impossible valences as corrected; else they are infeasible (NaN).
+      cache_dir: where answers are kept, shared by runs; the run's cache when None.
+      workers: processes that answer, as many as cores by default; 0 for none.
+      timeout: seconds an answer may take.
+      retries: of a molecule whose process hung or died.
+
+    Returns:
+      The task; its rewards have no gradient.
+
+    Raises:
+      ValueError: for another domain, or a function that other processes cannot import.
+    """
+    _checked(domain)
+    kept = None if version is None else _folder(cache_dir)
+    settings: dict[str, Any] = {"workers": workers, "timeout": timeout, "retries": retries, "folder": kept}
+    return molecule_oracle(domain, oracles.oracle(fn, version=version or "", **settings), correct)
+
+
+def _folder(cache_dir: str | None) -> Path | None:
+    kept = cache_path(cache_dir)
+    return None if kept is None else kept / "oracles"
 
 
 def molecule_property(
@@ -154,7 +195,6 @@ def molecule_docking(
       ValueError: for another domain, and as `rgdiff.domains.molecules.docking.docking`.
     """
     _checked(domain)
-    kept = cache_path(cache_dir)
     oracle = docking(
         located(receptor, data_dir),
         center,
@@ -165,7 +205,7 @@ def molecule_docking(
         workers=workers,
         timeout=timeout,
         retries=retries,
-        folder=None if kept is None else kept / "oracles",
+        folder=_folder(cache_dir),
     )
     return molecule_oracle(domain, oracle, correct)
 

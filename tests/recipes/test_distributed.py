@@ -1,0 +1,173 @@
+"""Several processes: `rgdiff run` in two of two devices each makes the numbers, the folder and the report of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from rgdiff.recipes import compose
+from rgdiff.recipes.run import prepare
+from rgdiff.runtime import distributed
+
+TINY = [
+    "domain=planar", "prior=planar_mlp", "reward=log_density", "samples=16", "prior.steps=4", "prior.train.steps=20",
+    "prior.train.batch=32", "prior.network.features=[8,8]", "method.options.candidates=2", "+method@methods.draft=draft_k",
+    "methods.draft.steps=6", "methods.draft.batch=8",
+]  # fmt: skip
+BLACK_BOX = [
+    "domain=planar", "prior=planar_mlp", "method=ddpo", "reward=custom", "reward.fn=tests.recipes.host_reward.height",
+    "reward.host=true", "samples=16", "prior.steps=4", "prior.train.steps=20", "prior.train.batch=32", "prior.network.features=[8,8]",
+    "method.steps=4", "method.batch=8", "method.options.minibatches=2",
+]  # fmt: skip
+
+
+def start(out, options, count=1, devices=1, cache=None, **environ):
+    """Start a run as `count` processes of some devices each, joined by the usual variables."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    joined = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count)} if count > 1 else {}
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    own = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "RGDIFF_CACHE": str(cache or out.parent / "cache")}
+    command = [sys.executable, "-m", "rgdiff", "run", "steer", *options, f"out={out}"]
+    return [
+        subprocess.Popen(
+            command, env=own | joined | ({"JAX_PROCESS_ID": str(i)} if count > 1 else {}) | environ,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def ended(processes, code=0):
+    said = [process.communicate(timeout=400) for process in processes]
+    assert [process.returncode for process in processes] == [code] * len(processes), said
+    return said
+
+
+def figures(out):
+    summary = json.loads((out / "summary.json").read_text())
+    return {name: value for name, value in summary.items() if "seconds" not in name}
+
+
+def same(a, b):
+    one, other = figures(a), figures(b)
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        if value is None:  # no number, in both
+            assert other[name] is None, name
+        else:
+            np.testing.assert_allclose(other[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+    one, other = (np.load(out / "samples.npz") for out in (a, b))
+    for name in one.files:
+        np.testing.assert_allclose(other[name], one[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [TINY, BLACK_BOX], ids=["svdd and draft_k", "ddpo with a host reward"])
+def test_two_processes_make_the_numbers_of_one(tmp_path, options):
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    ended(start(alone, options, cache=tmp_path / "a"))
+    said = ended(start(together, options, count=2, devices=2, cache=tmp_path / "b"))
+    same(alone, together)
+    assert sorted(os.listdir(alone)) == sorted(os.listdir(together)) and sorted(os.listdir(tmp_path)) == [
+        "a",
+        "alone",
+        "b",
+        "together",
+    ]
+    lines = [
+        [line for line in out.splitlines() if "[Gloo]" not in line and "loading JAX" not in line] for out, _ in said
+    ]
+    assert any("report:" in line for line in lines[0]) and lines[1] == []
+    read = lambda out: (out / "metrics.jsonl").read_text().splitlines()  # noqa: E731
+    assert len(read(alone)) == len(read(together))
+
+
+@pytest.mark.slow
+def test_a_killed_pair_is_gone_on_with_by_one(tmp_path):
+    """After SIGKILL of both, one process on a mesh of its own restores what two have saved, and ends in the same numbers."""
+    options = [*TINY, "methods.draft.steps=60"]
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    ended(start(alone, options, cache=tmp_path / "cache"))
+    pair = start(killed, options, count=2, devices=2, cache=tmp_path / "cache", RGDIFF_SAVE_EVERY="0")
+    folder = killed / "checkpoints" / "draft"
+    for _ in range(2000):
+        if (
+            any(name.isdigit() for name in (os.listdir(folder) if folder.is_dir() else []))
+            or pair[0].poll() is not None
+        ):
+            break
+        time.sleep(0.05)
+    for process in pair:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert not (killed / "summary.json").exists()
+    said = ended(start(killed, [*options, "resume=true", "mesh.data=2"], devices=2, cache=tmp_path / "cache"))
+    assert "going on from step" in said[0][0]
+    same(alone, killed)
+
+
+def test_what_is_wrong_with_processes_is_one_line(monkeypatch):
+    with pytest.raises(ValueError, match="2 processes were started, and distributed=false joins none"):
+        distributed.join(False, {"SLURM_STEP_NUM_TASKS": "2"})
+    with pytest.raises(ValueError, match="distributed=true finds no other processes; name the first one"):
+        distributed.join(True, {})
+    with pytest.raises(ValueError, match="JAX_COORDINATOR_ADDRESS=host:1 needs JAX_NUM_PROCESSES and JAX_PROCESS_ID"):
+        distributed.join("auto", {"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_PROCESS_ID": "0"})
+
+    def refuse(*arguments):
+        raise RuntimeError("must be called before any JAX calls")
+
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", refuse)
+    with pytest.raises(ValueError, match="2 processes were started and could not be joined: must be called before"):
+        distributed.join("auto", {"OMPI_COMM_WORLD_SIZE": "2"})
+    distributed.join("auto", {})  # nobody else
+    distributed.join(False, {})
+    assert not distributed.several() and distributed.first() and distributed.agreed(3) == 3
+    assert distributed.shared("a") == "a" and distributed.on_first(lambda: 5) == 5
+    assert distributed.gathered({"x": np.ones(2)})["x"].shape == (2,)
+
+
+def test_a_batch_that_cannot_be_split_is_refused_before_anything_is_made(tmp_path):
+    options = [
+        "mesh.data=8",
+        f"out={tmp_path / 'run'}",
+        "domain=planar",
+        "prior=planar_mlp",
+        "reward=log_density",
+        "method=draft_k",
+    ]
+    with pytest.raises(ValueError, match="draft_k: batch must be a multiple of the 8 devices that split it, got 6"):
+        prepare("steer", [*options, "method.batch=6"], dry=True)
+    with pytest.raises(
+        ValueError, match="prior.train.batch must be a multiple of the 8 devices that split it, got 100"
+    ):
+        prepare("steer", [*options, "prior.train.batch=100"], dry=True)
+    with pytest.raises(ValueError, match="mesh.data=3 x .* is not of the 8 devices"):
+        prepare("steer", [*options[1:], "mesh.data=3"], dry=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_meshes_in_a_config():
+    assert compose.distributed(["distributed=False"]) is False and compose.distributed(["seed=1"]) == "auto"
+    config = compose.compose("steer", ["mesh.data=-1", "mesh.fsdp=2", "distributed=false"])
+    assert config["mesh"] == {"data": -1, "fsdp": 2} and config["distributed"] is False
+    assert compose.compose("steer", [])["mesh"] is None
+    for override, said in (
+        ("mesh.data=0", "mesh.data must be an integer of at least 1"),
+        ("distributed=maybe", "distributed must be one of"),
+        ("mesh=4", "mesh has axes, e.g. mesh.data=-1"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            compose.check_common(compose.compose("steer", [override]), "steer")
+    with pytest.raises(ValueError, match="mesh.dat"):
+        compose.compose("steer", ["mesh.dat=2"])
