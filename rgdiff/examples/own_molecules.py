@@ -16,8 +16,8 @@ from pathlib import Path
 
 def score(smiles: str) -> float:
     """Return the polar surface area per heavy atom, in square Angstrom; what RDKit cannot read is never asked for."""
-    from rdkit import Chem
-    from rdkit.Chem import rdMolDescriptors
+    from rdkit import Chem  # pyright: ignore[reportMissingImports]
+    from rdkit.Chem import rdMolDescriptors  # pyright: ignore[reportMissingImports]
 
     mol = Chem.MolFromSmiles(smiles)
     return rdMolDescriptors.CalcTPSA(mol) / mol.GetNumHeavyAtoms()

@@ -441,7 +441,7 @@ def _grid(grid: Grid) -> tuple[str, str, int]:
 
 def _image(image: np.ndarray, title: str, label: str, least: int = _TILE) -> str:
     """One picture, at least so many CSS pixels wide and high."""
-    high, wide = _size(*image.shape[:2], least)
+    high, wide = _size(image.shape[0], image.shape[1], least)
     data = base64.b64encode(png(image)).decode()
     smooth = "" if wide >= image.shape[1] else ' style="image-rendering:auto"'
     about = _text(f"{title} {label}".strip())

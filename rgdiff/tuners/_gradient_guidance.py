@@ -143,8 +143,8 @@ class GradientGuidance:
         return GuidanceState(train, x0, gradient, target, history, state.step + 1), info
 
     def over_devices(self, state: GuidanceState) -> GuidanceState:
-        rows = split((state.x0, state.gradient, state.target), self.shards)
-        return GuidanceState(state.train, *rows, split(state.history, self.shards, 1), state.step)
+        x0, gradient, target = split((state.x0, state.gradient, state.target), self.shards)
+        return state._replace(x0=x0, gradient=gradient, target=target, history=split(state.history, self.shards, 1))
 
     def network_calls(self) -> int:
         """Calls of the denoiser per sample and round; under G_loss each comes with a vector-Jacobian product."""

@@ -79,8 +79,9 @@ class Rows(NamedTuple):
     temperature: Array
 
     def take(self, index: Array, shards: Shards | None) -> Rows:
-        moves = take((self.path, self.log_prob, self.advantage), index, shards, axis=1)
-        return Rows(*moves, *take((self.weight, self.scale, self.cond), index, shards), self.temperature)
+        path, log_prob, advantage = take((self.path, self.log_prob, self.advantage), index, shards, axis=1)
+        weight, scale, cond = take((self.weight, self.scale, self.cond), index, shards)
+        return Rows(path, log_prob, advantage, weight, scale, cond, self.temperature)
 
 
 class Replay(NamedTuple):

@@ -14,6 +14,7 @@ import scipy.stats
 from rgdiff import denoisers, guides, processes, samplers, schedules, values
 from rgdiff.runtime.mesh import data_mesh
 from rgdiff.samplers._loop import _whole
+from rgdiff.shards import on_mesh, shards_of
 from rgdiff.typing import pytree
 from tests.samplers.test_smc import BAD
 from tests.worlds.mixtures import A23, C3, M3, Y2, Measured, grid_of_nine, lattice, ring_of_eight, swiss_roll
@@ -437,7 +438,8 @@ def test_a_guide_runs_the_network_forward_once_and_compiles_once(name):
     x = states(5)
     apply(guides_of(Net(jnp.asarray(NET)), PROCESS)[name], x, 0.6).block_until_ready()
     jax.effects_barrier()
-    CALLS.clear(), TRACES.clear()
+    CALLS.clear()
+    TRACES.clear()
     out = apply(guides_of(Net(jnp.asarray(2 * NET)), PROCESS, 0.3)[name], x, 0.3).block_until_ready()
     jax.effects_barrier()
     assert CALLS == [5] and TRACES == [] and np.all(np.isfinite(out))
@@ -450,8 +452,10 @@ def test_guided_sampling_on_eight_devices_needs_no_collectives(name):
     sampler = samplers.ancestral(world.process, guides_of(world.denoiser, world.process)[name])
     key, times = jax.random.key(0), world.process.times(4)
     one = samplers.sample(sampler, key, 16, times).x0
-    program = _whole.lower(sampler, key, times, None, 16, None, data_mesh()).compile()
-    close(program(sampler, key, times, None)[0], one)
+    parts = shards_of(data_mesh())
+    split = on_mesh(sampler, parts)
+    program = _whole.lower(split, key, times, None, 16, None, parts).compile()
+    close(program(split, key, times, None)[0], one)
     for word in ("all-reduce", "all-gather", "all-to-all", "collective-permute"):
         assert word not in program.as_text(), word
 
@@ -614,7 +618,8 @@ def test_time_travel_counts_its_calls_and_compiles_once():
         sampler = samplers.ancestral(PROCESS, net, time_travel=3, window=window)
         samplers.sample(sampler, jax.random.key(0), 8, times)
         jax.effects_barrier()
-        CALLS.clear(), TRACES.clear()
+        CALLS.clear()
+        TRACES.clear()
         samplers.sample(sampler, jax.random.key(1), 8, times).x0.block_until_ready()
         jax.effects_barrier()
         assert len(CALLS) == sampler.network_calls(4) == (13 if window is None else 9)

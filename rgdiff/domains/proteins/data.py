@@ -186,7 +186,7 @@ def gfp(
     rows = np.flatnonzero(whole & ~outside & ~np.isnan(score) & (most is None or read.mutations <= most))
     if not kept.any() or len(rows) < 2:
         raise ValueError(f"{label} has {len(rows)} variants within window={window} and most={most}; expected 2 or more")
-    order, n = _two_halves(read.tokens[rows], np.array(texts)[rows])
+    order, n = _two_halves(read.tokens[rows], [texts[row] for row in rows.tolist()])
     rows = rows[order]  # halves are then views of the whole
     x = np.eye(20, dtype=np.uint8)[read.tokens[rows][:, kept]]
     y = score[rows]
@@ -299,7 +299,7 @@ def _at_places(texts: Sequence[str], at: np.ndarray, count: int, whole: int) -> 
         rows = np.array([row for row, text in enumerate(texts) if len(text) == size and text.isascii()], int)
         if not len(rows):
             continue
-        codes = table[np.frombuffer("".join(texts[row] for row in rows).encode(), np.uint8)].reshape(len(rows), size)
+        codes = table[np.frombuffer("".join(texts[row] for row in rows.tolist()).encode(), np.uint8)].reshape(len(rows), size)
         if size != count:
             elsewhere = np.setdiff1d(np.arange(size), at)
             usual = np.array([np.bincount(codes[:, place], minlength=256).argmax() for place in elsewhere], int)

@@ -30,7 +30,7 @@ class ProteinJudge(SequenceJudge):
 
     def row(self, outcome: Any, task: Task, prior: Any = None) -> dict[str, Any]:
         """Return the figures of `SequenceJudge`; mutations and their BLOSUM62 distance; and what was measured of samples that are in the file."""
-        tokens, wild = np.asarray(outcome.x0).argmax(-1), self.domain.wild
+        tokens, wild = np.asarray(outcome.x0).argmax(-1), np.asarray(self.domain.wild)
         known = np.array([self._known_values.get(row.tobytes(), np.nan) for row in tokens.astype(np.uint8)])
         measured = np.isfinite(known)
         return {
