@@ -11,6 +11,7 @@ import pytest
 import sklearn.datasets
 import sklearn.metrics
 
+from rgdiff import processes, schedules
 from rgdiff.domains.anomaly import AnomalyJudge
 from rgdiff.domains.anomaly import data as anomaly
 from rgdiff.domains.anomaly.tasks import typicality
@@ -114,11 +115,8 @@ class Settings:
 
     gives_data = True
 
-    @property
-    def schedule(self):
-        from rgdiff import schedules
-
-        return schedules.cosine_vp()
+    def process(self, shape):
+        return processes.gaussian(schedules.cosine_vp(), shape)
 
 
 @pytest.mark.parametrize(

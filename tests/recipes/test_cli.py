@@ -40,7 +40,8 @@ FILES = {
     "hps": ("path",),
     "similarity": ("reference",),
     "substructure": ("reference",),
-}  # of the user's own, or a molecule
+    "backbone": ("pdb",),
+}  # of the user's own, a molecule or a protein
 MORE = {
     "adjoint_matching": TUNED,
     "best_of_n": ["method.candidates=2"],

@@ -11,8 +11,7 @@ import pytest
 
 from rgdiff.domains.images.rewards import symmetry
 from rgdiff.recipes import compose as recipe
-from rgdiff.recipes import manual
-from rgdiff.recipes.plan import parts
+from rgdiff.recipes import manual, plan
 from rgdiff.recipes.run import run_recipe
 from rgdiff.recipes.sweep import expand
 from rgdiff.rewards import Task
@@ -157,10 +156,8 @@ def test_a_chain_is_tuned_on_as_many_calls_as_are_asked_for():
     for calls, expected in (("null", 15), (4, 4)):
         config = recipe.compose("quickstart", [f"methods.draft.calls={calls}"])
         domain, prior, method = (recipe.build(config[key]) for key in ("domain", "prior", "methods"))
-        assert (
-            parts(method["draft"], prior, domain.shape, Task(symmetry(), symmetry()))["tuner"].network_calls()
-            == expected
-        )
+        built = plan.parts(method["draft"], plan.stand_in(prior, domain.shape), Task(symmetry(), symmetry()))
+        assert built["tuner"].network_calls() == expected
     with pytest.raises(ValueError, match="calls"):
         recipe.build(recipe.compose("quickstart", ["methods.draft.calls=0"])["methods"])["draft"].check(
             prior, domain.shape

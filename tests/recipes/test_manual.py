@@ -202,7 +202,7 @@ def test_completion_knows_choices_and_keys():
     [
         ("rgdiff ex", {"explain"}),
         ("rgdiff run quick", {"quickstart"}),
-        ("rgdiff explain measu", {"measured"}),
+        ("rgdiff explain comman", {"commands"}),
         ("rgdiff run steer method=svdd method.temp", {"method.temperature="}),
         ("rgdiff show steer reward=sym", {"reward=symmetry"}),
     ],
