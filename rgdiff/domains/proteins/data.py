@@ -299,7 +299,7 @@ def _at_places(texts: Sequence[str], at: np.ndarray, count: int, whole: int) -> 
         rows = np.array([row for row, text in enumerate(texts) if len(text) == size and text.isascii()], int)
         if not len(rows):
             continue
-        codes = table[np.frombuffer("".join(texts[row] for row in rows.tolist()).encode(), np.uint8)].reshape(
+        codes = table[np.frombuffer("".join(texts[int(row)] for row in rows).encode(), np.uint8)].reshape(
             len(rows), size
         )
         if size != count:
