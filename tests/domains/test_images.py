@@ -521,11 +521,9 @@ def test_real_images_of_every_class_in_turn_even_of_small_or_empty_classes():
 def test_the_spread_of_the_priors_figures_is_that_of_other_draws(digits):
     """The jackknife's standard errors are near the spread over 40 sets of as many real images; none where an image was measured."""
     judge = image_tasks.ImageJudge.__new__(image_tasks.ImageJudge)
-    judge.domain, judge.classifier, judge._features = (
-        digits,
-        None,
-        lambda classifier, x: np.asarray(x).reshape(len(x), -1),
-    )
+    flat = lambda x: np.asarray(x).reshape(len(x), -1)  # noqa: E731
+    judge.domain, judge.classifier = digits, types.SimpleNamespace(features=flat)
+    judge._features = lambda classifier, x: classifier.features(x)
     task = image_tasks.symmetric()
     every, rng = judge.real(task), np.random.default_rng(0)
     sets = [every[rng.choice(len(every), 100)] for _ in range(40)]
