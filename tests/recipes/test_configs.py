@@ -119,6 +119,10 @@ def own(path, itself):
         ("prior", "custom"): ["prior.network._target_=tests.user_module.Net"],
         ("reward", "custom"): ["reward.fn=tests.user_module.score"],
         ("reward", "smiles"): ["reward.fn=tests.user_module.score"],
+        ("reward", "similarity"): ["reward.reference=CCO"],
+        ("reward", "substructure"): ["reward.reference=CCO"],
+        ("reward", "backbone"): ["reward.pdb=/file"],
+        ("domain", "pictures"): ["domain.path=/files"],
     }.get((path.parent.name, path.stem) if itself else ("", ""), [])
 
 

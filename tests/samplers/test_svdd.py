@@ -46,7 +46,8 @@ def test_evaluating_the_distinct_changes_nothing_but_the_cost(timeless, learned,
     value = values.posterior_mean(world.reward, world.process, world.denoiser)
     if learned:
         value = values.learned(lambda x, t, cond=None: jnp.sin(x.reshape(x.shape[0], -1) @ jnp.arange(12.0)))
-    plain, lazy = build(world, value, **options), build(world, value, **options, distinct=True, timeless=timeless)
+    plain = build(world, value, **(options | {"chunk": None}))  # all candidates at once, which its info has
+    lazy = build(world, value, **options, distinct=True, timeless=timeless)
     for batch in (1, 16) if timeless and not learned else (16,):
         key = jax.random.key(batch)
         a = samplers.sample(plain, key, batch, world.times, keep=everything)

@@ -64,7 +64,9 @@ def test_the_energys_fixed_point_and_what_it_leaves_between_data_and_samples():
     assert some.sum() > 8
     np.testing.assert_allclose(energy[some], -((p - q) / (2 * gamma * (p + q)))[some], atol=0.025)
     left = (1 - 2 * gamma * energy) / (1 + 2 * gamma * energy)
-    np.testing.assert_allclose(left[some], (p / q)[some], rtol=0.15)
+    np.testing.assert_allclose(
+        left[some], (p / q)[some], rtol=0.15, atol=0.005
+    )  # the least ratio is that of nine rows of data
 
 
 def test_the_energys_gradient_in_magnitude():
