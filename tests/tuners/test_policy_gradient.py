@@ -721,20 +721,22 @@ def test_sft_pg_brings_a_short_chain_nearer_to_data(constraint, project, share):
     first = np.array([[0.0, 1.0], [0.0, 1.0], [-0.3, 1.0]])
     distance = lambda p: np.hypot(end_law(w, p)[0] - 0.7, end_law(w, p)[1] - 0.8)  # noqa: E731
     data = 0.7 + 0.8 * jax.random.normal(jax.random.key(1), (20_000, 1))
-    steps, rate, options = 300, 2e-2, {"critic": moments, "critic_params": jnp.zeros(2), "bound": 1.0, "epochs": 2}
+    options = {"critic": moments, "critic_params": jnp.zeros(2), "bound": 1.0, "epochs": 2}
+    steps, rate, batch, decay = 300, 2e-2, 2048, 0.98
     critic = optax.adam(5e-2, b1=0.0)
     if constraint == "gradient_penalty":
         params = {"a": jax.random.normal(jax.random.key(2), (2, 32)), "b": jnp.zeros(32)}
-        steps, rate, options = 600, 1e-2, {"critic": ridges, "critic_params": params, "penalty": 1.0}
+        options = {"critic": ridges, "critic_params": params, "penalty": 1.0}
+        steps, rate, batch, decay = 2400, 5e-3, 512, 0.995  # at 600 steps and twice the rate the game had not settled
         critic = optax.adam(2e-2, b1=0.0, b2=0.9)
-    policy = optax.adam(optax.cosine_decay_schedule(rate, 600), b1=0.0)
+    policy = optax.adam(optax.cosine_decay_schedule(rate, max(steps, 600)), b1=0.0)
     tuner = tuners.sft_pg(
-        per_step(w), w.process, w.times, policy, batch=512, critic_optimizer=critic, critic_steps=10,
-        constraint=constraint, clip=0.2, project=project, ema_decay=0.98, **options,
+        per_step(w), w.process, w.times, policy, batch=batch, critic_optimizer=critic, critic_steps=10,
+        constraint=constraint, clip=0.2, project=project, ema_decay=decay, **options,
     )  # fmt: skip
     infos = []
     state = tuners.fit(
-        tuner, jax.random.key(1), tuner.init(f32(first)), steps, data={"x0": data}, batch=512, chunk=steps,
+        tuner, jax.random.key(0), tuner.init(f32(first)), steps, data={"x0": data}, batch=batch, chunk=steps,
         on_chunk=lambda _, i: infos.append(i),
     )  # fmt: skip
     end = np.asarray(state.best, float)
