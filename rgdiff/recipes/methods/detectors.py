@@ -6,7 +6,7 @@ A method here trains its energy anew for every problem and seed, and reports AUR
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -89,15 +89,23 @@ class EnergyDetector(Method):
         _problems(prior)
         self.training.check(prior, shape)
 
+    def learning(self, prior: ReadyPrior, problem: anomaly.OneClass) -> ReadyPrior:
+        """Return the prior with a problem's data, as many as the smallest has, so that one program trains all."""
+        size = min(len(one.train) for one in problems(prior, 0))
+        return dataclasses.replace(prior, data=jnp.asarray(problem.train[:size]), fresh=jnp.asarray(problem.normal))
+
+    def programs(self, name: str, prior: ReadyPrior, task: Task, count: int) -> Iterator[Any]:
+        """Yield the programs of a training, of shapes (`rgdiff.recipes.programs`)."""
+        from rgdiff.recipes.programs import of_method
+
+        yield from of_method(name, self.training, self.learning(prior, problems(prior, 0)[0]), task, count)
+
     def run(self, run: Run, phase: str, prior: ReadyPrior, task: Task, count: int) -> Outcome:
         outcomes: list[Any] = []
-        size = min(len(problem.train) for problem in problems(prior, 0))  # of all, so that one program trains them
 
         def auroc(problem: anomaly.OneClass, seed: int) -> float:
             name = f"{phase}_{problem.name}_{seed}"
-            data, fresh = jnp.asarray(problem.train[:size]), jnp.asarray(problem.normal)
-            learning = dataclasses.replace(prior, data=data, fresh=fresh)
-            trained = self.training.run(run, name, learning, task, count)
+            trained = self.training.run(run, name, self.learning(prior, problem), task, count)
             outcomes.append(trained)
             energy: Any = trained.energy
             return problem.auroc(lambda x: jax.device_get(energy(jnp.asarray(x))))
