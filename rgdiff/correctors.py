@@ -124,10 +124,7 @@ class Corrected:
     step_size: str = static(default="sigma")
 
     def __call__(self, x: State, t: Array, cond: Cond = None) -> State:
-        at, drawn = (
-            x["state"],
-            jax.lax.stop_gradient(x["noise"]),
-        )  # a guide moves the state, never the next correction's draw
+        at, drawn = x["state"], jax.lax.stop_gradient(x["noise"])  # a guide moves no correction's draw
         for step in range(self.steps):
             score = self.process.score(at, t, self.corrector(at, t, cond))
             at = self._langevin(self.process, at, t, score, drawn[str(step)])

@@ -259,8 +259,8 @@ def plan(name: str, overrides: Sequence[str]) -> dict[str, planning.Figures]:
     Raises:
       ValueError: for whatever is wrong with the recipe or the target.
     """
-    from rgdiff.recipes.run import prepare, say
-    from rgdiff.runtime.progress import announce
+    from rgdiff.recipes.run import prepare
+    from rgdiff.runtime.progress import announce, say
 
     own = {"target": "here", "largest": "false"}
     others = []

@@ -5,19 +5,13 @@ Whatever is wrong with the input is a ValueError of one line, raised before a fo
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-
-def say(text: str) -> None:
-    """Print, unless nobody listens."""
-    with contextlib.suppress(OSError, ValueError):
-        print(text, flush=True)
+from rgdiff.runtime.progress import say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +82,6 @@ def prepare(name: str, overrides: Sequence[str], dry: bool = False) -> Prepared:
 
     use_quick_compilation()
     distributed.join(recipe.distributed(overrides))
-    if not distributed.first():
-        sys.stdout = open(os.devnull, "w")  # lines are the first process's
     config, chosen = recipe.composed(name, overrides)
     given = [override.partition("=")[0] for override in overrides]
     if "domain" in given and (

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rgdiff.recipes.run import prepare, run_recipe, say
+from rgdiff.recipes.run import prepare, run_recipe
+from rgdiff.runtime.progress import say
 
 
 def expand(overrides: Sequence[str]) -> list[list[str]]:

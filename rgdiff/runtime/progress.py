@@ -8,6 +8,7 @@ that chunk out. What the text says is left to the caller.
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
 import time
@@ -17,6 +18,22 @@ from typing import Any, TextIO
 EVERY = 10.0  # seconds between lines where there is no terminal
 COMPILING = "compiling…"
 SILENT = 2.0  # seconds after which a line says what is being waited for
+
+
+def say(text: str) -> None:
+    """Print a line, of several processes the first one's, unless nobody listens."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=_heard(), flush=True)
+
+
+def _heard(file: TextIO | None = None) -> TextIO:
+    """Return the file, or standard output; of several processes only the first is heard there."""
+    if file is None and "jax" in sys.modules:  # before JAX is loaded nobody has joined anybody
+        from rgdiff.runtime.distributed import first
+
+        if not first():
+            return open(os.devnull, "w", encoding="utf-8")
+    return sys.stdout if file is None else file
 
 
 def pieces(total: int, most: int, least: int) -> int | None:
@@ -36,7 +53,7 @@ def progress(title: str, total: int, *, done: int = 0, file: TextIO | None = Non
       done: units done before this run (a resumed run); they do not count in the rate.
       file: where to write; standard output by default.
     """
-    stream = sys.stdout if file is None else file
+    stream = _heard(file)
     announce(None)
     show = _bar if _is_terminal(stream) else _lines
     with show(title, total, done, stream) as advance:
@@ -119,7 +136,7 @@ def announce(what: str | None, file: TextIO | None = None) -> None:
     while _announced:
         _announced.pop()()
     if what is not None:
-        _announced.append(_soon(what, sys.stdout if file is None else file))
+        _announced.append(_soon(what, _heard(file)))
 
 
 _announced: list[Callable[[], None]] = []

@@ -28,7 +28,7 @@ from rgdiff.runtime.distributed import agreed, gathered, several
 from rgdiff.runtime.folder import RunFolder
 from rgdiff.runtime.mesh import shard_params
 from rgdiff.runtime.metrics import MetricsLog
-from rgdiff.runtime.progress import pieces, progress
+from rgdiff.runtime.progress import pieces, progress, say
 from rgdiff.shards import placed, shards_of
 from rgdiff.tuners.online import OnlineTuner
 from rgdiff.tuners.stopping import EarlyStopping
@@ -97,9 +97,8 @@ class Run:
         return phase_key(self._seed, phase)
 
     def say(self, text: str) -> None:
-        """Print one line, unless nobody listens."""
-        with contextlib.suppress(OSError, ValueError):
-            print(text, flush=True)
+        """Print one line."""
+        say(text)
 
     @contextlib.contextmanager
     def clock(self) -> Iterator[Clock]:
