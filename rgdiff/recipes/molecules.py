@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from rgdiff import checks, correctors
-from rgdiff.domains.molecules.data import located
-from rgdiff.domains.sequences.files import read_bytes
+from rgdiff.domains.sequences.files import located, read_bytes
 from rgdiff.pretrained import gdss, mood
 from rgdiff.recipes.typing import Domain, Obtained, Prior, ReadyPrior, Shape, ValueSource
 from rgdiff.rewards import Task

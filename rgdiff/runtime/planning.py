@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -345,9 +346,22 @@ def collectives(text: str) -> tuple[dict[str, list[int]], bool]:
       >>> planning.collectives(text)
       ({'all-reduce': [0, 1]}, True)
     """
+    out: dict[str, list[int]] = {}
+    for (kind, looped, _), count in places(text).items():
+        out.setdefault(kind, [0, 0])[looped] += count
+    return dict(sorted(out.items())), " while(" in text
+
+
+def places(text: str) -> Counter[tuple[str, bool, bool]]:
+    """Count the collectives in a compiled program's HLO text by kind, whether they are in a loop, and whether in a branch.
+
+    Args:
+      text: of `compiled.as_text()`.
+    """
     own: dict[str, list[str]] = {}
     called: dict[str, set[str]] = {}
     bodies: set[str] = set()
+    branches: set[str] = set()
     name, entry = "", ""
     for line in text.splitlines():
         if head := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
@@ -363,12 +377,13 @@ def collectives(text: str) -> tuple[dict[str, list[int]], bool]:
             called[name] |= set(names)
             if " while(" in instruction:
                 bodies |= set(re.findall(r"(?:body|condition)=%?([\w.\-]+)", instruction))
-    inside = _reached(bodies, called)
-    out: dict[str, list[int]] = {}
-    for name in _reached({entry}, called) | inside:
-        for kind in own.get(name, ()):
-            out.setdefault(kind, [0, 0])[name in inside] += 1
-    return dict(sorted(out.items())), bool(bodies)
+            if " conditional(" in instruction:
+                branches |= set(names)
+    looped, branched = _reached(bodies, called), _reached(branches, called)
+    out: Counter[tuple[str, bool, bool]] = Counter()
+    for name in _reached({entry}, called):
+        out.update((kind, name in looped, name in branched) for kind in own.get(name, ()))
+    return out
 
 
 def _reached(names: set[str], called: Mapping[str, set[str]]) -> set[str]:

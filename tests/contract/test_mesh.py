@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from rgdiff import processes, samplers, schedules, shards, tuners
+from rgdiff.runtime import planning
 from rgdiff.runtime.mesh import data_mesh, device_mesh, shard_params
 from rgdiff.samplers._loop import _whole
 from rgdiff.tuners._loop import _advance, layout_of, spread_out
@@ -23,43 +22,11 @@ ROWS = 64
 WIDE = jnp.cos(jnp.arange(4 * 512.0).reshape(4, 512))
 SHARE = 0.20  # of one device's floating-point operations
 
-KINDS = ("all-reduce", "all-gather", "collective-permute", "all-to-all", "reduce-scatter", "collective-broadcast")
 
-
-def collectives(program: str) -> Counter[str]:
+def collectives(program: str) -> dict[str, int]:
     """Count the collectives of a compiled program by kind: those in a loop apart, and of them those in a branch."""
-    program = re.sub(r"/\*.*?\*/", "", program)
-    bodies: dict[str, list[str]] = {}
-    for line in program.splitlines():
-        if line and not line.startswith((" ", "}")) and line.endswith("{"):
-            bodies[line.removeprefix("ENTRY ").split()[0].lstrip("%")] = here = []
-        elif line.startswith(" "):
-            here.append(line)
-    many, one = r"branch_computations=\{([^}]*)\}", r"(?:true|false)_computation=([^,\s]+)"
-    inside = {"in a loop": r"body=([^,\s]+)", "in a branch": f"{many}|{one}"}
-    called = rf"{many}|(?:calls|to_apply|body|condition|true_computation|false_computation)=([^,\s]+)"
-
-    def names(pattern: str, line: str) -> list[str]:
-        found = (group for match in re.finditer(pattern, line) for group in match.groups() if group)
-        return [name.strip().lstrip("%") for group in found for name in group.split(",")]
-
-    reached: dict[str, set[str]] = {}
-    for where, pattern in inside.items():
-        found: set[str] = set()
-        todo = [name for lines in bodies.values() for line in lines for name in names(pattern, line)]
-        while todo:
-            name = todo.pop()
-            if name in bodies and name not in found:
-                found.add(name)
-                todo += [other for line in bodies[name] for other in names(called, line)]
-        reached[where] = found
-    count: Counter[str] = Counter()
-    for name, lines in bodies.items():
-        where = " ".join(where for where, found in reached.items() if name in found)
-        for line in lines:
-            if match := re.search(rf"= [^=]*? ({'|'.join(KINDS)})(?:-start)?\(", line):
-                count[f"{match.group(1)} {where}".strip()] += 1
-    return count
+    where = lambda looped, branched: " in a loop" * looped + " in a branch" * branched  # noqa: E731
+    return {kind + where(*at): count for (kind, *at), count in planning.places(program).items()}
 
 
 def test_collectives_are_counted_where_they_are():

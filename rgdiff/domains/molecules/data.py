@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from pathlib import Path
 
 import numpy as np
 
@@ -52,21 +51,6 @@ class MoleculeDomain:
     @property
     def shape(self) -> tuple[int, int]:
         return self.nodes, len(self.elements) + self.nodes + 1
-
-
-def located(file: str | os.PathLike, data_dir: str | os.PathLike | None = None) -> Path:
-    """Return where a file is.
-
-    Args:
-      file: a path, relative to `data_dir` where there is one.
-      data_dir: folder of the data; the environment variable RGDIFF_DATA when None.
-
-    Example:
-      >>> from rgdiff.domains.molecules import data
-      >>> print(data.located("parp1.pdbqt", "/receptors"))
-      /receptors/parp1.pdbqt
-    """
-    return Path(data_dir or os.environ.get("RGDIFF_DATA") or "").expanduser() / Path(file).expanduser()
 
 
 def molecules(

@@ -8,11 +8,12 @@ from typing import Any
 
 from rgdiff import checks, oracles, rewards
 from rgdiff._cache import cache_path
-from rgdiff.domains.molecules.data import MoleculeDomain, located
+from rgdiff.domains.molecules.data import MoleculeDomain
 from rgdiff.domains.molecules.docking import docking
 from rgdiff.domains.molecules.properties import smiles_property
 from rgdiff.domains.molecules.rewards import MoleculeReward
 from rgdiff.domains.molecules.smiles import SmilesDomain
+from rgdiff.domains.sequences.files import located
 from rgdiff.oracles import TextOracle
 from rgdiff.rewards import Task
 from rgdiff.typing import Reward

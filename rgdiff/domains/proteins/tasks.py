@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,6 +12,7 @@ from rgdiff.domains.proteins.data import ProteinDomain
 from rgdiff.domains.proteins.judge import ProteinJudge
 from rgdiff.domains.proteins.rewards import Brightness, train_brightness
 from rgdiff.domains.sequences.data import SequenceDomain
+from rgdiff.domains.sequences.files import located
 from rgdiff.rewards import Task
 from rgdiff.typing import Key
 
@@ -91,7 +90,7 @@ def likelihood(
     if not isinstance(domain, SequenceDomain) or domain.alphabet.name != "protein":
         raise ValueError("the likelihood for a backbone is of proteins; choose domain=gfp, aav, gb1 or sequences")
     backbone.package()
-    path = Path(data_dir or os.environ.get("RGDIFF_DATA") or "").expanduser() / pdb
+    path = located(pdb, data_dir)
     if not path.is_file():
         raise ValueError(f"no structure at {path}; give reward.pdb=FILE")
     places = getattr(domain, "places", None) or range(first, first + domain.shape[0])

@@ -20,6 +20,21 @@ import numpy as np
 URL_SCHEMES = ("https://", "http://")
 
 
+def located(file: str | os.PathLike, data_dir: str | os.PathLike | None = None) -> Path:
+    """Return where a file is.
+
+    Args:
+      file: a path, relative to `data_dir` where there is one.
+      data_dir: folder of the data; the environment variable RGDIFF_DATA when None.
+
+    Example:
+      >>> from rgdiff.domains.sequences import files
+      >>> print(files.located("parp1.pdbqt", "/receptors"))
+      /receptors/parp1.pdbqt
+    """
+    return Path(data_dir or os.environ.get("RGDIFF_DATA") or "").expanduser() / Path(file).expanduser()
+
+
 def read_bytes(
     source: str | os.PathLike,
     *,
@@ -44,8 +59,7 @@ def read_bytes(
     """
     address = os.fspath(source)
     remote = address.startswith(URL_SCHEMES)
-    folder = Path(data_dir or os.environ.get("RGDIFF_DATA") or "").expanduser()
-    path = folder / (address.rpartition("/")[2] if remote else Path(address).expanduser())
+    path = located(address.rpartition("/")[2] if remote else address, data_dir)
     if path.is_file():
         data = path.read_bytes()
     elif not remote:
