@@ -464,5 +464,5 @@ def test_few_step_methods_run(tmp_path, cache):
         assert 0 <= summary[f"{name}/energy_auc"] <= 1, name
     page = (tmp_path / "run" / "report.html").read_text()
     maps = lambda name: len(set(re.findall(rf"[^a-z_]{name}: (V at t = [0-9.]+)", page)))  # noqa: E731
-    assert maps("dxmi") >= 6 and maps("gcd") == 1 and "adaptive velocity by move" in page
+    assert maps("dxmi") >= 6 and maps("gcd") == 1 and "Adaptive velocity by move, after training" in page
     assert main(["run", "dxmi_2d", "methods.dxmi_tau_0.guidance=1.0", f"out={tmp_path / 'no'}"]) == 2
