@@ -9,6 +9,7 @@ import argparse
 import io
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -93,9 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             work = sweep if arguments.multirun else run_recipe
             work(arguments.recipe, arguments.overrides, dry=arguments.dry_run)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("rgdiff: interrupted; go on with resume=true", file=sys.stderr)
-        return 130
+        return 128 + getattr(stop, "signal", signal.SIGINT)  # the usual code of a process that a signal ended
     except BrokenPipeError:
         return 141
     except (ValueError, OSError) as error:

@@ -14,6 +14,9 @@ References:
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -46,16 +49,26 @@ BOTH_AXES = np.kron(KERNEL, KERNEL)  # [36, 9]
 def pays(
     x: tuple[int, ...], kernel: tuple[int, ...], strides: tuple[int, ...], dilations: tuple[int, ...], pads: tuple
 ) -> bool:
-    """Whether a convolution of these shapes is one that this module computes, and computes faster than XLA does on a CPU.
+    """Whether a convolution of these shapes is one that this module computes, and computes faster than XLA does on this CPU.
 
     Below 75 million floating-point operations a call saves too little to pay for compiling. Transformed kernels have four
-    times the numbers: large ones leave the cache, and need more tiles to be worth reading (benchmarks/results/cpu-winograd.md).
+    times the numbers: large ones leave the cache, and need more tiles to be worth reading. How many was measured on an AMD EPYC and
+    an Intel Xeon (benchmarks/results/cpu-convolutions-*.md); other CPUs take Intel's rule, which asks for more.
     """
     if len(x) != 4 or kernel[:2] != (TAPS, TAPS) or x[1] % SIDE or x[2] % SIDE or min(kernel[2:]) < 16:
         return False
     tiles, size = x[0] * x[1] * x[2] // SIDE**2, kernel[2] * kernel[3]
     fit = strides == dilations == (1, 1) and pads == ((1, 1), (1, 1))
-    return fit and tiles >= max(2**18 / size, min(size / 128, 128))
+    enough = min(max(size / 4096, 8), 64) if on_amd() else min(size / 128, 128)
+    return fit and tiles >= max(2**18 / size, enough)
+
+
+@functools.cache
+def on_amd() -> bool:
+    """Whether this process runs on a CPU of AMD's, as Linux says; False where it is not known."""
+    with contextlib.suppress(OSError):
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(errors="replace")
+    return False
 
 
 def convolve(x: Array, kernel: Array) -> Array:

@@ -103,7 +103,7 @@ def load(
         config["domain"]["data_dir"] = os.fspath(data_dir)
     trusted = set(modules)
     domain = recipe.build(config["domain"], trusted)
-    settings = recipe.build(config["prior"], trusted)
+    settings = recipe.build(config["prior"], trusted, domain=domain)
     named = None if cache_dir is None else os.fspath(cache_dir)
     if named is None and (own := cache_path(config.get("cache_dir"))) is not None and own.is_dir():
         named = str(own)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -88,20 +88,28 @@ def draw_with_kl(run: Run, phase: str, sampler: Any, prior: ReadyPrior, count: i
     return np.asarray(out.x0), float(samplers.total_path_kl(out).mean())
 
 
-def draw_tuned(
-    run: Run, phase: str, prior: ReadyPrior, tuned: Denoiser, process: Process, count: int
-) -> tuple[np.ndarray, float | None]:
-    """Draw samples of a tuned model and, of the same chains, its path KL; None where the process has no law (eta = 0, see `path_kl`)."""
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """Samples of a tuned model, and `path_kl()`: its mean path KL in nats to the prior."""
+
+    x0: np.ndarray
+    path_kl: Callable[[], float]
+
+
+def draw_tuned(run: Run, phase: str, prior: ReadyPrior, tuned: Denoiser, process: Process, count: int) -> Tuned:
+    """Draw samples of a tuned model on this process.
+
+    The path KL is of the same chains where the process has a law. Where it has none (eta = 0), asking for it draws others, of the
+    prior's process with eta = 1.
+    """
     sampler = samplers.ancestral(process, tuned)
     if process.stochastic:
-        return draw_with_kl(run, phase, sampler, prior, count)
-    return np.asarray(draw(run, phase, sampler, prior, count).x0), None
-
-
-def path_kl(run: Run, phase: str, prior: ReadyPrior, tuned: Denoiser, count: int) -> float:
-    """Return the mean path KL in nats of a tuned model's ancestral chain to the prior's, whatever eta it was tuned with."""
+        x0, kl = draw_with_kl(run, phase, sampler, prior, count)
+        return Tuned(x0, lambda: kl)
+    x0 = np.asarray(draw(run, phase, sampler, prior, count).x0)
     process = prior.process if prior.process.stochastic else prior.with_eta(1.0)
-    return draw_with_kl(run, f"{phase}_kl", samplers.ancestral(process, tuned), prior, count)[1]
+    lawful = samplers.ancestral(process, tuned)
+    return Tuned(x0, lambda: draw_with_kl(run, f"{phase}_kl", lawful, prior, count)[1])
 
 
 def without_divergence(run: Run, key: str, prior: ReadyPrior, outcome: Outcome) -> Outcome:

@@ -44,6 +44,7 @@ class PipelinePrior(Prior):
       eta: of sampling: 0 is DDIM, 1 DDPM. Methods that need a law take 1.
       guidance: scale of classifier-free guidance, no unit; null or 1 for the conditional network alone.
       negative: the prompt of the unconditional call.
+      domain: of the states; a recipe gives its own.
     """
 
     folder: str
@@ -56,8 +57,12 @@ class PipelinePrior(Prior):
     eta: float = 0.0
     guidance: float | None = 7.5
     negative: str = ""
-    # Whether methods may learn from data: the domain's, where it has any (domain=pictures), which `check` sees.
-    gives_data: bool = dataclasses.field(default=True, init=False, repr=False, compare=False)
+    domain: Any = dataclasses.field(default=None, repr=False, compare=False)
+
+    @property
+    def gives_data(self) -> bool:
+        """Whether methods may learn from data: the domain's, where it has any (domain=pictures)."""
+        return hasattr(self.domain, "train_x")
 
     @property
     def names(self) -> list[str]:
@@ -88,7 +93,6 @@ class PipelinePrior(Prior):
                 f"the network in {self.folder} is for states {list(own)}, and the domain's are {list(domain.shape)}; "
                 "choose domain=pipeline, or images of that size"
             )
-        object.__setattr__(self, "gives_data", hasattr(domain, "train_x"))
         if sum(given is not None for given in (self.prompts, self.file, self.classes)) > 1:
             raise ValueError("give one of prior.prompts, prior.file and prior.classes")
         checks.at_least("prior.steps", self.steps, 1)

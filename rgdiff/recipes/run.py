@@ -115,7 +115,7 @@ def prepare(name: str, overrides: Sequence[str], dry: bool = False) -> Prepared:
     announce("loading the data…")
     domain = recipe.build(config["domain"], trusted)
     announce(None)
-    settings = recipe.build(config["prior"], trusted)
+    settings = recipe.build(config["prior"], trusted, domain=domain)
     built = {key: recipe.build(value, trusted) for key, value in methods.items()}
     if strangers := sorted(set(config.get("rewards") or {}) - set(built)):
         raise ValueError(f"rewards.{strangers[0]} guides no method of this recipe, which has {', '.join(built)}")

@@ -275,35 +275,47 @@ def load_meta(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     return _read_manifest(Path(path).absolute())["meta"]
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal asked to stop, and what was under way is done and saved. `signal` is its number."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.signal = number
+
+
 @contextlib.contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Hold the first Ctrl-C back, so that what is being saved is saved; the second interrupts at once.
+def interruptible() -> Iterator[Callable[[], int]]:
+    """Hold the first Ctrl-C or SIGTERM back, so that what is being saved is saved; the second stops at once.
+
+    SIGTERM is how schedulers and clouds announce that a machine will be taken away.
 
     Yields:
-      A function that tells whether there was one; who asks it then saves and raises KeyboardInterrupt. If nobody does, it is
-      raised at the end. Outside of the main thread, and where others handle Ctrl-C, nothing is held back.
+      A function that returns the number of the signal that came, 0 for none; who asks it then saves and raises `Stopped`. If nobody
+      does, it is raised at the end. Outside of the main thread, and where others handle a signal, it is not held back.
     """
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before is not signal.default_int_handler:
-        yield lambda: False
-        return
-    pressed = False
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    main = threading.current_thread() is threading.main_thread()
+    held = {number: handler for number, handler in usual.items() if main and signal.getsignal(number) is handler}
+    came = 0
 
-    def hold(*_: Any) -> None:
-        nonlocal pressed
-        if pressed:
-            raise KeyboardInterrupt
-        pressed = True
+    def hold(number: int, _: Any) -> None:
+        nonlocal came
+        if came:
+            raise Stopped(number)
+        came = number
+        said = f"\nrgdiff: {signal.Signals(number).name}: stopping when the steps under way are done and saved; Ctrl-C again stops at once\n"
         with contextlib.suppress(OSError):  # not print: it may be under way
-            os.write(2, b"\nrgdiff: stopping when the steps under way are done and saved; Ctrl-C again stops at once\n")
+            os.write(2, said.encode())
 
-    signal.signal(signal.SIGINT, hold)
+    for number in held:
+        signal.signal(number, hold)
     try:
-        yield lambda: pressed
+        yield lambda: came
     finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed:
-        raise KeyboardInterrupt
+        for number, handler in held.items():
+            signal.signal(number, handler)
+    if came:
+        raise Stopped(came)
 
 
 # Writing

@@ -56,6 +56,8 @@ def join(setting: Any = "auto", environ: Mapping[str, str] = os.environ) -> None
         raise ValueError(
             f"{ADDRESS[0]}={address} needs {COUNT[0]} and {INDEX[0]} beside it; give both, or start by SLURM"
         )
+    # JAX's own preemption service would swallow SIGTERM; `checkpoint.interruptible` saves and stops at it.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(address, number(count), number(index))
     except (ValueError, RuntimeError) as error:
@@ -76,6 +78,15 @@ def first() -> bool:
 def agreed(value: int) -> int:
     """Return the first process's value, a number below 2^31, in all of them."""
     return int(_broadcast(np.asarray(value, np.int32))) if several() else int(value)
+
+
+def largest(value: int) -> int:
+    """Return the largest of all processes' values, numbers below 2^31, in all of them."""
+    if not several():
+        return int(value)
+    from jax.experimental import multihost_utils
+
+    return int(np.max(multihost_utils.process_allgather(np.asarray(value, np.int32))))
 
 
 def shared(text: str) -> str:

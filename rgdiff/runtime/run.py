@@ -23,8 +23,8 @@ import numpy as np
 
 from rgdiff import tuners
 from rgdiff.rewards import HostReward, RewardFailure, score
-from rgdiff.runtime.checkpoint import Checkpoints, interruptible
-from rgdiff.runtime.distributed import agreed, gathered, several
+from rgdiff.runtime.checkpoint import Checkpoints, Stopped, interruptible
+from rgdiff.runtime.distributed import agreed, gathered, largest, several
 from rgdiff.runtime.folder import RunFolder
 from rgdiff.runtime.mesh import shard_params
 from rgdiff.runtime.metrics import MetricsLog
@@ -174,13 +174,14 @@ class Run:
                     shown = next(name for name in ("reward", "loss", "gradient_norm") if name in infos)
                     advance(count, f"{shown} {float(np.mean(infos[shown])):.4g}" + (f", {bad} skipped" if bad else ""))
                     over = done == steps or bool(getattr(state, "stopped", False))
-                    late = agreed(interrupted() or time.monotonic() - saved > self._save_every)  # by one clock
-                    if over or (clean and late):
+                    stop = largest(interrupted())  # a signal to one process stops all, at the same step
+                    late = agreed(time.monotonic() - saved > self._save_every)  # by one clock
+                    if over or (clean and (stop or late)):
                         checkpoints.save(done, state)
                         saved = time.monotonic()
-                    if agreed(interrupted()):
+                    if stop:
                         checkpoints.wait()
-                        raise KeyboardInterrupt
+                        raise Stopped(stop)
 
                 inner = tuner.tuner if isinstance(tuner, EarlyStopping) else tuner
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from rgdiff import samplers
 from rgdiff.nets import LoRAModel, lora_sum
 from rgdiff.recipes.methods.tuning import FineTuning, measured
-from rgdiff.recipes.outcome import draw_tuned, outcome, path_kl
+from rgdiff.recipes.outcome import draw_tuned, outcome
 from rgdiff.recipes.typing import Curves, Method, Outcome, Prior, ReadyPrior, Shape
 from rgdiff.rewards import Task
 from rgdiff.runtime.adapters import load_lora
@@ -51,7 +51,7 @@ class MixedAdapters(Method):
             mixed = [lora_sum([(first[2], 1 - w), (second[2], w)]) for w in self.weights]
             weight = self.weights[len(mixed) // 2]
             middle = model(mixed[len(mixed) // 2])
-            x0, kl = draw_tuned(run, phase, prior, middle, process, count)
+            drawn = draw_tuned(run, phase, prior, middle, process, count)
         rewards = {"reward": task.reward, "held-out reward": task.heldout, "second reward": other.reward}
         rows = [
             measured(run, f"{phase}_weight_{w}", prior, rewards, model(adapter), process, count)
@@ -62,10 +62,10 @@ class MixedAdapters(Method):
             for name in rows[0]
         }
         return outcome(
-            x0,
+            drawn.x0,
             prior.calls(samplers.ancestral(process, middle)),
             clock,
-            path_kl(run, phase, prior, middle, count) if kl is None else kl,
+            drawn.path_kl(),
             tuning_network_calls=2 * self.tuning.steps * self.tuning.batch * tuner.network_calls(),
             curves=curves,
             figures={"second_reward": rows[len(rows) // 2]["second reward"]},
@@ -98,7 +98,8 @@ class SavedAdapters(Method):
             terms.append((adapter, weight * scale))
         denoiser = LoRAModel(prior.params, prior.model)(lora_sum(terms))
         with run.clock() as clock:
-            x0, kl = draw_tuned(run, phase, prior, denoiser, prior.process, count)
+            drawn = draw_tuned(run, phase, prior, denoiser, prior.process, count)
         named = ", ".join(f"{weight:g} times {Path(place).name}" for place, weight in (self.adapters or {}).items())
-        kl = path_kl(run, phase, prior, denoiser, count) if kl is None else kl
-        return outcome(x0, prior.calls(samplers.ancestral(prior.process, denoiser)), clock, kl, of=named)
+        return outcome(
+            drawn.x0, prior.calls(samplers.ancestral(prior.process, denoiser)), clock, drawn.path_kl(), of=named
+        )

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from rgdiff import checks, metrics, samplers, tuners
 from rgdiff.nets import LoRAModel, lora_init
 from rgdiff.recipes.assembly import assemble, named, takes
-from rgdiff.recipes.outcome import draw_tuned, nothing, outcome, path_kl
+from rgdiff.recipes.outcome import draw_tuned, nothing, outcome
 from rgdiff.recipes.priors import initial, state_shape, unconditional
 from rgdiff.recipes.typing import Curves, Method, Outcome, Prior, ReadyPrior, Shape
 from rgdiff.recipes.values import LearnedModel
@@ -50,8 +50,8 @@ def measured(
       process: of its chain.
       count: number of samples.
     """
-    x0, kl = draw_tuned(run, phase, prior, denoiser, process, count)
-    kl = path_kl(run, phase, prior, denoiser, count) if kl is None else kl
+    drawn = draw_tuned(run, phase, prior, denoiser, process, count)
+    x0, kl = drawn.x0, drawn.path_kl()
     cond = prior.conditions(count)
     figures = {name: float(jnp.nanmean(score(reward, x0, cond))) for name, reward in rewards.items()}
     figures |= {"diversity": metrics.diversity(x0), "path KL": kl}
@@ -192,7 +192,7 @@ class FineTuning(Method):
         with run.clock() as clock:
             tuner, model, params, process = self.tune(run, phase, prior, task)
             tuned = model(params)
-            x0, kl = draw_tuned(run, phase, prior, tuned, process, count)
+            drawn = draw_tuned(run, phase, prior, tuned, process, count)
         rows = [row for row in run.log.rows if row["phase"] == phase and not row.get("stopped")]
         curves: Curves = {
             title: ([row["step"] for row in rows], [row[name] for row in rows])
@@ -219,10 +219,10 @@ class FineTuning(Method):
                 for name in by_scale[0]
             }
         return outcome(
-            x0,
+            drawn.x0,
             prior.calls(samplers.ancestral(process, tuned)),
             clock,
-            path_kl(run, phase, prior, tuned, count) if kl is None else kl,
+            drawn.path_kl(),
             tuning_network_calls=len(rows) * self.batch * tuner.network_calls(),
             curves=curves,
             figures=figures,
