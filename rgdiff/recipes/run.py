@@ -75,12 +75,14 @@ def prepare(name: str, overrides: Sequence[str], dry: bool = False) -> Prepared:
     from rgdiff.recipes import compose as recipe
     from rgdiff.runtime import distributed
     from rgdiff.runtime.cache import cache_path, open_cache
+    from rgdiff.runtime.cpu import keep_memory, use_quick_compilation
     from rgdiff.runtime.folder import RunFolder, next_free
     from rgdiff.runtime.progress import announce
-    from rgdiff.runtime.run import use_compilation_cache, use_quick_compilation
+    from rgdiff.runtime.run import use_compilation_cache
     from rgdiff.shards import shards_of
 
     use_quick_compilation()
+    keep_memory()
     distributed.join(recipe.distributed(overrides))
     config, chosen = recipe.composed(name, overrides)
     given = [override.partition("=")[0] for override in overrides]

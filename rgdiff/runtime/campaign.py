@@ -2,7 +2,8 @@
 
 An experiment may take a week and another process may continue the campaign: queries are on disk before `ask` returns them,
 answers before `tell` returns, the model after every round. A query is a row of the observations and keeps its number, so
-that no answer is counted twice, whatever order answers come in.
+that no answer is counted twice, whatever order answers come in. Of several processes each asks, refits and tunes alike; the first one
+writes, and its answers are the ones that count.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ import numpy as np
 
 from rgdiff import checks, samplers
 from rgdiff.runtime.checkpoint import Checkpoints
+from rgdiff.runtime.distributed import agreed, gathered, on_first, several
 from rgdiff.runtime.folder import RunFolder, write_atomic
 from rgdiff.runtime.run import Run
 from rgdiff.seiko import Queries, Rounds, RoundState, Seiko
+from rgdiff.shards import placed, shards_of
 from rgdiff.surrogates.observations import ANSWERED, EMPTY, INFEASIBLE, Observations
 from rgdiff.typing import Params, State
 
@@ -78,7 +81,7 @@ class Campaign:
         self._checkpoints = Checkpoints(self._folder / "rounds")
         self.state: RoundState = method.init(params)
         if self._checkpoints.latest() is not None:
-            self.state = self._checkpoints.restore(self.state)[0]
+            self.state = self._own(self._checkpoints.restore(self._shared(self.state))[0])
 
     @property
     def round(self) -> int:
@@ -120,7 +123,9 @@ class Campaign:
           ValueError: for a query that was never asked, a value that is no number or infinite, lengths that differ, or
             another answer than one given before (the same once more is no error). Then nothing is taken in.
         """
-        ids, values = list(ids), list(values)
+        on_first(lambda: self._tell(list(ids), list(values)))
+
+    def _tell(self, ids: list[int], values: list[float]) -> None:
         if len(ids) != len(values):
             raise ValueError(f"tell expects one value for each query, got {len(values)} for {len(ids)}")
         with self._alone():
@@ -151,9 +156,13 @@ class Campaign:
         ids = waiting if ids is None else [self._number(one) for one in ids]
         if unknown := sorted(set(map(int, ids)) - set(map(int, waiting))):
             raise ValueError(f"query {unknown[0]} does not wait for an answer; {len(waiting)} of this round do")
-        with self._alone():
-            told = self._answers(self.round)
-            self._write(self.round, told | {int(one): None for one in ids if int(one) not in told})
+
+        def write() -> None:
+            with self._alone():
+                told = self._answers(self.round)
+                self._write(self.round, told | {int(one): None for one in ids if int(one) not in told})
+
+        on_first(write)
 
     @property
     def sampler(self) -> Any:
@@ -204,13 +213,22 @@ class Campaign:
             phase = f"{self.name}_round_{where + 1}"
             tuner, key = self.method.tuner(state), self.run.key(phase)
             tuned = self.run.fit(phase, tuner, key, state.params, self.steps, chunk=self._chunk)
-            state = state._replace(params=tuned.best, skipped=state.skipped + tuned.skipped)
+            best, skipped = self._own((tuned.best, tuned.skipped))
+            state = state._replace(params=best, skipped=state.skipped + skipped)
         self.state = state._replace(step=state.step + 1)
         self.run.log.rewind(self.name, where)
         self.run.log.write(self.name, where, {"queries": int(answered.sum())} | info)
-        self._checkpoints.save(self.round, self.state)
+        self._checkpoints.save(self.round, self._shared(self.state))
         self._checkpoints.wait()
         self.run.log.table()
+
+    def _shared(self, state: Any) -> Any:
+        """Put what every process has on the mesh of several, as checkpoints want it."""
+        return placed(gathered(state), shards_of(self.run.mesh)) if several() else state
+
+    def _own(self, state: Any) -> Any:
+        """Return arrays of the mesh of several processes as each one's own."""
+        return jax.tree.map(jnp.asarray, gathered(state)) if several() else state
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -241,13 +259,13 @@ class Campaign:
         """The queries of a round, from disk; they are drawn and written the first time."""
         path, first = self._path(where, "queries.npz"), sum(self.queries[:where])
         ids = np.arange(first, first + self.queries[where])
-        if not path.exists():
+        if not agreed(path.exists()):
             key = self.run.key(f"{self.name}_ask_{where}")
             x0 = jax.device_get(_ask(self.method, key, self.state, self.queries[where]).x0)
             arrays, buffer = [np.asarray(leaf) for leaf in jax.tree.leaves(x0)], io.BytesIO()
             np.savez_compressed(buffer, allow_pickle=False, **{f"leaf_{i}": leaf for i, leaf in enumerate(arrays)})
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, buffer.getvalue())
+            on_first(lambda: write_atomic(path, buffer.getvalue()))
         try:
             with np.load(path, allow_pickle=False) as stored:
                 leaves = [stored[f"leaf_{i}"] for i in range(len(stored.files))]

@@ -303,7 +303,8 @@ def interruptible() -> Iterator[Callable[[], int]]:
         if came:
             raise Stopped(number)
         came = number
-        said = f"\nrgdiff: {signal.Signals(number).name}: stopping when the steps under way are done and saved; Ctrl-C again stops at once\n"
+        named = signal.Signals(number).name
+        said = f"\nrgdiff: {named}: stopping when the steps under way are done and saved; Ctrl-C again stops at once\n"
         with contextlib.suppress(OSError):  # not print: it may be under way
             os.write(2, said.encode())
 

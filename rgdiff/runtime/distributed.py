@@ -6,6 +6,7 @@ Files and lines of text are the first process's. In a single process all of this
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -91,13 +92,34 @@ def largest(value: int) -> int:
 
 def shared(text: str) -> str:
     """Return the first process's text in all of them."""
+    return _shared(text.encode()).decode()
+
+
+def shared_array(function: Callable[[], Any]) -> np.ndarray:
+    """Call a function in the first process and return its result, as a NumPy array, in all of them; if it fails, all do.
+
+    Args:
+      function: of no argument, of something that NumPy makes an array of numbers of.
+
+    Raises:
+      ValueError: where it raises one, or an OSError.
+    """
+    result, buffer = on_first(function), io.BytesIO()
     if not several():
-        return text
-    content = np.frombuffer(text.encode(), np.uint8)
-    length = agreed(content.size)
+        return np.asarray(result)
+    np.save(buffer, np.zeros(0) if result is None else np.asarray(result), allow_pickle=False)
+    return np.load(io.BytesIO(_shared(buffer.getvalue())), allow_pickle=False)
+
+
+def _shared(content: bytes) -> bytes:
+    """Return the first process's bytes in all of them."""
+    if not several():
+        return content
+    given = np.frombuffer(content, np.uint8)
+    length = agreed(given.size)
     padded = np.zeros(length, np.uint8)
-    padded[: min(length, content.size)] = content[:length]
-    return bytes(_broadcast(padded).astype(np.uint8)).decode() if length else ""
+    padded[: min(length, given.size)] = given[:length]
+    return bytes(_broadcast(padded).astype(np.uint8)) if length else b""
 
 
 def on_first(function: Callable[[], Any]) -> Any:

@@ -14,7 +14,6 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -219,21 +218,6 @@ class Run:
 def _judged(heldout: Any) -> Any:
     """A held-out reward as a host function."""
     return heldout.function if isinstance(heldout, HostReward) else partial(score, heldout)
-
-
-OLD_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
-
-
-def use_quick_compilation() -> None:
-    """Let XLA compile CPU programs by its older emitters, where it has them: in half the time or less, and as fast to run.
-
-    A recipe compiles for longer than it runs. jaxlib 0.11 and later refuse the flag as unknown. It has to be set before JAX opens
-    its devices; whoever names it in XLA_FLAGS is left alone.
-    """
-    given = os.environ.get("XLA_FLAGS", "")
-    old = tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11)
-    if old and OLD_EMITTERS.split("=")[0] not in given:
-        os.environ["XLA_FLAGS"] = f"{given} {OLD_EMITTERS}".strip()
 
 
 def use_compilation_cache(cache: Path) -> None:

@@ -104,11 +104,13 @@ def failing(capsys, *argv):
 
 
 def choices(every):
-    """Every choice of each group beside the usual ones of the others, or every pair of method and reward, domain and prior."""
+    """Every choice of each group beside the usual ones of the others; or every fifth pair of method and reward, domain and prior."""
     methods, rewards, domains, priors = (recipe.names(g) for g in ("method", "reward", "domain", "prior"))
-    if every:
-        yield from itertools.product(methods, rewards, ["digits"], ["mlp"])
-        yield from itertools.product(["svdd"], ["ink"], domains, priors)
+    if every:  # all 2,600 pairs take four minutes, and the parts hardly know of each other
+        pairs = itertools.product(methods, rewards, ["digits"], ["mlp"])
+        yield from itertools.islice(
+            itertools.chain(pairs, itertools.product(["svdd"], ["ink"], domains, priors)), 0, None, 5
+        )
         return
     yield from ((method, "ink", "digits", "mlp") for method in methods)
     yield from (("svdd", reward, "digits", "mlp") for reward in rewards)
@@ -117,7 +119,7 @@ def choices(every):
 
 
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_every_method_reward_domain_and_prior_compose_and_check(every):
+def test_methods_rewards_domains_and_priors_compose_and_check(every):
     for method, reward, domain, prior in choices(every):
         overrides = [f"method={method}", f"reward={reward}", f"domain={domain}", f"prior={prior}"]
         overrides += ["reward.fn=tests.recipes.user_module.score"] * (reward in ("custom", "smiles"))

@@ -505,8 +505,9 @@ def ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
-def test_the_first_interruption_saves_what_is_done(tmp_path, capfd, ctrl_c):
-    """Ctrl-C in the middle of a phase: the steps that are done are on disk, and the run that goes on ends in the same numbers."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_interruption_saves_what_is_done(tmp_path, capfd, ctrl_c, number):
+    """Ctrl-C or SIGTERM within a phase: the steps that are done are on disk, and the run that goes on ends in the same numbers."""
     tuner = Steady(jnp.float32(1.0))
 
     def fit(name, at=None):
@@ -516,25 +517,27 @@ def test_the_first_interruption_saves_what_is_done(tmp_path, capfd, ctrl_c):
         def watched(phase, step, values):
             write(phase, step, values)
             if step == at:
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), number)
 
         run.log.write = watched
         return run.fit("tune", tuner, run.key("tune"), jnp.zeros(3), 40, chunk=10).params
 
     whole = fit("whole")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(checkpoint.Stopped) as stopped:
         fit("broken", at=13)
+    assert stopped.value.signal == number
     with Checkpoints(tmp_path / "broken" / "checkpoints" / "tune") as kept:
         assert kept.latest() == 20  # the chunk in which it came
-    assert "Ctrl-C again stops at once" in capfd.readouterr().err
+    assert f"{number.name}: stopping when the steps under way are done" in capfd.readouterr().err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     np.testing.assert_array_equal(fit("broken"), whole)
 
 
 def test_the_second_interruption_stops_at_once(ctrl_c):
-    with pytest.raises(KeyboardInterrupt), checkpoint.interruptible() as interrupted:
+    with pytest.raises(checkpoint.Stopped), checkpoint.interruptible() as interrupted:
         os.kill(os.getpid(), signal.SIGINT)
-        assert interrupted()
+        assert interrupted() == signal.SIGINT
         os.kill(os.getpid(), signal.SIGINT)
         pytest.fail("it went on")
     with pytest.raises(KeyboardInterrupt), checkpoint.interruptible():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -21,11 +23,11 @@ from rgdiff.recipes.priors import GaussianPrior, MaskedPrior
 from rgdiff.recipes.typing import ReadyPrior
 from rgdiff.recipes.values import LikelihoodValue
 from rgdiff.rewards import Task
-from rgdiff.runtime import run as run_module
 from rgdiff.runtime.checkpoint import Checkpoints
+from rgdiff.runtime.cpu import OLD_EMITTERS, keep_memory, use_quick_compilation
 from rgdiff.runtime.folder import RunFolder
 from rgdiff.runtime.progress import pieces
-from rgdiff.runtime.run import OLD_EMITTERS, PATIENCE, Diverged, Run, use_quick_compilation
+from rgdiff.runtime.run import PATIENCE, Diverged, Run
 from rgdiff.tuners._loop import start, update
 from rgdiff.typing import Function, pytree
 
@@ -213,7 +215,35 @@ class _Exact:
 )
 def test_a_run_compiles_quickly_where_xla_has_the_flag(monkeypatch, installed, given, expected):
     """Later jaxlibs end at a flag that they do not know; a user's own choice stands."""
-    monkeypatch.setattr(run_module, "version", lambda name: installed)
+    monkeypatch.setattr("rgdiff.runtime.cpu.version", lambda name: installed)
     monkeypatch.setenv("XLA_FLAGS", given)
     use_quick_compilation()
     assert os.environ["XLA_FLAGS"] == expected
+
+
+FAULTS = """
+import resource, sys
+import numpy as np
+from rgdiff.runtime.cpu import keep_memory
+if sys.argv[1] == "kept" and not keep_memory():
+    sys.exit("no glibc")
+np.ones(10_000_000)  # 80 MB, which are freed
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+np.ones(10_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_freed_memory_is_kept(monkeypatch):
+    """A second block of 80 MB (19,531 pages) is mapped again by default, and found again where memory is kept."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    faults = {}
+    for which in ("usual", "kept"):
+        command = [sys.executable, "-c", FAULTS, which]
+        done = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=120)
+        if "no glibc" in done.stderr:
+            pytest.skip("the C library is not glibc")
+        faults[which] = int(done.stdout)
+    assert faults["kept"] < 100 and faults["kept"] < faults["usual"]
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
+    assert not keep_memory()  # a user's own choice stands

@@ -22,7 +22,7 @@ from rgdiff.recipes.priors import unconditional
 from rgdiff.recipes.typing import Method, Outcome, Prior, ReadyPrior, Shape
 from rgdiff.rewards import HostReward, Task, score
 from rgdiff.runtime.campaign import Campaign
-from rgdiff.runtime.distributed import several
+from rgdiff.runtime.distributed import shared_array
 from rgdiff.runtime.run import Run
 from rgdiff.typing import Process
 
@@ -75,8 +75,6 @@ class QueryRounds(Method):
 
     def check(self, prior: Prior, shape: Shape) -> None:
         unconditional(prior, "a campaign of queries", "choose a prior without labels")
-        if several():
-            raise ValueError("a campaign of queries is of one process; start one, whose devices mesh.data=-1 uses")
         if isinstance(self.queries, int) or not len(self.queries):
             raise ValueError(f"queries is a list, how many in every round, e.g. [64, 64, 64, 64]; got {self.queries!r}")
         for count in self.queries:
@@ -204,14 +202,14 @@ class QueryRounds(Method):
                 return campaign
             ids, x0 = campaign.ask()
             noise = [self.noise * jax.random.normal(jax.random.fold_in(run.key(f"{name}_noise"), int(i))) for i in ids]
-            answers = np.asarray(_asked(name, task.reward, x0), np.float64) + np.asarray(noise)
+            answers = _asked(name, task.reward, x0).astype(np.float64) + np.asarray(noise)
             campaign.tell(ids, np.where(np.isfinite(answers), answers, np.nan))
 
     def figures(self, run: Run, name: str, campaign: Campaign, prior: ReadyPrior, task: Task) -> dict[str, Any]:
         """Return the figures of the current model, and of the round that made it."""
         where = campaign.round
         x0, kl, _ = judged(run, f"{name}_{where}", campaign, prior, self.evaluate)
-        rewards = np.asarray(_asked(name, task.reward, x0))
+        rewards = _asked(name, task.reward, x0)
         feasible = np.isfinite(rewards)
         told = [row for row in run.log.rows if row["phase"] == name and row["step"] == where - 1]
         figures = {
@@ -243,12 +241,12 @@ def judged(run: Run, phase: str, campaign: Campaign, prior: ReadyPrior, count: i
     return *draw_with_kl(run, phase, sampler, prior, count), None
 
 
-def _asked(name: str, reward: Any, x0: Any) -> Any:
-    """Return the oracle's answers. A black box that raises has not answered: its samples are not infeasible."""
+def _asked(name: str, reward: Any, x0: Any) -> np.ndarray:
+    """Return the oracle's answers, asked for by one process. A black box that raises has not answered: its samples are not infeasible."""
     if not isinstance(reward, HostReward):
-        return score(reward, jax.tree.map(jnp.asarray, x0))
+        return np.asarray(score(reward, jax.tree.map(jnp.asarray, x0)))
     try:
-        return reward.answers(x0)
+        return shared_array(lambda: reward.answers(x0))
     except Exception as error:
         raise ValueError(
             f"{name}: the reward raised {type(error).__name__}: {error}; none of these samples is answered, "
