@@ -26,6 +26,7 @@ from benchmarks.speed.harness import ROOT, machine
 from benchmarks.speed.measures import weights
 from benchmarks.speed.rows import BATCH, CHANNELS, SIDE
 from rgdiff.nets import UNet, conv, winograd
+from rgdiff.runtime.cpu import keep_memory
 
 RESULTS = ROOT / "benchmarks" / "results"
 CALLS = 5  # of the network in a chain
@@ -212,6 +213,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=11, help="rounds of every case")
     count = parser.parse_args().repeats
+    keep_memory()  # both sides: else what a program frees is mapped anew in its next run
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     import torch
 

@@ -20,9 +20,10 @@ from rgdiff.recipes.kinds import of_kind
 
 COMMON = {  # the keys that every recipe has, whether it says so or not
     "out": None, "seed": 0, "samples": None, "data_dir": None, "resume": False, "cache_dir": None, "modules": [],
-    "mesh": None, "distributed": "auto",
+    "mesh": None, "distributed": "auto", "profile": None,
 }  # fmt: skip
 MESH = ("data", "fsdp", "tensor", "dcn_data")  # axes of `mesh`, of rgdiff.runtime.mesh.device_mesh
+PROFILE = ("skip", "steps")  # of training, of rgdiff.runtime.run.Run
 PARTS = ("domain", "prior", "reward", "method", "methods", "rewards")  # the keys that recipes are built from
 # last names of keys whose values are taken as they are: paths, and a title; `out` at the top alone: prior.network.out is a number
 VERBATIM = (
@@ -149,7 +150,9 @@ def composed(recipe: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any]
                 told = _unmatched(recipe, choices, chosen_by([])[1]) or f"{recipe}: {_line(error)}"
                 raise ValueError(told) from None
             absent = [key for key in (*COMMON, "title") if key not in base]
-            absent += [f"mesh.{axis}" for axis in MESH if "mesh" in absent]
+            absent += [
+                f"{key}.{one}" for key, of in (("mesh", MESH), ("profile", PROFILE)) if key in absent for one in of
+            ]
             parsed = [f"+{o}" if o.partition("=")[0] in absent else o for o in parsed]
             known = [*_keys(OmegaConf.to_container(base, resolve=False)), *absent]
             for override in overrides:
@@ -508,6 +511,12 @@ def check_common(config: dict[str, Any], recipe: str) -> None:
             checks.one_of("an axis of mesh", axis, MESH)
             if size != -1:
                 checks.at_least(f"mesh.{axis}", size, 1)
+    if (profile := config["profile"]) is not None:
+        if not isinstance(profile, dict) or "steps" not in profile:
+            raise ValueError(f"profile traces steps of training, e.g. profile.skip=10 profile.steps=5, got {profile!r}")
+        for key, value in profile.items():
+            checks.one_of("a key of profile", key, PROFILE)
+            checks.at_least(f"profile.{key}", value, 0 if key == "skip" else 1)
     for key, own in (config.get("rewards") or {}).items():
         if not isinstance(own, dict) or "_target_" not in own:
             raise ValueError(f"rewards.{key} is no reward; give one with +reward@rewards.{key}=CHOICE")

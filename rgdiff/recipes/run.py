@@ -259,7 +259,7 @@ def execute(prepared: Prepared) -> dict[str, Any]:
     assert prepared.cache is not None
     fresh = not (prepared.out / "config.yaml").exists()
     folder = RunFolder.create(prepared.out, config, resume=config["resume"])
-    run = Run(folder, seed, prepared.cache, prepared.name, mesh_of(config))
+    run = Run(folder, seed, prepared.cache, prepared.name, mesh_of(config), config["profile"])
     try:
         # Run: the prior, then every method beside it.
         announce("making the prior…")

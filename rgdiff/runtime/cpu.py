@@ -32,7 +32,7 @@ def keep_memory() -> bool:
 
     A compiled program's temporaries are one block, which glibc gives back to the system after every run; the next run then waits for
     the system to clear and map it page by page. On an AMD EPYC that is a third of the time of CIFAR-10's U-Net with its gradient
-    (benchmarks/results/cpu-memory.md). Call it before JAX is imported. The process keeps its largest size until it ends.
+    (benchmarks/results/pretrained-speed.md). Call it before JAX runs anything. The process keeps its largest size until it ends.
     Whoever has set GLIBC_TUNABLES or a variable MALLOC_... is left alone.
 
     Returns:

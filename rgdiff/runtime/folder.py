@@ -35,10 +35,11 @@ WHERE = (
     "cache_dir",
     "mesh",
     "distributed",
+    "profile",
 )  # config keys that say where, not what: they may change on resume
 OURS = (  # what a run writes into its folder
     "config.yaml", "versions.json", "summary.json", "samples.npz", "metrics.jsonl", "metrics.csv", "report.html", "sweep.csv",
-    "checkpoints", "adapters", "tuned", "campaigns",
+    "checkpoints", "adapters", "tuned", "campaigns", "profile",
 )  # fmt: skip
 _PACKAGES = ("rgdiff", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 

@@ -12,7 +12,7 @@ import os
 import time
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import numpy as np
 from rgdiff import tuners
 from rgdiff.rewards import HostReward, RewardFailure, score
 from rgdiff.runtime.checkpoint import Checkpoints, Stopped, interruptible
-from rgdiff.runtime.distributed import agreed, gathered, largest, several
+from rgdiff.runtime.distributed import agreed, first, gathered, largest, several
 from rgdiff.runtime.folder import RunFolder
 from rgdiff.runtime.mesh import shard_params
 from rgdiff.runtime.metrics import MetricsLog
@@ -79,13 +79,23 @@ class Run:
     """What the phases of a recipe share.
 
     `cache` holds trained priors and compiled programs between runs; `recipe` is its name; `mesh` is of the devices that share a batch.
+    `profile` has the number of training steps of every phase to trace, `steps`, after `skip` others; traces are for XProf or Perfetto.
     """
 
-    def __init__(self, folder: RunFolder, seed: int, cache: Path, recipe: str = "", mesh: Any = None):
+    def __init__(
+        self,
+        folder: RunFolder,
+        seed: int,
+        cache: Path,
+        recipe: str = "",
+        mesh: Any = None,
+        profile: Mapping[str, int] | None = None,
+    ):
         self.folder = folder
         self.recipe = recipe
         self.cache = cache
         self.mesh = mesh
+        self.profile = profile
         self.log = MetricsLog(folder.path)
         self._seed = seed
         self._save_every = float(os.environ.get("RGDIFF_SAVE_EVERY", 5.0))  # seconds between checkpoints
@@ -116,6 +126,39 @@ class Run:
             return shard_params(tuner.init(gathered(params)), self.mesh)
         return tuner.init(shard_params(params, self.mesh))
 
+    @contextlib.contextmanager
+    def _tracing(self, phase: str) -> Iterator[Callable[[int, int], None]]:
+        """Trace some steps of a phase into profile/PHASE, of several processes the first one's.
+
+        Yields:
+          A function (steps done, steps of the last call) -> None, to be called between two compiled calls.
+        """
+        place = self.folder.path / "profile" / phase
+        under_way = False
+
+        def between(done: int, count: int) -> None:
+            nonlocal under_way
+            if self.profile is None or not first():
+                return
+            begin = max(self.profile.get("skip", 0), count)  # the first call compiles
+            if under_way and done >= begin + self.profile["steps"]:
+                stop()
+            elif not under_way and begin <= done < begin + self.profile["steps"]:
+                under_way = True
+                jax.profiler.start_trace(place)
+
+        def stop() -> None:
+            nonlocal under_way
+            under_way = False
+            jax.profiler.stop_trace()
+            self.say(f"{phase}: traced into {place}")
+
+        try:
+            yield between
+        finally:
+            if under_way:
+                stop()
+
     def fit(
         self,
         phase: str,
@@ -139,7 +182,13 @@ class Run:
         """
         state = self._begin(tuner, params)
         chunk = pieces(steps, chunk, (chunk + 1) // 2) or chunk
-        with interruptible() as interrupted, Checkpoints(self.folder.path / "checkpoints" / phase) as checkpoints:
+        if self.profile is not None:
+            chunk = min(chunk, self.profile["steps"])
+        with (
+            interruptible() as interrupted,
+            Checkpoints(self.folder.path / "checkpoints" / phase) as checkpoints,
+            self._tracing(phase) as traced,
+        ):
             if checkpoints.latest() is not None:
                 state = placed(state, shards_of(self.mesh))
                 state, step, _ = checkpoints.restore(state)
@@ -156,6 +205,7 @@ class Run:
                     nonlocal saved, before
                     count = len(infos["gradient_norm"])
                     done = int(state.step)
+                    traced(done - began, count)
                     for index in range(count):
                         self.log.write(phase, done - count + index, {k: v[index] for k, v in infos.items()})
                     bad = int(infos["skipped"][-1]) - skipped

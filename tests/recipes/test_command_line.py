@@ -534,6 +534,17 @@ def test_the_first_interruption_saves_what_is_done(tmp_path, capfd, ctrl_c, numb
     np.testing.assert_array_equal(fit("broken"), whole)
 
 
+def test_some_steps_of_training_are_traced(tmp_path, capsys):
+    folder = RunFolder.create(tmp_path / "run", {})
+    run = Run(folder, 0, tmp_path / "cache", profile={"skip": 12, "steps": 5})
+    traced = run.fit("tune", Steady(jnp.float32(1.0)), run.key("tune"), jnp.zeros(3), 40, chunk=10).params
+    assert list((tmp_path / "run" / "profile" / "tune").rglob("*.xplane.pb"))
+    assert capsys.readouterr().out.count("traced into") == 1
+    plain = Run(RunFolder.create(tmp_path / "plain", {}), 0, tmp_path / "cache")
+    whole = plain.fit("tune", Steady(jnp.float32(1.0)), plain.key("tune"), jnp.zeros(3), 40, chunk=10).params
+    np.testing.assert_array_equal(traced, whole)
+
+
 def test_the_second_interruption_stops_at_once(ctrl_c):
     with pytest.raises(checkpoint.Stopped), checkpoint.interruptible() as interrupted:
         os.kill(os.getpid(), signal.SIGINT)

@@ -17,15 +17,28 @@ from rgdiff.recipes import compose
 from rgdiff.recipes.run import prepare
 from rgdiff.runtime import distributed
 
-TINY = [
+PLANE = [
     "domain=planar", "prior=planar_mlp", "reward=log_density", "samples=16", "prior.steps=4", "prior.train.steps=20",
-    "prior.train.batch=32", "prior.network.features=[8,8]", "method.options.candidates=2", "+method@methods.draft=draft_k",
+    "prior.train.batch=32", "prior.network.features=[8,8]",
+]  # fmt: skip
+TINY = [
+    *PLANE, "method.options.candidates=2", "+method@methods.draft=draft_k",
     "methods.draft.steps=6", "methods.draft.batch=8",
 ]  # fmt: skip
 BLACK_BOX = [
-    "domain=planar", "prior=planar_mlp", "method=ddpo", "reward=custom", "reward.fn=tests.recipes.host_reward.height",
-    "reward.host=true", "samples=16", "prior.steps=4", "prior.train.steps=20", "prior.train.batch=32", "prior.network.features=[8,8]",
+    *PLANE, "method=ddpo", "reward=custom", "reward.fn=tests.recipes.host_reward.height", "reward.host=true",
     "method.steps=4", "method.batch=8", "method.options.minibatches=2",
+]  # fmt: skip
+QUERIES = [
+    *PLANE, "method=seiko", "method.queries=[8,8]", "method.tuning.steps=4", "method.tuning.batch=8", "method.evaluate=16",
+]  # fmt: skip
+FEW_STEPS = [
+    *PLANE, "method=dxmi", "method.iterations=4", "method.batch=8", "method.pretraining={steps: 3, batch: 8, learning_rate: 1e-3}",
+]  # fmt: skip
+WORDS = [
+    "domain=sequences", "reward=gc", "prior=conv1d", "prior.network.width=8", "prior.network.dilations=[1]", "prior.network.kernel=3",
+    "prior.steps=4", "prior.train.steps=20", "prior.train.batch=32", "samples=16", "method=drakes",
+    "method.steps=4", "method.batch=8",
 ]  # fmt: skip
 
 
@@ -72,18 +85,22 @@ def same(a, b):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [TINY, BLACK_BOX], ids=["svdd and draft_k", "ddpo with a host reward"])
+@pytest.mark.parametrize(
+    "options",
+    [TINY, BLACK_BOX, QUERIES, FEW_STEPS, WORDS],
+    ids=["svdd and draft_k", "ddpo with a host reward", "seiko", "dxmi", "drakes"],
+)
 def test_two_processes_make_the_numbers_of_one(tmp_path, options):
     alone, together = tmp_path / "alone", tmp_path / "together"
+    if options is WORDS:
+        letters = np.random.default_rng(0).choice(list("ACGT"), (200, 8))
+        (tmp_path / "words.fasta").write_text("".join(f">{i}\n{''.join(one)}\n" for i, one in enumerate(letters)))
+        options = [*options, f"domain.source={tmp_path / 'words.fasta'}"]
     ended(start(alone, options, cache=tmp_path / "a"))
     said = ended(start(together, options, count=2, devices=2, cache=tmp_path / "b"))
     same(alone, together)
-    assert sorted(os.listdir(alone)) == sorted(os.listdir(together)) and sorted(os.listdir(tmp_path)) == [
-        "a",
-        "alone",
-        "b",
-        "together",
-    ]
+    assert sorted(os.listdir(alone)) == sorted(os.listdir(together))
+    assert set(os.listdir(tmp_path)) - {"words.fasta"} == {"a", "alone", "b", "together"}
     lines = [
         [line for line in out.splitlines() if "[Gloo]" not in line and "loading JAX" not in line] for out, _ in said
     ]
@@ -166,18 +183,10 @@ def test_meshes_in_a_config():
         ("mesh.data=0", "mesh.data must be an integer of at least 1"),
         ("distributed=maybe", "distributed must be one of"),
         ("mesh=4", "mesh has axes, e.g. mesh.data=-1"),
+        ("profile.steps=0", "profile.steps must be an integer of at least 1"),
+        ("profile.skip=3", "profile traces steps of training, e.g. profile.skip=10 profile.steps=5"),
     ):
         with pytest.raises(ValueError, match=said):
             compose.check_common(compose.compose("steer", [override]), "steer")
     with pytest.raises(ValueError, match="mesh.dat"):
         compose.compose("steer", ["mesh.dat=2"])
-
-
-def test_a_campaign_of_several_processes_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr("rgdiff.recipes.methods.queries.several", lambda: True)
-    with pytest.raises(ValueError, match="seiko: a campaign of queries is of one process; start one"):
-        prepare(
-            "steer",
-            ["domain=planar", "prior=planar_mlp", "reward=log_density", "method=seiko", f"out={tmp_path}/run"],
-            dry=True,
-        )
