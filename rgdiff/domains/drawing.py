@@ -11,6 +11,7 @@ import numpy as np
 
 PIXELS = 240  # of a plane's side
 BARS = 128  # of a vector, at most: longer ones are averaged
+FEW = 500  # points
 
 
 class Logo(NamedTuple):
@@ -34,12 +35,19 @@ class Plane(NamedTuple):
 
 
 def cloud(points: np.ndarray, extent: tuple[float, float, float, float], pixels: int = PIXELS) -> np.ndarray:
-    """Draw points [N, 2] as a gray picture [pixels, pixels, 1], darker where they are denser; upwards is up."""
+    """Draw points [N, 2] as a gray picture [pixels, pixels, 1], darker where they are denser; upwards is up.
+
+    Fewer than `FEW` points are 3 pixels wide, since single pixels are hardly seen.
+    """
     points = np.asarray(points, np.float64)
     points = points[np.isfinite(points).all(-1)]
     left, right, bottom, top = extent
     edges = np.linspace(left, right, pixels + 1), np.linspace(bottom, top, pixels + 1)
     counts = np.histogram2d(points[:, 0], points[:, 1], edges)[0].T[::-1]
+    if len(points) < FEW:
+        wide = np.pad(counts, 1)
+        rows = range(3)
+        counts = np.max([wide[i : i + pixels, j : j + pixels] for i in rows for j in rows], 0)
     ink = np.sqrt(counts / max(counts.max(), 1.0))
     return np.rint(255 * (1 - ink)).astype(np.uint8)[..., None]
 

@@ -297,7 +297,10 @@ def test_places_on_a_plane_are_where_the_points_are():
     places = re.findall(r"<circle cx=([\d.]+) cy=([\d.]+)", page)
     assert places == [("150.0", "150.0"), ("262.5", "75.0")] and ">worst<" not in page
     picture = cloud(points[1:2], extent, pixels=80)[..., 0]
-    assert np.argwhere(picture == 0).tolist() == [[19, 70]]  # (2 - 1) / 4 of the height down, (3 + 4) / 8 of the width
+    dark = np.argwhere(picture == 0)  # (2 - 1) / 4 of the height down, (3 + 4) / 8 of the width, 3 pixels wide
+    assert dark.mean(0).tolist() == [19, 70] and np.ptp(dark, 0).tolist() == [2, 2] and len(dark) == 9
+    many = np.repeat(points[1:2], 500, 0)
+    assert np.argwhere(cloud(many, extent, pixels=80)[..., 0] == 0).tolist() == [[19, 70]]
 
 
 def test_bars_are_as_high_as_the_coordinates():
