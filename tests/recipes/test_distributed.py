@@ -110,23 +110,29 @@ def test_two_processes_make_the_numbers_of_one(tmp_path, options):
 
 
 @pytest.mark.slow
-def test_a_killed_pair_is_gone_on_with_by_one(tmp_path):
-    """After SIGKILL of both, one process on a mesh of its own restores what two have saved, and ends in the same numbers."""
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_stopped_pair_is_gone_on_with_by_one(tmp_path, number):
+    """One process on a mesh of its own restores what two have saved, and ends in the same numbers: after SIGKILL of both, and after
+    SIGTERM to the second, at which both save and end."""
     options = [*TINY, "methods.draft.steps=60"]
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     ended(start(alone, options, cache=tmp_path / "cache"))
-    pair = start(killed, options, count=2, devices=2, cache=tmp_path / "cache", RGDIFF_SAVE_EVERY="0")
-    folder = killed / "checkpoints" / "draft"
-    for _ in range(2000):
-        if (
-            any(name.isdigit() for name in (os.listdir(folder) if folder.is_dir() else []))
-            or pair[0].poll() is not None
-        ):
+    often = "0" if number == signal.SIGKILL else "1000"  # seconds: only what SIGTERM saves
+    pair = start(killed, options, count=2, devices=2, cache=tmp_path / "cache", RGDIFF_SAVE_EVERY=often)
+    folder, log = killed / "checkpoints" / "draft", killed / "metrics.jsonl"
+    for _ in range(4000):
+        saved = folder.is_dir() and any(name.isdigit() for name in os.listdir(folder))
+        begun = log.exists() and '"draft"' in log.read_text()
+        if (saved if number == signal.SIGKILL else begun) or pair[0].poll() is not None:
             break
         time.sleep(0.05)
-    for process in pair:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+    if number == signal.SIGKILL:
+        for process in pair:
+            process.send_signal(number)
+            process.communicate()
+    else:
+        pair[1].send_signal(number)
+        ended(pair, 143)
     assert not (killed / "summary.json").exists()
     said = ended(start(killed, [*options, "resume=true", "mesh.data=2"], devices=2, cache=tmp_path / "cache"))
     assert "going on from step" in said[0][0]
