@@ -131,12 +131,31 @@ def test_images_on_eight_devices_need_one_sum_of_kernel_gradients():
         ((2, 16, 16, 32), (3, 3, 32, 32)),  # too little to do
         ((4, 32, 32, 128), (3, 3, 128, 8)),  # too few channels
         ((8, 18, 20, 20), KERNEL),  # no whole tiles
-        ((1, 32, 32, 256), (3, 3, 256, 256)),  # a kernel that needs more tiles
+        ((1, 16, 16, 256), (3, 3, 256, 128)),  # a kernel that needs more tiles, on a CPU of Intel's
     ],
 )
-def test_small_work_keeps_the_direct_convolution(shape, kernel):
+def test_small_work_keeps_the_direct_convolution(shape, kernel, monkeypatch):
+    monkeypatch.setattr(winograd, "on_amd", lambda: False)
     convolutions, products = count(jnp.float32, "cpu", shape, kernel)
     assert convolutions == 3 and products == 0
+
+
+@pytest.mark.parametrize(
+    "side, channels, intel, amd",
+    [
+        (32, 256, False, True),
+        (64, 320, True, True),
+        (16, 256, False, True),
+        (8, 256, False, False),
+        (16, 512, False, False),
+    ],
+)
+def test_the_rule_knows_the_kind_of_cpu(side, channels, intel, amd, monkeypatch):
+    """One image: what benchmarks/results/cpu-convolutions-*.md found to gain there."""
+    shapes = (1, side, side, channels), (3, 3, channels, channels)
+    for kind, expected in ((False, intel), (True, amd)):
+        monkeypatch.setattr(winograd, "on_amd", lambda kind=kind: kind)
+        assert winograd.pays(*shapes, (1, 1), (1, 1), ((1, 1), (1, 1))) == expected
 
 
 @pytest.mark.parametrize(
