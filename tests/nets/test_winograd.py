@@ -131,7 +131,7 @@ def test_images_on_eight_devices_need_one_sum_of_kernel_gradients():
         ((2, 16, 16, 32), (3, 3, 32, 32)),  # too little to do
         ((4, 32, 32, 128), (3, 3, 128, 8)),  # too few channels
         ((8, 18, 20, 20), KERNEL),  # no whole tiles
-        ((1, 16, 16, 256), (3, 3, 256, 128)),  # a kernel that needs more tiles, on a CPU of Intel's
+        ((1, 32, 32, 256), (3, 3, 256, 256)),  # a kernel that needs more tiles, on a CPU of Intel's
     ],
 )
 def test_small_work_keeps_the_direct_convolution(shape, kernel, monkeypatch):
