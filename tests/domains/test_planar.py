@@ -178,7 +178,7 @@ def test_pictures_show_points_and_maps_where_they_are():
     assert (
         [*judge.references(task)] == ["data: rings"] and "50.0%" in shown["b"].xlabel and "%" not in shown["a"].xlabel
     )
-    row, column = np.argwhere(shown["a"].image[..., 0] == 0)[0]
+    row, column = np.argwhere(shown["a"].image[..., 0] == 0).mean(0)  # few points are several pixels wide
     side = PIXELS
     place = (np.array([column, side - 1 - row]) + 0.5) / side * 2 * HALF - HALF
     np.testing.assert_allclose(place, 2.0, atol=2 * HALF / side)
