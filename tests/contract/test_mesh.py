@@ -71,6 +71,7 @@ EXCHANGES = {
     "svdd_distinct": {"all-gather in a loop": 4},  # replace > 0
 }
 ROUNDED = {
+    "das_smc",
     "svdd_pm_gaussian",
     "smc_gaussian",
     "smc_masked",
