@@ -138,6 +138,22 @@ class Study:
             explained.append(1 - np.nanvar(error) / np.nanvar(reward[:held]))
         return value, np.array(explained)
 
+    def telling(self, count: int = 128) -> list[str]:
+        """Return a table of what the posterior mean tells of the reward: of the prior's samples, noised to a time, and of their own."""
+        plain = samplers.ancestral(self.process, self.denoiser)
+        x0 = self.draw(plain, count, 1).x0
+        reward = np.asarray(rewards.score(self.task.reward, x0), float)
+        value = jax.jit(values.posterior_mean(self.task.reward, self.process, self.denoiser))
+        lines = ["| t | correlation | mean value | standard deviation |", "|---|---|---|---|"]
+        for t in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1):
+            noised = self.process.forward(x0, jnp.float32(t)).sample(jax.random.fold_in(self.key, 3))
+            told = np.asarray(value(noised, jnp.full(count, t)), float)
+            both = np.isfinite(told) & np.isfinite(reward)
+            correlation = np.corrcoef(told[both], reward[both])[0, 1]
+            lines.append(f"| {t} | {correlation:.2f} | {told[both].mean():.3f} | {told[both].std():.3f} |")
+            print(lines[-1], flush=True)
+        return lines
+
     def methods(self, value: Any) -> dict[str, Callable[[], Any]]:
         """Return name -> a sampler of this many molecules."""
         p, d, r = self.process, self.denoiser, self.task.reward
@@ -194,9 +210,13 @@ def main() -> None:
     parser.add_argument("--fit", type=int, default=600, help="steps of its training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="*", help="rows, all by default")
+    parser.add_argument(
+        "--telling", action="store_true", help="what the posterior mean tells of the reward by time, alone"
+    )
     parser.add_argument("--out", type=Path, help="benchmarks/results/molecules-REWARD.md by default")
     options = parser.parse_args()
-    options.out = options.out or RESULTS / f"molecules-{options.reward}.md"
+    kind = f"{options.reward}-telling" if options.telling else options.reward
+    options.out = options.out or RESULTS / f"molecules-{kind}.md"
     keep_memory()
     begun = time.perf_counter()
     facts = machine() | {
@@ -204,6 +224,11 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "jax": f"{jax.__version__} on {jax.devices()[0].device_kind}",
     }
+    if options.telling:
+        title = f"# Molecules: what the posterior mean tells of {options.reward.upper()}, by time"
+        table = Study(options, options.seeds[0]).telling()
+        options.out.write_text("\n".join([title, "", *(f"- {k}: {v}" for k, v in facts.items()), "", *table, ""]))
+        return
     body, explained = [], []
     for seed in options.seeds:
         study = Study(options, seed)

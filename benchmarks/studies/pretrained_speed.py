@@ -1,7 +1,7 @@
 """Released networks at full size with random weights, beside diffusers on PyTorch: forward, and with the gradient in the input.
 
     python -m benchmarks.studies.pretrained_speed            # needs torch and diffusers; all of it, Stable Diffusion 1.5 too (14 GB)
-    python -m benchmarks.studies.pretrained_speed --networks cifar
+    python -m benchmarks.studies.pretrained_speed --networks cifar [--usual-memory]
 
 Both sides have the same weights and inputs, in float32, and take turns in one process; ratios are of each round, and medians
 are shown, of CPU time on one core. PyTorch is eager, in its own layout and in channels_last.
@@ -123,13 +123,19 @@ def compare(
 
 
 def main() -> None:
-    keep_memory()  # both sides: else what a program frees is mapped anew in its next run
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=("cifar", "sd"), default=["cifar", "sd"])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/pretrained-speed.md"))
+    parser.add_argument("--out", type=Path, help="benchmarks/results/pretrained-speed[-usual-memory].md by default")
+    parser.add_argument(
+        "--usual-memory", action="store_true", help="leave the allocator as it is: what a program frees is mapped anew"
+    )
     given = parser.parse_args()
+    usual = " --usual-memory" * given.usual_memory
+    out = given.out or harness.ROOT / "benchmarks" / "results" / f"pretrained-speed{usual[2:]}.md"
+    if not usual:
+        keep_memory()  # both sides
     about, body = [f"- {name}: {value}" for name, value in harness.machine().items()], []
     if "cifar" in given.networks:
         for batch in (1, 8):
@@ -139,11 +145,11 @@ def main() -> None:
     if "sd" in given.networks:
         body += compare("SD 1.5, batch 1", "UNet2DConditionModel", STABLE, (1, 64, 64, 4), given.rounds, False)
     text = ["# Speed of released networks beside PyTorch, float32, random weights", "", *about,
-            f"- command: python -m benchmarks.studies.pretrained_speed --networks {' '.join(given.networks)}", "",
-            "One core. Ratios are the side's CPU seconds over ours in the same round: above 1, ours is faster. Both sides keep freed memory "
-            "(`rgdiff.runtime.cpu.keep_memory`).", "",
+            f"- command: python -m benchmarks.studies.pretrained_speed --networks {' '.join(given.networks)}{usual}", "",
+            "One core. Ratios are the side's CPU seconds over ours in the same round: above 1, ours is faster. "
+            + ("The allocator is as it is." if usual else "Both sides keep freed memory (`rgdiff.runtime.cpu.keep_memory`)."), "",
             "| what | side | CPU seconds (median) | ratio (median) |", "|---|---|---|---|", *body, ""]  # fmt: skip
-    given.out.write_text("\n".join(text), encoding="utf-8")
+    out.write_text("\n".join(text), encoding="utf-8")
 
 
 if __name__ == "__main__":

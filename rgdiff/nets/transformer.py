@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
+from rgdiff.nets.attention import attention
 from rgdiff.nets.init import lecun_normal
 from rgdiff.nets.time import Conditioning
 from rgdiff.typing import Array, Cond
@@ -62,7 +62,7 @@ class Block(nn.Module):
             _norm(h, scale1, shift1, self.dtype)
         )
         q, k, v = (a.reshape(*h.shape[:2], self.heads, -1) for a in jnp.split(qkv, 3, axis=-1))
-        mixed = jax.nn.dot_product_attention(rotary(q, positions), rotary(k, positions), v).reshape(h.shape)
+        mixed = attention(rotary(q, positions), rotary(k, positions), v).reshape(h.shape)
         h = h + gate1 * nn.Dense(self.width, kernel_init=lecun_normal, dtype=self.dtype, name="out")(mixed)
         up = nn.Dense(4 * self.width, kernel_init=lecun_normal, dtype=self.dtype, name="up")(
             _norm(h, scale2, shift2, self.dtype)

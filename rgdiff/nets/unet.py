@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
+from rgdiff.nets.attention import attention
 from rgdiff.nets.conv import Conv
 from rgdiff.nets.init import lecun_normal
 from rgdiff.nets.time import Conditioning
@@ -119,7 +119,7 @@ class AttentionBlock(nn.Module):
         h = GroupNorm(self.dtype, name="norm")(x).reshape(batch, -1, features)
         h = nn.Dense(3 * features, kernel_init=lecun_normal, dtype=self.dtype, name="qkv")(h)
         q, k, v = (a.reshape(*h.shape[:2], heads, features // heads) for a in jnp.split(h, 3, axis=-1))
-        h = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
+        h = attention(q, k, v).reshape(x.shape)
         return x + nn.Dense(features, kernel_init=lecun_normal, dtype=self.dtype, name="out")(h)
 
 

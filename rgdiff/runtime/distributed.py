@@ -102,7 +102,7 @@ def shared_array(function: Callable[[], Any]) -> np.ndarray:
       function: of no argument, of something that NumPy makes an array of numbers of.
 
     Raises:
-      ValueError: where it raises one, or an OSError.
+      ValueError: in the others, with what the first one says, whatever it raises itself.
     """
     result, buffer = on_first(function), io.BytesIO()
     if not several():
@@ -126,7 +126,7 @@ def on_first(function: Callable[[], Any]) -> Any:
     """Call a function in the first process and return its result there, None elsewhere, when it is done; if it fails, all do.
 
     Raises:
-      ValueError: where it raises one, or an OSError.
+      ValueError: in the others, with what the first one says, whatever it raises itself.
     """
     if not several():
         return function()
@@ -134,7 +134,7 @@ def on_first(function: Callable[[], Any]) -> Any:
     if first():
         try:
             result = function()
-        except (ValueError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - of any kind: the others would wait for ever
             failed = error
     said = shared("" if failed is None else " ".join(str(failed).split()) or type(failed).__name__)
     if failed is not None:

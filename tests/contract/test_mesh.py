@@ -71,13 +71,13 @@ EXCHANGES = {
     "svdd_distinct": {"all-gather in a loop": 4},  # replace > 0
 }
 ROUNDED = {
-    "das_smc",
     "svdd_pm_gaussian",
     "smc_gaussian",
     "smc_masked",
     "tds_smc",
     "resampled_smc",
 }  # tanh of other vectors, other last bits
+WEIGHED = {"das_smc"}  # states are equal, and the last bits of weights and of their sums are not
 
 # Collectives of one step. The gradient of a network, with the sums of the report, is one all-reduce, outside of all loops: in a loop
 # there are those of updates that are made in a loop themselves (minibatches, a critic's steps, T values, an inner tuning).
@@ -107,7 +107,7 @@ GRADIENTS = {
 
 
 def test_the_tables_name_rows():
-    assert {*EXCHANGES, *ROUNDED} <= {make.__name__ for make in contract.SAMPLERS}
+    assert {*EXCHANGES, *ROUNDED, *WEIGHED} <= {make.__name__ for make in contract.SAMPLERS}
     assert set(GRADIENTS) <= {make.__name__ for make in contract.TUNERS}
 
 
@@ -122,6 +122,9 @@ def test_sampler_on_eight_devices(make):
     alone, together = one(sampler, key, times, None), eight(split, key, times, None)
     if make.__name__ in ROUNDED:
         contract.close(alone, together, rtol=1e-6, atol=1e-6)
+    elif make.__name__ in WEIGHED:
+        contract.equal(alone[:2], together[:2])
+        contract.close(alone[2], together[2], rtol=1e-6, atol=1e-6)
     else:
         contract.equal(alone, together)
     assert eight.cost_analysis()["flops"] <= SHARE * one.cost_analysis()["flops"]

@@ -103,31 +103,34 @@ def failing(capsys, *argv):
     return error
 
 
-def choices(every):
-    """Every choice of each group beside the usual ones of the others; or every fifth pair of method and reward, domain and prior."""
-    methods, rewards, domains, priors = (recipe.names(g) for g in ("method", "reward", "domain", "prior"))
-    if every:  # all 2,600 pairs take four minutes, and the parts hardly know of each other
-        pairs = itertools.product(methods, rewards, ["digits"], ["mlp"])
-        yield from itertools.islice(
-            itertools.chain(pairs, itertools.product(["svdd"], ["ink"], domains, priors)), 0, None, 5
-        )
-        return
-    yield from ((method, "ink", "digits", "mlp") for method in methods)
-    yield from (("svdd", reward, "digits", "mlp") for reward in rewards)
-    yield from (("svdd", "ink", domain, "mlp") for domain in domains)
-    yield from (("svdd", "ink", "digits", prior) for prior in priors)
+def composed(method="svdd", reward="ink", domain="digits", prior="mlp"):
+    """Compose a choice of each group, with what it needs of a user, and check it; return the config and the modules it may use."""
+    overrides = [f"method={method}", f"reward={reward}", f"domain={domain}", f"prior={prior}"]
+    overrides += ["reward.fn=tests.recipes.user_module.score"] * (reward in ("custom", "smiles"))
+    overrides += ["domain.fn=tests.recipes.user_module.load"] * (domain == "custom")
+    overrides += ["domain.path=/files"] * (domain == "pictures")
+    overrides += ["prior.network._target_=tests.recipes.user_module.Net"] * (prior == "custom")
+    overrides += [f"reward.{key}=/files" for key in FILES.get(reward, ())]
+    config, trusted = recipe.compose("steer", overrides), recipe.trusted_modules(overrides)
+    recipe.check(config, trusted)
+    return config, trusted
 
 
-@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_methods_rewards_domains_and_priors_compose_and_check(every):
-    for method, reward, domain, prior in choices(every):
-        overrides = [f"method={method}", f"reward={reward}", f"domain={domain}", f"prior={prior}"]
-        overrides += ["reward.fn=tests.recipes.user_module.score"] * (reward in ("custom", "smiles"))
-        overrides += ["domain.fn=tests.recipes.user_module.load"] * (domain == "custom")
-        overrides += ["domain.path=/files"] * (domain == "pictures")
-        overrides += ["prior.network._target_=tests.recipes.user_module.Net"] * (prior == "custom")
-        overrides += [f"reward.{key}=/files" for key in FILES.get(reward, ())]
-        recipe.check(recipe.compose("steer", overrides), recipe.trusted_modules(overrides))
+def test_methods_rewards_domains_and_priors_compose_and_check():
+    """Every choice of each group beside the usual ones of the others."""
+    for group in ("method", "reward", "domain", "prior"):
+        for name in recipe.names(group):
+            composed(**{group: name})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(5))
+def test_pairs_of_methods_and_rewards_and_of_domains_and_priors_compose_and_check(part):
+    """Every pair."""
+    pairs = [dict(method=m, reward=r) for m in recipe.names("method") for r in recipe.names("reward")]
+    pairs += [dict(domain=d, prior=p) for d in recipe.names("domain") for p in recipe.names("prior")]
+    for pair in pairs[part::5]:  # parts, for several workers
+        composed(**pair)
 
 
 @pytest.mark.parametrize("method", [*FEW, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
