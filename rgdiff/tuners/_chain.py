@@ -104,6 +104,8 @@ class Chain:
       live: whether calls keep their gradient.
       pathwise: draw with `rsample`; otherwise states are constants and info has the `log_prob` [B] of every draw.
       early: the plan may end the chain early, with the prediction of x0 at its last state.
+      projecting: a move from t to t is the projection of `final`, which is then not called: programs hold the network once. The
+        process must be a Gaussian one that projects.
       input_gradient: keep the gradient of each call's predicted noise to its input.
       penalty: info["penalty"] [n, B] is the cost of every move to each reference: its KL in nats, or the mean
         squared difference of the predicted noise.
@@ -118,6 +120,7 @@ class Chain:
     pathwise: bool = static(default=True)
     input_gradient: bool = static(default=True)
     early: bool = static(default=False)
+    projecting: bool = static(default=False)
     penalty: str = static(default="kl")
     penalize_dead: bool = static(default=True)
 
@@ -173,15 +176,24 @@ class Chain:
         """Return the next state, and the move's penalties and log-probability."""
         x = hold(x, self.pathwise)
         prediction = self._predict(self.denoiser, x, t, cond, live)
-        kernel = self.process.reverse(x, t, s, self._seen(x, t, prediction, live))
+        seen, last = self._seen(x, t, prediction, live), self.projecting and s >= t
+        s = jnp.where(last, t / 2, s) if self.projecting else s  # some law, not used
+        kernel = self.process.reverse(x, t, s, seen)
         constant = not self.pathwise or (self.plan is None and not self.live)
         y = kernel.sample(key) if constant else kernel.rsample(key)
+        if self.projecting:
+            y = jnp.where(last, self.process.finalize(x, t, seen), y)
         info = {} if self.pathwise else {"log_prob": kernel.log_prob(y)}
         if not self.references:
             return y, info
 
         def kl(prediction: State, other: State, at: State) -> Array:
-            return self.process.reverse(at, t, s, prediction).kl(self.process.reverse(at, t, s, other))
+            nats = self.process.reverse(at, t, s, prediction).kl(self.process.reverse(at, t, s, other))
+            return (
+                jnp.where(last, projection_kl(self.process, at, t, prediction, other), nats)
+                if self.projecting
+                else nats
+            )
 
         return y, info | self._priced(self._penalties(kl, x, t, cond, prediction, live))
 

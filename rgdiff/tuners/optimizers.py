@@ -24,6 +24,7 @@ def adamw(
     clip: float | None = 1.0,
     weight_decay: float = 0.0,
     b2: float = 0.999,
+    flat: bool = False,
 ) -> Any:
     """Build AdamW with warm-up, cosine decay and clipping; the same arguments give the same object, which does not recompile.
 
@@ -34,6 +35,9 @@ def adamw(
       clip: largest global norm of the gradient, or None.
       weight_decay: decoupled, per step and unit of learning rate; the DRaFT paper uses 0.1.
       b2: decay of the second moment.
+      flat: keep each moment of all parameters as one vector (`optax.flatten`). The numbers are the same. A U-Net's update is then a
+        few kernels in place of some for every parameter, which a CPU compiles in less time. Parameters must be of one dtype; those that lie
+        on several devices are gathered.
 
     Returns:
       An optax gradient transformation. Its moments have the parameters' dtype: see `float32_master` for bfloat16.
@@ -59,7 +63,8 @@ def adamw(
     elif warmup:
         rate = optax.linear_schedule(0.0, learning_rate, warmup)
     adam = optax.adamw(rate, b2=b2, weight_decay=weight_decay)
-    return adam if clip is None else optax.chain(optax.clip_by_global_norm(clip), adam)
+    adam = adam if clip is None else optax.chain(optax.clip_by_global_norm(clip), adam)
+    return optax.flatten(adam) if flat else adam
 
 
 class MasterState(NamedTuple):
