@@ -65,35 +65,6 @@ class AtZero:
         return self.value(x0, jnp.zeros(x0.shape[0], jnp.float32))
 
 
-@pytree
-class Late:
-    """SVDD in the last moves of chains that begin as the prior's: at early times the posterior mean says little of the reward."""
-
-    svdd: samplers.Svdd
-    plain: Any
-    head: jax.Array  # the times of the moves that do not select
-
-    @property
-    def process(self) -> Any:
-        return self.svdd.process
-
-    def init(self, key: Any, batch: int, t: Any, cond: Any = None) -> Any:
-        key_first, key_moves = jax.random.split(key)
-        x = self.plain.init(key_first, batch, self.head[0], cond)
-        x, _ = samplers.roll(self.plain, key_moves, x, self.head, cond)
-        blank = jax.eval_shape(lambda: self.svdd.init(key, batch, t, cond))
-        return blank._replace(x=x, prediction=self.svdd.denoiser(x, t, cond))
-
-    def step(self, *args: Any) -> Any:
-        return self.svdd.step(*args)
-
-    def final(self, *args: Any) -> Any:
-        return self.svdd.final(*args)
-
-    def network_calls(self, moves: int) -> int:
-        return self.head.shape[0] - 1 + self.svdd.network_calls(moves)
-
-
 class Study:
     """The prior, the reward, and what is measured of samples."""
 
@@ -112,11 +83,7 @@ class Study:
 
     def draw(self, sampler: Any, count: int, phase: int) -> Any:
         key = jax.random.fold_in(self.key, phase)
-        return jax.block_until_ready(samplers.sample(sampler, key, count, self.own_times(sampler)))
-
-    def own_times(self, sampler: Any) -> Any:
-        """The times of a sampler's own moves: those that are left for a late one."""
-        return self.times[sampler.head.shape[0] - 1 :] if isinstance(sampler, Late) else self.times
+        return jax.block_until_ready(samplers.sample(sampler, key, count, self.times))
 
     def learned(self) -> tuple[Any, np.ndarray]:
         """Return the property network as a value, and how much of the variance of held-out rewards it explains at a few times."""
@@ -160,10 +127,8 @@ class Study:
         plain = samplers.ancestral(p, d)
         dps = values.posterior_mean(AtZero(value), p, d)
         shared = {"temperature": TEMPERATURE, "candidates": CANDIDATES}
-
-        def late() -> Late:
-            svdd = samplers.svdd(p, d, values.posterior_mean(r, p, d), temperature=TEMPERATURE, candidates=FEW)
-            return Late(svdd, plain, self.times[: len(self.times) - round(LATE * self.options.steps)])
+        window = (0.0, float(self.times[-1 - round(LATE * self.options.steps)]))
+        late = {"temperature": TEMPERATURE, "candidates": FEW, "window": window}
 
         return {
             "prior": lambda: plain,
@@ -173,7 +138,7 @@ class Study:
             "DPS": lambda: samplers.ancestral(p, d, guide=guides.gradient_guide(dps, GUIDANCE)),
             "SVDD-MC": lambda: samplers.svdd(p, d, value, **shared),
             "SVDD-PM": lambda: samplers.svdd(p, d, values.posterior_mean(r, p, d), **shared),
-            "SVDD-PM, late": late,
+            "SVDD-PM, late": lambda: samplers.svdd(p, d, values.posterior_mean(r, p, d), **late),
         }
 
     def row(self, name: str, sampler: Any, phase: int) -> str:
@@ -189,7 +154,7 @@ class Study:
         reward = np.asarray(rewards.score(self.task.reward, jnp.asarray(x0)), float)
         figures = chemistry.figures(chemistry.molecules(x0, self.domain.elements))
         median, top = np.nanquantile(reward, [0.5, 0.9])
-        calls = sampler.network_calls(len(self.own_times(sampler)) - 1) * 2  # each with one correction
+        calls = sampler.network_calls(len(self.times) - 1) * 2  # each with one correction
         published = PUBLISHED.get(self.options.reward, {}).get(name, "")
         shown = [f"{figures[key]:.2f}" for key in ("valid", "unique", "diversity")]
         return (

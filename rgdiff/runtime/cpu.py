@@ -31,8 +31,8 @@ def keep_memory() -> bool:
     """Let this process keep the memory that it frees, where its allocator is glibc's (most Linux systems).
 
     A compiled program's temporaries are one block, which glibc gives back to the system after every run; the next run then waits for
-    the system to clear and map it page by page. On an AMD EPYC that is a third of the time of CIFAR-10's U-Net with its gradient
-    (benchmarks/results/pretrained-speed.md). Call it before JAX runs anything. The process keeps its largest size until it ends.
+    the system to clear and map it page by page. On an AMD EPYC that is up to a fifth of the time of CIFAR-10's U-Net
+    (benchmarks/results/pretrained-speed.md and pretrained-speed-usual-memory.md). Call it before JAX runs anything. The process keeps its largest size until it ends.
     Whoever has set GLIBC_TUNABLES or a variable MALLOC_... is left alone.
 
     Returns:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rgdiff import checks
 from rgdiff.processes import MaskedProcess
@@ -64,6 +65,7 @@ class Svdd:
     value: Value
     temperature: Array
     proposal: Guide | None
+    window: Array | None
     candidates: int = static()
     chunk: int = static()
     selection: str = static(default="soft")
@@ -103,11 +105,25 @@ class Svdd:
         key_draw, key_select = jax.random.split(key)
         prediction = self._predict(carry, t, cond)
         carry = carry._replace(prediction=prediction)
-        kernel = self.process.reverse(carry.x, t, s, prediction)
-        if self.proposal is None:
-            return self._choose(key_select, self._keys(key_draw), kernel, carry, s, cond)
-        proposal = self.proposal(kernel, Move(carry.x, t, s, cond, prediction))
-        return self._choose(key_select, self._keys(key_draw), proposal, carry, s, cond, kernel)
+        kernel, keys = self.process.reverse(carry.x, t, s, prediction), self._keys(key_draw)
+
+        def select() -> tuple[SvddCarry, Info]:
+            if self.proposal is None:
+                return self._choose(key_select, keys, kernel, carry, s, cond)
+            proposal = self.proposal(kernel, Move(carry.x, t, s, cond, prediction))
+            return self._choose(key_select, keys, proposal, carry, s, cond, kernel)
+
+        def draw() -> tuple[SvddCarry, Info]:
+            x = jax.tree.map(lambda leaf: leaf[0], _drawn(kernel, None, keys[:1])[0])
+            info = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(select)[1])
+            info |= {name: jnp.full_like(info[name], jnp.nan) for name in ("value", "values")}
+            if "candidates" in info:
+                info["candidates"] = jax.tree.map(
+                    lambda c, leaf: jnp.broadcast_to(leaf, c.shape), info["candidates"], x
+                )
+            return carry._replace(x=x, prediction=self.denoiser(x, s, cond) if self.shared else None), info
+
+        return select() if self.window is None else jax.lax.cond(self._selects(t), select, draw)
 
     def final(self, carry: SvddCarry, t: Array, cond: Cond = None) -> tuple[State, Info]:
         prediction = carry.prediction
@@ -116,19 +132,34 @@ class Svdd:
         info = {"lineages": carry.lineages} if self.replace else {}
         return self.process.finalize(carry.x, t, prediction), info
 
-    def network_calls(self, moves: int) -> int:
+    def network_calls(self, moves: int, times: Array | None = None) -> int:
         """Return the largest number of denoiser calls per sample over a chain of `moves` moves (the value's own network not counted).
 
-        With `distinct` there are fewer: info["evaluations"] counts the evaluated states.
+        With `distinct` there are fewer: info["evaluations"] counts the evaluated states. With a window they depend on the `times`, the
+        process' own grid by default.
         """
         if not self.shared:
             return moves + self.process.projects
         first = self.candidates if self.select_initial else 1
-        return first + self.candidates * (moves if self.process.projects else moves - 1)
+        selecting = self._selecting(moves, times)
+        each = np.where(selecting, self.candidates, 1)
+        return first + int(each.sum()) - (0 if self.process.projects or not selecting[-1] else self.candidates)
 
-    def value_calls(self, moves: int) -> int:
-        """Evaluations of the value per sample, at most."""
-        return self.candidates * (moves + self.select_initial)
+    def value_calls(self, moves: int, times: Array | None = None) -> int:
+        """Evaluations of the value per sample, at most; on `times` as in `network_calls`."""
+        return self.candidates * (int(self._selecting(moves, times).sum()) + self.select_initial)
+
+    def _selects(self, t: Array) -> Array:
+        """Whether the move from t selects."""
+        if self.window is None:
+            return jnp.full(jnp.shape(t), True)
+        return (self.window[0] <= t) & (t <= self.window[1])
+
+    def _selecting(self, moves: int, times: Array | None) -> np.ndarray:
+        if self.window is None:
+            return np.full(moves, True)
+        times = self.process.times(moves + self.process.projects) if times is None else times
+        return np.asarray(self._selects(times[:-1]))
 
     def _predict(self, carry: SvddCarry, t: Array, cond: Cond) -> Any:
         if self.shared:
@@ -349,6 +380,7 @@ def svdd(
     selection: str = "soft",
     select_initial: bool = False,
     proposal: Guide | None = None,
+    window: tuple[float, float] | None = None,
     replace: float = 0.0,
     distinct: bool = False,
     timeless: bool = False,
@@ -374,6 +406,8 @@ def svdd(
         moves, which is the target only where x_T is independent of x0.
       proposal: a guide on the kernel; candidates come from the guided kernel and are weighted by kernel/proposal too
         (algorithm 6), so that the target stays the same.
+      window: (low, high), the times t whose moves select; the others are the prior's, of one network call and no value. All by default. A
+        posterior mean may say little of the reward at early times (`benchmarks.studies.molecules`). May change without a recompilation.
       replace: fraction of the batch that each move replaces, the lowest values by draws from the whole batch in
         proportion to exp(v/tau) (SVDD-R, algorithm 2); samples then interact, and `samples.info` has their `lineages` [B],
         from which `resampling.standard_error` computes the error of a mean.
@@ -387,7 +421,7 @@ def svdd(
 
     Raises:
       ValueError: for eta = 0, M < 1, a chunk that does not divide M, a temperature that is not positive, `distinct`
-        of a process that is not masked.
+        of a process that is not masked, a window that is no pair or is given with `timeless` or `replace`.
 
     Note:
       The released code takes the argmax at every step and does not read its temperature; that is
@@ -420,6 +454,10 @@ def svdd(
         raise ValueError("timeless=True says which candidates need no evaluation: it needs distinct=True")
     if not 0 <= replace < 1:
         raise ValueError(f"replace must be a fraction of the batch in [0, 1), got {replace!r}")
+    if window is not None and (len(window) != 2 or timeless or replace):
+        raise ValueError(
+            f"window is a pair (low, high) of times whose moves select, without timeless or replace; got {window!r}"
+        )
     denoiser = callable_pytree(denoiser, "a denoiser")
     return Svdd(
         process=process,
@@ -427,6 +465,7 @@ def svdd(
         value=callable_pytree(value, "a value"),
         temperature=checks.positive("temperature", temperature),
         proposal=None if proposal is None else callable_pytree(proposal, "a guide"),
+        window=None if window is None else jnp.asarray(window, jnp.float32),
         candidates=candidates,
         chunk=chunk,
         selection=selection,

@@ -98,6 +98,12 @@ def svdd_learned_masked(number=0.5, seed=0, net_type=Net):
     return samplers.svdd(masked(), net_type(net(4, 3, seed)), value, temperature=number, candidates=4)
 
 
+def svdd_window(number=0.5, seed=0, net_type=Net):
+    denoiser = net_type(net(4, 3, seed))
+    value = values.posterior_mean(masked_reward, masked(), denoiser)
+    return samplers.svdd(masked(), denoiser, value, temperature=number, candidates=4, window=(0.0, 0.6))
+
+
 def guided_gaussian(number=0.5, seed=0, net_type=Net):
     denoiser = net_type(net(2, 2, seed))
     guided = guides.classifier_guidance(denoiser, gaussian(), values.learned(value_net), number)
@@ -157,7 +163,7 @@ def resampled_smc(number=0.5, seed=0, net_type=Net):
 
 
 INDEPENDENT = [
-    ancestral_gaussian, ancestral_masked, svdd_pm_gaussian, svdd_pm_masked, svdd_learned_gaussian, svdd_learned_masked,
+    ancestral_gaussian, ancestral_masked, svdd_pm_gaussian, svdd_pm_masked, svdd_learned_gaussian, svdd_learned_masked, svdd_window,
     guided_gaussian, best_of_n_masked, dpm_solver,
 ]  # fmt: skip
 PARTICLES = [smc_gaussian, smc_masked, smc_islands, fk_steering_smc, tds_smc, das_smc, resampled_smc]
@@ -178,7 +184,7 @@ def table_of(makers, *first):
 STEPS = 4
 each_sampler = table_of(
     SAMPLERS, ancestral_gaussian, ancestral_masked, svdd_pm_gaussian, svdd_learned_masked, guided_gaussian, dpm_solver,
-    best_of_n_masked, resampled_smc, *SAVING,
+    best_of_n_masked, resampled_smc, svdd_window, *SAVING,
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import rgdiff
 from rgdiff import guides, samplers, values
 from rgdiff.typing import pytree
 from tests.samplers.test_smc import BAD
@@ -127,6 +128,35 @@ def test_partial_resampling_moves_the_lowest_of_the_batch():
 
 
 @pytest.mark.slow
+def test_moves_outside_the_window_are_the_priors():
+    """N(0, 1) and r = x: moves that begin to select at x_t tilt p(x0 | x_t) alone, whose variance is sigma_t^2: E x0 = sigma_t^2 / tau."""
+    process = rgdiff.processes.gaussian(rgdiff.schedules.linear_vp(), (1,))
+    asked = []
+
+    def denoiser(x, t, cond=None):
+        jax.debug.callback(lambda: asked.append(x.shape[0]))
+        return x * process.schedule.alpha(t)
+
+    value = values.posterior_mean(lambda x0, cond=None: x0[:, 0], process, denoiser)
+    times, batch = process.times(20), 4000
+    for first in (0, 8, 14):  # moves that begin later than these select
+        window = (0.0, float(times[first]))
+        sampler = samplers.svdd(process, denoiser, value, temperature=0.8, candidates=32, window=window)
+        asked.clear()
+        out = samplers.sample(sampler, jax.random.key(0), batch, times, keep=lambda carry, info: info["value"])
+        jax.effects_barrier()
+        assert sum(asked) / batch == sampler.network_calls(19) == 1 + first + 32 * (19 - first)
+        assert sampler.value_calls(19) == 32 * (19 - first)
+        assert np.isnan(out.kept[:first]).all() and np.isfinite(out.kept[first:]).all()
+        exact = float(process.schedule.sigma(times[first])) ** 2 / 0.8
+        assert abs(float(out.x0.mean()) - exact) < 4 / np.sqrt(batch) + 1.5 * exact / 32, first
+    plain = samplers.sample(
+        samplers.svdd(process, denoiser, value, temperature=0.8, candidates=32), jax.random.key(0), 64, times
+    )
+    every = samplers.svdd(process, denoiser, value, temperature=0.8, candidates=32, window=(0.0, 1.0))
+    np.testing.assert_allclose(samplers.sample(every, jax.random.key(0), 64, times).x0, plain.x0, rtol=1e-5, atol=1e-6)
+
+
 def test_a_batch_of_one_and_a_single_candidate():
     world = world_of_copies()
     for options in ({}, {"distinct": True, "timeless": True}, {"replace": 0.5}):
@@ -231,6 +261,8 @@ def test_a_value_that_is_wrong_everywhere_lowers_the_reward_and_nothing_else():
         ({"replace": 1.0}, "fraction of the batch"),
         ({"timeless": True}, "needs distinct=True"),
         ({"distinct": True, "chunk": 4}, "must divide"),
+        ({"window": (0.1,)}, "window is a pair"),
+        ({"window": (0.0, 0.5), "replace": 0.1}, "without timeless or replace"),
     ],
 )
 def test_bad_settings_are_one_clear_line(options, message):
