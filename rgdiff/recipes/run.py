@@ -235,6 +235,7 @@ def execute(prepared: Prepared) -> dict[str, Any]:
     from rgdiff.recipes.methods.steering import PriorSampling
     from rgdiff.recipes.outcome import without_divergence
     from rgdiff.recipes.pages import write_pages
+    from rgdiff.runtime.distributed import meet
     from rgdiff.runtime.folder import RunFolder
     from rgdiff.runtime.naturalness import marked
     from rgdiff.runtime.progress import announce
@@ -299,6 +300,7 @@ def execute(prepared: Prepared) -> dict[str, Any]:
     announce(None)
     run.say(table(rows))
     run.say(f"report: {folder.path / 'report.html'}")
+    meet()
     if stopped:
         raise Diverged("; ".join(stopped.values()), summary)
     return summary

@@ -6,6 +6,7 @@ Files and lines of text are the first process's. In a single process all of this
 
 from __future__ import annotations
 
+import inspect
 import io
 import os
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ import numpy as np
 ADDRESS = ("JAX_COORDINATOR_ADDRESS", "COORDINATOR_ADDRESS")
 COUNT = ("JAX_NUM_PROCESSES", "JAX_PROCESS_COUNT")
 INDEX = ("JAX_PROCESS_ID", "JAX_PROCESS_INDEX")
+PATIENCE = 60  # seconds that a process which ends waits for the others; then it is gone, and what they compute together fails
 TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", *COUNT)  # counts of processes that somebody has started
 
 
@@ -59,8 +61,10 @@ def join(setting: Any = "auto", environ: Mapping[str, str] = os.environ) -> None
         )
     # JAX's own preemption service would swallow SIGTERM; `checkpoint.interruptible` saves and stops at it.
     jax.config.update("jax_enable_preemption_service", False)
+    named = "shutdown_timeout_seconds" in inspect.signature(jax.distributed.initialize).parameters  # not before jax 0.9
+    patience: dict[str, Any] = {"shutdown_timeout_seconds": PATIENCE} if named else {}
     try:
-        jax.distributed.initialize(address, number(count), number(index))
+        jax.distributed.initialize(address, number(count), number(index), **patience)
     except (ValueError, RuntimeError) as error:
         said = " ".join(str(error).split())[:200]
         raise ValueError(f"{started} processes were started and could not be joined: {said}") from None
@@ -88,6 +92,11 @@ def largest(value: int) -> int:
     from jax.experimental import multihost_utils
 
     return int(np.max(multihost_utils.process_allgather(np.asarray(value, np.int32))))
+
+
+def meet() -> None:
+    """Wait for all processes, before any of them ends: for one that ends sooner the others have `PATIENCE` seconds."""
+    agreed(0)
 
 
 def shared(text: str) -> str:

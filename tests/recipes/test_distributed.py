@@ -140,6 +140,26 @@ def test_a_stopped_pair_is_gone_on_with_by_one(tmp_path, number):
     same(alone, killed)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [0, 1])
+def test_where_one_process_fails_the_other_ends_too(tmp_path, which):
+    """A reward of one process raises what the other never sees: both end, with a code that is not 0, in far less than JAX's 300 seconds."""
+    (tmp_path / "failing.py").write_text(
+        "import os\nimport jax.numpy as jnp\n\n"
+        "def score(x0, cond=None):\n"
+        f"    assert os.environ['JAX_PROCESS_ID'] != '{which}', 'only here'\n"
+        "    return jnp.zeros(len(x0))\n"
+    )
+    options = [*PLANE, "method=svdd", "reward=custom", "reward.fn=failing.score"]
+    begun = time.monotonic()
+    pair = start(tmp_path / "out", options, count=2, PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
+    said = [process.communicate(timeout=400) for process in pair]
+    assert all(process.returncode not in (0, None) for process in pair), said
+    assert time.monotonic() - begun < 200
+    assert which or "only here" in said[0][1]  # the first process speaks
+    assert not (tmp_path / "out" / "summary.json").exists()
+
+
 def test_what_is_wrong_with_processes_is_one_line(monkeypatch):
     with pytest.raises(ValueError, match="2 processes were started, and distributed=false joins none"):
         distributed.join(False, {"SLURM_STEP_NUM_TASKS": "2"})
