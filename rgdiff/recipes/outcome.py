@@ -17,6 +17,7 @@ from rgdiff.rewards import RewardFailure
 from rgdiff.runtime.distributed import gathered, several
 from rgdiff.runtime.progress import pieces, progress
 from rgdiff.runtime.run import Clock, Diverged, Run
+from rgdiff.samplers._loop import merged
 from rgdiff.shards import shards_of
 from rgdiff.typing import Array, Denoiser, Process, Sampler
 
@@ -30,8 +31,9 @@ def outcome(x0: Any, network_calls: int, clock: Clock, kl: float = math.nan, **m
 
 
 @contextlib.contextmanager
-def shown(phase: str, moves: int) -> Iterator[dict[str, Any]]:
-    """Show the progress of a chain: options for `samplers.sample`."""
+def shown(phase: str, moves: int, calls: int | None = None) -> Iterator[dict[str, Any]]:
+    """Show the progress of a chain, whose loop makes as many calls as moves or another number: options for `samplers.sample`."""
+    calls = moves if calls is None else calls
     with progress(f"{phase}: sampling", moves) as advance:
         done = 0
 
@@ -41,9 +43,9 @@ def shown(phase: str, moves: int) -> Iterator[dict[str, Any]]:
             done = stop
 
         quarter = max(
-            1, -(-moves // 4)
+            1, -(-calls // 4)
         )  # pieces of a quarter or less; a short chain that has no such divisor stays whole
-        chunk = pieces(moves, quarter, max(2, moves // 10)) or (moves if moves < 100 else quarter)
+        chunk = pieces(calls, quarter, max(2, calls // 10)) or (calls if calls < 100 else quarter)
         yield {"chunk": chunk, "on_chunk": on_chunk}
 
 
@@ -59,7 +61,7 @@ def draw(
 ) -> samplers.Samples:
     """Draw `count` samples on the prior's times or others, under its conditions, with progress; the keys are the phase's."""
     times = prior.times if times is None else times
-    with shown(phase, times.shape[0] - 1) as options:
+    with shown(phase, times.shape[0] - 1, merged(sampler, times, keep)[1].shape[0] - 1) as options:
         try:
             out = samplers.sample(
                 sampler,

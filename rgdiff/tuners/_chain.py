@@ -15,7 +15,7 @@ from jax.core import Tracer
 
 from rgdiff import checks
 from rgdiff.processes import GaussianProcess, ProductProcess, along
-from rgdiff.samplers._ancestral import projection_kl
+from rgdiff.samplers._ancestral import apart, projection_kl
 from rgdiff.typing import Array, Cond, Denoiser, Info, Key, Process, State, callable_pytree, pytree, static
 
 PENALTIES = ("kl", "eps_mse")
@@ -176,9 +176,9 @@ class Chain:
         """Return the next state, and the move's penalties and log-probability."""
         x = hold(x, self.pathwise)
         prediction = self._predict(self.denoiser, x, t, cond, live)
-        seen, last = self._seen(x, t, prediction, live), self.projecting and s >= t
-        s = jnp.where(last, t / 2, s) if self.projecting else s  # some law, not used
-        kernel = self.process.reverse(x, t, s, seen)
+        seen = self._seen(x, t, prediction, live)
+        last, begin, s = apart(t, s) if self.projecting else (False, t, s)
+        kernel = self.process.reverse(x, begin, s, seen)
         constant = not self.pathwise or (self.plan is None and not self.live)
         y = kernel.sample(key) if constant else kernel.rsample(key)
         if self.projecting:
@@ -188,7 +188,7 @@ class Chain:
             return y, info
 
         def kl(prediction: State, other: State, at: State) -> Array:
-            nats = self.process.reverse(at, t, s, prediction).kl(self.process.reverse(at, t, s, other))
+            nats = self.process.reverse(at, begin, s, prediction).kl(self.process.reverse(at, begin, s, other))
             return (
                 jnp.where(last, projection_kl(self.process, at, t, prediction, other), nats)
                 if self.projecting

@@ -140,6 +140,40 @@ def test_a_stopped_pair_is_gone_on_with_by_one(tmp_path, number):
     same(alone, killed)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nobody stopped, its cache, and its options."""
+    folder = tmp_path_factory.mktemp("whole")
+    options = [*TINY, "methods.draft.steps=60"]
+    ended(start(folder / "alone", options, cache=folder / "cache"))
+    return folder / "alone", folder / "cache", options
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("kills")
+@pytest.mark.parametrize("number", range(int(os.environ.get("RGDIFF_KILLS", "2"))))  # ten, once in a while
+def test_one_of_a_pair_is_killed_at_any_moment(tmp_path, whole, number):
+    """The other ends within JAX's heartbeat, 100 seconds; one, two or four processes then go on to the numbers of a run that was not stopped."""
+    alone, cache, options = whole
+    chance, killed = np.random.default_rng(number), tmp_path / "killed"
+    pair = start(killed, options, count=2, devices=2, cache=cache, RGDIFF_SAVE_EVERY="0")
+    log = killed / "metrics.jsonl"
+    while not (log.exists() and '"draft"' in log.read_text()) and pair[0].poll() is None:
+        time.sleep(0.02)
+    time.sleep(chance.uniform(0, 1.5))
+    pair[number % 2].send_signal(signal.SIGKILL)
+    begun = time.monotonic()
+    for process in pair:
+        process.communicate(timeout=400)
+    assert time.monotonic() - begun < 150
+    over = (killed / "summary.json").exists()
+    assert over or pair[1 - number % 2].returncode != 0
+    count = (1, 2, 4)[number % 3]
+    again = [*options, "resume=true", *(["mesh.data=2"] if count == 1 else [])]
+    ended(start(killed, again, count=count, devices=2 if count < 4 else 1, cache=cache))
+    same(alone, killed)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("which", [0, 1])
 def test_where_one_process_fails_the_other_ends_too(tmp_path, which):
