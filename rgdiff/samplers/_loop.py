@@ -246,8 +246,8 @@ def merged(sampler: Sampler, times: Array, keep: Keep | None) -> tuple[Sampler, 
     A program then holds the network once, where it would hold it in the loop and after it: it compiles in half the time. The carry
     after the moves is x0, and `without_last` parts what is kept. The same three are returned for chains that cannot be so arranged.
     """
-    moving = sampler.merged() if hasattr(sampler, "merged") and times.shape[0] > 2 else None
-    if moving is None:
+    arranged = getattr(sampler, "merged", lambda: None)
+    if times.shape[0] <= 2 or (moving := arranged()) is None:
         return sampler, times, keep
     return moving, jnp.append(times, times[-1]), WithInfo(keep)
 
