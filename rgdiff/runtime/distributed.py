@@ -18,9 +18,7 @@ import numpy as np
 ADDRESS = ("JAX_COORDINATOR_ADDRESS", "COORDINATOR_ADDRESS")
 COUNT = ("JAX_NUM_PROCESSES", "JAX_PROCESS_COUNT")
 INDEX = ("JAX_PROCESS_ID", "JAX_PROCESS_INDEX")
-PATIENCE = (
-    60  # seconds that a process which ends waits for the others; then it is gone, and what they compute together fails
-)
+PATIENCE = 60  # seconds that a process which ends waits for the others; then what they compute together fails
 TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", *COUNT)  # counts of processes that somebody has started
 
 
