@@ -175,13 +175,12 @@ def test_one_of_a_pair_is_killed_at_any_moment(tmp_path, whole, number):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", [0, 1])
-def test_where_one_process_fails_the_other_ends_too(tmp_path, which):
-    """A reward of one process raises what the other never sees: both end, with a code that is not 0, in far less than JAX's 300 seconds."""
+def test_where_one_process_fails_the_other_ends_too(tmp_path):
+    """A reward of the first process raises what the other never sees: both end, with a code that is not 0, in far less than JAX's 300 seconds."""
     (tmp_path / "failing.py").write_text(
         "import os\nimport jax.numpy as jnp\n\n"
         "def score(x0, cond=None):\n"
-        f"    assert os.environ['JAX_PROCESS_ID'] != '{which}', 'only here'\n"
+        "    assert os.environ['JAX_PROCESS_ID'] != '0', 'only here'\n"
         "    return jnp.zeros(len(x0))\n"
     )
     options = [*PLANE, "method=svdd", "reward=custom", "reward.fn=failing.score"]
@@ -189,8 +188,7 @@ def test_where_one_process_fails_the_other_ends_too(tmp_path, which):
     pair = start(tmp_path / "out", options, count=2, PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
     said = [process.communicate(timeout=400) for process in pair]
     assert all(process.returncode not in (0, None) for process in pair), said
-    assert time.monotonic() - begun < 200
-    assert which or "only here" in said[0][1]  # the first process speaks
+    assert "only here" in said[0][1] and time.monotonic() - begun < 200
     assert not (tmp_path / "out" / "summary.json").exists()
 
 
