@@ -127,9 +127,8 @@ def test_partial_resampling_moves_the_lowest_of_the_batch():
     assert abs(means[0] - prior) < 0.05 < means[1] - prior and means[2] > means[1] + 0.1
 
 
-@pytest.mark.slow
 def test_moves_outside_the_window_are_the_priors():
-    """N(0, 1) and r = x: moves that begin to select at x_t tilt p(x0 | x_t) alone, whose variance is sigma_t^2: E x0 = sigma_t^2 / tau."""
+    """N(0, 1) and r = x: every move that selects adds (alpha_s std)^2 / tau to E x0, of its kernel's standard deviation; the others nothing."""
     process = rgdiff.processes.gaussian(rgdiff.schedules.linear_vp(), (1,))
     asked = []
 
@@ -148,7 +147,13 @@ def test_moves_outside_the_window_are_the_priors():
         assert sum(asked) / batch == sampler.network_calls(19) == 1 + first + 32 * (19 - first)
         assert sampler.value_calls(19) == 32 * (19 - first)
         assert np.isnan(out.kept[:first]).all() and np.isfinite(out.kept[first:]).all()
-        exact = float(process.schedule.sigma(times[first])) ** 2 / 0.8
+        steps = zip(times[first:-1], times[first + 1 :], strict=True)
+        std = [
+            float(process.schedule.alpha(s))
+            * float(jnp.max(process.reverse(jnp.zeros((1, 1)), t, s, jnp.zeros((1, 1))).std))
+            for t, s in steps
+        ]
+        exact = sum(one**2 for one in std) / 0.8
         assert abs(float(out.x0.mean()) - exact) < 4 / np.sqrt(batch) + 1.5 * exact / 32, first
     plain = samplers.sample(
         samplers.svdd(process, denoiser, value, temperature=0.8, candidates=32), jax.random.key(0), 64, times
@@ -157,6 +162,7 @@ def test_moves_outside_the_window_are_the_priors():
     np.testing.assert_allclose(samplers.sample(every, jax.random.key(0), 64, times).x0, plain.x0, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_batch_of_one_and_a_single_candidate():
     world = world_of_copies()
     for options in ({}, {"distinct": True, "timeless": True}, {"replace": 0.5}):
