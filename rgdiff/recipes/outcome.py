@@ -17,7 +17,7 @@ from rgdiff.rewards import RewardFailure
 from rgdiff.runtime.distributed import gathered, several
 from rgdiff.runtime.progress import pieces, progress
 from rgdiff.runtime.run import Clock, Diverged, Run
-from rgdiff.samplers._loop import merged
+from rgdiff.samplers._projection import merged
 from rgdiff.shards import shards_of
 from rgdiff.typing import Array, Denoiser, Process, Sampler
 
@@ -61,7 +61,7 @@ def draw(
 ) -> samplers.Samples:
     """Draw `count` samples on the prior's times or others, under its conditions, with progress; the keys are the phase's."""
     times = prior.times if times is None else times
-    with shown(phase, times.shape[0] - 1, merged(sampler, times, keep)[1].shape[0] - 1) as options:
+    with shown(phase, times.shape[0] - 1, merged(sampler, times)[1].shape[0] - 1) as options:
         try:
             out = samplers.sample(
                 sampler,

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from rgdiff import checks
-from rgdiff.processes import GaussianProcess, MaskedProcess, ProductProcess
+from rgdiff.processes import MaskedProcess, ProductProcess
 from rgdiff.samplers._loop import Samples, without_gradient
+from rgdiff.samplers._projection import projecting
 from rgdiff.typing import (
     Array,
     Cond,
@@ -43,7 +44,6 @@ class Ancestral:
     window: Array | None = None
     time_travel: int = static(default=1)
     differentiable: bool = static(default=False)
-    projecting: bool = static(default=False)  # a move from t to t is the projection, see `samplers._loop.merged`
 
     def init(self, key: Key, batch: int, t: Array, cond: Cond = None) -> State:
         return self.process.prior(batch).sample(key)
@@ -62,27 +62,19 @@ class Ancestral:
         return jax.lax.fori_loop(1, self._repeats(t), again, y), info
 
     def _move(self, key: Key, x: State, t: Array, s: Array, cond: Cond) -> tuple[State, Info]:
-        last, begin, s = apart(t, s) if self.projecting else (False, t, s)
         prediction = self.denoiser(x, t, cond)
-        kernel = self.process.reverse(x, begin, s, prediction)
+        kernel = self.process.reverse(x, t, s, prediction)
         if self.guide is not None:
             kernel = self.guide(kernel, Move(x, t, s, cond, prediction))
         info = {}
         if self.reference is not None:
-            other = self.reference(x, t, cond)
-            info["kl"] = kernel.kl(self.process.reverse(x, begin, s, other))
-        y = kernel.rsample(key) if self.differentiable else without_gradient(kernel).sample(key)
-        if self.projecting:
-            y = jnp.where(last, self.process.finalize(x, t, prediction), y)
-            if self.reference is not None:
-                info["kl"] = jnp.where(last, projection_kl(self.process, x, t, prediction, other), info["kl"])
-        return y, info
+            info["kl"] = kernel.kl(self.process.reverse(x, t, s, self.reference(x, t, cond)))
+        return (kernel.rsample(key) if self.differentiable else without_gradient(kernel).sample(key)), info
 
     def merged(self) -> Ancestral | None:
-        """Return the sampler whose projection is one more move, from the last time to itself; None where it cannot be."""
-        alike = isinstance(self.process, GaussianProcess) and self.process.projects
-        plain = self.guide is None and self.time_travel == 1
-        return dataclasses.replace(self, projecting=True) if alike and plain else None
+        """Return the sampler whose projection is one more move (`samplers._projection`); None where it cannot be."""
+        process = projecting(self.process) if self.guide is None and self.time_travel == 1 else None
+        return None if process is None else dataclasses.replace(self, process=process)
 
     def _repeats(self, t: Array) -> Array:
         """How often a move from t is made."""
@@ -174,15 +166,6 @@ def ancestral(
         time_travel,
         bool(differentiable),
     )
-
-
-def apart(t: Array, s: Array) -> tuple[Array, Array, Array]:
-    """Return whether a move from t to s is a projection (s = t), and the times of its kernel: of one that is not used, where it is.
-
-    Kernels from t to t are no laws: their KL is 0/0. A projection has that from (1 + t) / 2 to t.
-    """
-    last = s >= t
-    return last, jnp.where(last, (1 + t) / 2, t), jnp.where(last, t, s)
 
 
 def projection_kl(process: Process, x: State, t: Array, prediction: State, reference: State) -> Array:

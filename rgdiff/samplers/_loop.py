@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from rgdiff import checks
 from rgdiff.denoisers import needs_signal
 from rgdiff.rewards import failures
+from rgdiff.samplers._projection import merged
 from rgdiff.shards import Shards, on_mesh, shards_of, split
 from rgdiff.typing import Array, Cond, Info, Key, Sampler, State, pytree, static
 
@@ -214,7 +215,8 @@ def sample(
             return settle(Samples(*_whole(sampler, key, times, cond, batch, keep, shards)))
         chunk = checks.at_least("chunk", chunk, 1)
         carry = settle(_begin(sampler, key, times[0], cond, batch, shards))
-        moving, grid, keeping = merged(sampler, times, keep)
+        moving, grid = merged(sampler, times)
+        keeping = keep if moving is sampler else WithInfo(keep)
         total, moves, pieces = grid.shape[0] - 1, times.shape[0] - 1, []
         for done in range(0, total, chunk):
             stop = min(done + chunk, total)
@@ -224,7 +226,7 @@ def sample(
                 jax.block_until_ready(carry)
                 on_chunk(min(stop, moves), moves)
         kept = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *pieces) if keeping is not None else None
-        if total > moves:
+        if moving is not sampler:
             return Samples(carry, *without_last(kept))
         x0, info = settle(_finish(sampler, carry, times[-1], cond))
         return Samples(x0, kept, info)
@@ -238,18 +240,6 @@ class WithInfo:
 
     def __call__(self, carry: Any, info: Info) -> Any:
         return None if self.keep is None else self.keep(carry, info), info
-
-
-def merged(sampler: Sampler, times: Array, keep: Keep | None) -> tuple[Sampler, Array, Keep | None]:
-    """Return a sampler, a grid and a `keep` for which the last network call, which projects to data, is one more move.
-
-    A program then holds the network once, where it would hold it in the loop and after it: it compiles in half the time. The carry
-    after the moves is x0, and `without_last` parts what is kept. The same three are returned for chains that cannot be so arranged.
-    """
-    arranged = getattr(sampler, "merged", lambda: None)
-    if times.shape[0] <= 2 or (moving := arranged()) is None:
-        return sampler, times, keep
-    return moving, jnp.append(times, times[-1]), WithInfo(keep)
 
 
 def without_last(kept: Any) -> tuple[Any, Info]:
@@ -295,9 +285,10 @@ def _run(
     sampler: Sampler, key: Key, times: Array, cond: Cond, batch: int, keep: Keep | None, shards: Shards | None
 ) -> tuple[State, Any, Info]:
     carry = _start(sampler, key, times[0], cond, batch, shards)
-    moving, grid, keeping = merged(sampler, times, keep)
+    moving, grid = merged(sampler, times)
+    keeping = keep if moving is sampler else WithInfo(keep)
     carry, kept = _advance_chunk(moving, key, carry, grid, cond, 0, keeping)
-    if grid.shape != times.shape:
+    if moving is not sampler:
         return _cut(sampler, carry), *without_last(kept)
     x0, info = _end(sampler, carry, times[-1], cond)
     return x0, kept, info

@@ -6,6 +6,7 @@ Its `Plan` says which calls keep their gradient; the tuners combine the rewards 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,8 @@ from jax.core import Tracer
 
 from rgdiff import checks
 from rgdiff.processes import GaussianProcess, ProductProcess, along
-from rgdiff.samplers._ancestral import apart, projection_kl
+from rgdiff.samplers._ancestral import projection_kl
+from rgdiff.samplers._projection import projecting
 from rgdiff.typing import Array, Cond, Denoiser, Info, Key, Process, State, callable_pytree, pytree, static
 
 PENALTIES = ("kl", "eps_mse")
@@ -104,8 +106,6 @@ class Chain:
       live: whether calls keep their gradient.
       pathwise: draw with `rsample`; otherwise states are constants and info has the `log_prob` [B] of every draw.
       early: the plan may end the chain early, with the prediction of x0 at its last state.
-      projecting: a move from t to t is the projection of `final`, which is then not called: programs hold the network once. The
-        process must be a Gaussian one that projects.
       input_gradient: keep the gradient of each call's predicted noise to its input.
       penalty: info["penalty"] [n, B] is the cost of every move to each reference: its KL in nats, or the mean
         squared difference of the predicted noise.
@@ -120,7 +120,6 @@ class Chain:
     pathwise: bool = static(default=True)
     input_gradient: bool = static(default=True)
     early: bool = static(default=False)
-    projecting: bool = static(default=False)
     penalty: str = static(default="kl")
     penalize_dead: bool = static(default=True)
 
@@ -170,30 +169,26 @@ class Chain:
 
         return x0, self._priced(self._penalties(kl, x, t, cond, prediction, live) if self.references else None)
 
+    def merged(self) -> Chain | None:
+        """Return the chain whose projection is one more move (`samplers._projection`); None where it cannot be."""
+        process = projecting(self.process) if self.pathwise and not self.early else None
+        return None if process is None else dataclasses.replace(self, process=process)
+
     def _move(
         self, key: Key, x: State, t: Array, s: Array, cond: Cond, live: Array | bool
     ) -> tuple[State, dict[str, Array]]:
         """Return the next state, and the move's penalties and log-probability."""
         x = hold(x, self.pathwise)
         prediction = self._predict(self.denoiser, x, t, cond, live)
-        seen = self._seen(x, t, prediction, live)
-        last, begin, s = apart(t, s) if self.projecting else (False, t, s)
-        kernel = self.process.reverse(x, begin, s, seen)
+        kernel = self.process.reverse(x, t, s, self._seen(x, t, prediction, live))
         constant = not self.pathwise or (self.plan is None and not self.live)
         y = kernel.sample(key) if constant else kernel.rsample(key)
-        if self.projecting:
-            y = jnp.where(last, self.process.finalize(x, t, seen), y)
         info = {} if self.pathwise else {"log_prob": kernel.log_prob(y)}
         if not self.references:
             return y, info
 
         def kl(prediction: State, other: State, at: State) -> Array:
-            nats = self.process.reverse(at, begin, s, prediction).kl(self.process.reverse(at, begin, s, other))
-            return (
-                jnp.where(last, projection_kl(self.process, at, t, prediction, other), nats)
-                if self.projecting
-                else nats
-            )
+            return self.process.reverse(at, t, s, prediction).kl(self.process.reverse(at, t, s, other))
 
         return y, info | self._priced(self._penalties(kl, x, t, cond, prediction, live))
 

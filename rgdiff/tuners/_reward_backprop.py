@@ -13,7 +13,6 @@ r = -(x - 1)^2, alpha = 1, `linear_vp` and eta = 1 the best mean and variance ar
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,9 +21,9 @@ import jax.numpy as jnp
 
 from rgdiff import checks
 from rgdiff.denoisers import needs_signal
-from rgdiff.processes import GaussianProcess
 from rgdiff.rewards import differentiable, evaluate
 from rgdiff.samplers._loop import REMAT, rematerialize, roll
+from rgdiff.samplers._projection import merged
 from rgdiff.shards import Shards, bound, by_rows, split, spread
 from rgdiff.tuners._chain import PENALTIES, Chain, ChainCarry, budget_of, hold, towards_budget, weighed_references
 from rgdiff.tuners._loop import TrainState, start, update
@@ -212,16 +211,12 @@ class RewardBackprop:
             carry, info = roll(head, key, carry, self.times[: cut + 1], cond, keep=_info, remat=self.remat)
             kept.append(info)
             carry = hold(carry, False)
-        tail = self.times[cut:]
-        alike = isinstance(self.process, GaussianProcess) and self.process.projects and self.gradient == "pathwise"
-        merged = alike and not chain.early and len(tail) > 2
-        if merged:  # the last call is one more move: a program with one network in place of two compiles in two thirds of the time
-            chain, tail = dataclasses.replace(chain, projecting=True), jnp.append(tail, tail[-1])
+        chain, tail = merged(chain, self.times[cut:])
         if len(tail) > 1:
             carry, info = roll(chain, key, carry, tail, cond, first=cut, keep=_info, remat=self.remat)
             kept.append(info)
         x0 = carry.x
-        if not merged:
+        if cut + len(tail) == len(self.times):
             last = chain if self.gradient == "pathwise" else head
             x0, info = rematerialize(lambda carry: last.final(carry, end, cond), self.remat)(carry)
             kept.append({"penalty": info["penalty"][None]} if info else {})

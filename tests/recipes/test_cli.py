@@ -103,24 +103,22 @@ def failing(capsys, *argv):
     return error
 
 
-def composed(method="svdd", reward="ink", domain="digits", prior="mlp"):
-    """Compose a choice of each group, with what it needs of a user, and check it; return the config and the modules it may use."""
+def compose(method="svdd", reward="ink", domain="digits", prior="mlp"):
+    """Compose a choice of each group, with what it needs of a user, and check it."""
     overrides = [f"method={method}", f"reward={reward}", f"domain={domain}", f"prior={prior}"]
     overrides += ["reward.fn=tests.recipes.user_module.score"] * (reward in ("custom", "smiles"))
     overrides += ["domain.fn=tests.recipes.user_module.load"] * (domain == "custom")
     overrides += ["domain.path=/files"] * (domain == "pictures")
     overrides += ["prior.network._target_=tests.recipes.user_module.Net"] * (prior == "custom")
     overrides += [f"reward.{key}=/files" for key in FILES.get(reward, ())]
-    config, trusted = recipe.compose("steer", overrides), recipe.trusted_modules(overrides)
-    recipe.check(config, trusted)
-    return config, trusted
+    recipe.check(recipe.compose("steer", overrides), recipe.trusted_modules(overrides))
 
 
 def test_methods_rewards_domains_and_priors_compose_and_check():
     """Every choice of each group beside the usual ones of the others."""
     for group in ("method", "reward", "domain", "prior"):
         for name in recipe.names(group):
-            composed(**{group: name})
+            compose(**{group: name})
 
 
 @pytest.mark.slow
@@ -130,7 +128,7 @@ def test_pairs_of_methods_and_rewards_and_of_domains_and_priors_compose_and_chec
     pairs = [dict(method=m, reward=r) for m in recipe.names("method") for r in recipe.names("reward")]
     pairs += [dict(domain=d, prior=p) for d in recipe.names("domain") for p in recipe.names("prior")]
     for pair in pairs[part::5]:  # parts, for several workers
-        composed(**pair)
+        compose(**pair)
 
 
 @pytest.mark.parametrize("method", [*FEW, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
