@@ -110,36 +110,6 @@ def test_two_processes_make_the_numbers_of_one(tmp_path, options):
     assert len(read(alone)) == len(read(together))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_stopped_pair_is_gone_on_with_by_one(tmp_path, number):
-    """One process on a mesh of its own restores what two have saved, and ends in the same numbers: after SIGKILL of both, and after
-    SIGTERM to the second, at which both save and end."""
-    options = [*TINY, "methods.draft.steps=60"]
-    alone, killed = tmp_path / "alone", tmp_path / "killed"
-    ended(start(alone, options, cache=tmp_path / "cache"))
-    often = "0" if number == signal.SIGKILL else "1000"  # seconds: only what SIGTERM saves
-    pair = start(killed, options, count=2, devices=2, cache=tmp_path / "cache", RGDIFF_SAVE_EVERY=often)
-    folder, log = killed / "checkpoints" / "draft", killed / "metrics.jsonl"
-    for _ in range(4000):
-        saved = folder.is_dir() and any(name.isdigit() for name in os.listdir(folder))
-        begun = log.exists() and '"draft"' in log.read_text()
-        if (saved if number == signal.SIGKILL else begun) or pair[0].poll() is not None:
-            break
-        time.sleep(0.05)
-    if number == signal.SIGKILL:
-        for process in pair:
-            process.send_signal(number)
-            process.communicate()
-    else:
-        pair[1].send_signal(number)
-        ended(pair, 143)
-    assert not (killed / "summary.json").exists()
-    said = ended(start(killed, [*options, "resume=true", "mesh.data=2"], devices=2, cache=tmp_path / "cache"))
-    assert "going on from step" in said[0][0]
-    same(alone, killed)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run that nobody stopped, its cache, and its options."""
@@ -149,29 +119,53 @@ def whole(tmp_path_factory):
     return folder / "alone", folder / "cache", options
 
 
+def until(condition, pair):
+    """Wait until a condition holds, or the first process has ended."""
+    while not condition() and pair[0].poll() is None:
+        time.sleep(0.02)
+
+
 @pytest.mark.slow
-@pytest.mark.xdist_group("kills")
+@pytest.mark.xdist_group("stopped pairs")
 @pytest.mark.parametrize("number", range(int(os.environ.get("RGDIFF_KILLS", "2"))))  # ten, once in a while
 def test_one_of_a_pair_is_killed_at_any_moment(tmp_path, whole, number):
-    """The other ends within JAX's heartbeat, 100 seconds; one, two or four processes then go on to the numbers of a run that was not stopped."""
+    """The other ends within JAX's heartbeat, 100 seconds. One process on a mesh of its own, two or four then go on to the numbers of a run
+    that was not stopped.
+    """
     alone, cache, options = whole
     chance, killed = np.random.default_rng(number), tmp_path / "killed"
     pair = start(killed, options, count=2, devices=2, cache=cache, RGDIFF_SAVE_EVERY="0")
-    log = killed / "metrics.jsonl"
-    while not (log.exists() and '"draft"' in log.read_text()) and pair[0].poll() is None:
-        time.sleep(0.02)
-    time.sleep(chance.uniform(0, 1.5))
+    folder = killed / "checkpoints" / "draft"
+    until(lambda: folder.is_dir() and any(name.isdigit() for name in os.listdir(folder)), pair)
+    time.sleep(chance.uniform(0, 0.5))
     pair[number % 2].send_signal(signal.SIGKILL)
     begun = time.monotonic()
     for process in pair:
         process.communicate(timeout=400)
-    assert time.monotonic() - begun < 150
-    over = (killed / "summary.json").exists()
-    assert over or pair[1 - number % 2].returncode != 0
+    assert time.monotonic() - begun < 150 and pair[1 - number % 2].returncode != 0
+    assert not (killed / "summary.json").exists()
     count = (1, 2, 4)[number % 3]
     again = [*options, "resume=true", *(["mesh.data=2"] if count == 1 else [])]
-    ended(start(killed, again, count=count, devices=2 if count < 4 else 1, cache=cache))
+    said = ended(start(killed, again, count=count, devices=2 if count < 4 else 1, cache=cache))
+    assert "going on from step" in said[0][0]
     same(alone, killed)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("stopped pairs")
+def test_a_pair_saves_and_ends_at_a_signal_to_either(tmp_path, whole):
+    """At SIGTERM to the second process both save and end; one process on a mesh of its own goes on."""
+    alone, cache, options = whole
+    stopped = tmp_path / "stopped"
+    pair = start(stopped, options, count=2, devices=2, cache=cache, RGDIFF_SAVE_EVERY="1000")  # only what SIGTERM saves
+    log = stopped / "metrics.jsonl"
+    until(lambda: log.exists() and '"draft"' in log.read_text(), pair)
+    pair[1].send_signal(signal.SIGTERM)
+    ended(pair, 143)
+    assert not (stopped / "summary.json").exists()
+    said = ended(start(stopped, [*options, "resume=true", "mesh.data=2"], devices=2, cache=cache))
+    assert "going on from step" in said[0][0]
+    same(alone, stopped)
 
 
 @pytest.mark.slow

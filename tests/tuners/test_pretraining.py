@@ -290,3 +290,23 @@ def test_half_precision_keeps_a_float32_master():
     assert np.abs(alone.astype(jnp.float32) - exact).max() > 0.05
     with pytest.raises(ValueError, match="must be an optax transformation"):
         tuners.float32_master(3)
+
+
+def test_moments_as_one_vector_are_the_same_moments():
+    """The clip is of the norm over all parameters, and decay of each: updates are those of a tree, over clipped and skipped gradients."""
+    params = {"a": jnp.linspace(0.5, 2.0, 6).reshape(2, 3), "b": jnp.float32(-1.0)}
+    gradients = {
+        "a": jax.random.normal(jax.random.key(0), (50, 2, 3)),
+        "b": jnp.linspace(-3.0, 3.0, 50).at[7].set(jnp.nan),
+    }
+
+    def run(flat):
+        optimizer = tuners.adamw(0.05, warmup=5, decay_steps=50, clip=1.5, weight_decay=0.1, flat=flat)
+        step = lambda state, g: tuners.update(state, g, optimizer)  # noqa: E731
+        return jax.lax.scan(step, tuners.start(params, optimizer), gradients)[0]
+
+    tree, vector = run(False), run(True)
+    assert int(vector.skipped) == 1 and np.abs(vector.params["a"] - params["a"]).max() > 0.3
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), tree.params, vector.params)
+    shapes = {leaf.shape for leaf in jax.tree.leaves(vector.opt_state)}
+    assert shapes == {(), (7,)}
