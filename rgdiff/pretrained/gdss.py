@@ -78,21 +78,24 @@ def powers(edges: Array, nodes: int, count: int) -> Array:
 
 
 class GraphAttention(nn.Module):
-    """The weights of one channel's queries, keys and values, which graph convolutions make.
+    """The weights of the queries, keys and values of all channels, which graph convolutions make: one array for all channels.
 
     Args:
+      channels: C.
       inner: width of queries and keys.
       features: of the values.
     """
 
+    channels: int
     inner: int
     features: int
 
     @nn.compact
     def __call__(self, given: int) -> dict[str, tuple[Array, Array]]:
-        """Return W and b of `gnn_q`, `gnn_k` and `gnn_v` for inputs of width `given`."""
+        """Return W [C, given, width] and b [C, width] of `gnn_q`, `gnn_k` and `gnn_v` for inputs of width `given`."""
         widths = {"gnn_q": self.inner, "gnn_k": self.inner, "gnn_v": self.features}
-        return {name: GraphConvolution(width, name=name)(given) for name, width in widths.items()}
+        apart = nn.vmap(GraphConvolution, {"params": 0}, {"params": True}, in_axes=None, axis_size=self.channels)
+        return {name: apart(width, name=name)(given) for name, width in widths.items()}
 
 
 class GraphAttentionLayer(nn.Module):
@@ -119,10 +122,10 @@ class GraphAttentionLayer(nn.Module):
         """Map x [B, N, F] and channels [B, E, C] to [B, N, features] and [B, E, channels]."""
         given, nodes = edges.shape[-1], x.shape[1]
         adjacency = normalised(jnp.moveaxis(graphs.matrix(edges, nodes), -1, 1))  # [B, C, N, N]
-        held = [GraphAttention(self.inner, self.features, name=f"attn.{c}")(x.shape[-1]) for c in range(given)]
+        held = GraphAttention(given, self.inner, self.features, name="attn")(x.shape[-1])
 
         def convolved(name: str) -> Array:
-            weight, bias = (jnp.stack([one[name][part] for one in held]) for part in (0, 1))
+            weight, bias = held[name]
             return adjacency @ jnp.einsum("bnf,cfh->bcnh", x, weight) + bias[:, None]
 
         q, k, v = convolved("gnn_q"), convolved("gnn_k"), convolved("gnn_v")  # [B, C, N, H]
@@ -320,6 +323,32 @@ def schedule(settings: Mapping[str, Any], source: Any = "the configuration") -> 
     return kinds[settings["type"]](settings["beta_min"], settings["beta_max"])
 
 
+def _apart(like: Params) -> Params:
+    """Return the structure of a file, with `attn.0`, `attn.1`, ... apart, for that of a network, which has them as one `attn`."""
+    out: dict[str, Any] = {}
+    for name, part in like.items():
+        if name == "attn":
+            count = jax.tree.leaves(part)[0].shape[0]
+            one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), part)
+            out |= {f"attn.{channel}": one for channel in range(count)}
+        else:
+            out[name] = _apart(part) if isinstance(part, Mapping) else part
+    return out
+
+
+def _stacked(params: Params) -> Params:
+    """Return a network's parameters for those of a file, the inverse of `_apart`."""
+    out: dict[str, Any] = {}
+    channels = [name for name in params if name.startswith("attn.")]
+    if channels:
+        parts = [params[f"attn.{channel}"] for channel in range(len(channels))]
+        out["attn"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+    for name, part in params.items():
+        if name not in channels:
+            out[name] = _stacked(part) if isinstance(part, Mapping) else part
+    return out
+
+
 def read(file: str | Path) -> Gdss:
     """Read both networks of a GDSS checkpoint from an .npz file.
 
@@ -358,7 +387,7 @@ def read(file: str | Path) -> Gdss:
         networks[key] = NETWORKS[kind](held)
         like = jax.eval_shape(lambda net=networks[key]: net.init(jax.random.key(0), **blank))["params"]
         own = {name.removeprefix(f"{key}/"): one for name, one in tensors.items() if name.startswith(f"{key}/")}
-        params[key] = weights.read(own, like, source=f"{file}, {key}")
+        params[key] = _stacked(weights.read(own, _apart(like), source=f"{file}, {key}"))
     if strangers := [name for name in tensors if name.split("/")[0] not in settings]:
         raise ValueError(f"{file} has {strangers[0]!r}, which no network reads")
     predicts = tuple("eps" if kind == "VP" else "score" for kind in kinds)
