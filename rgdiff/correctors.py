@@ -160,8 +160,12 @@ class CorrectedModel:
     model: Any
     of: Corrected
 
+    def __post_init__(self):
+        if callable(self.model) and jax.tree_util.all_leaves([self.model]):  # a plain function becomes a pytree
+            object.__setattr__(self, "model", callable_pytree(self.model, "model (params -> denoiser)"))
+
     def __call__(self, params: Params) -> Corrected:
-        return dataclasses.replace(self.of, denoiser=self.model(params))
+        return dataclasses.replace(self.of, denoiser=callable_pytree(self.model(params), "a denoiser"))
 
 
 def corrected(

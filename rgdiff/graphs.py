@@ -320,14 +320,8 @@ class GraphProcess:
 
     def _kernel(self, kernels: dict[str, Any], mask: Array) -> Product:
         where = there(mask)
-        masked: dict[str, Any] = {"mask": Fixed(mask)}
-        for name, kernel in kernels.items():
-            if isinstance(kernel, Gaussian):
-                kernel = Gaussian(jnp.where(where[name], kernel.mean, 0.0), kernel.std, where[name])
-            else:
-                kernel = type(kernel)(jnp.where(where[name], kernel.point, 0.0))
-            masked[name] = kernel
-        return Product(masked)
+        masked = {name: kernel.within(where[name]) for name, kernel in kernels.items()}
+        return Product(masked | {"mask": Fixed(mask)})
 
     def forward(self, x0: Array, t: Array) -> Product:
         x = unpacked(x0)
@@ -360,7 +354,7 @@ class GraphProcess:
     def finalize(self, x: State, t: Array, prediction: State) -> Array:
         return self._pack(x, {name: part.finalize(x[name], t, prediction[name]) for name, part in self.parts.items()})
 
-    def _pack(self, x: State, graph: dict[str, Array]) -> Array:
+    def _pack(self, x: State, graph: State) -> Array:
         where = there(x["mask"])
         clean = {name: jnp.where(where[name], leaf, 0.0) for name, leaf in graph.items()}
         return packed(clean | {"mask": x["mask"]})

@@ -46,6 +46,10 @@ class Gaussian:
     std: Array
     where: Array | None = None
 
+    def within(self, where: Array) -> Gaussian:
+        """Return the law of a state that has these entries alone: the others are 0."""
+        return Gaussian(jnp.where(where, self.mean, 0.0), self.std, where)
+
     def _sum(self, per_coordinate: Array) -> Array:
         if self.where is not None:
             per_coordinate = jnp.where(self.where, per_coordinate, 0.0)
@@ -118,6 +122,10 @@ class PointMass(_NoDensity):
     advice = "; build the process with eta > 0"
 
     point: State
+
+    def within(self, where: Array) -> PointMass:
+        """Return the law of a state [B, ...] that has these entries alone: the others are 0."""
+        return PointMass(jnp.where(where, self.point, 0.0))
 
     def sample(self, key: Key) -> State:
         return jax.lax.stop_gradient(self.point)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from rgdiff import checks
 from rgdiff.denoisers import needs_signal
 from rgdiff.rewards import failures
-from rgdiff.samplers._projection import merged
+from rgdiff.samplers._projection import arrived, merged
 from rgdiff.shards import Shards, on_mesh, shards_of, split
 from rgdiff.typing import Array, Cond, Info, Key, Sampler, State, pytree, static
 
@@ -227,7 +227,7 @@ def sample(
                 on_chunk(min(stop, moves), moves)
         kept = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *pieces) if keeping is not None else None
         if moving is not sampler:
-            return Samples(carry, *without_last(kept))
+            return Samples(arrived(moving.process, carry), *without_last(kept))
         x0, info = settle(_finish(sampler, carry, times[-1], cond))
         return Samples(x0, kept, info)
 
@@ -289,7 +289,7 @@ def _run(
     keeping = keep if moving is sampler else WithInfo(keep)
     carry, kept = _advance_chunk(moving, key, carry, grid, cond, 0, keeping)
     if moving is not sampler:
-        return _cut(sampler, carry), *without_last(kept)
+        return _cut(sampler, arrived(moving.process, carry)), *without_last(kept)
     x0, info = _end(sampler, carry, times[-1], cond)
     return x0, kept, info
 

@@ -1,7 +1,7 @@
 """The last network call of a chain, which projects to data, as one more move of its loop: from the last time to itself.
 
 A program then holds the network once, where it would hold it in the loop and after it, and compiles sooner. Samples, path KL and
-gradients are the same, up to rounding. It is for plain Gaussian chains, whose x0 has the shape of their states.
+gradients are the same, up to rounding. It is for Gaussian chains, products and graphs of them, and corrected ones.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from rgdiff import graphs
+from rgdiff.correctors import CorrectedProcess
 from rgdiff.kernels import Gaussian, PointMass
-from rgdiff.processes import GaussianProcess
-from rgdiff.typing import Array, Key, Process, Sampler, pytree
+from rgdiff.processes import GaussianProcess, ProductProcess
+from rgdiff.typing import Array, Key, Process, Sampler, State, pytree
 
 
 @pytree
@@ -34,6 +36,11 @@ class MoveOrProjection:
     def kl(self, other: Any) -> Array:
         return jnp.where(self.last, self.noised.kl(other.noised), self.move.kl(other.move))
 
+    def within(self, where: Array) -> MoveOrProjection:
+        """Return the law of a state that has these entries alone: the others are 0."""
+        x0 = jnp.where(where, self.x0, 0.0)
+        return MoveOrProjection(self.last, self.move.within(where), x0, self.noised.within(where))
+
 
 @pytree
 class ProjectingProcess(GaussianProcess):
@@ -47,15 +54,28 @@ class ProjectingProcess(GaussianProcess):
         return MoveOrProjection(last, move, self.finalize(x, t, prediction), noised)
 
 
-def projecting(process: Process) -> ProjectingProcess | None:
-    """Return a plain Gaussian process as one that projects by a move; None of another."""
-    if type(process) is not GaussianProcess:
-        return None
-    return ProjectingProcess(**{field.name: getattr(process, field.name) for field in dataclasses.fields(process)})
+def projecting(process: Process) -> Any:
+    """Return a process whose kernels from t to t are projections, or None of one that has a part of another kind than Gaussian."""
+    if type(process) is GaussianProcess:
+        return ProjectingProcess(**{field.name: getattr(process, field.name) for field in dataclasses.fields(process)})
+    if type(process) in (ProductProcess, graphs.GraphProcess):
+        parts = {name: projecting(part) for name, part in process.parts.items()}  # type: ignore[attr-defined]
+        return None if None in parts.values() else dataclasses.replace(process, parts=parts)  # type: ignore[type-var]
+    if type(process) is CorrectedProcess:
+        inner = projecting(process.process)
+        return None if inner is None else dataclasses.replace(process, process=inner)
+    return None
 
 
-def merged(sampler: Sampler, times: Array) -> tuple[Sampler, Array]:
-    """Return a sampler and a grid of one more move, after which the carry holds x0; the same two of a chain that cannot be so arranged."""
+def arrived(process: Any, x: State) -> State:
+    """Return x0 of the state after the last move of a projecting process: as `finalize` gives it."""
+    if isinstance(process, CorrectedProcess):
+        return arrived(process.process, x["state"])
+    return graphs.packed(x) if isinstance(process, graphs.GraphProcess) else x
+
+
+def merged(sampler: Sampler, times: Array) -> tuple[Any, Array]:
+    """Return a sampler and a grid of one more move, after which `arrived` finds x0; the same two of a chain that cannot be so arranged."""
     arranged = getattr(sampler, "merged", lambda: None)
     if times.shape[0] <= 2 or (moving := arranged()) is None:  # a chain of one move holds no loop
         return sampler, times

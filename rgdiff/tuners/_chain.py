@@ -15,6 +15,8 @@ import numpy as np
 from jax.core import Tracer
 
 from rgdiff import checks
+from rgdiff.correctors import CorrectedProcess
+from rgdiff.graphs import GraphProcess
 from rgdiff.processes import GaussianProcess, ProductProcess, along
 from rgdiff.samplers._ancestral import projection_kl
 from rgdiff.samplers._projection import projecting
@@ -85,8 +87,15 @@ def hold(tree: Any, live: Array | bool) -> Any:
 
 
 def along_state(process: Process, x: State, t: Array, prediction: State) -> State:
-    """Return E[x0 | x_t] with the derivative it has for constant noise: (x - sigma eps)/alpha moves with x by 1/alpha."""
-    if isinstance(process, ProductProcess):
+    """Return E[x0 | x_t] with the derivative it has for constant noise: (x - sigma eps)/alpha moves with x by 1/alpha.
+
+    The scores of a correction are constant too: a corrected state moves with the state.
+    """
+    if isinstance(process, CorrectedProcess):
+        moved = lambda at, x: at + (x - jax.lax.stop_gradient(x))  # noqa: E731
+        at = jax.tree.map(moved, prediction["at"], x["state"])
+        return {"at": at, "prediction": along_state(process.process, at, t, prediction["prediction"])}
+    if isinstance(process, (ProductProcess, GraphProcess)):
         return {name: along_state(part, x[name], t, prediction[name]) for name, part in process.parts.items()}
     if isinstance(process, GaussianProcess):
         alpha = along(process.schedule.alpha(t), x)

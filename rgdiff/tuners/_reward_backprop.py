@@ -23,7 +23,7 @@ from rgdiff import checks
 from rgdiff.denoisers import needs_signal
 from rgdiff.rewards import differentiable, evaluate
 from rgdiff.samplers._loop import REMAT, rematerialize, roll
-from rgdiff.samplers._projection import merged
+from rgdiff.samplers._projection import arrived, merged
 from rgdiff.shards import Shards, bound, by_rows, split, spread
 from rgdiff.tuners._chain import PENALTIES, Chain, ChainCarry, budget_of, hold, towards_budget, weighed_references
 from rgdiff.tuners._loop import TrainState, start, update
@@ -215,8 +215,9 @@ class RewardBackprop:
         if len(tail) > 1:
             carry, info = roll(chain, key, carry, tail, cond, first=cut, keep=_info, remat=self.remat)
             kept.append(info)
-        x0 = carry.x
-        if cut + len(tail) == len(self.times):
+        if cut + len(tail) > len(self.times):
+            x0 = arrived(chain.process, carry.x)
+        else:
             last = chain if self.gradient == "pathwise" else head
             x0, info = rematerialize(lambda carry: last.final(carry, end, cond), self.remat)(carry)
             kept.append({"penalty": info["penalty"][None]} if info else {})
