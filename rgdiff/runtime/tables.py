@@ -72,6 +72,7 @@ COLUMNS: dict[str, Column] = {
             "novel": ("novel molecules", "share", "Different molecules that are not among the known ones."),
             "scaffolds": ("scaffolds", "share", "Different ring systems with their linkers (Bemis-Murcko) over molecules."),
             "descriptor_frechet": ("descriptors' distance", "", "Squared Fréchet distance to known molecules in ten standardised descriptors; 0 is best."),
+            "nspdk": ("NSPDK", "", "Squared maximum mean discrepancy to known molecules by the NSPDK kernel; 0 is best, more samples lower it."),
             "fcd": ("FCD", "", "Fréchet ChemNet distance to known molecules; 0 is best."),
             "novelty": ("novel", "share", "Samples that are not among the training sequences."),
             "mutations": ("mutations", "letters", "Letters that differ from the wild type, mean over samples."),

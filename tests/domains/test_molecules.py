@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from rgdiff import oracles, rewards
-from rgdiff.domains.molecules import MoleculeJudge, chemistry, comparison, molecules, tasks
+from rgdiff.domains.molecules import MoleculeJudge, chemistry, comparison, molecules, nspdk, tasks
 from rgdiff.domains.molecules.data import Graphs
 from rgdiff.domains.molecules.properties import smiles_property
 from rgdiff.domains.molecules.rewards import MoleculeReward
@@ -323,7 +323,7 @@ def test_a_domain_its_task_and_its_judge_work_together(tmp_path):
     assert (row["valid"], row["corrected"], row["infeasible"], row["novel"]) == (0.5, 0.75, 1, 2 / 3)
     assert row["reward_mean"] != row["heldout_reward_mean"]  # the held-out one leaves the corrected molecule out
     assert row["reward_top"] == pytest.approx(row["reward_mean"])  # of three different molecules
-    assert np.isfinite(row["descriptor_frechet"]) and [
+    assert np.isfinite(row["descriptor_frechet"]) and np.isfinite(row["nspdk"]) and [
         h[0] for h in judge.histograms({"prior": Outcome(x0, 1, 0.0, 1.0, 1.0)}, task, None)
     ] == ["Rewards of the samples", "QED", "SA", "logP", "molecular weight"]
     assert "Asked of qed: " in judge.notes(task)[-1] and "computed" in judge.notes(task)[-1]
@@ -362,3 +362,16 @@ def test_the_recipe_runs_and_draws_molecules(tmp_path):
     summary = run_recipe("molecules_svdd", given)
     assert summary["prior/network_calls"] == 4 * 2 and summary["prior/corrected"] == 1
     assert "<svg" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_nspdk_is_that_of_eden():
+    """EDeN 2.1's own numbers (its `vectorize`, complexity 4, features hashed to 30 bits) of the same graphs."""
+    ours = ["CCO", "c1ccccc1O", "CC(=O)Nc1ccc(O)cc1", "C#N", "C", "CC(C)Cc1ccc(cc1)C(C)C(=O)O", "O=C1CCCN1"]
+    others = ["CCN", "c1ccncc1", "CC(=O)Oc1ccccc1C(=O)O", "C1CC1", "CN1C=NC2=C1C(=O)N(C(=O)N2C)C", "OCC(O)CO"]
+    rows = [nspdk.features(one) for one in ours]
+    of_phenol = [sum(value * row.get(name, 0.0) for name, value in rows[1].items()) for row in rows]
+    expected = [0.08453378, 1.0, 0.27137003, 0.0, 0.0, 0.20335762, 0.18601072]
+    np.testing.assert_allclose(of_phenol, expected, atol=1e-7)
+    assert nspdk.discrepancy(ours, tuple(others)) == pytest.approx(0.2401581, abs=1e-6)
+    assert np.isnan(nspdk.discrepancy([], tuple(others)))
+    assert comparison.kernel_distance(others, frozenset(others)) == pytest.approx(0.0, abs=1e-12)

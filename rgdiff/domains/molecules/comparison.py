@@ -1,4 +1,4 @@
-"""Sets of molecules beside known ones: Fréchet distances of descriptors and of ChemNet's activations, and nearest known compounds."""
+"""Sets of molecules beside known ones: Fréchet distances of descriptors and of ChemNet's activations, NSPDK, and nearest known compounds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rgdiff import metrics
-from rgdiff.domains.molecules import chemistry
+from rgdiff.domains.molecules import chemistry, nspdk
 
 DESCRIPTORS = (  # of rdkit.Chem.Descriptors
     "MolWt", "MolLogP", "TPSA", "NumHDonors", "NumHAcceptors", "NumRotatableBonds", "RingCount", "NumAromaticRings", "FractionCSP3",
@@ -85,6 +85,18 @@ def descriptor_distance(smiles: Sequence[str], known: frozenset[str]) -> float:
         return float("nan")
     numbers, deviations = _reference(known)
     return metrics.frechet_distance(descriptors(smiles) / deviations, numbers / deviations)
+
+
+def kernel_distance(smiles: Sequence[str], known: frozenset[str]) -> float:
+    """Return the squared maximum mean discrepancy by the kernel NSPDK (`rgdiff.domains.molecules.nspdk`), NaN where there is no molecule.
+
+    It is biased upwards by few samples: compare only at equal numbers of them.
+
+    Args:
+      smiles: canonical, one a sample.
+      known: canonical SMILES of data.
+    """
+    return nspdk.discrepancy(smiles, tuple(_some(known)))
 
 
 @functools.lru_cache(1)

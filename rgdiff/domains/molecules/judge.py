@@ -39,6 +39,7 @@ class MoleculeJudge(BaseJudge):
         smiles = [one.smiles for one in found if one.smiles is not None]
         if self.domain.known:
             row["descriptor_frechet"] = comparison.descriptor_distance(smiles, self.domain.known)
+            row["nspdk"] = comparison.kernel_distance(smiles, self.domain.known)
             if (distance := comparison.chemnet_distance(smiles, self.domain.known)) is not None:
                 row["fcd"] = distance
         for name in REPORTED:
