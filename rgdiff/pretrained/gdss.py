@@ -94,7 +94,13 @@ class GraphAttention(nn.Module):
     def __call__(self, given: int) -> dict[str, tuple[Array, Array]]:
         """Return W [C, given, width] and b [C, width] of `gnn_q`, `gnn_k` and `gnn_v` for inputs of width `given`."""
         widths = {"gnn_q": self.inner, "gnn_k": self.inner, "gnn_v": self.features}
-        apart = nn.vmap(GraphConvolution, {"params": 0}, {"params": True}, in_axes=None, axis_size=self.channels)
+        apart = nn.vmap(
+            GraphConvolution,
+            {"params": 0},
+            {"params": True},
+            in_axes=None,  # type: ignore[arg-type]
+            axis_size=self.channels,
+        )
         return {name: apart(width, name=name)(given) for name, width in widths.items()}
 
 

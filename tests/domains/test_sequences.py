@@ -31,7 +31,8 @@ from rgdiff.exact import enumeration
 from rgdiff.recipes.priors import FactorisedModel
 from rgdiff.recipes.typing import ReadyPrior
 from rgdiff.rewards import Task
-from rgdiff.runtime.report import Card, Histogram, Report, Whole, _information, render
+from rgdiff.runtime.report import Card, Histogram, Report, Whole, render
+from rgdiff.runtime.report.pictures import information
 from tests.worlds.worlds import assert_mean
 
 DNA, RNA, PROTEIN = ALPHABETS["dna"], ALPHABETS["rna"], ALPHABETS["protein"]
@@ -601,9 +602,9 @@ def test_rewards_that_do_not_fit_the_domain_are_refused(small):
 # ---------------------------------------------------------------- the report
 
 
-def test_logos_have_the_height_of_their_information():
+def test_logos_have_the_height_of_theirinformation():
     sure, half, flat = [1, 0, 0, 0], [0.5, 0.5, 0, 0], [0.25] * 4
-    bits = _information(Logo("ACGT", np.array([sure, half, flat])))
+    bits = information(Logo("ACGT", np.array([sure, half, flat])))
     np.testing.assert_allclose(bits, [2, 1, 0], atol=1e-12)  # one bit shared by two letters
     page = lambda logo: render(Report("t", cards=[Card("c", [[Whole("l", logo)]])]))  # noqa: E731
     assert page(Logo("ACGT", np.array([sure, half, flat]))).count("<use ") == 3

@@ -265,7 +265,7 @@ def test_histograms_of_several_samples_and_laws():
 
 def test_a_long_tail_does_not_hide_a_narrow_law():
     """Bins are over what most samples have, and the outer ones hold the rest: shares sum to 1."""
-    from rgdiff.runtime.report import _edges
+    from rgdiff.runtime.report.figures import _edges
 
     narrow = np.random.default_rng(0).normal(size=999)
     edges = _edges([np.append(narrow, -1e6)], 40)
