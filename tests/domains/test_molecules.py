@@ -323,9 +323,12 @@ def test_a_domain_its_task_and_its_judge_work_together(tmp_path):
     assert (row["valid"], row["corrected"], row["infeasible"], row["novel"]) == (0.5, 0.75, 1, 2 / 3)
     assert row["reward_mean"] != row["heldout_reward_mean"]  # the held-out one leaves the corrected molecule out
     assert row["reward_top"] == pytest.approx(row["reward_mean"])  # of three different molecules
-    assert np.isfinite(row["descriptor_frechet"]) and np.isfinite(row["nspdk"]) and [
-        h[0] for h in judge.histograms({"prior": Outcome(x0, 1, 0.0, 1.0, 1.0)}, task, None)
-    ] == ["Rewards of the samples", "QED", "SA", "logP", "molecular weight"]
+    assert (
+        np.isfinite(row["descriptor_frechet"])
+        and np.isfinite(row["nspdk"])
+        and [h[0] for h in judge.histograms({"prior": Outcome(x0, 1, 0.0, 1.0, 1.0)}, task, None)]
+        == ["Rewards of the samples", "QED", "SA", "logP", "molecular weight"]
+    )
     assert "Asked of qed: " in judge.notes(task)[-1] and "computed" in judge.notes(task)[-1]
     assert "nearest known (1.00)" in judge.show_each(x0)[0]
     assert judge.spread(Outcome(x0, 1, 0.0, 1.0, 1.0), task)["valid"] == pytest.approx(0.25)

@@ -412,3 +412,22 @@ def test_a_network_of_graphs_sees_no_order_of_nodes_no_absent_ones_and_every_for
         np.testing.assert_array_equal(net.apply({"params": params}, form, t), out)
     strange = pack(nodes + 9 * (1 - mask)[..., None], adjacency, mask)
     np.testing.assert_allclose(net.apply({"params": params}, strange, t), out, rtol=1e-5)
+
+
+def test_a_rounded_graph_network_sees_the_molecule_and_has_a_gradient():
+    rng = np.random.default_rng(0)
+    nodes = jax.nn.one_hot(jnp.asarray(rng.integers(0, 4, (2, 5))), 4)
+    edges = jnp.asarray(rng.integers(0, 4, (2, 10)), jnp.float32)
+    graph = {"nodes": nodes, "edges": edges, "mask": jnp.ones((2, 5))}
+    noised = graph | {
+        "nodes": nodes + 0.4 * rng.uniform(-1, 1, nodes.shape),
+        "edges": edges + rng.uniform(-0.49, 0.49, (2, 10)),
+    }
+    params = randomised(GraphNet(8, 2), graphs.packed(graph))
+    value = lambda x, rounded: GraphNet(8, 2, rounded=rounded).apply({"params": params}, graphs.packed(x), jnp.zeros(2))  # noqa: E731
+    np.testing.assert_allclose(value(noised, True), value(graph, False), rtol=1e-5)
+    assert np.abs(np.asarray(value(noised, True) - value(noised, False))).min() > 1e-3
+    straight = jax.grad(lambda x: value(x, True).sum())(noised)["edges"]
+    np.testing.assert_allclose(
+        straight, jax.grad(lambda x: value(x, False).sum())(graph)["edges"], rtol=1e-4, atol=1e-6
+    )
