@@ -15,6 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 THRESHOLDS = (0.5, 1.5, 2.5)  # of an adjacency's numbers, between no bond, single, double and triple bonds
+READABLE = {
+    "#000000": "currentColor",
+    "#0000FF": "#4477dd",
+    "#FF0000": "#e04848",
+}  # RDKit's colours, on white and on black
 PRESENT = 0.5  # the largest feature of an atom is above it
 CHARGEABLE = (7, 8)  # with one bond more than neutral ones have, they carry a charge of 1
 REASONS = ("", "not finite", "empty", "valence", "unreadable")
@@ -482,4 +487,6 @@ def _picture(smiles: str | None, size: int, x: int = 0, y: int = 0) -> str:
     drawing.DrawMolecule(mol)
     drawing.FinishDrawing()
     text = drawing.GetDrawingText()
+    for color, readable in READABLE.items():
+        text = text.replace(color, readable)
     return text[text.index("<svg") :].strip().replace("<svg", f'<svg x="{x}" y="{y}"', 1)

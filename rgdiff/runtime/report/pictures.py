@@ -17,7 +17,7 @@ from rgdiff.runtime import tables
 from rgdiff.runtime.report.contents import Card, Comparison, Grid, Whole
 from rgdiff.runtime.report.words import brief, escaped, folded, round_values
 
-_TILE, _LARGEST, _VECTOR = 96, 256, 200  # CSS pixels: of a picture at least and at most; of a drawing of a vector
+_TILE, _LARGEST, _VECTOR = 96, 256, 156  # CSS pixels: of a picture at least and at most; of a drawing of a vector
 _SMALL = 64  # of a picture in a table, at least
 _LETTERS = {  # colours of letters: nucleotides, and what of the amino acids is not one: acids, bases, polar, hydrophobic
     **dict(zip("ACGTU", ("#228833", "#4477aa", "#b8a635", "#ee6677", "#ee6677"), strict=True)),
