@@ -28,8 +28,8 @@ class GraphNet(nn.Module):
       depth: layers.
       classes: number of classes, or None. Label N, or cond=None, means "no class".
       rounded: see a finished graph as the molecule that it is read as: bond orders 0 ... 3 by rounding, each node's largest feature 1
-        and the others 0. Gradients pass straight through. A surrogate of finished graphs can then not be raised by numbers that no
-        molecule shows.
+        and the others 0, and a node without a feature above 0.5 is none. Gradients pass straight through. A surrogate of finished graphs can
+        then not be raised by numbers that no molecule shows.
       dtype: of the computation; input, output and parameters are float32.
 
     Example:
@@ -50,12 +50,7 @@ class GraphNet(nn.Module):
     def __call__(self, x: State, t: Array, cond: Cond = None) -> Array:
         state = graphs.unpacked(x) if not isinstance(x, dict) else x["state"] if "state" in x else x
         if self.rounded:
-            state = state | {
-                "nodes": _through(
-                    state["nodes"], jax.nn.one_hot(jnp.argmax(state["nodes"], -1), state["nodes"].shape[-1])
-                ),
-                "edges": _through(state["edges"], jnp.clip(jnp.floor(state["edges"] + 0.5), 0.0, 3.0)),
-            }
+            state = _rounded(state)
         mask = state["mask"][..., None].astype(self.dtype)
         batch, nodes = mask.shape[:2]
         adjacency = graphs.matrix(state["edges"].astype(self.dtype), nodes) / nodes**0.5
@@ -77,6 +72,12 @@ class GraphNet(nn.Module):
         )
 
 
-def _through(x: Array, value: Array) -> Array:
-    """Return the value, with the derivative of x."""
-    return x + jax.lax.stop_gradient(value - x)
+def _rounded(state: State) -> State:
+    """Return the graph that `rgdiff.domains.molecules.chemistry.discrete` reads, with straight-through derivatives."""
+    nodes, edges = state["nodes"], state["edges"]
+    through = lambda x, value: x + jax.lax.stop_gradient(value - x)  # noqa: E731
+    return state | {
+        "nodes": through(nodes, jax.nn.one_hot(jnp.argmax(nodes, -1), nodes.shape[-1])),
+        "edges": through(edges, jnp.clip(jnp.floor(edges + 0.5), 0.0, 3.0)),
+        "mask": state["mask"] * (nodes.max(-1) > 0.5),
+    }

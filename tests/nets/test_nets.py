@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 
 from rgdiff import graphs
+from rgdiff.domains.molecules import chemistry
 from rgdiff.nets import MLP, ConvNet1D, DiT, GraphNet, Transformer, UNet, ValueMLP, ValueResNet, time_features
 from rgdiff.nets.conv import conv
 from rgdiff.nets.transformer import rotary
@@ -415,19 +416,26 @@ def test_a_network_of_graphs_sees_no_order_of_nodes_no_absent_ones_and_every_for
 
 
 def test_a_rounded_graph_network_sees_the_molecule_and_has_a_gradient():
+    """Numbers whose reading is one molecule have its value, with the gradient at it; thresholds are those of the reader of graphs."""
     rng = np.random.default_rng(0)
-    nodes = jax.nn.one_hot(jnp.asarray(rng.integers(0, 4, (2, 5))), 4)
-    edges = jnp.asarray(rng.integers(0, 4, (2, 10)), jnp.float32)
-    graph = {"nodes": nodes, "edges": edges, "mask": jnp.ones((2, 5))}
-    noised = graph | {
-        "nodes": nodes + 0.4 * rng.uniform(-1, 1, nodes.shape),
-        "edges": edges + rng.uniform(-0.49, 0.49, (2, 10)),
-    }
-    params = randomised(GraphNet(8, 2), graphs.packed(graph))
+    elements = (6, 7, 8, 9)
+    nodes = rng.uniform(-0.4, 0.4, (2, 5, 4)) + np.asarray(jax.nn.one_hot(rng.integers(0, 4, (2, 5)), 4))
+    nodes[:, 4] = rng.uniform(-0.5, 0.49, (2, 4))  # read as no atom
+    edges = rng.integers(0, 4, (2, 10)) + rng.uniform(-0.49, 0.49, (2, 10))
+    noised = {"nodes": jnp.asarray(nodes), "edges": jnp.asarray(edges), "mask": jnp.ones((2, 5))}
+    packed = np.asarray(graphs.packed(noised))
+    kinds, orders = np.zeros((2, 5, 4)), np.zeros((2, 5, 5))
+    for row, graph in enumerate(packed):
+        atoms, bonds = chemistry.discrete(graph, elements)
+        assert len(atoms) == 4
+        kinds[row, np.arange(4), atoms], orders[row, :4, :4] = 1, bonds
+    mask = jnp.asarray([[1.0, 1, 1, 1, 0]] * 2)
+    molecule = {"nodes": jnp.asarray(kinds), "edges": graphs.triangle(jnp.asarray(orders)), "mask": mask}
+    params = randomised(GraphNet(8, 2), graphs.packed(molecule))
     value = lambda x, rounded: GraphNet(8, 2, rounded=rounded).apply({"params": params}, graphs.packed(x), jnp.zeros(2))  # noqa: E731
-    np.testing.assert_allclose(value(noised, True), value(graph, False), rtol=1e-5)
+    np.testing.assert_allclose(value(noised, True), value(molecule, False), rtol=1e-5)
     assert np.abs(np.asarray(value(noised, True) - value(noised, False))).min() > 1e-3
-    straight = jax.grad(lambda x: value(x, True).sum())(noised)["edges"]
-    np.testing.assert_allclose(
-        straight, jax.grad(lambda x: value(x, False).sum())(graph)["edges"], rtol=1e-4, atol=1e-6
-    )
+    slope = lambda x, rounded: jax.grad(lambda x: value(x, rounded).sum())(x)["edges"]  # noqa: E731
+    there = np.asarray(graphs.there(mask)["edges"])  # of bonds between atoms
+    np.testing.assert_allclose(slope(noised, True)[there], slope(molecule, False)[there], rtol=1e-4, atol=1e-6)
+    assert np.abs(slope(molecule, False)[there]).max() > 1e-3
