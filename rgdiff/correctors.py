@@ -29,6 +29,7 @@ from rgdiff.typing import (
     callable_pytree,
     pytree,
     static,
+    wrap_field,
 )
 
 STEP_SIZES = ("sigma", "per_sample", "batch_mean")
@@ -161,8 +162,7 @@ class CorrectedModel:
     of: Corrected
 
     def __post_init__(self):
-        if callable(self.model) and jax.tree_util.all_leaves([self.model]):  # a plain function becomes a pytree
-            object.__setattr__(self, "model", callable_pytree(self.model, "model (params -> denoiser)"))
+        wrap_field(self, "model", "model (params -> denoiser)")
 
     def __call__(self, params: Params) -> Corrected:
         return dataclasses.replace(self.of, denoiser=callable_pytree(self.model(params), "a denoiser"))

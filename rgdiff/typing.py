@@ -141,6 +141,22 @@ def callable_pytree(function: Any, what: str) -> Any:
     return Function(function) if plain else function
 
 
+def wrap_field(node: Any, name: str, what: str) -> None:
+    """Make a plain function in a field of a pytree a pytree itself, from its `__post_init__`; what JAX puts there is left alone.
+
+    Args:
+      node: the pytree, whose field it sets.
+      name: of the field.
+      what: as in `callable_pytree`.
+
+    Raises:
+      ValueError: for a function that cannot be called as it will be.
+    """
+    value = getattr(node, name)
+    if callable(value) and jax.tree_util.all_leaves([value]):
+        object.__setattr__(node, name, callable_pytree(value, what))
+
+
 def takes(function: Callable[..., Any], arguments: tuple[str, ...]) -> bool:
     """Whether a callable takes these positional arguments, with no `t` or `cond` in another one's place; True where Python cannot tell."""
     try:

@@ -95,22 +95,29 @@ def same(a: Any, b: Any) -> float:
     return size
 
 
+def case() -> tuple[jax.Array, Any, Any, Any]:
+    """Return images, parameters of the U-Net of `benchmarks.speed`, its calls in a scan (params, x) -> x, and a loss of them."""
+    net = UNet(channels=CHANNELS)
+    x = jax.random.normal(jax.random.key(0), (BATCH, SIDE, SIDE, 1))
+    time_ = jnp.float32(0.5)
+    params = jax.tree.map(jnp.asarray, weights(jax.eval_shape(lambda: net.init(jax.random.key(0), x, time_)["params"])))
+
+    def chain(params: Any, x: Any) -> Any:
+        step = lambda x, _: (jnp.tanh(net.apply({"params": params}, x, time_)), None)  # noqa: E731
+        return jax.lax.scan(step, x, None, length=CALLS)[0]
+
+    return x, params, chain, lambda params, x: jnp.square(chain(params, x)).mean()
+
+
 def network(count: int) -> list[str]:
     """Return the table of the U-Net of `benchmarks.speed`, called in a scan: forward beside PyTorch, and the gradient in all weights."""
     import torch
 
     from benchmarks.speed import torch_twins
 
-    net = UNet(channels=CHANNELS)
-    x = jax.random.normal(jax.random.key(0), (BATCH, SIDE, SIDE, 1))
-    time_ = jnp.float32(0.5)
-    params = jax.tree.map(jnp.asarray, weights(jax.eval_shape(lambda: net.init(jax.random.key(0), x, time_)["params"])))
+    x, params, chain, loss = case()
     twin = torch_twins.load_linen(torch_twins.UNet(CHANNELS), params)
     images, times = torch.tensor(np.asarray(x)).permute(0, 3, 1, 2).contiguous(), torch.full((BATCH,), 0.5)
-
-    def chain(params: Any, x: Any) -> Any:
-        step = lambda x, _: (jnp.tanh(net.apply({"params": params}, x, time_)), None)  # noqa: E731
-        return jax.lax.scan(step, x, None, length=CALLS)[0]
 
     def eager() -> Any:
         y = images
@@ -118,9 +125,6 @@ def network(count: int) -> list[str]:
             for _ in range(CALLS):
                 y = torch.tanh(twin(y, times))
         return y.permute(0, 2, 3, 1).numpy()
-
-    def loss(params: Any, x: Any) -> Any:
-        return jnp.square(chain(params, x)).mean()
 
     lines = [
         f"| {CALLS} calls in a scan, {BATCH} images | side | compiling, CPU s | CPU ms a call | ratio | difference |",

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from rgdiff.nets.init import normal
-from rgdiff.typing import Array, Denoiser, Key, Params, pytree
+from rgdiff.typing import Array, Denoiser, Key, Params, pytree, wrap_field
 
 Adapter = dict[str, dict[str, Array]]
 Target = str | Callable[[str], bool]
@@ -158,8 +158,7 @@ class LoRAModel:
     scale: Array | float = 1.0
 
     def __post_init__(self):
-        if callable(self.model) and jax.tree_util.all_leaves([self.model]):  # a plain function becomes a pytree
-            object.__setattr__(self, "model", jax.tree_util.Partial(self.model))
+        wrap_field(self, "model", "model (params -> denoiser)")
 
     def __call__(self, params: Adapter) -> Denoiser:
         return self.model(lora_merge(self.base, params, self.scale))

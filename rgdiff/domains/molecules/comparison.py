@@ -87,6 +87,11 @@ def descriptor_distance(smiles: Sequence[str], known: frozenset[str]) -> float:
     return metrics.frechet_distance(descriptors(smiles) / deviations, numbers / deviations)
 
 
+@functools.lru_cache(4)
+def _kernel_mean(known: frozenset[str]) -> dict[Any, float]:
+    return nspdk.mean(_some(known))
+
+
 def kernel_distance(smiles: Sequence[str], known: frozenset[str]) -> float:
     """Return the squared maximum mean discrepancy by the kernel NSPDK (`rgdiff.domains.molecules.nspdk`), NaN where there is no molecule.
 
@@ -96,7 +101,7 @@ def kernel_distance(smiles: Sequence[str], known: frozenset[str]) -> float:
       smiles: canonical, one a sample.
       known: canonical SMILES of data.
     """
-    return nspdk.discrepancy(smiles, tuple(_some(known)))
+    return nspdk.discrepancy(nspdk.mean(smiles), _kernel_mean(known))
 
 
 @functools.lru_cache(1)

@@ -23,6 +23,7 @@ _INK = "#010203"  # stands for the page's own text colour in a figure
 
 
 def drawn(plots: Sequence[Plot | Histogram | Boxes], first: int) -> str:
+    """Return figures as HTML; `first` numbers them on the page, so that their ids differ."""
     drawn = (_boxes(plot) if isinstance(plot, Boxes) else _plot(plot, first + i) for i, plot in enumerate(plots))
     return f"<div class=figures>{''.join(drawn)}</div>"
 

@@ -13,7 +13,7 @@ from rgdiff.runtime import tables
 from rgdiff.runtime.folder import write_atomic
 from rgdiff.runtime.report import figures, pictures
 from rgdiff.runtime.report.contents import Report, Whole
-from rgdiff.runtime.report.words import escaped, folded, named
+from rgdiff.runtime.report.words import escaped, folded, named, round_up
 
 _COMMAND = 160  # characters of the command at the head of the page
 
@@ -33,7 +33,7 @@ def render(report: Report) -> str:
     sections: dict[str, tuple[str, str]] = {}  # id -> (heading, body)
     panels = [panel for card in report.cards for one in (*card.sets, *card.more) for panel in one]
     logos = [panel.drawing for panel in panels if isinstance(panel, Whole) and isinstance(panel.drawing, Logo)]
-    top = pictures.round_up(max((float(pictures.information(logo).max()) for logo in logos), default=0.0))
+    top = round_up(max((float(pictures.information(logo).max()) for logo in logos), default=0.0))
     if report.cards:
         planes = all(
             any(isinstance(p, Whole) and not isinstance(p.drawing, Logo) for p in one)
@@ -73,7 +73,7 @@ def render(report: Report) -> str:
         parts.append(folded("Command and resolved config", said))
     if versions := [f"{name} {value}" for name, value in report.versions.items() if value is not None]:
         parts.append(folded("Versions", f"<p class=quiet>{escaped(' · '.join(versions))}</p>"))
-    style = importlib.resources.files("rgdiff.runtime.report").joinpath("style.css").read_text()
+    style = importlib.resources.files("rgdiff.runtime.report").joinpath("style.css").read_text(encoding="utf-8")
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escaped(report.title)}</title><style>{style}</style>"

@@ -28,14 +28,15 @@ _COLUMN, _LOGO_HEIGHT = 26, 96  # units of a logo's column: its width, and the h
 _PLANE = 300  # units of a plane's side
 
 
-def card(card: Card, top: float, letters: set[str]) -> str:
-    flag = f"<p class=flag><b>over-optimised</b> {escaped(card.flag)}</p>" if card.flag else ""
-    sets = "".join(_set(panels, top, letters) for panels in card.sets)
+def card(one: Card, top: float, letters: set[str]) -> str:
+    """Return a card as HTML; logos reach `top` bits, and the letters that they show are added to the set."""
+    flag = f"<p class=flag><b>over-optimised</b> {escaped(one.flag)}</p>" if one.flag else ""
+    sets = "".join(_set(panels, top, letters) for panels in one.sets)
     more = ""
-    if card.more:
-        inside = "".join(_set(panels, top, letters) for panels in card.more)
-        more = folded(f"More of {card.title}", f"<div class=sets>{inside}</div>")
-    return f"<article class=card><h3>{escaped(card.title)}</h3>{flag}<div class=sets>{sets}</div>{more}</article>"
+    if one.more:
+        inside = "".join(_set(panels, top, letters) for panels in one.more)
+        more = folded(f"More of {one.title}", f"<div class=sets>{inside}</div>")
+    return f"<article class=card><h3>{escaped(one.title)}</h3>{flag}<div class=sets>{sets}</div>{more}</article>"
 
 
 def _set(panels: Sequence[Grid | Whole], top: float, letters: set[str]) -> str:
@@ -91,14 +92,6 @@ def _thumbnails(images: np.ndarray) -> np.ndarray:
     high, wide = high // side, wide // side
     parts = images[:, : high * side, : wide * side].reshape(n, high, side, wide, side, channels)
     return np.rint(parts.mean((2, 4))).astype(np.uint8)
-
-
-def round_up(value: float) -> float:
-    """Return the next round number."""
-    if not value > 0:
-        return 1.0
-    unit = 10.0 ** math.floor(math.log10(value))
-    return round(next((m for m in (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8) if m * unit >= value * 0.999), 10) * unit, 12)
 
 
 def _grid(grid: Grid) -> tuple[str, str, int]:
@@ -259,6 +252,7 @@ def _logo(title: str, logo: Logo, top: float, letters: set[str]) -> str:
 
 
 def letter_id(letter: str) -> str:
+    """Return the id of a letter's outline on the page."""
     return f"letter-{ord(letter)}"
 
 

@@ -1,0 +1,87 @@
+"""Where a CPU's time goes in the U-Net of `benchmarks.speed`: shares of kinds of operations, by XLA's own profiler.
+
+    python -m benchmarks.studies.cpu_profile       # one core, a minute; writes benchmarks/results/cpu-profile-<cpu>.md
+
+Matrix products, those of Winograd's convolutions among them, are `ynn_fusion` where XLA's library of kernels computes them, and `dot`
+or `dot_general` where it does not; `concatenate_bitcast_fusion` are Winograd's transforms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import datetime
+import gzip
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from benchmarks.speed.harness import machine
+from benchmarks.studies.cpu_convolutions import BATCH, CALLS, RESULTS, case
+from rgdiff.runtime.cpu import keep_memory
+
+SHOWN, RUNS = 8, 5
+
+
+def shares(events: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the share of every kind of operation in the time of all, the largest first, loops as their bodies alone.
+
+    Args:
+      events: of a trace, durations in microseconds.
+    """
+    took: collections.Counter[str] = collections.Counter()
+    for event in events:
+        name = event.get("args", {}).get("hlo_op")
+        if event.get("ph") == "X" and name and not name.startswith("while"):
+            took[re.sub(r"[.\d]+$", "", name)] += event["dur"]
+    total = sum(took.values())
+    return {kind: duration / total for kind, duration in took.most_common()}
+
+
+def profiled(function: Any, *args: Any) -> dict[str, float]:
+    """Compile and run a function under the profiler."""
+    program = jax.jit(function).lower(*args).compile()
+    jax.block_until_ready(program(*args))
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(RUNS):
+                jax.block_until_ready(program(*args))
+        (file,) = Path(folder).rglob("*.trace.json.gz")
+        return shares(json.loads(gzip.decompress(file.read_bytes()))["traceEvents"])
+
+
+def main() -> None:
+    """Write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--core", type=int, default=0)
+    os.sched_setaffinity(0, {parser.parse_args().core})
+    keep_memory()
+    about = machine()
+    x, params, chain, loss = case()
+    found = {
+        "forward": profiled(chain, params, x),
+        "with the gradient in the weights": profiled(jax.grad(loss), params, x),
+    }
+    kinds = list(dict.fromkeys(kind for each in found.values() for kind in list(each)[:SHOWN]))
+    lines = [
+        "# Where a CPU's time goes in the U-Net",
+        "",
+        f"`python -m benchmarks.studies.cpu_profile`, {datetime.date.today()}",
+        "",
+    ]
+    lines += [f"- {name}: {value}" for name, value in about.items()]
+    lines += ["", f"Shares of the time of all operations, {CALLS} calls in a scan, {BATCH} images, {RUNS} runs:", ""]
+    lines += [f"| operation | {' | '.join(found)} |", "|---" * (1 + len(found)) + "|"]
+    lines += [f"| {kind} | {' | '.join(f'{each.get(kind, 0.0):.3f}' for each in found.values())} |" for kind in kinds]
+    name = "amd" if "AMD" in about["machine"] else "intel"
+    (RESULTS / f"cpu-profile-{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
