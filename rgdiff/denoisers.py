@@ -24,6 +24,7 @@ from jax.core import Tracer
 from rgdiff import checks
 from rgdiff.processes import GaussianProcess, along
 from rgdiff.schedules import GaussianSchedule, level
+from rgdiff.shards import in_turn
 from rgdiff.typing import Array, Cond, Denoiser, DenoiserLike, Params, Process, State, callable_pytree, pytree, static
 
 SIGNAL = 0.1  # the least alpha / sigma at which E[x0 | x_t] of a network that predicts eps or the score steers
@@ -551,10 +552,10 @@ class ClassifierFree:
             raise ValueError("classifier-free guidance needs cond (class labels [B], or a pytree of [B, ...])")
         batch = jax.tree.leaves(x)[0].shape[0]
         null = jax.tree.map(lambda c, n: jnp.broadcast_to(jnp.asarray(n, c.dtype), c.shape), cond, self.null)
-        twice = lambda a, b: jax.tree.map(lambda u, w: jnp.concatenate([u, w]), a, b)  # noqa: E731
         t = jnp.broadcast_to(jnp.asarray(t, jnp.float32), (batch,))
-        out = self.denoiser(twice(x, x), jnp.concatenate([t, t]), twice(cond, null))
-        return jax.tree.map(lambda o: _between(o[batch:], o[:batch], self.scale), out)
+        both = self.denoiser(in_turn(x, x), in_turn(t, t), in_turn(cond, null))
+        guided = lambda out: _between(out[:, 1], out[:, 0], self.scale)  # noqa: E731
+        return jax.tree.map(lambda out: guided(out.reshape(batch, 2, *out.shape[1:])), both)
 
 
 def _between(a: Array, b: Array, weight: Array) -> Array:

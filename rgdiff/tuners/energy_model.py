@@ -17,7 +17,7 @@ import numpy as np
 from rgdiff import checks, processes, samplers, schedules, values
 from rgdiff.resampling import log_mean_exp
 from rgdiff.samplers._loop import roll
-from rgdiff.shards import Shards, bound, split, value_and_grad
+from rgdiff.shards import Shards, bound, in_turn, split, value_and_grad
 from rgdiff.tuners._elegant import standard_normal
 from rgdiff.tuners._loop import TrainState, start, update
 from rgdiff.typing import Array, Cond, Info, Key, Params, callable_pytree, name_of, pytree, static
@@ -111,8 +111,8 @@ def contrast(energy: Any, data: Array, samples: Array, gamma: Array, cond: Cond 
       cond: conditions [B, ...] of both, or None.
     """
     count = len(data)
-    if len(samples) == count:  # in turn, so that batches split over devices are evaluated where they lie
-        join = lambda a, b: jnp.stack([a, b], 1).reshape(-1, *a.shape[1:])  # noqa: E731
+    if len(samples) == count:
+        join = in_turn
         part = lambda both: tuple(both.reshape(count, 2).T)  # noqa: E731
     else:
         join = lambda a, b: jnp.concatenate([a, b])  # noqa: E731

@@ -11,7 +11,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from rgdiff import processes, samplers, schedules, shards, tuners
+from rgdiff import denoisers, processes, samplers, schedules, shards, tuners
 from rgdiff.runtime import planning
 from rgdiff.runtime.mesh import data_mesh, device_mesh, shard_params
 from rgdiff.samplers._loop import _whole
@@ -129,6 +129,31 @@ def test_sampler_on_eight_devices(make):
         contract.equal(alone, together)
     assert eight.cost_analysis()["flops"] <= SHARE * one.cost_analysis()["flops"]
     assert collectives(eight.as_text()) == EXCHANGES.get(make.__name__, {})
+
+
+DENOISERS = {
+    "classifier_free": lambda inner: denoisers.classifier_free(inner, 3.0, null=0.0),
+    "annealed": lambda inner: denoisers.annealed(inner, lambda x, t, cond=None: inner(-x, t, cond), 2.0),
+    "clip_x0": lambda inner: denoisers.clip_x0(inner),
+    "dynamic_threshold": lambda inner: denoisers.dynamic_threshold(inner),
+    "edm_preconditioned": lambda inner: denoisers.edm_preconditioned(inner, schedules.linear_vp()),
+    "discrete_time": lambda inner: denoisers.discrete_time(inner, 1000),
+}
+
+
+@pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize("name", DENOISERS)
+def test_denoisers_of_denoisers_move_no_rows(name):
+    """Conditional chains of every wrapper: the numbers of one device, and no collective."""
+    parts, cond = shards.shards_of(data_mesh()), jnp.cos(jnp.arange(float(ROWS)))
+    sampler = samplers.ancestral(contract.gaussian(1.0), DENOISERS[name](contract.Net(contract.net(2, 2))))
+    key, times = jax.random.key(0), sampler.process.times(contract.STEPS)
+    one = _whole.lower(sampler, key, times, cond, ROWS, contract.keep_state, None).compile()
+    split, rows = shards.on_mesh(sampler, parts), shards.placed(cond, parts, rows=True)
+    eight = _whole.lower(split, key, times, rows, ROWS, contract.keep_state, parts).compile()
+    contract.close(one(sampler, key, times, cond), eight(split, key, times, rows), rtol=1e-6, atol=1e-6)
+    assert eight.cost_analysis()["flops"] <= SHARE * one.cost_analysis()["flops"]
+    assert collectives(eight.as_text()) == {}
 
 
 @pytest.mark.usefixtures("wide")
