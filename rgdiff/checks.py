@@ -216,6 +216,14 @@ def conditions(cond: Any, batch: int) -> None:
             raise ValueError(f"cond must have a leading axis of {batch} examples, got shape {list(jnp.shape(leaf))}")
 
 
+def one_problem(cond: Any) -> None:
+    """Refuse conditions of particles: resampling moves states away from the rows that they were drawn under."""
+    if cond is not None:
+        raise ValueError(
+            "the particles of one problem share their condition: leave cond out, and give it to the denoiser (denoisers.conditioned)"
+        )
+
+
 def prediction(out: Any, x: Any, what: str = "a denoiser") -> jax.Array:
     """Return a denoiser's prediction of the state x, in float32 at least; refuse one of another shape, which broadcasting would hide."""
     if not hasattr(out, "shape") or out.shape != x.shape:

@@ -31,8 +31,7 @@ class Resampled:
         return self.sampler.process
 
     def init(self, key: Key, batch: int, t: Array, cond: Cond = None) -> ResampledCarry:
-        if cond is not None:
-            raise ValueError("the particles of one problem share their condition; leave cond out")
+        checks.one_problem(cond)
         key_first, key_last = jax.random.split(key)
         return ResampledCarry(self.sampler.init(key_first, batch * self.count, t), key_last)
 

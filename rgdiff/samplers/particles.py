@@ -102,6 +102,7 @@ class Smc:
 
     def init(self, key: Key, batch: int, t: Array, cond: Cond = None) -> Particles:
         checks.divides("islands", self.islands, batch)
+        checks.one_problem(cond)
         x = self.process.prior(batch).sample(key)
         evaluation = self._evaluate(x, t, cond)
         zeros = jnp.zeros(batch, jnp.float32)
@@ -392,7 +393,8 @@ def smc(
       and `value` [N]. Errors are estimated from the spread of the particles: they do not include a mode that all lineages miss.
 
     Raises:
-      ValueError: for eta = 0, an unknown potential or scheme, a threshold outside [0, 1], strengths outside [0, 1].
+      ValueError: for eta = 0, an unknown potential or scheme, a threshold outside [0, 1], strengths outside [0, 1]; in `sample`, for
+        conditions (particles share theirs: `denoisers.conditioned`).
 
     Note:
       A twist shifts the mean of a step by std^2 times the gradient of v/tau. The soft value of a measurement with noise sigma is

@@ -10,6 +10,7 @@ import pytest
 
 from rgdiff import checks, denoisers, guides, policies, processes, rewards, samplers, schedules, tuners, values
 from rgdiff.typing import pytree
+from tests.contract import test_contract as contract
 from tests.worlds.worlds import GaussianWorld, factorised
 
 W = GaussianWorld([0.0], [[1.0]])
@@ -341,3 +342,11 @@ def test_huge_values_select_and_stay_finite():
     for high, low in ((1e30, -1e30), (3e38, -3e38), (np.inf, 0.0), (0.0, -np.inf)):
         chosen, every, *_ = run_svdd(split(high, low), "soft")
         np.testing.assert_array_equal(chosen, every.max(1))
+
+
+@pytest.mark.parametrize("make", contract.PARTICLES, ids=lambda f: f.__name__)
+def test_particles_have_no_conditions_of_their_own(make):
+    """Resampling would leave a particle under the condition of another one: refused by all of them, with the way out."""
+    sampler, batch = make(), 8
+    with pytest.raises(ValueError, match=r"leave cond out.*denoisers\.conditioned"):
+        samplers.sample(sampler, KEY, batch, sampler.process.times(contract.STEPS), jnp.arange(float(batch)))
