@@ -31,7 +31,8 @@ _PLANE = 300  # units of a plane's side
 def card(one: Card, top: float, letters: set[str]) -> str:
     """Return a card as HTML; logos reach `top` bits, and the letters that they show are added to the set."""
     flag = f"<p class=flag><b>over-optimised</b> {escaped(one.flag)}</p>" if one.flag else ""
-    sets = "".join(_set(panels, top, letters) for panels in one.sets)
+    said = one.title if len(one.sets) == 1 else ""  # the prior's card has its samples alone
+    sets = "".join(_set(panels, top, letters, said) for panels in one.sets)
     more = ""
     if one.more:
         inside = "".join(_set(panels, top, letters) for panels in one.more)
@@ -39,9 +40,9 @@ def card(one: Card, top: float, letters: set[str]) -> str:
     return f"<article class=card><h3>{escaped(one.title)}</h3>{flag}<div class=sets>{sets}</div>{more}</article>"
 
 
-def _set(panels: Sequence[Grid | Whole], top: float, letters: set[str]) -> str:
-    """One set of samples: its panels below each other, a title that they share said once."""
-    kinds, body, style, said = [], "", "", ""
+def _set(panels: Sequence[Grid | Whole], top: float, letters: set[str], said: str = "") -> str:
+    """One set of samples: its panels below each other, a title that they share, or that was `said` above, said once."""
+    kinds, body, style = [], "", ""
     for panel in panels:
         kind, inside, width = _panel(panel, top, letters)
         title = "" if panel.title == said else f"<b>{escaped(panel.title)}</b> "
