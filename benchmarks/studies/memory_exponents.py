@@ -83,8 +83,9 @@ def main() -> None:
             f"| {sweep.name} | {sweep.letter} = {', '.join(map(str, sweep.counts))} | {sizes} | {exponent:.2f} |"
         )
         print(body[-1], flush=True)
-        text = ["# How memory grows", "", *(__doc__ or "").splitlines()[:1], "",
-                "M candidates, B chains, T network calls, K of them differentiated. XLA's temporaries, MB, and the exponent fitted to them.",
+        text = ["# How memory grows", "",
+                "M candidates, B chains, T network calls, K of them differentiated. Temporaries of compiled programs, which are not run, MB, and the exponent",
+                "fitted to them.",
                 "", *(f"- {name}: {value}" for name, value in harness.machine().items()),
                 "- command: python -m benchmarks.studies.memory_exponents", "",
                 "| program | counts | temporaries, MB | exponent |", "|---|---|---|---|", *body]  # fmt: skip

@@ -330,7 +330,8 @@ def test_a_domain_its_task_and_its_judge_work_together(tmp_path):
         == ["Rewards of the samples", "QED", "SA", "logP", "molecular weight"]
     )
     assert "Asked of qed: " in judge.notes(task)[-1] and "computed" in judge.notes(task)[-1]
-    assert "nearest known (1.00)" in judge.show_each(x0)[0]
+    known, new = judge.show_each(x0)[:2]
+    assert "a known compound" in known and "nearest known" not in known and "nearest known (0." in new
     assert judge.spread(Outcome(x0, 1, 0.0, 1.0, 1.0), task)["valid"] == pytest.approx(0.25)
     assert all(text.startswith("<svg") for text in judge.show_each(x0))
     with pytest.raises(ValueError, match="domain.dataset must be one of"):

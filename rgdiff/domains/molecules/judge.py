@@ -57,7 +57,7 @@ class MoleculeJudge(BaseJudge):
         return {"kl": 0.0, "valid": metrics.share_error(float(valid), len(found))}
 
     def show_each(self, x0: np.ndarray) -> list[str]:
-        """Return drawings as SVG texts: each molecule with its properties, and the known compound that is most like it."""
+        """Return drawings as SVG texts: each molecule with its properties, and that it is known or the known compound that is most like it."""
         return [self._drawn(one) for one in self.molecules(x0)]
 
     def _drawn(self, one: chemistry.Molecule) -> str:
@@ -67,6 +67,8 @@ class MoleculeJudge(BaseJudge):
         lines = [f"QED {values['qed']:.2f}, SA {values['sa']:.2f}, logP {values['logp']:.1f}"]
         if not one.valid:
             lines.append("bonds corrected")
+        if one.smiles in self.domain.known:
+            return chemistry.drawn(one.smiles, lines=[*lines, "a known compound"])
         like = comparison.nearest(one.smiles, self.domain.known)
         if like is None:
             return chemistry.drawn(one.smiles, lines=lines)
