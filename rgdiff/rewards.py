@@ -9,6 +9,7 @@ temperature lives here: it belongs to the method.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -99,6 +100,7 @@ class HostReward:
     """A NumPy function behind a callback; what it raises becomes NaN, so that a compiled loop runs to its end, where it is raised."""
 
     function: Callable[..., Any] = static()
+    infeasible: float | None = static(default=None)  # in place of NaN
 
     def __call__(self, x0: State, cond: Cond = None) -> Array:
         batch = jax.tree.leaves(x0)[0].shape[0]
@@ -115,7 +117,7 @@ class HostReward:
         values = np.asarray(values, np.float32)
         if values.shape != (batch,):
             raise ValueError(f"a reward must return one number per sample, [{batch}], got {list(values.shape)}")
-        return values
+        return values if self.infeasible is None else np.where(np.isnan(values), np.float32(self.infeasible), values)
 
     def _on_host(self, x0: State, cond: Cond) -> np.ndarray:
         heard = _listening[-1] if _listening else None
@@ -424,6 +426,47 @@ def threshold(reward: Reward, low: float | None = None, high: float | None = Non
         checks.positive("width", width, zero=True),
         bool(width == 0),
     )
+
+
+@pytree
+class WhereInfeasible:
+    """A reward with a value where another is NaN; see `where_infeasible`."""
+
+    reward: Reward
+    value: Array
+
+    def __call__(self, x0: State, cond: Cond = None) -> Array:
+        reward = evaluate(self.reward, x0, cond)
+        return jnp.where(jnp.isnan(reward), self.value, reward)
+
+
+def where_infeasible(reward: RewardLike, value: float) -> Reward:
+    """Make a reward that has a value where another is infeasible (NaN), so that a policy learns to make fewer such samples.
+
+    Without it policy gradients, DRAKES and surrogates leave infeasible samples out of their estimates: nothing asks for fewer.
+
+    Args:
+      reward: (x0, cond) -> [B]; one of `from_host` stays one.
+      value: of infeasible samples, in the reward's unit, at most its lowest value.
+
+    Returns:
+      The reward, (x0, cond) -> [B]. It is for methods that use no gradient: that of an infeasible sample may be NaN still.
+
+    Raises:
+      ValueError: for a value that is no finite number.
+
+    Example:
+      >>> import jax.numpy as jnp, rgdiff
+      >>> root = lambda x0, cond: jnp.sqrt(x0[:, 0])
+      >>> print(rgdiff.rewards.where_infeasible(root, -1.0)(jnp.array([[4.0], [-4.0]])))
+      [ 2. -1.]
+    """
+    reward = callable_pytree(reward, "a reward")
+    if not isinstance(value, Tracer) and not np.isfinite(value):
+        raise ValueError(f"the value of infeasible samples must be a finite number, got {value!r}")
+    if isinstance(reward, HostReward):
+        return dataclasses.replace(reward, infeasible=float(value))
+    return WhereInfeasible(reward, jnp.float32(value))
 
 
 @pytree

@@ -510,3 +510,14 @@ def test_a_soft_threshold_is_the_hard_one_smoothed_and_has_its_gradient():
     np.testing.assert_allclose(soft(x + 0.1), hard.at[3].set(0.0).at[10].set(0.0), atol=1e-4)
     slope = jax.grad(lambda x: rewards.threshold(first, low=0.5, width=0.2)(x).sum())(jnp.full((1, 1), 0.5))
     np.testing.assert_allclose(slope, [[1 / (4 * 0.2)]], rtol=1e-5)  # of a logistic at its middle
+
+
+def test_a_value_in_place_of_infeasible_is_seen_in_programs_and_between_them():
+    x = jnp.array([[4.0], [-4.0]])
+    for reward in (lambda x0, cond=None: jnp.sqrt(x0[:, 0]), rewards.from_host(lambda x0, cond: np.sqrt(x0[:, 0]))):
+        filled = rewards.where_infeasible(reward, -1)
+        np.testing.assert_array_equal(rewards.score(filled, x), [2, -1])
+        assert isinstance(filled, rewards.HostReward) == isinstance(reward, rewards.HostReward)
+    np.testing.assert_array_equal(filled.answers(np.asarray(x)), [2, -1])  # as `run` asks a black box
+    with pytest.raises(ValueError, match="must be a finite number, got nan"):
+        rewards.where_infeasible(reward, float("nan"))

@@ -29,6 +29,11 @@ FIXED = {"use_bn": False}
 CHOICES = {"conv": ("GCN",)}
 
 
+def elu(x: Array) -> Array:
+    """Return x above 0, e^x - 1 below: to an absolute 1e-7, at half the cost of the accurate `expm1` near 0."""
+    return jnp.where(x > 0, x, jnp.exp(jnp.minimum(x, 0.0)) - 1.0)
+
+
 class Linears(nn.Module):
     """`linears.0`, `linears.1`, ... with ELU between them.
 
@@ -41,7 +46,7 @@ class Linears(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         for number, width in enumerate(self.features):
-            x = dense(width, name=f"linears.{number}")(nn.elu(x) if number else x)
+            x = dense(width, name=f"linears.{number}")(elu(x) if number else x)
         return x
 
 
@@ -130,15 +135,16 @@ class GraphAttentionLayer(nn.Module):
         adjacency = normalised(jnp.moveaxis(graphs.matrix(edges, nodes), -1, 1))  # [B, C, N, N]
         held = GraphAttention(given, self.inner, self.features, name="attn")(x.shape[-1])
 
-        def convolved(name: str) -> Array:
-            weight, bias = held[name]
-            return adjacency @ jnp.einsum("bnf,cfh->bcnh", x, weight) + bias[:, None]
-
-        q, k, v = convolved("gnn_q"), convolved("gnn_k"), convolved("gnn_v")  # [B, C, N, H]
+        parts = [held[name] for name in ("gnn_q", "gnn_k", "gnn_v")]
+        weight, bias = (jnp.concatenate(part, -1) for part in zip(*parts, strict=True))
+        convolved = adjacency @ jnp.einsum("bnf,cfh->bcnh", x, weight) + bias[:, None]
+        q, k, v = jnp.split(convolved, (self.inner, 2 * self.inner), -1)  # [B, C, N, H]
         split = lambda a: a.reshape(*a.shape[:-1], self.heads, -1)  # noqa: E731
         products = jnp.einsum("bcnhd,bcmhd->bchnm", split(q), split(k)) / self.features**0.5
-        scores = jnp.moveaxis(jnp.tanh(products).mean(2), 1, -1)  # [B, N, N, C]
-        scores = graphs.triangle(scores + scores.swapaxes(1, 2)) / 2
+        scores = jnp.tanh(products).mean(2)  # [B, C, N, N]
+        i, j = graphs.pairs(nodes)
+        scores = (scores + scores.swapaxes(2, 3)).reshape(*scores.shape[:2], -1)[..., i * nodes + j]
+        scores = jnp.moveaxis(scores, 1, -1) / 2  # [B, E, C]
         values = jnp.moveaxis(v, 1, 2).reshape(*x.shape[:2], -1)
         mixed = Linears((self.features, self.features), name="multi_channel")(values)
         wide = 2 * max(given, self.channels)

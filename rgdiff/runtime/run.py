@@ -253,7 +253,7 @@ class Run:
                     # A black box is called between two programs, not inside one.
                     online = inner.online if inner is tuner else dataclasses.replace(tuner, tuner=inner.online)
                     return tuners.fit_online(
-                        online, key, state, steps, inner.reward.function, data=data, batch=batch,
+                        online, key, state, steps, inner.reward.answers, data=data, batch=batch,
                         heldout=None if inner.heldout is None else _judged(inner.heldout), on_step=on_step, mesh=self.mesh,
                     )  # fmt: skip
                 except RewardFailure as failure:
@@ -267,7 +267,7 @@ class Run:
 
 def _judged(heldout: Any) -> Any:
     """A held-out reward as a host function."""
-    return heldout.function if isinstance(heldout, HostReward) else partial(score, heldout)
+    return heldout.answers if isinstance(heldout, HostReward) else partial(score, heldout)
 
 
 def use_compilation_cache(cache: Path) -> None:

@@ -59,11 +59,6 @@ def checked(name, overrides):
     return chosen
 
 
-def test_every_command_of_a_comment_composes():
-    for name, overrides in sorted(set(commands())):
-        checked(name, overrides)
-
-
 def test_every_command_of_the_readme_and_the_docs_composes():
     """Those of the command line; my_module stands for a user's."""
     root = Path(__file__).resolve().parents[2]

@@ -28,13 +28,16 @@ def _form(domain: Any) -> Any:
     return domain.form
 
 
-def molecule_oracle(domain: MoleculeDomain | SmilesDomain, oracle: TextOracle, correct: bool = True) -> Task:
+def molecule_oracle(
+    domain: MoleculeDomain | SmilesDomain, oracle: TextOracle, correct: bool = True, invalid: float | None = None
+) -> Task:
     """Make the task of an oracle of canonical SMILES, evaluated on those molecules alone that are valid as they came.
 
     Args:
       domain: of molecules.
       oracle: from `rgdiff.oracles.oracle`, of your own function of a SMILES.
-      correct: whether the guide sees graphs with impossible valences as corrected; else they are infeasible (NaN).
+      correct: whether the guide sees graphs with impossible valences as corrected; else they are infeasible.
+      invalid: the guide's value of a sample that is infeasible, so that policies learn to avoid it; None for NaN.
 
     Returns:
       The task; its rewards have no gradient.
@@ -44,7 +47,11 @@ def molecule_oracle(domain: MoleculeDomain | SmilesDomain, oracle: TextOracle, c
     """
     form = _form(domain)
     guide, judge = (rewards.from_host(MoleculeReward(oracle, form, kind)) for kind in (bool(correct), False))
-    return Task(guide, judge)
+    return Task(_filled(guide, invalid), judge)
+
+
+def _filled(guide: Reward, invalid: float | None) -> Reward:
+    return guide if invalid is None else rewards.where_infeasible(guide, invalid)
 
 
 def molecule_function(
@@ -52,6 +59,7 @@ def molecule_function(
     fn: Callable[[str], float],
     version: str | None = None,
     correct: bool = True,
+    invalid: float | None = None,
     cache_dir: str | None = None,
     workers: int | None = None,
     timeout: float = 60.0,
@@ -63,7 +71,8 @@ def molecule_function(
       domain: of molecules.
       fn: canonical SMILES -> number; it raises where there is none, or returns NaN.
       version: of the function: with one, answers are kept on disk under it; None keeps them in memory alone.
-      correct: whether the guide sees graphs with impossible valences as corrected; else they are infeasible (NaN).
+      correct: whether the guide sees graphs with impossible valences as corrected; else they are infeasible.
+      invalid: the guide's value of a sample that is infeasible, so that policies learn to avoid it; None for NaN.
       cache_dir: where answers are kept, shared by runs; the run's cache when None.
       workers: processes that answer, as many as cores by default; 0 for none.
       timeout: seconds an answer may take.
@@ -78,7 +87,7 @@ def molecule_function(
     _form(domain)
     kept = None if version is None else _folder(cache_dir)
     settings: dict[str, Any] = {"workers": workers, "timeout": timeout, "retries": retries, "folder": kept}
-    return molecule_oracle(domain, oracles.oracle(fn, version=version or "", **settings), correct)
+    return molecule_oracle(domain, oracles.oracle(fn, version=version or "", **settings), correct, invalid)
 
 
 def _folder(cache_dir: str | None) -> Path | None:
@@ -91,6 +100,7 @@ def molecule_property(
     name: str = "qed",
     reference: str | None = None,
     correct: bool = True,
+    invalid: float | None = None,
     workers: int | None = None,
     timeout: float = 60.0,
     retries: int = 1,
@@ -101,7 +111,8 @@ def molecule_property(
       domain: of molecules.
       name: qed, sa ((10 - SA) / 9), logp, penalised_logp, weight (Da), similarity, substructure or scaffold.
       reference: of the last three, a SMILES or (substructure) a SMARTS.
-      correct: whether the guide sees graphs with impossible valences as corrected; else they are infeasible (NaN).
+      correct: whether the guide sees graphs with impossible valences as corrected; else they are infeasible.
+      invalid: the guide's value of a sample that is infeasible, so that policies learn to avoid it; None for NaN.
       workers: processes that answer, as many as cores by default; 0 for none.
       timeout: seconds an answer may take.
       retries: of a molecule whose process hung or died.
@@ -114,7 +125,7 @@ def molecule_property(
     """
     _form(domain)
     oracle = smiles_property(name, reference, workers=workers, timeout=timeout, retries=retries)
-    return molecule_oracle(domain, oracle, correct)
+    return molecule_oracle(domain, oracle, correct, invalid)
 
 
 def property_network(
@@ -158,7 +169,7 @@ def property_network(
             f"domain's have {nodes} with {len(elements)}; choose domain=zinc250k"
         )
     judged = molecule_objective(
-        domain, [{"name": "qed"}, {"name": "sa"}], "product", correct, workers, timeout, retries
+        domain, [{"name": "qed"}, {"name": "sa"}], "product", correct, workers=workers, timeout=timeout, retries=retries
     )
     return Task(reward, judged.reward)
 
@@ -172,6 +183,7 @@ def molecule_docking(
     docking_seed: int = 1,
     executable: str | None = None,
     correct: bool = True,
+    invalid: float | None = None,
     data_dir: str | None = None,
     cache_dir: str | None = None,
     workers: int | None = None,
@@ -186,7 +198,8 @@ def molecule_docking(
       center, size: of the box that is searched, x, y, z in Angstrom.
       exhaustiveness, docking_seed: of the search.
       executable: a program with Vina's options, or None for the package `vina`.
-      correct: whether the guide sees graphs with impossible valences as corrected; else they are infeasible (NaN).
+      correct: whether the guide sees graphs with impossible valences as corrected; else they are infeasible.
+      invalid: the guide's value of a sample that is infeasible, so that policies learn to avoid it; None for NaN.
       data_dir: folder of the receptor; the environment variable RGDIFF_DATA when None.
       cache_dir: where answers are kept, shared by runs; the run's cache when None.
       workers: processes that dock, as many as cores by default.
@@ -212,7 +225,7 @@ def molecule_docking(
         retries=retries,
         folder=_folder(cache_dir),
     )
-    return molecule_oracle(domain, oracle, correct)
+    return molecule_oracle(domain, oracle, correct, invalid)
 
 
 def molecule_objective(
@@ -220,6 +233,7 @@ def molecule_objective(
     parts: Sequence[Mapping[str, Any]],
     combine: str = "product",
     correct: bool = True,
+    invalid: float | None = None,
     workers: int | None = None,
     timeout: float = 60.0,
     retries: int = 1,
@@ -231,7 +245,7 @@ def molecule_objective(
       parts: each with a `name`, and where it needs them `reference`, as `molecule_property` has them; `low`, `high` or both, for 1
         where the property is between them and 0 elsewhere; `weight` in a sum, 1 by default.
       combine: product or sum.
-      correct, workers, timeout, retries: as `molecule_property`.
+      correct, invalid, workers, timeout, retries: as `molecule_property`; `invalid` is of the whole.
 
     Returns:
       The task; its rewards have no gradient.
@@ -262,4 +276,4 @@ def molecule_objective(
             return rewards.product(made)
         return rewards.weighted_sum(made, [float(part.get("weight", 1.0)) for part in parts])
 
-    return Task(combined(bool(correct)), combined(False))
+    return Task(_filled(combined(bool(correct)), invalid), combined(False))
