@@ -143,6 +143,7 @@ def test_a_geometric_schedule_is_the_limit_of_karras():
         schedules.geometric_ve(1.0, 1.0)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("rows", [2, 3])
 def test_graphs_by_size_have_the_same_results_and_gradients(rows):
     """In any order of sizes; what is left out of a small graph is nothing that it reads."""

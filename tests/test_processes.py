@@ -62,6 +62,7 @@ ZERO_SNR = {  # alpha and sigma at t in float64, of schedules with alpha(1) = 0
 TABLE = np.append(np.linspace(0.97, 0.1, 9), 0.0)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("name", ZERO_SNR)
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.first(3)
@@ -260,6 +261,7 @@ def test_forward_and_prior():
     np.testing.assert_allclose(prior.std, 20.0)
 
 
+@pytest.mark.slow
 def test_times_per_example_equal_scalar_times():
     """A vector of times [B] is B scalar times, for every process."""
     key = jax.random.key(1)

@@ -316,6 +316,7 @@ def test_problems_of_particles_split_over_devices_without_collectives():
     assert "all-" not in program and "collective-permute" not in program
 
 
+@pytest.mark.first(5)
 @each_sampler
 def test_sampler_counts_its_network_calls(make):
     """network_calls(moves) is the rows that reach the network, over the batch; at most, where copies cost nothing."""
@@ -696,6 +697,7 @@ def test_tuner_jit_equals_no_jit(make):
     assert {leaf.dtype.name for leaf in jax.tree.leaves(numbers)} <= {"float32", "int32"}
 
 
+@pytest.mark.first(3)
 @each_tuner
 def test_tuner_compiles_once(make):
     train(make, 6, chunk=3)
@@ -771,6 +773,7 @@ def _rows_model(params):
     return Net(params, True)
 
 
+@pytest.mark.first(2)
 @each_tuner
 def test_tuner_leaves_the_callers_parameters_alone(make):
     """`fit` donates its state, never what `init` was given."""

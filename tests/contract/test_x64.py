@@ -194,6 +194,7 @@ def test_tuners_keep_their_types(name, double):
     assert types(after) == types(jax.eval_shape(lambda: state))
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("make", [samplers.smc, samplers.tds])
 def test_particles_under_x64_are_right(make):
     """log Z of a linear reward in closed form, with a float64 reward."""

@@ -279,6 +279,7 @@ def test_classifiers_learn_from_either_split(digits, classifiers):
         assert metrics.classifier_accuracy(classifier, digits.test_x, digits.test_y) >= 0.96
 
 
+@pytest.mark.slow
 def test_training_is_a_function_of_its_key(digits):
     def fit(seed):
         return train_classifier(jax.random.key(seed), digits.test_x, digits.test_y, 10, steps=5, width=4, features=8)
@@ -333,7 +334,7 @@ def test_classifier_is_a_pytree_of_parameters():
 # rewards
 
 
-def test_likeness_is_minus_the_distance_to_the_nearest_image(digits):
+def test_likeness_is_minus_the_distance_to_the_nearest_image(digits, monkeypatch):
     real, x = digits.heldout_x[:30], np.concatenate([digits.heldout_x[3:5], np.zeros((1, 8, 8, 1), np.float32)])
     expected = -np.sqrt(((x[:, None] - real) ** 2).mean((2, 3, 4))).min(1)
     np.testing.assert_allclose(rewards.likeness(real)(jnp.asarray(x)), expected, atol=1e-5)
@@ -342,6 +343,7 @@ def test_likeness_is_minus_the_distance_to_the_nearest_image(digits):
     with pytest.raises(ValueError, match=r"N >= 1"):
         rewards.likeness(real[:0])
     judge = types.SimpleNamespace(classifier=None)
+    monkeypatch.setattr(images, "train_classifier", functools.partial(train_classifier, steps=2))
     few = image_tasks.digit(digits, judge, jax.random.key(0), examples=20, judged="likeness")
     assert few.heldout.images.shape[0] == (digits.heldout_y == 3).sum()
     with pytest.raises(ValueError, match=r"reward.examples must be 10 .* got 9"):

@@ -38,6 +38,7 @@ def on_grid(law, half, cells=160):
     return np.exp(values).reshape(cells, cells), 2 * half / cells
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "figure_eight" else n for n in LAWS])
 def test_densities_integrate_to_one_and_match_the_samples(name):
     law, half = LAWS[name]
@@ -57,6 +58,7 @@ def test_densities_integrate_to_one_and_match_the_samples(name):
     )  # midpoints of a cell: good to far less than the noise
 
 
+@pytest.mark.first(1)
 @pytest.mark.first(2)
 @pytest.mark.parametrize("name", planar.LAWS)
 def test_scale_and_noise_are_a_change_of_variables(name):
@@ -94,6 +96,7 @@ def test_the_rings_have_their_radii_and_noise():
         assert abs(part.std() / 0.1 - 1) < 0.03
 
 
+@pytest.mark.slow
 def test_spirals_lie_on_their_arms():
     """Without noise a point's distance from its arm is at most the blur's diagonal; the two arms are each other's negative."""
     law = planar.Spirals(jnp.float32(1e-6))

@@ -35,6 +35,7 @@ def close(a, b, rtol=1e-4, atol=1e-5):
 # ---------------------------------------------------------------- the affine maps and their chains
 
 
+@pytest.mark.first(4)
 @pytest.mark.parametrize("schedule", ["linear_vp", "karras_ve", "flow"])
 @pytest.mark.parametrize("guide", ["dps", "pigdm", "tmpd", "dtmpd"])
 def test_a_guided_prediction_is_its_affine_map(guide, schedule):
@@ -90,6 +91,7 @@ def test_pigdm_with_another_variance_and_the_row_sums_are_not_exact():
 DPS_BIAS = {0.1: (1.5, 0.0050), 0.5: (1.47253, 0.12496), 1.0: (0.94818, 0.43233)}
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("noise", DPS_BIAS)
 def test_dps_has_its_known_bias(noise):
     laws = [Measured(1.0, 1.5, noise, guide="dps", m=[0], c=[[1]], steps=n).law() for n in (4096, 8192)]
@@ -190,6 +192,7 @@ class ClassifierFreeWorld(GaussianWorld):
         return np.array([[free + self.w * (given - free)]]), np.zeros(1)
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("w", [2.0, 3.0, 5.0])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_classifier_free_guidance_has_its_exact_variance(w, eta):
@@ -326,6 +329,7 @@ def test_measurements_are_log_likelihoods():
     assert image.transpose(image.residual(jnp.asarray(x0)[..., None])).shape == (4, 3, 1)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("guide", ["dps", "pigdm", "tmpd"])
 def test_inpainting_is_the_linear_measurement_of_the_rows_seen(guide):
     world, x = GaussianWorld(M3, C3), states()
@@ -471,6 +475,7 @@ def test_where_the_state_says_nothing_nothing_is_guided():
         close(apply(guided, states(), 1.0), apply(world.denoiser, states(), 1.0))
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("hidden", [False, True])
 def test_no_reward_guides_where_the_error_of_eps_is_divided_by_a_small_alpha(hidden):
     """r = b.x at scale 2 has the law N(2 b, I), by DPS; by the tilt that of the exact denoiser; under r = -|x - b|^2 DPS is too narrow."""

@@ -59,6 +59,7 @@ def test_masked_tilt_by_enumeration(tilts):
         np.testing.assert_allclose(ratio, ratio[:1].repeat(rows.sum(), 0), rtol=1e-4)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("discrete", [False, True])
 def test_guidance_of_an_example_does_not_depend_on_its_batch(discrete):
     world = correlated(length=2, steps=4) if discrete else GaussianWorld([0.5, 1.0], np.eye(2))

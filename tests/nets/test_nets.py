@@ -203,6 +203,7 @@ def run(net, params, x, t, cond=None):
     return jax.jit(net.apply)({"params": params}, x, t, cond)
 
 
+@pytest.mark.first(3)
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ("unet", "dit", "graph"))) for n in NETS]
 )
@@ -415,6 +416,7 @@ def test_a_network_of_graphs_sees_no_order_of_nodes_no_absent_ones_and_every_for
     np.testing.assert_allclose(net.apply({"params": params}, strange, t), out, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_rounded_graph_network_sees_the_molecule_and_has_a_gradient():
     """Numbers whose reading is one molecule have its value, with the gradient at it; thresholds are those of the reader of graphs."""
     rng = np.random.default_rng(0)

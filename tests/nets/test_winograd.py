@@ -74,6 +74,7 @@ def test_float32_rounds_to_some_millionths(exact):
         assert min(errors) > 3e-7
 
 
+@pytest.mark.slow
 def test_vmap_over_inputs_kernels_and_both():
     x, kernel = (jnp.asarray(one, jnp.float32) for one in (normal(2, *SHAPE), normal(2, *KERNEL)))
     dy = jnp.asarray(normal(*SHAPE[:-1], KERNEL[-1]), jnp.float32)

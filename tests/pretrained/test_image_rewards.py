@@ -98,6 +98,7 @@ def test_cond_says_which_text(folder):
             rewards.score(reward, x, wrong)
 
 
+@pytest.mark.slow
 def test_rounding_is_the_default_and_passes_the_gradient_on(folder):
     """A picture of 8 bits and one a third of a level from it have one score, and still a gradient: that without rounding, nearly."""
     x = jnp.round(jnp.asarray(pictures(1)) * 0.5 + 64.0) / 127.5 - 1  # grey enough that no resize is clipped

@@ -41,6 +41,7 @@ def relative(found, expected) -> float:
     return float(abs(np.asarray(found) - expected).max() / abs(expected).max())
 
 
+@pytest.mark.slow
 def test_fifty_ddim_moves_with_guidance_are_those_of_diffusers(prior):
     """The chain ends at the first level, as the file says; pictures and latents are the autoencoder's."""
     golden = np.load(GOLDEN / "pipeline.npz")
@@ -94,6 +95,7 @@ def test_labels_are_the_networks_classes(tmp_path):
         prior.guided(2.0)
 
 
+@pytest.mark.first(1)
 def test_one_networks_folder_needs_a_scheduler(folder):
     with pytest.raises(ValueError, match="give scheduler="):
         pretrained.from_diffusers(folder / "unet")
@@ -256,6 +258,7 @@ DAMAGES = [
 ]
 
 
+@pytest.mark.first(12)
 @pytest.mark.parametrize(("damage", "message"), DAMAGES)
 def test_damage_is_one_line_that_names_the_file(copy, damage, message, monkeypatch):
     """And it is found before a tensor is read."""

@@ -5,7 +5,6 @@ import itertools
 import json
 import re
 import sys
-from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +12,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from rgdiff.cli import main, options_first
-from rgdiff.domains.images import data as image_data
 from rgdiff.domains.images import rewards as image_rewards
 from rgdiff.recipes import compose as recipe
 from rgdiff.recipes.sweep import expand
@@ -78,12 +76,6 @@ MORE = {
     "tilt": [],
     "tmpd": ["reward=downsampling", "method.options.diagonal=true"],
 }
-
-
-@pytest.fixture(autouse=True)
-def rough_classifiers(monkeypatch):
-    """Rewards and judges that are quickly trained: what they think of images matters to no test here."""
-    monkeypatch.setattr(image_data, "train_classifier", partial(image_data.train_classifier, steps=20))
 
 
 @pytest.fixture(scope="module")

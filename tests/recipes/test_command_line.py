@@ -217,6 +217,7 @@ def test_too_little_memory_is_one_line(monkeypatch, tmp_path, capsys):
     assert "out of memory; ask for fewer samples" in line and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_paths_are_taken_as_they_are(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     for given in ("runs/größe", "runs/paren(1)", "runs/a=b", "runs/a,b", "007", "runs/a b", "true", "runs/a{b}"):
@@ -355,6 +356,7 @@ def test_one_process_at_a_time_is_in_a_folder(tmp_path):
     assert (tmp_path / "run" / "config.yaml").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_before_it_made_anything_leaves_nothing(tmp_path, monkeypatch, capsys, cache, made):
     def fails(*_):
         raise ValueError("no luck")
@@ -534,6 +536,7 @@ def test_the_first_interruption_saves_what_is_done(tmp_path, capfd, ctrl_c, numb
     np.testing.assert_array_equal(fit("broken"), whole)
 
 
+@pytest.mark.slow
 def test_some_steps_of_training_are_traced(tmp_path, capsys):
     folder = RunFolder.create(tmp_path / "run", {})
     run = Run(folder, 0, tmp_path / "cache", profile={"skip": 12, "steps": 5})

@@ -135,6 +135,7 @@ def test_every_recipe_has_a_prior_and_a_reward_that_its_domain_names():
 WITHOUT_DATA = {"anomaly", "curve", "digits", "mixture", "mnist16", "planar"}
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("domain", sorted(WITHOUT_DATA))
 def test_the_priors_that_a_domain_names_fit_it(domain):
     built = recipe.build(recipe.compose("steer", [f"domain={domain}"])["domain"])

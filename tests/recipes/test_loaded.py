@@ -53,6 +53,7 @@ def test_a_run_is_loaded_without_training(made, monkeypatch):
         run.denoiser("svdd")
 
 
+@pytest.mark.slow
 def test_a_prior_that_is_not_cached_any_more_comes_from_the_runs_checkpoints(made, tmp_path):
     moved = shutil.copytree(made, tmp_path / "moved")
     run = rgdiff.load(moved, cache_dir=tmp_path / "empty")

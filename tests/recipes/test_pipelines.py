@@ -61,6 +61,7 @@ def test_a_recipe_runs_end_to_end(folder, tmp_path, name):
         assert config["r"] == 2 and any(target.endswith("attn2.to_q") for target in config["target_modules"])
 
 
+@pytest.mark.first(4)
 @pytest.mark.parametrize("name", SMALL)
 def test_a_recipe_composes_and_checks(folder, tmp_path, name, capsys):
     assert main([*arguments(folder, name, tmp_path / "run"), "--dry-run"]) == 0
@@ -85,6 +86,7 @@ def cifar(tmp_path_factory):
     ]  # fmt: skip
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("steps", [10, 4])
 def test_dxmi_composes_on_a_ddpm_of_pictures(cifar, tmp_path, steps, capsys):
     assert main([*cifar, f"steps={steps}", f"out={tmp_path / 'run'}", "--dry-run"]) == 0
@@ -105,6 +107,7 @@ def test_dxmi_learns_on_a_ddpm_of_pictures(cifar, tmp_path):
     assert samples["dxmi"].shape == (8, 8, 8, 3) and np.all(np.isfinite(samples["dxmi"]))
 
 
+@pytest.mark.first(3)
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -137,6 +140,7 @@ def test_refusals(folder, tmp_path, more, message, capsys):
     assert message in said[-1] and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_pictures_are_decoded_some_at_a_time(folder):
     domain = pipeline(str(folder))
     x0 = np.random.default_rng(0).standard_normal((9, 8, 8, 4)).astype(np.float32)
@@ -157,6 +161,7 @@ def test_colour_by_hand():
         tasks.colour([2, 0, 0])
 
 
+@pytest.mark.slow
 def test_a_drawn_digit_is_judged_by_other_images():
     task = tasks.digit(3)
     x = np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)

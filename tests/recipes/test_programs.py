@@ -80,6 +80,7 @@ def test_planned_programs_are_those_that_run():
     assert tuners.fit(tuner, key, tuner.init(params), 1).step == 1
 
 
+@pytest.mark.slow
 def test_a_prior_in_bfloat16_keeps_its_parameters_and_moments():
     """Its products are of bfloat16; parameters, moments, states and what is made of predictions are float32."""
     tuned = [*SMALL, "method=draft_k", "method.batch=8"]

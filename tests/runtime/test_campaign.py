@@ -105,6 +105,7 @@ def test_another_answer_than_before_is_refused(first):
     assert campaign.ask().ids.tolist() == [0, 1, 2, 4, 5]
 
 
+@pytest.mark.slow
 def test_queries_given_up_do_not_count_until_they_come_after_all(first, tmp_path):
     campaign, ids, x0 = first
     campaign.tell(ids[:4], [1.0, 2.0, 3.0, 4.0])

@@ -176,6 +176,7 @@ def test_a_measurement_is_a_value_with_the_variance_of_x0(noise):
     assert samplers.das(world.process, world.denoiser, seen, world.times).reward is seen
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("hidden", [False, True])
 def test_no_potential_is_taken_where_the_error_of_eps_is_divided_by_a_small_alpha(hidden):
     """Of N(0, I) and r = -|x - c|^2 / 2, log Z is that of Gaussians; the plug-in value of eps near t = 1 loses it by nats."""
@@ -239,6 +240,7 @@ def half_infeasible(world):
     return reward, float(np.log(z / np.sqrt(2 * np.pi * cov))), float(np.trapezoid(density * x, x) / z)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(
     "setting",
     [
@@ -265,6 +267,7 @@ def test_lineages_through_infeasible_means_live_on(setting):
     assert_unbiased(first, mean)
 
 
+@pytest.mark.slow
 def test_without_resampling_infeasible_regions_are_importance_sampling():
     """N(0, 1) cut at 0: log Z = log 1/2 and the mean -sqrt(2 / pi) of the chain's deviation, at any potential."""
     world = GaussianWorld([0.0], [[1.0]], steps=8)
@@ -342,6 +345,7 @@ BAD = {
 }
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("reward", BAD)
 @pytest.mark.parametrize("setting", [pytest.param("max", marks=pytest.mark.slow), "tempered and twisted"])
 def test_bad_rewards_end_in_finite_samples(reward, setting):

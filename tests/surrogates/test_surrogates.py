@@ -204,6 +204,7 @@ def test_a_mixed_state_is_one_vector_to_a_network():
     np.testing.assert_allclose(values[0], values[1], rtol=1e-5)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("kind", ["rbf", "tanimoto"])
 def test_the_gaussian_process_is_sklearns(kind):
     from sklearn.gaussian_process import GaussianProcessRegressor

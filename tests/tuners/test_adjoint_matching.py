@@ -182,6 +182,7 @@ def adam(rate, steps):
     return optax.adam(optax.cosine_decay_schedule(rate, steps), b2=0.99)
 
 
+@pytest.mark.slow
 def test_tuning_ends_at_the_best_shifts_of_a_short_chain():
     """N(0, 1), r = 2x - x^2, alpha = 1, T = 10: mean and variance of the docstrings, .571 and .221; p exp(r)/Z has .523 and .262."""
     w = GaussianWorld([0.0], [[1.0]], steps=10, b=[2.0], q=[[2.0]])

@@ -147,6 +147,7 @@ def test_draft_lv_gradient_and_its_switches(eta):
         assert tuner.network_calls() == w.times.shape[0] + n
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("k", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_kl_regularised_gradient_and_its_value(k):
     """- weight * path KL, to the reference's own chain; moves before the cut through their kernels, not their states."""
@@ -255,6 +256,7 @@ def test_masked_reward_gradient_through_the_network(moves, relaxation):
     assert_magnitude(gradient(tuner, params, seeds=2).ravel(), np.ravel(exact), 0.03)
 
 
+@pytest.mark.slow
 def test_masked_truncation_holds_earlier_states_constant():
     """K = 1 of T = 2 moves, independent tokens: only tokens unmasked by the last move count, half of them."""
     process, reward, model, params = masked_case()

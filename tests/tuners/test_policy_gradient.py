@@ -163,6 +163,7 @@ def table_policy(params):
     return TableDenoiser(params, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("events", [slow(False), True], ids=["masked", "first_hitting"])
 def test_first_step_is_unbiased_in_a_masked_chain(events):
     """All logits of all partial states, with a KL to the prior: by enumeration."""

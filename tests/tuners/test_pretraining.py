@@ -58,6 +58,7 @@ def bayes_error(w, target, weighting="uniform"):
     return total / len(t)
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(
     ("target", "weighting"), [("x0", "uniform"), ("eps", "uniform"), ("v", "uniform"), ("x0", "min_snr")]
@@ -292,6 +293,7 @@ def test_half_precision_keeps_a_float32_master():
         tuners.float32_master(3)
 
 
+@pytest.mark.slow
 def test_moments_as_one_vector_are_the_same_moments():
     """The clip is of the norm over all parameters, and decay of each: updates are those of a tree, over clipped and skipped gradients."""
     params = {"a": jnp.linspace(0.5, 2.0, 6).reshape(2, 3), "b": jnp.float32(-1.0)}

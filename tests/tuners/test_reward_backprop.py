@@ -272,6 +272,7 @@ def test_several_references_have_a_weight_each():
     np.testing.assert_allclose([info["kl"], info["kl_2"]], [i["kl"] for _, i in each], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_draft_plus_pays_the_squared_difference_of_noise_at_live_calls():
     w, shift = world(eta=0.0), 0.3
     reference = w.model(f32([THETA[0] + shift, THETA[1]]))

@@ -28,6 +28,7 @@ GAUSSIANS = [
 C2 = [[0.5, 0.3], [0.3, 0.9]]
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize(("schedule", "eta"), GAUSSIANS)
 def test_gaussian_chain_has_the_law_of_the_recursion(schedule, eta):
     world = GaussianWorld([0.7, -0.4], C2, schedule=schedule, eta=eta)
