@@ -36,6 +36,7 @@ def test_schedules_match_their_float64_definition(name):
         assert times.shape == (steps,) and times.dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_between_the_levels_of_a_table_log_snr_is_linear():
     """At 1/T, ..., 1 the levels, to the last bit whatever a time's rounding; between them linear; before the first, the first."""
     table = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))

@@ -28,23 +28,31 @@ from rgdiff.runtime.cpu import keep_memory
 SHOWN, RUNS = 8, 5
 
 
-def shares(events: list[dict[str, Any]]) -> dict[str, float]:
+def shares(events: list[dict[str, Any]], names: dict[str, str] | None = None) -> dict[str, float]:
     """Return the share of every kind of operation in the time of all, the largest first, loops as their bodies alone.
 
     Args:
       events: of a trace, durations in microseconds.
+      names: of operations, by `named`; their kinds by default.
     """
     took: collections.Counter[str] = collections.Counter()
     for event in events:
         name = event.get("args", {}).get("hlo_op")
         if event.get("ph") == "X" and name and not name.startswith("while"):
-            took[re.sub(r"[.\d]+$", "", name)] += event["dur"]
+            kind = re.sub(r"[.\d]+$", "", name)
+            took[kind if names is None else names.get(name, kind)] += event["dur"]
     total = sum(took.values())
     return {kind: duration / total for kind, duration in took.most_common()}
 
 
-def profiled(function: Any, *args: Any) -> dict[str, float]:
-    """Compile and run a function under the profiler."""
+def named(program: Any) -> dict[str, str]:
+    """Return what a compiled program's operations are in the source: module and primitive, numbers of layers left out."""
+    found = re.findall(r"^\s*(?:ROOT )?%?(\S+) = .*op_name=\"([^\"]*)\"", program.as_text(), re.M)
+    return {name: re.sub(r"\.\d+|jit\(|\)", "", source.split("closed_call/")[-1]) for name, source in found}
+
+
+def profiled(function: Any, *args: Any, by_name: bool = False) -> dict[str, float]:
+    """Compile and run a function under the profiler; return shares by kind of operation, or by name in the source."""
     program = jax.jit(function).lower(*args).compile()
     jax.block_until_ready(program(*args))
     with tempfile.TemporaryDirectory() as folder:
@@ -52,7 +60,8 @@ def profiled(function: Any, *args: Any) -> dict[str, float]:
             for _ in range(RUNS):
                 jax.block_until_ready(program(*args))
         (file,) = Path(folder).rglob("*.trace.json.gz")
-        return shares(json.loads(gzip.decompress(file.read_bytes()))["traceEvents"])
+        events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+        return shares(events, named(program) if by_name else None)
 
 
 def main() -> None:

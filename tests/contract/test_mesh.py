@@ -169,6 +169,7 @@ def test_denoisers_of_denoisers_move_no_rows(name):
     assert collectives(eight.as_text()) == {}
 
 
+@pytest.mark.first(1)
 @pytest.mark.usefixtures("wide")
 @contract.table_of(contract.TUNERS, contract.draft_k, contract.ddpo)
 def test_tuner_on_eight_devices(make):

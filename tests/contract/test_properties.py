@@ -77,6 +77,7 @@ def drawn(kind: str, name: str):
     return draw
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(
     ("kind", "name"),
     [

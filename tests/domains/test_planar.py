@@ -111,6 +111,7 @@ def test_spirals_lie_on_their_arms():
     np.testing.assert_allclose(log_prob(y, x), log_prob(y, -x), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_distance_to_curves_in_closed_form():
     radius, angle = np.array([1.0, 1.9, 2.5, 3.0]), np.array([0.3, 2.0, 3.0, 4.5])
     points = radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], -1)

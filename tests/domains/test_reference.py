@@ -87,6 +87,7 @@ def test_patches_are_channels_and_come_back():
     np.testing.assert_array_equal(_space_to_depth(jnp.arange(16.0).reshape(1, 4, 4, 1), 2)[0, 0, 1], [2, 3, 6, 7])
 
 
+@pytest.mark.slow
 def test_a_network_of_patches_is_the_network_of_their_channels():
     x, t = jax.random.normal(jax.random.key(0), (2, 8, 8, 1)), jnp.array([0.2, 0.8])
     patched = nets.UNet(channels=(8, 8), patch=2)

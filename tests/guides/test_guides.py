@@ -105,7 +105,7 @@ def test_dps_has_its_known_bias(noise):
 @pytest.mark.parametrize(
     ("schedule", "eta"), [("linear_vp", 1.0), ("linear_vp", 0.0), ("cosine_vp", 0.5), ("karras_ve", 1.0), ("flow", 0.0)]
 )
-@pytest.mark.first(1)
+@pytest.mark.slow
 def test_the_stable_scale_of_dps_is_where_a_move_reflects(schedule, eta):
     """At that scale the guided move, as a matrix, has the eigenvalue -1 along the coordinate seen best; unguided ones are above."""
     world = GaussianWorld([0.3, -0.2], 0.7 * np.eye(2), schedule=schedule, steps=8, eta=eta)
@@ -268,6 +268,7 @@ def test_reward_guidance_is_the_gradient_through_the_denoiser():
             close(apply(guided, x, t), expected)
 
 
+@pytest.mark.slow
 def test_lgd_tends_to_the_smoothed_gradient_as_one_over_root_n():
     """For a linear measurement E exp(log p(y | x0hat + r_t e)) is Gaussian: the limit is PiGDM."""
     world, x, t = GaussianWorld(M3, C3), states(128), 0.5
@@ -475,7 +476,7 @@ def test_where_the_state_says_nothing_nothing_is_guided():
         close(apply(guided, states(), 1.0), apply(world.denoiser, states(), 1.0))
 
 
-@pytest.mark.first(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden", [False, True])
 def test_no_reward_guides_where_the_error_of_eps_is_divided_by_a_small_alpha(hidden):
     """r = b.x at scale 2 has the law N(2 b, I), by DPS; by the tilt that of the exact denoiser; under r = -|x - b|^2 DPS is too narrow."""
@@ -580,6 +581,7 @@ def travelled(world, time_travel, window):
     return world.project(law, world.theta)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(("eta", "window"), [(1.0, (0.0, 1.0)), (0.0, (0.3, 0.7))])
 def test_time_travel_has_the_law_of_the_recursion(eta, window):
     world = GaussianWorld(

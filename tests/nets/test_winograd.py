@@ -55,6 +55,7 @@ def test_the_algorithm_is_exact(exact):
         assert max(map(relative, got, want)) < 1e-13
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("side", [4, 32])
 def test_sides_of_one_tile_and_of_many(side):
     x, kernel = normal(2, side, 4, 3), normal(3, 3, 3, 5)

@@ -95,7 +95,7 @@ def test_labels_are_the_networks_classes(tmp_path):
         prior.guided(2.0)
 
 
-@pytest.mark.first(1)
+@pytest.mark.slow
 def test_one_networks_folder_needs_a_scheduler(folder):
     with pytest.raises(ValueError, match="give scheduler="):
         pretrained.from_diffusers(folder / "unet")
@@ -258,7 +258,7 @@ DAMAGES = [
 ]
 
 
-@pytest.mark.first(12)
+@pytest.mark.first(6)
 @pytest.mark.parametrize(("damage", "message"), DAMAGES)
 def test_damage_is_one_line_that_names_the_file(copy, damage, message, monkeypatch):
     """And it is found before a tensor is read."""

@@ -106,11 +106,12 @@ def compose(method="svdd", reward="ink", domain="digits", prior="mlp"):
     recipe.check(recipe.compose("steer", overrides), recipe.trusted_modules(overrides))
 
 
-def test_methods_rewards_domains_and_priors_compose_and_check():
-    """Every choice of each group beside the usual ones of the others."""
-    for group in ("method", "reward", "domain", "prior"):
-        for name in recipe.names(group):
-            compose(**{group: name})
+@pytest.mark.first(2)
+@pytest.mark.parametrize("group", ["method", "domain", "reward", "prior"])
+def test_every_choice_composes_and_checks(group):
+    """Beside the usual ones of the other groups."""
+    for name in recipe.names(group):
+        compose(**{group: name})
 
 
 @pytest.mark.slow
@@ -222,7 +223,6 @@ CONDITIONAL = ["prior=unet_conditional"]
 
 
 def test_bad_input_is_one_line(tmp_path, cache, capsys):
-    fresh = [*TINY, f"out={tmp_path / 'f'}", f"cache_dir={cache}"]
     cases = {
         ("run", "quikstart"): "quickstart",
         ("run", "steer", "method=svd"): "did you mean 'svdd'",
@@ -242,17 +242,10 @@ def test_bad_input_is_one_line(tmp_path, cache, capsys):
         ): "candidates",
         ("run", "steer", "prior.eta=0", *TINY, f"out={tmp_path / 'c'}", f"cache_dir={cache}"): "eta = 0",
         ("run", "steer", "domain=mnist", f"data_dir={tmp_path}", f"out={tmp_path / 'd'}"): "MNIST file missing",
-        ("run", "steer", "method=svdd_r", *CONDITIONAL): "away from their conditions",
-        ("run", "steer", "method=svdd_mc", *CONDITIONAL): "a learnt value is not offered for a conditional prior",
-        ("run", "steer", "method=smc", *CONDITIONAL): "one problem of particles",
-        ("run", "steer", "method=seiko", *CONDITIONAL): "a campaign of queries",
-        ("run", "steer", "method=tmpd", *TINY, f"out={tmp_path / 'e'}", f"cache_dir={cache}"): "reward=inpainting",
         ("run", "steer", "method=pigdm", "method.temperature=0.5"): "give method.temperature=1",
-        ("run", "steer", "method=ddpo", "reward=compress", "method.noise=1", *fresh): "method.noise=null",
         ("run", "steer", "method=seiko", "method.tuning.temperature=0.1"): "do not read method.tuning.temperature",
         ("run", "steer", "method=tmpd", "method.temperature=0.5"): "give method.temperature=1",
         ("run", "steer", "method=seiko", "method.tuning.noise=0.5"): "do not read method.tuning.noise",
-        ("run", "steer", "method=dpok", *CONDITIONAL): "give +method.value.classes=N",
         ("run", "steer", "method=ddpo", "+method.options.foo=1"): "foo",
         ("run", "steer", "method=draft_k", "method.stopping={window: 99}", "method.steps=9"): "windows of 99 steps",
         ("run", "steer", "method=adapters"): "give method.adapters={FOLDER: WEIGHT}",
@@ -266,6 +259,22 @@ def test_bad_input_is_one_line(tmp_path, cache, capsys):
     for argv, expected in cases.items():
         assert expected in failing(capsys, *argv), argv
     assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.slow
+def test_what_is_refused_once_networks_are_known_is_one_line(tmp_path, cache, capsys):
+    fresh = [*TINY, f"out={tmp_path / 'f'}", f"cache_dir={cache}"]
+    cases = {
+        ("run", "steer", "method=svdd_r", *CONDITIONAL): "away from their conditions",
+        ("run", "steer", "method=svdd_mc", *CONDITIONAL): "a learnt value is not offered for a conditional prior",
+        ("run", "steer", "method=smc", *CONDITIONAL): "one problem of particles",
+        ("run", "steer", "method=seiko", *CONDITIONAL): "a campaign of queries",
+        ("run", "steer", "method=tmpd", *TINY, f"out={tmp_path / 'e'}", f"cache_dir={cache}"): "reward=inpainting",
+        ("run", "steer", "method=dpok", *CONDITIONAL): "give +method.value.classes=N",
+        ("run", "steer", "method=ddpo", "reward=compress", "method.noise=1", *fresh): "method.noise=null",
+    }
+    for argv, expected in cases.items():
+        assert expected in failing(capsys, *argv), argv
     for refused in ("e", "f"):  # before a prior was trained, and the folder is free for the corrected command
         assert not (tmp_path / refused / "config.yaml").exists() and not (tmp_path / refused / "checkpoints").exists()
 

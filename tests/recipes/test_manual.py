@@ -36,8 +36,10 @@ def out(capsys, *argv, code=0):
     return (told.err if code else told.out).strip()
 
 
-def test_every_name_has_a_page_that_is_short_and_names_its_options():
-    for group, name in manual.names():
+@pytest.mark.first(1)
+@pytest.mark.parametrize("part", range(3))
+def test_every_name_has_a_page_that_is_short_and_names_its_options(part):
+    for group, name in manual.names()[part::3]:
         page = manual.page(manual.full(group, name))
         assert len(page.splitlines()) < 60, (group, name)
         summary = recipe.summary_of(name, group)

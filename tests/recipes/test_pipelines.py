@@ -86,7 +86,7 @@ def cifar(tmp_path_factory):
     ]  # fmt: skip
 
 
-@pytest.mark.first(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [10, 4])
 def test_dxmi_composes_on_a_ddpm_of_pictures(cifar, tmp_path, steps, capsys):
     assert main([*cifar, f"steps={steps}", f"out={tmp_path / 'run'}", "--dry-run"]) == 0

@@ -40,6 +40,7 @@ def text(call):
     return call.function.lower(*call.arguments, **call.static).as_text()
 
 
+@pytest.mark.slow
 def test_a_plan_is_printed_and_nothing_written(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = [

@@ -111,6 +111,7 @@ def test_the_projection_is_one_more_move(law):
     jax.tree.map(np.testing.assert_array_equal, tuple(pieces), tuple(whole))
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("law", CHAINS)
 def test_draft_through_the_last_call_as_a_move(law):
     """The gradient of E r(x0) - KL through the tuner's own loop is that of sampling and differentiating."""
@@ -172,6 +173,7 @@ def test_a_plain_function_is_the_model_of_a_corrected_chain():
     assert state.params > 0.7
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("law", CHAINS)
 def test_one_loop_of_calls_with_and_without_a_gradient_has_the_gradient_of_two(law):
     process, times, denoiser = chain(law)

@@ -176,7 +176,7 @@ def test_a_measurement_is_a_value_with_the_variance_of_x0(noise):
     assert samplers.das(world.process, world.denoiser, seen, world.times).reward is seen
 
 
-@pytest.mark.first(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden", [False, True])
 def test_no_potential_is_taken_where_the_error_of_eps_is_divided_by_a_small_alpha(hidden):
     """Of N(0, I) and r = -|x - c|^2 / 2, log Z is that of Gaussians; the plug-in value of eps near t = 1 loses it by nats."""
@@ -295,6 +295,7 @@ ERRORS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "setting", ["systematic", *(pytest.param(s, marks=pytest.mark.slow) for s in ERRORS if s != "systematic")]
 )

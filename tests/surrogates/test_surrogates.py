@@ -152,6 +152,7 @@ def slope(n, values):
     return np.polyfit(np.log(n), np.log(values), 1)[0]
 
 
+@pytest.mark.slow
 def test_the_bonus_falls_as_one_over_root_n_and_the_released_one_does_not():
     """On x ~ N(1, I_16): a sqrt(phi^T (I + 11^T)^-1 phi / n) against a |phi|, which no data lower (research/seiko.md, S1)."""
     x = 1 + jax.random.normal(KEY, (15360, 16))

@@ -165,6 +165,7 @@ def test_g_loss_is_the_exact_conditional_mean_and_g_its_published_formula():
         np.testing.assert_array_equal(tilted[0], denoiser(f32(x), t)[0])
 
 
+@pytest.mark.slow
 def test_g_loss_stays_in_the_subspace_for_data_that_are_not_gaussian():
     """Theorem 1: a mixture on the subspace; G moves out of it by exactly its own step."""
     basis, theta, process, times, _, _ = world(50)
@@ -370,6 +371,7 @@ class Broken:
         return self.reward(x0) * jax.lax.stop_gradient(jnp.where(x0[:, 0] > 0, self.factor, 1.0))
 
 
+@pytest.mark.slow
 def test_samples_without_a_usable_gradient_are_counted_and_redrawn_from_the_prior():
     """NaN, infinite and huge rewards: the next round is unguided there, and no sample is ever NaN."""
     _, _, process, times, denoiser, reward = world(20)
@@ -561,6 +563,7 @@ def test_algorithm_2_reproduces_the_published_simulation(guidance):
         assert infos["theta_x"][-1] - infos["theta_x_inside"][-1] > infos["theta_x_inside"][-1]
 
 
+@pytest.mark.slow
 def test_unrolled_keys_give_jaxs_own_numbers():
     key, states = jax.random.key(3), jnp.zeros((4, 5))
     for draw in (

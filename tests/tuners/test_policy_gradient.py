@@ -465,6 +465,7 @@ def test_dpok_reaches_the_tilted_prior(kl_gradient):
         assert gap > 5e-3 and off > 0.05, (gap, off)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("events", [True, slow(False)])
 def test_a_kl_budget_is_kept(events):
     """First-hitting order, or all at once: the weight moves until the path KL stays at the budget, where J is the best for that weight."""
@@ -712,6 +713,7 @@ def ridges(params):
     return lambda x, cond=None: jnp.tanh(x @ params["a"][:1] + params["a"][1]) @ params["b"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "constraint, project, share",
     [("weight_clipping", True, 0.05), slow("weight_clipping", False, 0.7), slow("gradient_penalty", True, 0.25)],
@@ -781,6 +783,7 @@ def test_sft_pg_continues_and_does_not_trace_again():
 # ---------------------------------------------------------------- the path drawn again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [slow({}), {"clip": 0.2, "epochs": 2, "minibatches": 2}, slow({"clip": 0.2, "reference": 0.5, "kl_budget": 1.0})],

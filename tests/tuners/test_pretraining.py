@@ -201,6 +201,7 @@ def test_a_tiny_run_reaches_the_bayes_error_and_samples_the_data():
     assert bayes * 0.999 < trained < bayes * 1.02 and int(state.skipped) == 0, (trained, bayes)
 
 
+@pytest.mark.slow
 def test_the_average_follows_its_formula():
     """average <- d average + (1 - d) params with d = min(decay, (1 + n) / (10 + n)), n = 0, 1, ..."""
     w = world()

@@ -77,6 +77,7 @@ def test_mixture_quadrature_tends_to_the_data():
     assert -1.2 < slope([8, 16, 32], errors) < -0.7 and errors[2] < 0.03, errors
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("make", [factorised, correlated], ids=["factorised", "correlated"])
 @pytest.mark.parametrize("schedule", ["log_linear", pytest.param("cosine", marks=pytest.mark.slow)])
 def test_masked_chain_has_the_law_of_the_enumeration(make, schedule):
