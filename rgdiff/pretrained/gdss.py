@@ -7,6 +7,7 @@ released code's work. `read` reads both networks of one file, strictly.
 
 from __future__ import annotations
 
+import collections
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rgdiff import denoisers, graphs, processes, schedules
 from rgdiff.pretrained import weights
@@ -361,12 +363,39 @@ def _stacked(params: Params) -> Params:
     return out
 
 
+def _released(file: Path) -> dict[str, weights.Held]:
+    """Read a released .pth as if it were the .npz of `read`; nothing but tensors, numbers, texts and dicts of them is unpickled."""
+    try:
+        import torch
+    except ImportError:
+        raise ValueError(f"{file} is a file of PyTorch, which is needed to read it: pip install torch") from None
+    if not file.exists():
+        raise ValueError(f"no file at {file}")
+    try:
+        with torch.serialization.safe_globals([(collections.OrderedDict, "easydict.EasyDict")]):  # type: ignore[list-item]
+            read = torch.load(file, map_location="cpu", weights_only=True)
+        config = {key: read[key] for key in ("params_x", "params_adj")}
+        config |= {key: read["model_config"][key] for key in ("sde", "data")}
+        tensors = {
+            f"{part}/{name.removeprefix('module.')}": tensor.numpy()
+            for part in ("x", "adj")
+            for name, tensor in read[f"{part}_state_dict"].items()
+        }
+        tensors["config"] = np.frombuffer(json.dumps(config).encode(), np.uint8)
+    except Exception as error:  # whatever PyTorch makes of another file
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise ValueError(
+            f"{file} is no released checkpoint of GDSS, with model_config, params_x, x_state_dict, ...: {reason}"
+        ) from None
+    return {name: weights.Held(file, array) for name, array in tensors.items()}
+
+
 def read(file: str | Path) -> Gdss:
-    """Read both networks of a GDSS checkpoint from an .npz file.
+    """Read both networks of a GDSS checkpoint from an .npz file, or from a released .pth where PyTorch is installed.
 
     Args:
-      file: with the released state dicts under `x/` and `adj/`, and `config`, the bytes of a JSON text with params_x, params_adj,
-        sde and data.
+      file: .npz with the released state dicts under `x/` and `adj/`, and `config`, the bytes of a JSON text with params_x,
+        params_adj, sde and data; or .pth as GDSS's trainer writes it.
 
     Returns:
       The networks, their parameters and schedules.
@@ -374,7 +403,7 @@ def read(file: str | Path) -> Gdss:
     Raises:
       ValueError: in one line, for another file, an unknown architecture, or a tensor that is missing, left over or misshapen.
     """
-    tensors = weights.archive(Path(file))
+    tensors = _released(Path(file)) if Path(file).suffix == ".pth" else weights.archive(Path(file))
     if "config" not in tensors:
         raise ValueError(f"{file} has no 'config': expected GDSS's networks, with x/..., adj/... and config")
     try:

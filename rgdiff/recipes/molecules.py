@@ -1,4 +1,4 @@
-"""The prior of recipes that is a released pair of GDSS networks: `prior=gdss_qm9` and `prior=gdss_zinc`, by path to an .npz file."""
+"""The prior of recipes that is a released pair of GDSS networks: `prior=gdss_qm9` and `prior=gdss_zinc`, by path to their file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class GdssPrior(Prior):
     """GDSS's networks on graphs of molecules, with Langevin corrections as part of a move.
 
     Args:
-      file: .npz of the networks, see `rgdiff.pretrained.gdss.read`.
+      file: .npz of the networks, or a released .pth where PyTorch is installed, see `rgdiff.pretrained.gdss.read`.
       sizes: .npz of the numbers of atoms of the data's molecules, from which those of samples are drawn.
       key: the array's name in that file.
       data_dir: folder of both; the environment variable RGDIFF_DATA when null.

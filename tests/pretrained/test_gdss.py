@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import types
 from pathlib import Path
 
 import jax
@@ -130,3 +132,36 @@ def test_a_file_that_is_none_is_refused(tmp_path):
     np.savez(tmp_path / "other.npz", a=np.ones(2))
     with pytest.raises(ValueError, match="has no 'config'"):
         gdss.read(tmp_path / "other.npz")
+
+
+class EasyDict(dict):
+    """Stands for the package's class, as which GDSS's trainer writes its configuration."""
+
+
+def test_a_released_file_of_pytorch_is_read_without_running_it(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    held = gdss.read(npz := twin.write(tmp_path / "tiny.npz"))
+    x, adj, config = twin.load(npz)
+    tensors = lambda part, prefix: {prefix + n: torch.tensor(a, dtype=torch.float32) for n, a in part.items()}  # noqa: E731
+    monkeypatch.setattr(EasyDict, "__module__", "easydict")
+    monkeypatch.setitem(sys.modules, "easydict", types.SimpleNamespace(EasyDict=EasyDict))
+    settings = EasyDict(sde=EasyDict(config["sde"]), data=EasyDict(config["data"]), train=EasyDict(lr=1e-3))
+    content = {key: config[key] for key in ("params_x", "params_adj")} | {"model_config": settings, "epoch": 3}
+    content |= {"x_state_dict": tensors(x, ""), "adj_state_dict": tensors(adj, "module.")}
+    torch.save(content, tmp_path / "tiny.pth")
+    monkeypatch.delitem(sys.modules, "easydict")
+    found = gdss.read(tmp_path / "tiny.pth")
+    same = np.testing.assert_array_equal
+    jax.tree.map(same, (found.params, found.schedules, found.nodes), (held.params, held.schedules, held.nodes))
+    for bad, words in (
+        ({"x": 1}, "no released checkpoint of GDSS"),
+        ({"x": tmp_path}, "no released checkpoint of GDSS"),
+    ):
+        torch.save(bad, tmp_path / "bad.pth")
+        with pytest.raises(ValueError, match=words):
+            gdss.read(tmp_path / "bad.pth")
+    with pytest.raises(ValueError, match="no file at"):
+        gdss.read(tmp_path / "missing.pth")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ValueError, match="pip install torch"):
+        gdss.read(tmp_path / "tiny.pth")
