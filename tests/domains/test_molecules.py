@@ -238,7 +238,10 @@ def garbled(count, seed):
         yield text * 200 if number % 1000 == 0 else text
 
 
-@pytest.mark.parametrize("count", [10_000, pytest.param(100_000, marks=pytest.mark.slow)])
+FUZZED = int(os.environ.get("RGDIFF_FUZZ", 100_000))  # in the slow suite; a million takes a quarter of an hour
+
+
+@pytest.mark.parametrize("count", [10_000, pytest.param(FUZZED, marks=pytest.mark.slow)])
 def test_no_graph_and_no_text_makes_decoding_or_a_reward_raise(count):
     """Half of each; whatever has no value is NaN, and every NaN has a reason."""
     reward = property_reward()
