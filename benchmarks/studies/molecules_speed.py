@@ -141,7 +141,7 @@ class Torch:
             norm = lambda v: v.flatten(1).norm(dim=1)[:, None, None]  # noqa: E731
             step = 2 * (SNR * norm(z) / norm(slope)) ** 2
             out.append(state + step * slope + SCALE * (2 * step).sqrt() * z)
-        eps, score = self.networks(*out, mask)
+        eps, score = self.networks(out[0], out[1], mask)
         return *out, (out[0] - sigma * eps) / alpha, out[1] + spread**2 * score
 
     def noise(self, mask: Any, shape: Any) -> tuple[Any, Any]:
@@ -163,7 +163,8 @@ class Torch:
             fraction = min(std[name], 1.0)
             mean = alpha_s * clean + sigma_s * math.sqrt(1 - fraction**2) * eps
             states.append(mean.repeat_interleave(CANDIDATES, 0) + sigma_t * std[name] * z)
-        found = self.corrected(*states, many, self.noise(many, (states[0].shape, states[1].shape)), 1)
+        x, a = states
+        found = self.corrected(x, a, many, self.noise(many, (x.shape, a.shape)), 1)
         reward = found[2][..., 0].sum(-1).reshape(-1, CANDIDATES)
         rows = reward.argmax(1) + torch.arange(len(reward)) * CANDIDATES
         return tuple(part[rows] for part in found)
@@ -212,10 +213,10 @@ def main() -> None:
     state = jax.tree.map(np.asarray, graph.prior(BATCH).sample(key))
     raw = jax.jit(lambda x: held.model(held.params)._networks(x))(state)
     wanted = raw["nodes"], graphs.matrix(raw["edges"], held.nodes)
-    given = [
+    x, a, mask = (
         torch.tensor(np.asarray(part))
         for part in (state["nodes"], graphs.matrix(jnp.asarray(state["edges"]), held.nodes), state["mask"])
-    ]
+    )
     std = {name: float(part._shrink(times[0], times[1])) for name, part in graph.parts.items()}
     errors = {}
     for name, apart in (("PyTorch, a loop over channels", True), ("PyTorch, all channels at once", False)):
@@ -223,12 +224,11 @@ def main() -> None:
         theirs.prepare()
         errors[name] = max(
             float(np.abs(np.asarray(a) - b.numpy()).max() / np.abs(np.asarray(a)).max())
-            for a, b in zip(wanted, theirs.networks(*given), strict=True)
+            for a, b in zip(wanted, theirs.networks(x, a, mask), strict=True)
         )
         assert errors[name] < 1e-5, (name, errors)
-        mask = given[2]
-        first = theirs.corrected(*given, theirs.noise(mask, (given[0].shape, given[1].shape)), 0)
-        runs[name] = lambda theirs=theirs, first=first, mask=mask: theirs.move(first, mask, std)
+        first = theirs.corrected(x, a, mask, theirs.noise(mask, (x.shape, a.shape)), 0)
+        runs[name] = lambda theirs=theirs, first=first: theirs.move(first, mask, std)
     took = rounds(runs, options.rounds)
 
     # the oracle: molecules of the candidates' E[x0] and their QED, on one core, and in a pool on all
