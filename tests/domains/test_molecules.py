@@ -238,7 +238,7 @@ def garbled(count, seed):
         yield text * 200 if number % 1000 == 0 else text
 
 
-FUZZED = int(os.environ.get("RGDIFF_FUZZ", 100_000))  # in the slow suite; a million takes a quarter of an hour
+FUZZED = int(os.environ.get("RGDIFF_FUZZ", 100_000))  # in the slow suite; a million takes five minutes
 
 
 @pytest.mark.parametrize("count", [10_000, pytest.param(FUZZED, marks=pytest.mark.slow)])
