@@ -35,7 +35,7 @@ def test_predictions_become_x0(name, prediction):
 
 
 @pytest.mark.parametrize("name", ["linear_vp", "karras_ve", "flow"])
-@pytest.mark.first(1)
+@pytest.mark.slow
 def test_the_score_of_a_mixture_is_its_denoiser(name):
     """Tweedie: (x + sigma^2 grad log p_t) / alpha is E[x0 | x_t], with the score by autodiff of the log-density."""
     world = MixtureWorld(dim=2, schedule=name)
@@ -85,6 +85,7 @@ def test_classifier_free_guidance_is_that_of_scores():
         denoisers.classifier_free(network, 1.0, 0)(x, f32(t))
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("name", ["classifier_free", "annealed"])
 def test_forbidden_tokens_stay_forbidden(name):
     """Logits of -inf: p(c)^w p^(1 - w) over the tokens that no law with a weight forbids; w = 1 and 0 are the laws themselves."""

@@ -305,6 +305,7 @@ def test_a_batch_with_conditions_splits_over_devices(chunk):
     close(eight, one)
 
 
+@pytest.mark.slow
 def test_problems_of_particles_split_over_devices_without_collectives():
     """Particles of one problem interact; problems do not, and each device keeps its own."""
     sampler, mesh = smc_gaussian(), data_mesh()

@@ -420,7 +420,7 @@ HOSTED |= {
 
 
 @pytest.mark.parametrize("method", HOSTED.values(), ids=list(HOSTED))
-@pytest.mark.first(2)
+@pytest.mark.first(1)
 def test_what_a_host_reward_raises_reaches_the_user(method):
     """Not a table of NaN, nor samples of the prior."""
     with pytest.raises(

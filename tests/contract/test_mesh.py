@@ -205,6 +205,7 @@ def wide_tuner():
     return tuners.draft_k(linear, process, reward, process.times(4), optax.sgd(1e-4), k=2, batch=8), params
 
 
+@pytest.mark.slow
 def test_parameters_and_batches_split_over_axes_of_any_names():
     """Parameters over fsdp and tensor stay where they are; axes of other names are named; the numbers are those of one device."""
     tuner, params = wide_tuner()

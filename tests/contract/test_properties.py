@@ -122,6 +122,7 @@ def test_soft_weights(candidates, temperature):
         assert (weights[some][:, None] == weights[some][None])[ties].all()
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("scheme", list(resampling.SCHEMES))
 @FEW
 @given(arrays(np.float32, 7, elements=ANY), st.integers(0, 2**16))

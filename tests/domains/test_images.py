@@ -323,6 +323,7 @@ def test_classifier_refuses_what_does_not_fit():
             train_classifier(jax.random.key(0), x, y, 2)
 
 
+@pytest.mark.slow
 def test_classifier_is_a_pytree_of_parameters():
     classifier = small_tree()
     x = jax.random.normal(jax.random.key(1), (6, 4, 4, 1))

@@ -52,6 +52,7 @@ def test_the_domain_judges_without_images():
     assert (logits.argmax(-1) == domain.labels).mean() > 0.97
 
 
+@pytest.mark.slow
 def test_what_needs_images_is_refused_by_name(tmp_path, capsys):
     domain = images.pretrained()
     judge = ImageJudge(domain, jax.random.key(0))

@@ -672,7 +672,7 @@ def test_the_ancestral_sampler_refuses_what_has_no_meaning():
 
 
 @pytest.mark.parametrize("reward", BAD)
-@pytest.mark.first(1)
+@pytest.mark.slow
 def test_bad_rewards_end_in_finite_samples(reward):
     """Where the reward has no gradient nothing is guided: the chain is the prior's, number for number."""
     world = GaussianWorld([0.5], [[0.8]], schedule="linear_vp", steps=5, eta=1.0)

@@ -104,6 +104,7 @@ def test_a_point_mass_is_refused():
         moved(world, linear(jnp.ones(1)), 1.0)
 
 
+@pytest.mark.slow
 def test_guided_svdd_with_one_candidate_is_guided_sampling():
     """Of one candidate the proposal decides: the mean moves by the sum of the propagated tilts, linear in the scale."""
     world = GaussianWorld([0.0], [[1.0]], steps=6)

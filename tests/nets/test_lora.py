@@ -148,6 +148,7 @@ def test_model_maps_adapters_to_denoisers():
         np.testing.assert_array_equal(grads[f"{name}/kernel"]["a"], 0.0)
 
 
+@pytest.mark.slow
 def test_model_is_a_pytree_whatever_its_inner_model_is():
     made = jax.tree.map(lambda p: p + 0.1, lora_init(KEY, BASE, 2))
     plain = LoRAModel(BASE, denoiser)

@@ -295,6 +295,7 @@ def test_unet_refuses():
         jax.eval_shape(UNet(classes=3).init, KEY, jnp.zeros((2, 8, 8, 1)), 0.5, jnp.zeros((2,)))
 
 
+@pytest.mark.slow
 def test_unet_dropout_acts_in_training_only():
     net = UNet((8,), dropout=0.5)
     x = jnp.ones((2, 4, 4, 1))
@@ -334,6 +335,7 @@ def test_conv1d_sees_what_its_dilations_reach():
     np.testing.assert_array_equal(seen, [5, 6, 7, 9, 10, 11, 13, 14, 15])
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("axes", [1, 2])
 def test_rotary_is_an_isometry_that_knows_differences_only(axes):
     q, k = jax.random.normal(KEY, (2, 1, 6, 2, 8))

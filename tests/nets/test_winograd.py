@@ -47,6 +47,7 @@ def exact():
         return given, [np.asarray(one) for one in three(direct, *map(jnp.asarray, given))]
 
 
+@pytest.mark.slow
 def test_the_algorithm_is_exact(exact):
     (x, kernel, dy), want = exact
     with jax.enable_x64(True):

@@ -68,6 +68,7 @@ def head(file: Path, sizes: tuple[int, ...]) -> dict[str, np.ndarray]:
     return state
 
 
+@pytest.mark.slow
 def test_clip_score_is_the_cosine_of_the_whole_model(folder):
     x = jnp.asarray(from_uint8(pictures(2)))
     reward = pretrained.clip_score(folder, IDS)

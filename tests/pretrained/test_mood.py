@@ -76,6 +76,7 @@ def compare(file, name):
     return held, parts
 
 
+@pytest.mark.slow
 def test_a_network_is_its_twin_and_its_gradient_that_of_finite_differences(tmp_path):
     held, parts = compare(write(tmp_path / "tiny.npz"), "parp1")
     x0 = graphs.packed(parts)

@@ -80,6 +80,7 @@ def test_a_ddpm_is_a_prior_of_pictures(tmp_path):
         pretrained.from_diffusers(tiny.stable_diffusion(tmp_path / "sd")).embed(["a bird"])
 
 
+@pytest.mark.slow
 def test_labels_are_the_networks_classes(tmp_path):
     """A U-Net's file does not say that one of its classes means none: it has no guidance."""
     prior = pretrained.from_diffusers(tiny.ddpm(tmp_path / "classes", num_class_embeds=3))

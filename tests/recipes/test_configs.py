@@ -59,6 +59,7 @@ def checked(name, overrides):
     return chosen
 
 
+@pytest.mark.slow
 def test_every_command_of_the_readme_and_the_docs_composes():
     """Those of the command line; my_module stands for a user's."""
     root = Path(__file__).resolve().parents[2]
@@ -135,7 +136,7 @@ def test_every_recipe_has_a_prior_and_a_reward_that_its_domain_names():
 WITHOUT_DATA = {"anomaly", "curve", "digits", "mixture", "mnist16", "planar"}
 
 
-@pytest.mark.first(2)
+@pytest.mark.first(1)
 @pytest.mark.parametrize("domain", sorted(WITHOUT_DATA))
 def test_the_priors_that_a_domain_names_fit_it(domain):
     built = recipe.build(recipe.compose("steer", [f"domain={domain}"])["domain"])

@@ -41,6 +41,7 @@ def again(run, name, phase):
     return np.asarray(samplers.sample(sampler, run.key(phase), 8, run.prior.times).x0)
 
 
+@pytest.mark.slow
 def test_a_run_is_loaded_without_training(made, monkeypatch):
     monkeypatch.setattr(rgdiff.tuners, "fit", lambda *_, **__: pytest.fail("it was trained"))
     run = rgdiff.load(made)

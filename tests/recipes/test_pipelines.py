@@ -61,7 +61,7 @@ def test_a_recipe_runs_end_to_end(folder, tmp_path, name):
         assert config["r"] == 2 and any(target.endswith("attn2.to_q") for target in config["target_modules"])
 
 
-@pytest.mark.first(4)
+@pytest.mark.first(2)
 @pytest.mark.parametrize("name", SMALL)
 def test_a_recipe_composes_and_checks(folder, tmp_path, name, capsys):
     assert main([*arguments(folder, name, tmp_path / "run"), "--dry-run"]) == 0

@@ -133,6 +133,7 @@ def test_two_processes_that_tell_at_once_lose_nothing(first, tmp_path):
     assert campaign.history()[0][1].tolist() == [float(i) for i in ids]
 
 
+@pytest.mark.slow
 def test_the_end_is_said_and_another_campaign_is_refused(first, tmp_path):
     campaign = first[0]
     while not campaign.done:

@@ -94,7 +94,7 @@ def test_the_lean_adjoint_is_the_product_of_the_priors_jacobians(schedule):
     np.testing.assert_allclose(shift[:-1], at_the_prior(w)[:-1], rtol=2e-4, atol=1e-6)
 
 
-@pytest.mark.first(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_at_the_prior_the_gradient_is_that_of_the_reward_through_the_chain(micro_batches):
     """Any network, LoRA parameters, infeasible samples, micro-batches: draft's gradient over alpha, with the same draws."""

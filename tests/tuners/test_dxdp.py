@@ -98,7 +98,7 @@ def trained():
     return tuner, state
 
 
-@pytest.mark.first(1)
+@pytest.mark.slow
 def test_values_and_policy_of_the_linear_quadratic_world(trained):
     """Values within 1 %, means and variances of the policy within 2 %."""
     tuner, state = trained

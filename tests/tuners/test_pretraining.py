@@ -58,7 +58,7 @@ def bayes_error(w, target, weighting="uniform"):
     return total / len(t)
 
 
-@pytest.mark.first(2)
+@pytest.mark.first(1)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(
     ("target", "weighting"), [("x0", "uniform"), ("eps", "uniform"), ("v", "uniform"), ("x0", "min_snr")]
@@ -176,6 +176,7 @@ def test_masked_loss_is_the_bound_whatever_the_schedule(schedule):
 # ---------------------------------------------------------------- small runs
 
 
+@pytest.mark.slow
 def test_a_tiny_run_reaches_the_bayes_error_and_samples_the_data():
     """1-D Gaussian data, a network affine in x with polynomial coefficients in t, predicting v on the flow schedule."""
     w = GaussianWorld([0.8], [[0.25]], schedule="flow", steps=64)

@@ -79,7 +79,7 @@ PLANS = {
 
 
 @pytest.mark.parametrize("name", PLANS)
-@pytest.mark.first(2)
+@pytest.mark.first(1)
 def test_every_plan_has_the_gradient_it_says(name):
     live, cut, end, input_gradient = PLANS[name]
     plan = Plan(jnp.asarray(live, bool), jnp.int32(cut), jnp.int32(end))
@@ -199,6 +199,7 @@ def test_refl_of_the_last_call_is_draft_1():
     np.testing.assert_allclose(*same, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_plans_have_their_published_laws():
     keys = jax.random.split(jax.random.key(0), 20_000)
     live = jax.vmap(lambda k: plans.suffix()(k, 50).live.sum())(keys)
