@@ -462,7 +462,7 @@ def where_infeasible(reward: RewardLike, value: float) -> Reward:
       [ 2. -1.]
     """
     reward = callable_pytree(reward, "a reward")
-    if not isinstance(value, Tracer) and not np.isfinite(value):
+    if not isinstance(value, Tracer) and not np.isfinite(np.asarray(value, np.float32)):
         raise ValueError(f"the value of infeasible samples must be a finite number, got {value!r}")
     if isinstance(reward, HostReward):
         return dataclasses.replace(reward, infeasible=float(value))
