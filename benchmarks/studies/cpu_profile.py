@@ -46,9 +46,10 @@ def shares(events: list[dict[str, Any]], names: dict[str, str] | None = None) ->
 
 
 def named(program: Any) -> dict[str, str]:
-    """Return what a compiled program's operations are in the source: module and primitive, numbers of layers left out."""
+    """Return what a compiled program's operations are in the source: module and primitive, numbers of layers and branches left out."""
     found = re.findall(r"^\s*(?:ROOT )?%?(\S+) = .*op_name=\"([^\"]*)\"", program.as_text(), re.M)
-    return {name: re.sub(r"\.\d+|jit\(|\)", "", source.split("closed_call/")[-1]) for name, source in found}
+    spare = r"\.\d+|jit\(|\)|cond/branch_\d+_fun/"
+    return {name: re.sub(spare, "", source.split("closed_call/")[-1]) for name, source in found}
 
 
 def profiled(function: Any, *args: Any, by_name: bool = False) -> dict[str, float]:

@@ -8,6 +8,7 @@ released code's work. `read` reads both networks of one file, strictly.
 from __future__ import annotations
 
 import collections
+import importlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -366,13 +367,13 @@ def _stacked(params: Params) -> Params:
 def _released(file: Path) -> dict[str, weights.Held]:
     """Read a released .pth as if it were the .npz of `read`; nothing but tensors, numbers, texts and dicts of them is unpickled."""
     try:
-        import torch
+        torch = importlib.import_module("torch")
     except ImportError:
         raise ValueError(f"{file} is a file of PyTorch, which is needed to read it: pip install torch") from None
     if not file.exists():
         raise ValueError(f"no file at {file}")
     try:
-        with torch.serialization.safe_globals([(collections.OrderedDict, "easydict.EasyDict")]):  # type: ignore[list-item]
+        with torch.serialization.safe_globals([(collections.OrderedDict, "easydict.EasyDict")]):
             read = torch.load(file, map_location="cpu", weights_only=True)
         config = {key: read[key] for key in ("params_x", "params_adj")}
         config |= {key: read["model_config"][key] for key in ("sde", "data")}
