@@ -282,7 +282,6 @@ def test_first_hitting_copies_carry_the_whole_gradient():
 # ---------------------------------------------------------------- Product
 
 
-@pytest.mark.slow
 def test_product_sums_over_independent_parts():
     gaussian, gaussian_2 = Gaussian(f32([[0.4]]), f32(0.8)), Gaussian(f32([[-0.5]]), f32(1.3))
     discrete, discrete_2, direction, _ = absorbing_case()

@@ -63,10 +63,9 @@ ZERO_SNR = {  # alpha and sigma at t in float64, of schedules with alpha(1) = 0
 TABLE = np.append(np.linspace(0.97, 0.1, 9), 0.0)
 
 
-@pytest.mark.first(1)
 @pytest.mark.parametrize("name", ZERO_SNR)
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-@pytest.mark.first(3)
+@pytest.mark.first(1)
 def test_chains_from_zero_terminal_snr(name, eta):
     """A chain from alpha(1) = 0 has the law of the float64 recursion of N(m, c) data, with networks of x0 and v; and a mean of 2."""
     build, alpha, sigma = ZERO_SNR[name]

@@ -56,6 +56,8 @@ class Torch:
             name: [(float(ours[name].alpha(u)), float(ours[name].sigma(u))) for u in (t, s)]
             for name in ("nodes", "edges")
         }
+        if not apart:
+            self._stack()
 
     def mlp(self, p: dict[str, Any], name: str, x: Any) -> Any:
         layers = sum(key.startswith(f"{name}.linears.") and key.endswith(".weight") for key in p)
@@ -102,10 +104,8 @@ class Torch:
         out = (out + out.transpose(1, 2)) * pair[..., None]
         return torch.tanh(mixed), out.permute(0, 3, 1, 2)
 
-    def prepare(self) -> None:
-        """Stack the weights of channels where they are computed at once."""
-        if self.apart:
-            return
+    def _stack(self) -> None:
+        """Stack the weights of channels, which are computed at once."""
         for state in (self.nodes_state, self.edges_state):
             for name in [key for key in state if ".attn.0.gnn_" in key]:
                 layer, _, rest = name.partition(".attn.0.gnn_")
@@ -221,7 +221,6 @@ def main() -> None:
     errors = {}
     for name, apart in (("PyTorch, a loop over channels", True), ("PyTorch, all channels at once", False)):
         theirs = Torch(file, held.schedules, t, s, apart)
-        theirs.prepare()
         errors[name] = max(
             float(np.abs(np.asarray(a) - b.numpy()).max() / np.abs(np.asarray(a)).max())
             for a, b in zip(wanted, theirs.networks(x, a, mask), strict=True)

@@ -145,9 +145,8 @@ class GraphAttentionLayer(nn.Module):
         split = lambda a: a.reshape(*a.shape[:-1], self.heads, -1)  # noqa: E731
         products = jnp.einsum("bcnhd,bcmhd->bchnm", split(q), split(k)) / self.features**0.5
         scores = jnp.tanh(products).mean(2)  # [B, C, N, N]
-        i, j = graphs.pairs(nodes)
-        scores = (scores + scores.swapaxes(2, 3)).reshape(*scores.shape[:2], -1)[..., i * nodes + j]
-        scores = jnp.moveaxis(scores, 1, -1) / 2  # [B, E, C]
+        scores = graphs.triangle((scores + scores.swapaxes(2, 3)).reshape(-1, nodes, nodes)) / 2
+        scores = jnp.moveaxis(scores.reshape(x.shape[0], given, -1), 1, -1)  # [B, E, C]
         values = jnp.moveaxis(v, 1, 2).reshape(*x.shape[:2], -1)
         mixed = Linears((self.features, self.features), name="multi_channel")(values)
         wide = 2 * max(given, self.channels)

@@ -168,8 +168,8 @@ def test_an_objective_combines_properties_and_limits():
     total = tasks.molecule_objective(domain, [{"name": "qed", "weight": 2.0}, heavy], "sum", workers=0)
     np.testing.assert_allclose(rewards.score(total.heldout, graphs), [2 * qed[0], 2 * qed[1] + 1, np.nan], rtol=1e-5)
     for task, first in (
-        (tasks.molecule_objective(domain, [{"name": "qed"}, heavy], invalid=-1.0, workers=0), 0),
-        (tasks.molecule_property(domain, invalid=-1.0, workers=0), qed[0]),
+        (tasks.molecule_objective(domain, [{"name": "qed"}, heavy], infeasible=-1.0, workers=0), 0),
+        (tasks.molecule_property(domain, infeasible=-1.0, workers=0), qed[0]),
     ):
         np.testing.assert_allclose(rewards.score(task.reward, graphs), [first, qed[1], -1], rtol=1e-5)
         assert np.isnan(rewards.score(task.heldout, graphs)[2])  # the judge leaves it out as ever

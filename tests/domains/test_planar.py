@@ -59,7 +59,6 @@ def test_densities_integrate_to_one_and_match_the_samples(name):
 
 
 @pytest.mark.first(1)
-@pytest.mark.first(2)
 @pytest.mark.parametrize("name", planar.LAWS)
 def test_scale_and_noise_are_a_change_of_variables(name):
     """x = s y: the same draws times s, and log p(x) = log p_1(x / s) - 2 log s with the noise over s; noise itself is absolute."""

@@ -59,7 +59,6 @@ def checked(name, overrides):
     return chosen
 
 
-@pytest.mark.slow
 def test_every_command_of_the_readme_and_the_docs_composes():
     """Those of the command line; my_module stands for a user's."""
     root = Path(__file__).resolve().parents[2]

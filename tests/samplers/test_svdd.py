@@ -127,7 +127,6 @@ def test_partial_resampling_moves_the_lowest_of_the_batch():
     assert abs(means[0] - prior) < 0.05 < means[1] - prior and means[2] > means[1] + 0.1
 
 
-@pytest.mark.slow
 def test_moves_outside_the_window_are_the_priors():
     """N(0, 1) and r = x: every move that selects adds (alpha_s std)^2 / tau to E x0, of its kernel's standard deviation; the others nothing."""
     process = rgdiff.processes.gaussian(rgdiff.schedules.linear_vp(), (1,))

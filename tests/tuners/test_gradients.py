@@ -147,7 +147,6 @@ def test_draft_lv_gradient_and_its_switches(eta):
         assert tuner.network_calls() == w.times.shape[0] + n
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_kl_regularised_gradient_and_its_value(k):
     """- weight * path KL, to the reference's own chain; moves before the cut through their kernels, not their states."""

@@ -58,12 +58,11 @@ def bayes_error(w, target, weighting="uniform"):
     return total / len(t)
 
 
-@pytest.mark.first(1)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(
     ("target", "weighting"), [("x0", "uniform"), ("eps", "uniform"), ("v", "uniform"), ("x0", "min_snr")]
 )
-@pytest.mark.first(4)
+@pytest.mark.first(1)
 def test_gaussian_loss_at_the_exact_denoiser_is_the_bayes_error(schedule, target, weighting):
     w = world(schedule)
     x0 = w.m + np.random.default_rng(0).normal(size=(20_000, 2)) @ np.linalg.cholesky(w.c).T

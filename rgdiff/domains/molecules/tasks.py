@@ -29,7 +29,7 @@ def _form(domain: Any) -> Any:
 
 
 def molecule_oracle(
-    domain: MoleculeDomain | SmilesDomain, oracle: TextOracle, correct: bool = True, invalid: float | None = None
+    domain: MoleculeDomain | SmilesDomain, oracle: TextOracle, correct: bool = True, infeasible: float | None = None
 ) -> Task:
     """Make the task of an oracle of canonical SMILES, evaluated on those molecules alone that are valid as they came.
 
@@ -37,7 +37,7 @@ def molecule_oracle(
       domain: of molecules.
       oracle: from `rgdiff.oracles.oracle`, of your own function of a SMILES.
       correct: whether the guide sees graphs with impossible valences as corrected; else they are infeasible.
-      invalid: the guide's value of a sample that is infeasible, so that policies learn to avoid it; None for NaN.
+      infeasible: the guide's value of a sample that is infeasible, so that policies learn to avoid it; None for NaN.
 
     Returns:
       The task; its rewards have no gradient.
@@ -47,11 +47,11 @@ def molecule_oracle(
     """
     form = _form(domain)
     guide, judge = (rewards.from_host(MoleculeReward(oracle, form, kind)) for kind in (bool(correct), False))
-    return Task(_filled(guide, invalid), judge)
+    return Task(_filled(guide, infeasible), judge)
 
 
-def _filled(guide: Reward, invalid: float | None) -> Reward:
-    return guide if invalid is None else rewards.where_infeasible(guide, invalid)
+def _filled(guide: Reward, infeasible: float | None) -> Reward:
+    return guide if infeasible is None else rewards.where_infeasible(guide, infeasible)
 
 
 def molecule_function(
@@ -59,7 +59,7 @@ def molecule_function(
     fn: Callable[[str], float],
     version: str | None = None,
     correct: bool = True,
-    invalid: float | None = None,
+    infeasible: float | None = None,
     cache_dir: str | None = None,
     workers: int | None = None,
     timeout: float = 60.0,
@@ -72,7 +72,7 @@ def molecule_function(
       fn: canonical SMILES -> number; it raises where there is none, or returns NaN.
       version: of the function: with one, answers are kept on disk under it; None keeps them in memory alone.
       correct: whether the guide sees graphs with impossible valences as corrected; else they are infeasible.
-      invalid: the guide's value of a sample that is infeasible, so that policies learn to avoid it; None for NaN.
+      infeasible: the guide's value of a sample that is infeasible, so that policies learn to avoid it; None for NaN.
       cache_dir: where answers are kept, shared by runs; the run's cache when None.
       workers: processes that answer, as many as cores by default; 0 for none.
       timeout: seconds an answer may take.
@@ -87,7 +87,7 @@ def molecule_function(
     _form(domain)
     kept = None if version is None else _folder(cache_dir)
     settings: dict[str, Any] = {"workers": workers, "timeout": timeout, "retries": retries, "folder": kept}
-    return molecule_oracle(domain, oracles.oracle(fn, version=version or "", **settings), correct, invalid)
+    return molecule_oracle(domain, oracles.oracle(fn, version=version or "", **settings), correct, infeasible)
 
 
 def _folder(cache_dir: str | None) -> Path | None:
@@ -100,7 +100,7 @@ def molecule_property(
     name: str = "qed",
     reference: str | None = None,
     correct: bool = True,
-    invalid: float | None = None,
+    infeasible: float | None = None,
     workers: int | None = None,
     timeout: float = 60.0,
     retries: int = 1,
@@ -112,7 +112,7 @@ def molecule_property(
       name: qed, sa ((10 - SA) / 9), logp, penalised_logp, weight (Da), similarity, substructure or scaffold.
       reference: of the last three, a SMILES or (substructure) a SMARTS.
       correct: whether the guide sees graphs with impossible valences as corrected; else they are infeasible.
-      invalid: the guide's value of a sample that is infeasible, so that policies learn to avoid it; None for NaN.
+      infeasible: the guide's value of a sample that is infeasible, so that policies learn to avoid it; None for NaN.
       workers: processes that answer, as many as cores by default; 0 for none.
       timeout: seconds an answer may take.
       retries: of a molecule whose process hung or died.
@@ -125,7 +125,7 @@ def molecule_property(
     """
     _form(domain)
     oracle = smiles_property(name, reference, workers=workers, timeout=timeout, retries=retries)
-    return molecule_oracle(domain, oracle, correct, invalid)
+    return molecule_oracle(domain, oracle, correct, infeasible)
 
 
 def property_network(
@@ -183,7 +183,7 @@ def molecule_docking(
     docking_seed: int = 1,
     executable: str | None = None,
     correct: bool = True,
-    invalid: float | None = None,
+    infeasible: float | None = None,
     data_dir: str | None = None,
     cache_dir: str | None = None,
     workers: int | None = None,
@@ -199,7 +199,7 @@ def molecule_docking(
       exhaustiveness, docking_seed: of the search.
       executable: a program with Vina's options, or None for the package `vina`.
       correct: whether the guide sees graphs with impossible valences as corrected; else they are infeasible.
-      invalid: the guide's value of a sample that is infeasible, so that policies learn to avoid it; None for NaN.
+      infeasible: the guide's value of a sample that is infeasible, so that policies learn to avoid it; None for NaN.
       data_dir: folder of the receptor; the environment variable RGDIFF_DATA when None.
       cache_dir: where answers are kept, shared by runs; the run's cache when None.
       workers: processes that dock, as many as cores by default.
@@ -225,7 +225,7 @@ def molecule_docking(
         retries=retries,
         folder=_folder(cache_dir),
     )
-    return molecule_oracle(domain, oracle, correct, invalid)
+    return molecule_oracle(domain, oracle, correct, infeasible)
 
 
 def molecule_objective(
@@ -233,7 +233,7 @@ def molecule_objective(
     parts: Sequence[Mapping[str, Any]],
     combine: str = "product",
     correct: bool = True,
-    invalid: float | None = None,
+    infeasible: float | None = None,
     workers: int | None = None,
     timeout: float = 60.0,
     retries: int = 1,
@@ -245,7 +245,7 @@ def molecule_objective(
       parts: each with a `name`, and where it needs them `reference`, as `molecule_property` has them; `low`, `high` or both, for 1
         where the property is between them and 0 elsewhere; `weight` in a sum, 1 by default.
       combine: product or sum.
-      correct, invalid, workers, timeout, retries: as `molecule_property`; `invalid` is of the whole.
+      correct, infeasible, workers, timeout, retries: as `molecule_property`; `infeasible` is of the whole.
 
     Returns:
       The task; its rewards have no gradient.
@@ -276,4 +276,4 @@ def molecule_objective(
             return rewards.product(made)
         return rewards.weighted_sum(made, [float(part.get("weight", 1.0)) for part in parts])
 
-    return Task(_filled(combined(bool(correct)), invalid), combined(False))
+    return Task(_filled(combined(bool(correct)), infeasible), combined(False))
