@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from rgdiff import guides, processes, schedules, tuners
+from rgdiff import guides, processes, rewards, schedules, tuners
 from rgdiff.domains.judging import BaseJudge
 from rgdiff.recipes.methods.steering import CandidateSampling, GuidedSampling, ParticleSampling
 from rgdiff.recipes.outcome import without_divergence
@@ -72,6 +72,22 @@ def test_a_few_skipped_updates_are_counted_and_forgiven(tmp_path):
     state = run.fit("tune", FailsFrom(jnp.int32(30)), run.key("tune"), jnp.zeros(2), 40, chunk=10)
     assert int(state.skipped) == 10 and int(state.step) == 40
     assert float(state.params[0]) == pytest.approx(-3.0)
+
+
+def test_a_black_box_between_programs_has_a_number_in_place_of_infeasible(tmp_path):
+    """In the same first batch, what was infeasible counts as the number: the mean over all, and none infeasible."""
+    run = Run(RunFolder.create(str(tmp_path / "run"), {"seed": 0}, resume=False), 0, tmp_path / "cache")
+    process = processes.gaussian(schedules.linear_vp(), (1,))
+    model = lambda w: lambda x, t, cond=None: w * x  # noqa: E731
+    box = rewards.from_host(lambda x0, cond: np.where(x0[:, 0] > 0, 3.0, np.nan))
+    for name, reward in (("left_out", box), ("filled", rewards.where_infeasible(box, -1.0))):
+        online = tuners.ddpo(model, process, process.times(3), optax.sgd(0.0), batch=32)
+        tuner = tuners.as_tuner(online, reward)
+        run.fit(name, tuner, jax.random.key(0), jnp.float32(0.5), 1)
+    left_out, filled = (next(row for row in run.log.rows if row["phase"] == name) for name in ("left_out", "filled"))
+    share = 1 - left_out["infeasible"] / 32
+    assert 0 < share < 1 and left_out["reward"] == 3.0
+    assert filled["infeasible"] == 0 and filled["reward"] == pytest.approx(3 * share - (1 - share), rel=1e-5)
 
 
 def test_phases_and_chains_are_cut_into_pieces_of_one_length():
